@@ -1,0 +1,35 @@
+"""Typed errors. Each message carries the numbers and says what to do."""
+
+from __future__ import annotations
+
+
+class ElbowroomError(Exception):
+    """Base of every error that a user can cause or mend."""
+
+
+class InputError(ElbowroomError):
+    """The batch file, the model directory or a flag cannot be used as given."""
+
+
+class OutputError(ElbowroomError):
+    """Results cannot be written where they were asked for."""
+
+
+class MemoryPlanError(ElbowroomError):
+    """The layout does not fit in the memory of one replica."""
+
+
+class UnsupportedModelError(ElbowroomError):
+    """No feed-forward network that we recognise, or one that the pool cannot hold."""
+
+
+class PoolError(ElbowroomError):
+    """The pool cannot go on: a lease was misused or a slot does not fit."""
+
+
+class PeerLostError(PoolError):
+    """A peer never appeared in time, or died before it published its weights."""
+
+
+class ReplicaError(ElbowroomError):
+    """A replica failed to start, or died while it held rows."""

@@ -1,0 +1,83 @@
+"""The memory account: where the bytes of one replica go, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.model import ModelFacts
+from elbowroom.core.plan import MemoryAccount, PoolShare
+from elbowroom.core.units import format_bytes
+
+BLOCK_TOKENS = 32
+"""Tokens of one KV block. Small, so that a row wastes little; vLLM's CPU kernels want multiples of 32."""
+
+MIN_KV_BLOCKS = 2
+"""vLLM keeps block 0 for itself: one more is the least that can hold a token."""
+
+
+def account_memory(
+    model: ModelFacts,
+    shares: Sequence[PoolShare],
+    memory_bytes: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+) -> MemoryAccount:
+    """The account of the replica with the most weights; what is left is the KV cache.
+
+    KV = memory - replicated weights - own FFN share - slots - activation workspace
+    (SiDP, section 3; ``papers.md`` writes it as W_rest + W_ffn/d + slots * w_layer).
+
+    Never raises: ``kv_bytes`` may be negative, see ``check_fits``.
+    """
+    ffn_bytes = model.ffn_bytes()
+    owned = max(_owned_bytes(share, ffn_bytes) for share in shares)
+    slots = max(share.num_slots for share in shares) * max(ffn_bytes)
+    replicated = model.replicated_bytes()
+    workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs)
+    return MemoryAccount(
+        memory_bytes=memory_bytes,
+        replicated_bytes=replicated,
+        ffn_bytes=owned,
+        slot_bytes=slots,
+        workspace_bytes=workspace,
+        kv_bytes=memory_bytes - replicated - owned - slots - workspace,
+        kv_bytes_per_token=model.kv_bytes_per_token(),
+        block_tokens=BLOCK_TOKENS,
+    )
+
+
+def workspace_bytes(model: ModelFacts, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+    """Activations of the largest iteration: two layer inputs, the widest layer, the logits.
+
+    Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which
+    is its widest; sampling works on float32 logits and one copy of them.
+    """
+    hidden = 3 * model.hidden_size  # layer input, residual, output
+    widest = 3 * model.intermediate_size  # gate, up, their product
+    tokens = max_num_batched_tokens * (hidden + widest) * model.dtype_bytes()
+    logits = 2 * max_num_seqs * model.vocab_size * 4
+    return tokens + logits
+
+
+def check_fits(account: MemoryAccount, max_model_len: int) -> None:
+    """Raise MemoryPlanError, with the numbers and what to change, if no row can run."""
+    row_blocks = -(-max_model_len // account.block_tokens) + 1
+    least = max(MIN_KV_BLOCKS, row_blocks) * account.block_tokens * account.kv_bytes_per_token
+    if account.kv_bytes >= least:
+        return
+    fixed = account.memory_bytes - account.kv_bytes
+    raise MemoryPlanError(
+        f"one replica needs {format_bytes(fixed)} before its KV cache (weights "
+        f"{format_bytes(account.weight_bytes)}, slots {format_bytes(account.slot_bytes)}, "
+        f"workspace {format_bytes(account.workspace_bytes)}) and {format_bytes(least)} for one row "
+        f"of {max_model_len} tokens; --memory gives {format_bytes(account.memory_bytes)}. "
+        f"Give --memory at least {format_bytes(fixed + least)}, or lower --max-model-len, "
+        f"--max-num-batched-tokens or --max-num-seqs, or use more --replicas with a pool"
+    )
+
+
+def _owned_bytes(share: PoolShare, ffn_bytes: Sequence[int]) -> int:
+    return sum(
+        size for owner, size in zip(share.owners, ffn_bytes, strict=True) if owner == share.rank
+    )

@@ -1,0 +1,1 @@
+"""Replicas that hold feed-forward weights once (SiDP). Works on any list of transformer blocks."""

@@ -1,0 +1,86 @@
+"""Finds the feed-forward network of a transformer block and lays its weights out in one buffer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from elbowroom.core.errors import UnsupportedModelError
+
+FFN_NAMES = ("mlp", "feed_forward", "ffn")
+"""Attribute names of the feed-forward submodule: Llama, Qwen, Mistral, GPT-2, Falcon, Phi ..."""
+
+_ALIGN_BYTES = 64  # a cache line, and the widest vector register
+
+
+class WeightSpan(NamedTuple):
+    """Where one matrix lies in its layer's buffer."""
+
+    linear: nn.Module
+    shape: torch.Size
+    dtype: torch.dtype
+    offset_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+    def view(self, buffer: torch.Tensor) -> torch.Tensor:
+        """This matrix inside ``buffer`` (uint8, the layer's bytes), without a copy."""
+        end = self.offset_bytes + self.num_bytes
+        return buffer[self.offset_bytes : end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The feed-forward network of one block: its module, and its matrices in one buffer.
+
+    Biases are not part of it: they are small and stay with every replica.
+    """
+
+    module: nn.Module
+    spans: tuple[WeightSpan, ...]
+    num_bytes: int
+
+
+def find_ffn(block: nn.Module) -> Ffn:
+    """The feed-forward network of ``block``: gated (three or two matrices) or plain (two).
+
+    Works on shapes alone, so it serves Hugging Face and vLLM modules, also on the meta device.
+    Raises UnsupportedModelError, naming the module types seen, when there is none or when it
+    holds matrices that are not those of linear layers (mixtures of experts).
+    """
+    module = next((m for name in FFN_NAMES if (m := getattr(block, name, None))), None)
+    if not isinstance(module, nn.Module):
+        raise _unsupported(block, f"no submodule named {', '.join(FFN_NAMES)}")
+    linears = [m for m in module.modules() if _is_matrix(getattr(m, "weight", None))]
+    matrices = [p for p in module.parameters() if p.dim() > 1]
+    if len(linears) < 2 or len(linears) != len(matrices):
+        raise _unsupported(block, f"{len(matrices)} matrices in {len(linears)} linear layers")
+    return _lay_out(module, linears)
+
+
+def _lay_out(module: nn.Module, linears: list[nn.Module]) -> Ffn:
+    spans = []
+    offset = 0
+    for linear in linears:
+        weight = linear.weight
+        assert isinstance(weight, torch.Tensor)
+        spans.append(WeightSpan(linear, weight.shape, weight.dtype, offset))
+        offset += -(-spans[-1].num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    return Ffn(module, tuple(spans), offset)
+
+
+def _is_matrix(weight: object) -> bool:
+    return isinstance(weight, torch.Tensor) and weight.dim() == 2
+
+
+def _unsupported(block: nn.Module, found: str) -> UnsupportedModelError:
+    types = sorted({type(module).__name__ for module in block.modules()})
+    return UnsupportedModelError(
+        f"no dense feed-forward network recognised in {type(block).__name__} ({found}); "
+        f"modules seen: {', '.join(types)}. Use --pool none, or a dense model"
+    )

@@ -1,0 +1,69 @@
+"""The housekeeper: a background thread that streams borrowed layers into slots ahead of compute."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from elbowroom.core.action import Fetch
+from elbowroom.pool.slots import Slot, Slots
+
+
+class Housekeeper:
+    """Carries out one order of fetches again and again, as far ahead as the slots allow.
+
+    Copies are one-sided and release the interpreter lock. The thread waits for free slots
+    (signalled by ``Slots.release``) and signals ready ones; any error goes to whoever waits.
+    """
+
+    def __init__(
+        self, fetches: Sequence[Fetch], sources: Mapping[int, torch.Tensor], slots: Slots
+    ) -> None:
+        self._fetches = tuple(fetches)
+        self._sources = {layer: source.numpy() for layer, source in sources.items()}
+        self._slots = slots
+        self._targets = [buffer.numpy() for buffer in slots.buffers]
+        self._thread = threading.Thread(target=self._run, name="elbowroom-pool", daemon=True)
+        self._is_closing = False
+        self.streamed_bytes = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the copy under way and wait for the thread."""
+        self._is_closing = True
+        self._slots.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._run_pass(self._slots.epoch)
+        except BaseException as error:  # handed to the compute thread, which raises it
+            self._slots.fail(error)
+
+    def _run_pass(self, epoch: int) -> None:
+        """One forward pass' worth of fetches; left early when the order starts anew."""
+        filling: dict[int, Slot] = {}
+        for fetch in self._fetches:
+            if fetch.piece == 0:
+                slot = self._slots.reserve(fetch.layer, epoch)
+                if slot is None:
+                    break
+                filling[fetch.layer] = slot
+            self._copy(fetch, filling[fetch.layer])
+            if fetch.piece == fetch.num_pieces - 1:
+                self._slots.mark_ready(filling.pop(fetch.layer), epoch)
+        for slot in filling.values():
+            self._slots.mark_ready(slot, epoch)  # the epoch is over: this frees the slot
+
+    def _copy(self, fetch: Fetch, slot: Slot) -> None:
+        source = self._sources[fetch.layer]
+        piece_bytes = -(-source.size // fetch.num_pieces)
+        part = slice(fetch.piece * piece_bytes, min((fetch.piece + 1) * piece_bytes, source.size))
+        np.copyto(self._targets[slot.index][part], source[part])
+        self.streamed_bytes += part.stop - part.start

@@ -1,0 +1,102 @@
+"""A store in the shared memory of one host: layers are files in the run directory, mapped."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.core.units import format_bytes
+from elbowroom.pool.run_dir import hold_lock, is_held
+from elbowroom.pool.store import check_size, not_published
+
+_POLL_SECONDS = 0.01
+
+
+class SharedMemoryStore:
+    """Layers of rank r of a group that meets in ``run_dir``.
+
+    A layer is visible once its file has its final name. Each rank holds the lock of
+    ``rank-r.lock`` while it lives, so a peer that waits knows at once when its owner died.
+    """
+
+    def __init__(self, run_dir: Path, rank: int) -> None:
+        self._run_dir = run_dir
+        self._alive = hold_lock(_alive_path(run_dir, rank))
+
+    def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
+        path = self._part_path(layer)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            # Reserves the pages now: without it a full /dev/shm kills the process with SIGBUS.
+            os.posix_fallocate(descriptor, 0, num_bytes)
+            return _map(descriptor, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            path.unlink()
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+                raise
+            free = os.statvfs(self._run_dir)
+            raise PoolError(
+                f"layer {layer} needs {format_bytes(num_bytes)} of shared memory, "
+                f"{format_bytes(free.f_bavail * free.f_frsize)} is free in {self._run_dir.parent}: "
+                f"enlarge it (docker: --shm-size), or use --pool none"
+            ) from error
+        finally:
+            os.close(descriptor)
+
+    def publish(self, layer: int) -> None:
+        self._part_path(layer).rename(_layer_path(self._run_dir, layer))
+
+    def open(
+        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
+    ) -> torch.Tensor:
+        path = _layer_path(self._run_dir, layer)
+        seen_alive = False
+        deadline = time.monotonic() + timeout_seconds
+        while not path.exists():
+            alive = is_held(_alive_path(self._run_dir, owner))
+            if (seen_alive and not alive) or not self._run_dir.exists():
+                raise PeerLostError(
+                    f"rank {owner} died before it published layer {layer}: see its log"
+                )
+            seen_alive = seen_alive or alive
+            if time.monotonic() > deadline:
+                raise not_published(layer, owner, timeout_seconds)
+            time.sleep(_POLL_SECONDS)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # A private mapping keeps PyTorch content, which wants writable memory, and makes a
+            # stray write land in a copy of our own instead of in the owner's weights.
+            size = os.fstat(descriptor).st_size
+            buffer = _map(descriptor, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE)
+        finally:
+            os.close(descriptor)
+        return check_size(buffer, layer, owner, num_bytes)
+
+    def close(self) -> None:
+        if self._alive >= 0:
+            os.close(self._alive)
+            self._alive = -1
+
+    def _part_path(self, layer: int) -> Path:
+        return _layer_path(self._run_dir, layer).with_suffix(".part")
+
+
+def _map(
+    descriptor: int, num_bytes: int, protection: int, flags: int = mmap.MAP_SHARED
+) -> torch.Tensor:
+    mapping = mmap.mmap(descriptor, num_bytes, flags=flags, prot=protection)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _layer_path(run_dir: Path, layer: int) -> Path:
+    return run_dir / f"layer-{layer:04d}"
+
+
+def _alive_path(run_dir: Path, rank: int) -> Path:
+    return run_dir / f"rank-{rank}.lock"

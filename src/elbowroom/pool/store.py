@@ -1,0 +1,94 @@
+"""Where owners publish weights and peers open them. One protocol, an in-process twin for tests."""
+
+from __future__ import annotations
+
+import threading
+from typing import Protocol
+
+import torch
+
+from elbowroom.core.errors import PeerLostError
+
+
+class Store(Protocol):
+    """Buffers of one rank, readable by its peers once published.
+
+    Buffers are uint8 vectors. An owner runs no code for its readers: copies out of an opened
+    buffer are one-sided.
+    """
+
+    def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
+        """A new buffer for an owned layer, private until published."""
+        ...
+
+    def publish(self, layer: int) -> None:
+        """Make an owned layer visible to peers. Its bytes must not change afterwards."""
+        ...
+
+    def open(
+        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
+    ) -> torch.Tensor:
+        """A peer's layer, read-only by agreement; waits until it is published.
+
+        Raises PeerLostError when the owner died or did not publish in time.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of everything. Buffers handed out stay valid while they are referenced."""
+        ...
+
+
+class LocalHub:
+    """What the ranks of one process share: the in-process stand-in for a host's memory."""
+
+    def __init__(self) -> None:
+        self.published: dict[int, torch.Tensor] = {}
+        self.changed = threading.Condition()
+
+
+class LocalStore:
+    """A store within one process. Ranks that share a hub are peers; without one, a rank is alone."""
+
+    def __init__(self, hub: LocalHub | None = None) -> None:
+        self._hub = hub or LocalHub()
+        self._own: dict[int, torch.Tensor] = {}
+
+    def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
+        self._own[layer] = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._own[layer]
+
+    def publish(self, layer: int) -> None:
+        with self._hub.changed:
+            self._hub.published[layer] = self._own[layer]
+            self._hub.changed.notify_all()
+
+    def open(
+        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
+    ) -> torch.Tensor:
+        with self._hub.changed:
+            if not self._hub.changed.wait_for(
+                lambda: layer in self._hub.published, timeout_seconds
+            ):
+                raise not_published(layer, owner, timeout_seconds)
+            return check_size(self._hub.published[layer], layer, owner, num_bytes)
+
+    def close(self) -> None:
+        self._own.clear()
+
+
+def not_published(layer: int, owner: int, timeout_seconds: float) -> PeerLostError:
+    return PeerLostError(
+        f"rank {owner} did not publish layer {layer} within {timeout_seconds:g} s: "
+        f"see its log, or raise --peer-timeout if its disk is slow"
+    )
+
+
+def check_size(buffer: torch.Tensor, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
+    """``buffer``, if it has the expected size; peers that load different models end here."""
+    if buffer.numel() != num_bytes:
+        raise PeerLostError(
+            f"layer {layer} of rank {owner} has {buffer.numel()} bytes, expected {num_bytes}: "
+            f"all replicas must load the same model with the same dtype"
+        )
+    return buffer
