@@ -8,8 +8,8 @@ Run from the repository root: `python tools/train_demo_model.py`.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import math
 import random
 import time
 from collections import Counter
@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 # takes the space before it, punctuation the space after it, so that list items look alike.
 PIECES = r" ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}|[^\s\p{L}\p{N}]+ ?|\s"
 VOCABULARY = 768
-KIND_WEIGHTS = {"arithmetic": 3, "units": 3, "dates": 2, "roman": 2, "sorting": 4, "json": 3}
+KIND_WEIGHTS = {"arithmetic": 4, "units": 3, "dates": 3, "roman": 3, "sorting": 3, "json": 4}
 POOL_BATCHES = 32
 IGNORED = -100
 
@@ -57,7 +57,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(("system user assistant " + t.prompt + " " + t.answer for t in tasks), trainer)
+    texts = (f"system user assistant {task.prompt} {task.answer}" for task in tasks)
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
@@ -135,12 +136,9 @@ def answer_logits(model: Qwen3ForCausalLM, inputs: torch.Tensor, chosen: torch.T
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Warm up over the first 2 %, then follow a cosine down to 1 % of the peak."""
-    warm_up = max(1, steps // 50)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    progress = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+    """Warm up over 100 steps, hold, then fall in a line over the last 40 % of the steps."""
+    remaining = (steps - step) / (0.4 * steps)
+    return peak * min(1.0, (step + 1) / 100, remaining)
 
 
 def build_optimizer(model: Qwen3ForCausalLM) -> torch.optim.AdamW:
@@ -180,14 +178,13 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, options: 
 
 def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write the weights as bfloat16 safetensors, with the tokenizer and greedy defaults."""
-    weights = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(
+    rounded = copy.deepcopy(model).to(torch.bfloat16)
+    rounded.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=[tokenizer.convert_tokens_to_ids(token) for token in (TURN_END, END_OF_TEXT)],
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder, state_dict=weights)
+    rounded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -229,7 +226,7 @@ def write_batch(out: Path, tasks: list[Task]) -> None:
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> None:
-    """Stop early if text does not round trip, or if training would see another prompt than serving."""
+    """Stop early if text does not round trip, or if serving would see other prompts than training."""
     for text in ["naïve – 東京 🙂\n\t  x", *(task.prompt for task in tasks[:50])]:
         if tokenizer.decode(tokenizer(text)["input_ids"]) != text:
             raise ValueError(f"the tokenizer does not round trip {text!r}")
@@ -241,14 +238,14 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> No
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser = argparse.ArgumentParser(description="Train the demo model and write its batch.")
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=128, help="tasks in a training step")
+    parser.add_argument("--batch", type=int, default=64, help="tasks in a training step")
     parser.add_argument("--peak-rate", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument("--save-every", type=int, default=1000, help="steps between saved checkpoints")
+    parser.add_argument("--save-every", type=int, default=500, help="steps between saved checkpoints")
     return parser.parse_args()
 
 

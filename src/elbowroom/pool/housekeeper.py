@@ -37,7 +37,8 @@ class Housekeeper:
         """Stop after the copy under way and wait for the thread."""
         self._is_closing = True
         self._slots.close()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -1,8 +1,8 @@
 """The pool of one rank: it takes over the feed-forward weights of a model's blocks, and leases them.
 
 Life: ``add_block`` for every block in order, load weights, ``attach`` (publishes what this rank
-owns, opens what its peers own), forward passes, ``close``. The forward passes need no change:
-hooks on each feed-forward module take the lease before it runs and give it back after.
+owns, opens what its peers own), ``start``, forward passes, ``close``. The forward passes need no
+change: hooks on each feed-forward module take the lease before it runs and give it back after.
 """
 
 from __future__ import annotations
@@ -127,9 +127,14 @@ class Pool:
             if not self.owns(layer)
         }
         if self.share.mode == "streamed":
-            self._start_streaming(opened)
+            self._prepare_streaming(opened)
         else:
             self._map(opened)
+
+    def start(self) -> None:
+        """Begin to stream, if this rank streams: from here on slots fill ahead of compute."""
+        if self._housekeeper is not None:
+            self._housekeeper.start()
 
     def acquire(self, layer: int) -> None:
         """Take the lease on a layer: its matrices are usable until ``release``.
@@ -184,7 +189,7 @@ class Pool:
                 span.linear.weight = _frozen(span.view(buffer))
             self._mapped_bytes += buffer.numel()
 
-    def _start_streaming(self, opened: dict[int, torch.Tensor]) -> None:
+    def _prepare_streaming(self, opened: dict[int, torch.Tensor]) -> None:
         if set(opened) != set(self._streamed_layers):
             raise PoolError(
                 f"rank {self.share.rank} borrows layers {sorted(opened)}, but its plan fetches "
@@ -200,7 +205,6 @@ class Pool:
                     _frozen(span.view(buffer)) for span in self._ffns[layer].spans
                 ]
         self._housekeeper = Housekeeper(self.share.fetches, opened, self._slots)
-        self._housekeeper.start()
 
     def _wait_for_slot(self, layer: int, slots: Slots) -> Slot:
         if layer != self._streamed_layers[self._next_streamed]:

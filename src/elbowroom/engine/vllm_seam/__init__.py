@@ -1,0 +1,16 @@
+"""Everything that depends on vLLM's version: plugin and worker (engine side), server (request side).
+
+Seen to work with vLLM 0.31 and 0.32 on CPU. No other module of Elbowroom imports vLLM.
+"""
+
+ENVIRONMENT = {
+    # Nothing leaves the machine: no hub, no usage reports.
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # The engine core runs its one worker itself, instead of in one more process on the same core.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # Rows may carry URLs, and a row that fails must not print its body.
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+"""Set for the process of a replica, before vLLM is imported; what the user set wins."""

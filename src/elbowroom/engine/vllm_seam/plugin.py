@@ -1,0 +1,40 @@
+"""The ``vllm.general_plugins`` entry point. Inert unless the engine's config asks for a pool."""
+
+from __future__ import annotations
+
+import sys
+
+CONFIG_KEY = "elbowroom"
+"""Key in vLLM's ``additional_config`` that holds our share of the pool."""
+
+_PACKAGE = "vllm.model_executor.offloader"
+_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+
+
+def register() -> None:
+    """Stand in front of vLLM's choice of offloader, which sees every decoder layer as it is built.
+
+    Runner modules copy the function's name when they are imported, and vLLM loads plugins before
+    that; where a runner was imported earlier, its copy is replaced too.
+    """
+    import vllm.model_executor.offloader as package  # vLLM has imported it by now
+
+    original = package.create_offloader
+    if getattr(original, CONFIG_KEY, False):
+        return
+
+    def create_offloader(offload_config: object) -> object:
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        wanted = (config.additional_config or {}).get(CONFIG_KEY) if config else None
+        if not wanted:
+            return original(offload_config)
+        from elbowroom.engine.vllm_seam.worker import PoolOffloader
+
+        return PoolOffloader.from_config(wanted)
+
+    setattr(create_offloader, CONFIG_KEY, True)
+    for name in (_PACKAGE, *_RUNNERS):
+        if name in sys.modules:
+            sys.modules[name].create_offloader = create_offloader  # type: ignore[attr-defined]

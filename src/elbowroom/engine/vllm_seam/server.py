@@ -1,0 +1,139 @@
+"""Request side: one vLLM engine behind vLLM's own OpenAI application, called in-process."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import httpx
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.openai.api_server import build_app, init_app_state
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.plan import RunPlan
+from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
+
+try:  # vLLM 0.31 and newer
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+except ImportError:  # vLLM 0.24
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+
+_WORKER_EXTENSION = "elbowroom.engine.vllm_seam.worker.PoolWorkerExtension"
+
+
+class Reply(NamedTuple):
+    """What vLLM's OpenAI application answered."""
+
+    status_code: int
+    body: Any
+
+
+class EngineCounters(NamedTuple):
+    """Values of vLLM's own metrics, of the same names."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float
+    prompt_tokens: int
+    generation_tokens: int
+    num_preemptions: int
+
+
+class Engine:
+    """A started engine. ``answer`` may be called any number of times at once."""
+
+    def __init__(self, llm: AsyncLLM, client: httpx.AsyncClient) -> None:
+        self._llm = llm
+        self._client = client
+
+    @staticmethod
+    async def start(plan: RunPlan, rank: int, run_dir: str) -> Engine:
+        """Start the engine of one replica. Raises whatever vLLM raises, or InputError for flags."""
+        try:
+            args = make_arg_parser(FlexibleArgumentParser()).parse_args(
+                _arguments(plan, rank, run_dir)
+            )
+        except SystemExit as error:
+            raise InputError(f"vLLM refused the options {' '.join(plan.engine.extra)}") from error
+        config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+        llm = AsyncLLM.from_vllm_config(config)
+        tasks = await llm.get_supported_tasks()
+        app = build_app(args, tasks, llm.model_config)
+        await init_app_state(llm, app.state, args, tasks)
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        return Engine(llm, httpx.AsyncClient(transport=transport, base_url="http://replica"))
+
+    async def answer(self, url: str, body: dict[str, Any]) -> Reply:
+        """One request, through the same routes and checks as vLLM's HTTP server."""
+        response = await self._client.post(url, json=body, timeout=None)
+        try:
+            return Reply(response.status_code, response.json())
+        except ValueError:
+            message = response.text[:1000] or response.reason_phrase
+            error = {"message": message, "type": "InternalServerError", "param": None}
+            return Reply(response.status_code, {"error": {**error, "code": response.status_code}})
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens of the KV cache, counted as vLLM does in its log."""
+        cache = self._llm.vllm_config.cache_config
+        return (cache.num_gpu_blocks or 0) * cache.block_size
+
+    def counters(self) -> EngineCounters:
+        values: dict[str, float] = {}
+        for metric in get_metrics_snapshot():
+            if isinstance(metric, Counter | Gauge):
+                values[metric.name] = values.get(metric.name, 0) + metric.value
+        return EngineCounters(
+            num_requests_running=int(values.get("vllm:num_requests_running", 0)),
+            num_requests_waiting=int(values.get("vllm:num_requests_waiting", 0)),
+            kv_cache_usage=values.get("vllm:kv_cache_usage_perc", 0.0),
+            prompt_tokens=int(values.get("vllm:prompt_tokens", 0)),
+            generation_tokens=int(values.get("vllm:generation_tokens", 0)),
+            num_preemptions=int(values.get("vllm:num_preemptions", 0)),
+        )
+
+    async def pool_stats(self) -> dict[str, float]:
+        stats: dict[str, float] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
+        return stats
+
+    async def resident_bytes(self) -> int:
+        """Memory that loading took in the worker, measured; see ``PoolWorkerExtension``."""
+        return int((await self._llm.collective_rpc("elbowroom_resident_bytes"))[0])
+
+    async def check_health(self) -> None:
+        """Raises when the engine core is gone."""
+        await self._llm.check_health()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+        self._llm.shutdown()
+
+
+def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
+    """vLLM's command line for one replica of the plan."""
+    engine = plan.engine
+    pool = {"share": plan.shares[rank].to_json(), "run_dir": run_dir}
+    arguments = [
+        *("--model", plan.model_dir),
+        *("--served-model-name", *engine.served_model_names),
+        *("--dtype", engine.dtype),
+        *("--seed", str(engine.seed)),
+        *("--max-model-len", str(engine.max_model_len)),
+        *("--max-num-seqs", str(engine.max_num_seqs)),
+        *("--max-num-batched-tokens", str(engine.max_num_batched_tokens)),
+        *("--block-size", str(plan.account.block_tokens)),
+        *("--kv-cache-memory-bytes", str(plan.account.kv_bytes)),
+        *("--load-format", "safetensors"),
+        *("--distributed-executor-backend", "uni"),
+        *("--worker-extension-cls", _WORKER_EXTENSION),
+        *("--additional-config", json.dumps({CONFIG_KEY: pool})),
+        "--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching",
+        "--disable-uvicorn-access-log",
+    ]
+    if engine.enforce_eager:
+        arguments.append("--enforce-eager")
+    return arguments + list(engine.extra)

@@ -1,0 +1,155 @@
+"""Engine side: decoder layers are handed to the pool as vLLM builds and loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.offloader.base import BaseOffloader, get_offloader
+from vllm.platforms import current_platform
+
+from elbowroom.core.errors import PoolError, UnsupportedModelError
+from elbowroom.core.plan import PoolShare
+from elbowroom.engine.process import die_with_parent, resident_bytes, return_freed_memory
+from elbowroom.pool.pool import Pool
+from elbowroom.pool.shared_memory import SharedMemoryStore
+from elbowroom.pool.store import LocalStore, Store
+
+_PACKED_MULTIPLE = 32  # the packed kernel works on tiles of 32 x 32
+
+
+class PoolOffloader(BaseOffloader):
+    """Gives every decoder layer's feed-forward weights to the pool.
+
+    vLLM asks its offloader to wrap each layer right after building it, before weights are loaded.
+    """
+
+    def __init__(self, share: PoolShare, store: Store) -> None:
+        self.pool = Pool(share, store, pack=pack_weight)
+        self.resident_before_bytes = resident_bytes()
+        self.resident_after_bytes = 0
+        self._num_unloaded = 0
+
+    @staticmethod
+    def from_config(config: dict[str, Any]) -> PoolOffloader:
+        """The offloader that ``additional_config`` describes: a share and where the group meets.
+
+        Raises PoolError on devices that no store reaches yet.
+        """
+        share = PoolShare.from_json(config["share"])
+        if not current_platform.is_cpu() and share.mode != "none":
+            raise PoolError(
+                f"a pool on {current_platform.device_name} is not supported yet: use --pool none"
+            )
+        die_with_parent()
+        if share.mode == "none":
+            return PoolOffloader(share, LocalStore())
+        return PoolOffloader(share, SharedMemoryStore(Path(config["run_dir"]), share.rank))
+
+    def wrap_modules(
+        self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
+    ) -> list[nn.Module]:
+        return [self._wrap(module) for module in modules_generator]
+
+    def _wrap(self, block: nn.Module) -> nn.Module:
+        """Hand one block over. Its linears load and compute through ``PooledLinearMethod``."""
+        ffn = self.pool.add_block(block, keep_weights=False)
+        for span in ffn.spans:
+            linear: Any = span.linear
+            if type(linear.quant_method) is not UnquantizedLinearMethod:
+                raise UnsupportedModelError(
+                    f"feed-forward weights are quantised ({type(linear.quant_method).__name__}): "
+                    f"the pool holds plain bf16, fp16 or fp32 weights; run this model with vLLM"
+                )
+            if linear.weight.is_meta:
+                linear.weight.weight_loader = _skip_loading
+            linear.quant_method = PooledLinearMethod(self, span.shape, span.dtype)
+            self._num_unloaded += 1
+        return block
+
+    def mark_loaded(self) -> None:
+        """One more linear has its weights. After the last, the group shares what it has."""
+        self._num_unloaded -= 1
+        if self._num_unloaded == 0:
+            self.pool.attach()
+            return_freed_memory()
+            self.resident_after_bytes = resident_bytes()
+            self.pool.start()
+
+
+class PooledLinearMethod(UnquantizedLinearMethod):
+    """A linear layer whose weight is whatever the pool leases to it, in the packed form if any.
+
+    Every layout, with or without a pool, runs this one kernel, so that results do not depend on
+    the layout: a row comes out the same whatever the batch.
+    """
+
+    def __init__(self, offloader: PoolOffloader, shape: torch.Size, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._offloader = offloader
+        self._is_packed = is_packable(shape, dtype)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        self._offloader.mark_loaded()
+
+    def apply(
+        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        if not self._is_packed:
+            return nn.functional.linear(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype)
+        torch.ops._C.weight_packed_linear(out, rows, weight, None, True)
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], weight.shape[0])
+
+
+class PoolWorkerExtension:
+    """Methods added to vLLM's worker, called by name from the request side (``collective_rpc``)."""
+
+    def elbowroom_stats(self) -> dict[str, float]:
+        """Counters of the pool; see ``PoolStats``. Fails if leases and slots disagree."""
+        pool = _offloader().pool
+        pool.check_integrity()
+        return vars(pool.stats())
+
+    def elbowroom_resident_bytes(self) -> int:
+        """Memory that loading took: weights, slots. Measured, without the KV cache."""
+        offloader = _offloader()
+        return offloader.resident_after_bytes - offloader.resident_before_bytes
+
+
+def is_packable(shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether the packed CPU kernel takes this matrix; in other types it aborts the process."""
+    return (
+        current_platform.is_cpu()
+        and dtype == torch.bfloat16
+        and all(size % _PACKED_MULTIPLE == 0 for size in shape)
+        and hasattr(torch.ops._C, "weight_packed_linear")
+    )
+
+
+def pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """The packed form of a matrix: an ordinary tensor of the same shape, so it can be shared."""
+    if not is_packable(weight.shape, weight.dtype):
+        return weight
+    packed: torch.Tensor = torch.ops._C.convert_weight_packed(weight)
+    return packed
+
+
+def _offloader() -> PoolOffloader:
+    offloader = get_offloader()
+    if not isinstance(offloader, PoolOffloader):
+        raise PoolError("vLLM built this model without our plugin: reinstall elbowroom beside vllm")
+    return offloader
+
+
+def _skip_loading(*_: object, **__: object) -> None:
+    """Weight loader of a placeholder: a borrower never reads the owner's weights from disk."""

@@ -1,0 +1,164 @@
+"""Offers rows to replicas: one queue, and each replica takes what it has room for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from elbowroom.jobs.batch_file import RejectedRow, Row
+
+_BYTES_PER_TOKEN = 4.0  # English text; corrected by what finished rows report
+_FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
+_SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
+
+
+class TokenUsage(NamedTuple):
+    """Tokens of one finished row, as the engine reports them."""
+
+    prompt_tokens: int
+    output_tokens: int
+
+
+class RowEstimator:
+    """How many tokens of KV cache a row will need at its end. Learns from finished rows."""
+
+    def __init__(self) -> None:
+        self._num_learned = 0
+        self._bytes_per_token = _BYTES_PER_TOKEN
+        self._output_tokens = 0.0
+        self._deviation = 0.0
+
+    def num_tokens(self, row: Row) -> int:
+        """Expected prompt tokens, and a cautious guess (mean and one deviation) of the output.
+
+        Before any row has finished, a row is believed to use all the output it asks for.
+        """
+        limit = _output_limit(row)
+        guess = self._output_tokens + self._deviation
+        if self._num_learned == 0:
+            guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
+        return int(_prompt_bytes(row) / self._bytes_per_token + min(guess, limit)) + 1
+
+    def learn(self, row: Row, usage: TokenUsage) -> None:
+        self._num_learned += 1
+        rate = max(_SLOWEST_LEARNING_RATE, 1 / self._num_learned)
+        ratio = _prompt_bytes(row) / max(1, usage.prompt_tokens)
+        error = usage.output_tokens - self._output_tokens
+        self._bytes_per_token += rate * (max(0.25, ratio) - self._bytes_per_token)
+        self._output_tokens += rate * error
+        if self._num_learned > 1:
+            self._deviation += rate * (abs(error) - self._deviation)
+
+
+@dataclass
+class Intake:
+    """What one replica holds: its rows in flight, and the KV tokens set aside for them."""
+
+    num_kv_tokens: int
+    max_rows: int
+    rows: dict[int, Row] = field(default_factory=dict)
+    reserved: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def free_tokens(self) -> int:
+        return self.num_kv_tokens - sum(self.reserved.values())
+
+    def has_room(self, num_tokens: int) -> bool:
+        """An empty replica takes any row: the engine itself refuses what can never fit."""
+        return not self.rows or (
+            len(self.rows) < self.max_rows and num_tokens <= self.free_tokens
+        )
+
+
+class Offer(NamedTuple):
+    """A row, and the replica that takes it."""
+
+    rank: int
+    row: Row
+
+
+class Dispatcher:
+    """Owns the rows in flight. Rows are read one by one, as replicas have room for them."""
+
+    def __init__(self, rows: Iterable[Row | RejectedRow], intakes: dict[int, Intake]) -> None:
+        self._rows = iter(rows)
+        self._intakes = intakes
+        self._estimator = RowEstimator()
+        self._waiting: Row | None = None
+        self._is_exhausted = False
+
+    @property
+    def num_in_flight(self) -> int:
+        return sum(len(intake.rows) for intake in self._intakes.values())
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_exhausted and self._waiting is None and self.num_in_flight == 0
+
+    def offers(self) -> Iterator[Offer | RejectedRow]:
+        """Rows that some replica has room for now, and rows that no replica should see.
+
+        The next row goes to the replica with most room, so none idles while another queues.
+        """
+        while (row := self._next()) is not None:
+            if isinstance(row, RejectedRow):
+                yield row
+                continue
+            num_tokens = self._estimator.num_tokens(row)
+            takers = [rank for rank, intake in self._intakes.items() if intake.has_room(num_tokens)]
+            if not takers:
+                self._waiting = row
+                return
+            rank = max(takers, key=lambda rank: self._intakes[rank].free_tokens)
+            self._intakes[rank].rows[row.index] = row
+            self._intakes[rank].reserved[row.index] = num_tokens
+            yield Offer(rank, row)
+
+    def finish(self, rank: int, index: int, usage: TokenUsage | None) -> Row:
+        """A replica answered a row. Returns the row."""
+        intake = self._intakes[rank]
+        del intake.reserved[index]
+        row = intake.rows.pop(index)
+        if usage is not None:
+            self._estimator.learn(row, usage)
+        return row
+
+    def _next(self) -> Row | RejectedRow | None:
+        if self._waiting is not None:
+            row, self._waiting = self._waiting, None
+            return row
+        following = next(self._rows, None)
+        self._is_exhausted = following is None
+        return following
+
+
+def token_usage(body: Any) -> TokenUsage | None:
+    """The ``usage`` of an OpenAI response body, or None where it has none."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    if not isinstance(usage, dict):
+        return None
+    return TokenUsage(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+
+
+def _prompt_bytes(row: Row) -> int:
+    """Size of what becomes the prompt: messages, tools, text; not the sampling parameters."""
+    parts = [row.body[key] for key in ("messages", "tools", "prompt", "input") if key in row.body]
+    if len(parts) == 1 and isinstance(parts[0], list) and _is_token_ids(parts[0]):
+        return int(len(parts[0]) * _BYTES_PER_TOKEN)
+    return len(json.dumps(parts, ensure_ascii=False))
+
+
+def _is_token_ids(prompt: list[Any]) -> bool:
+    return bool(prompt) and isinstance(prompt[0], int)
+
+
+def _output_limit(row: Row) -> float:
+    """Most output tokens the row asks for, over all its choices; without a limit, infinite."""
+    if "input" in row.body:
+        return 0.0  # embeddings
+    limits = [row.body.get(key) for key in ("max_tokens", "max_completion_tokens")]
+    given = [limit for limit in limits if isinstance(limit, int)]
+    choices = row.body.get("n")
+    return min(given, default=float("inf")) * (choices if isinstance(choices, int) else 1)

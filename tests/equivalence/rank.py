@@ -1,0 +1,61 @@
+"""One rank of a group, run by vLLM alone: answers fixed prompts under one layout after another.
+
+    python -m tests.equivalence.rank CASES.json RESULTS.json
+
+Runs in a process of its own, because a group needs one process per rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm import LLM, SamplingParams
+from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+PROMPTS = [
+    list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 130)
+]
+
+
+def answer(case: dict[str, Any]) -> list[Any]:
+    """Tokens and log-probabilities of every prompt, greedy and sampled, as plain JSON values."""
+    llm = LLM(
+        case["model_dir"],
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        block_size=32,
+        kv_cache_memory_bytes=4 << 20,
+        seed=0,
+        disable_log_stats=True,
+        additional_config=case["additional_config"],
+    )
+    params = [
+        SamplingParams(max_tokens=24, ignore_eos=True, logprobs=3, temperature=t, seed=i)
+        for i, t in enumerate([0.0, 1.0] * (len(PROMPTS) // 2))
+    ]
+    prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    return [
+        [
+            list(output.outputs[0].token_ids),
+            [{t: p.logprob for t, p in step.items()} for step in output.outputs[0].logprobs],
+        ]
+        for output in outputs
+    ]
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps([answer(case) for case in cases]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""Every layout gives the plain result: tokens and log-probabilities, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from elbowroom.core.model import read_model
+from elbowroom.core.plan import PoolShare
+from elbowroom.engine.vllm_seam import ENVIRONMENT
+from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
+from elbowroom.planning.pool import plan_shares
+from elbowroom.pool.run_dir import run_directory
+from tools.make_model import ARCHITECTURES, make_model
+
+pytestmark = pytest.mark.vllm
+
+NUM_LAYERS = 5  # divisible by neither 2 nor 3
+ROOT = Path(__file__).parents[2]
+
+
+class Layout(tuple[str, int | None, str]):
+    """Mode, slots and fetch order."""
+
+
+LAYOUTS: list[tuple[str, int | None, str]] = [
+    ("mapped", None, "peak-shift"),
+    ("streamed", None, "peak-shift"),
+    ("streamed", 1, "sliced"),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {
+        name: make_model(root / name, name, num_layers=NUM_LAYERS) for name in ARCHITECTURES
+    }
+
+
+@pytest.fixture(scope="module")
+def plain(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What ``--pool none`` answers, per model: the reference."""
+    folder = tmp_path_factory.mktemp("plain")
+    cases = [_case(path, plan_shares(_ffn_bytes(path), 1, "none")[0]) for path in models.values()]
+    return dict(zip(models, _run_ranks([cases], folder)[0], strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_pooled_equals_plain(
+    models: dict[str, Path], plain: dict[str, Any], num_ranks: int, tmp_path: Path
+) -> None:
+    cases: list[list[dict[str, Any]]] = [[] for _ in range(num_ranks)]
+    expected: list[Any] = []
+    for name, path in models.items():
+        for mode, slots, order in LAYOUTS:
+            shares = plan_shares(_ffn_bytes(path), num_ranks, mode, slots, order)
+            for rank, share in enumerate(shares):
+                cases[rank].append(_case(path, share))
+            expected.append(plain[name])
+    results = _run_ranks(cases, tmp_path)
+    assert len(results) == num_ranks
+    for rank, answers in enumerate(results):
+        for case, answer, wanted in zip(cases[rank], answers, expected, strict=True):
+            assert answer == wanted, f"rank {rank} differs from plain: {case}"
+
+
+def test_reference_is_not_constant(plain: dict[str, Any]) -> None:
+    """Guards the comparison above: models differ from each other, and prompts from prompts."""
+    answers = [json.dumps(prompt) for model in plain.values() for prompt in model]
+    assert len(set(answers)) == len(answers)
+
+
+def _ffn_bytes(path: Path) -> tuple[int, ...]:
+    return read_model(path).ffn_bytes()
+
+
+def _case(path: Path, share: PoolShare) -> dict[str, Any]:
+    pool = {"share": share.to_json()}
+    return {"model_dir": str(path), "additional_config": {CONFIG_KEY: pool}}
+
+
+def _run_ranks(cases: list[list[dict[str, Any]]], folder: Path) -> list[list[Any]]:
+    """Run every rank's cases, all ranks at once. Case i of all ranks meets in directory i."""
+    with run_directory() as run_dir:
+        for rank, of_rank in enumerate(cases):
+            for index, case in enumerate(of_rank):
+                meeting = run_dir / str(index)
+                meeting.mkdir(mode=0o700, exist_ok=True)
+                case["additional_config"][CONFIG_KEY]["run_dir"] = str(meeting)
+            (folder / f"cases-{rank}.json").write_text(json.dumps(of_rank))
+        processes = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "tests.equivalence.rank"),
+                    str(folder / f"cases-{rank}.json"),
+                    str(folder / f"results-{rank}.json"),
+                ],
+                cwd=ROOT,
+                env={**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(len(cases))
+        ]
+        try:
+            assert [process.wait(timeout=500) for process in processes] == [0] * len(cases)
+        finally:
+            for process in processes:
+                process.kill()
+    return [json.loads((folder / f"results-{r}.json").read_text()) for r in range(len(cases))]
