@@ -16,7 +16,9 @@ from demo_tasks import is_correct
 
 def read_lines(path: Path) -> list[dict]:
     """Read a file of one JSON object per line; empty lines are skipped."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
 
 
 def reply_text(result: dict) -> str | None:

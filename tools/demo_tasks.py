@@ -18,27 +18,22 @@ HELD_OUT_SHARE = 8
 MOST_TASKS = 900
 """Well beyond this, the kinds with few prompts would run out of held-out ones."""
 
-MONTHS = (
-    "January February March April May June July August September October November December"
-).split()
+MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
 DAYS_IN_MONTH = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-WORDS = (
-    "apple bread cherry desk eagle fig grape house ink jar kite lemon moon nest olive pear "
-    "quilt river stone tiger umbrella violin water yarn zebra"
-).split()
-NAMES = (
-    "Ada Ben Clara David Emma Felix Grace Hugo Iris Jonas Karin Leo Maria Nina Oscar Paula "
-    "Ravi Sara Tom Uma Victor Wanda Yusuf Zoe"
-).split()
-CITIES = (
-    "Athens Berlin Cairo Dublin Geneva Hanoi Lima Lisbon London Madrid Nairobi Oslo Paris "
-    "Quito Rome Seoul Tokyo Vienna Warsaw Zurich"
-).split()
-COLORS = "red green blue yellow black white purple brown pink gray".split()
+WORDS = ["apple", "bread", "cherry", "desk", "eagle", "fig", "grape", "house", "ink", "jar", "kite", "lemon", "moon", "nest", "olive", "pear", "quilt", "river", "stone", "tiger", "umbrella", "violin", "water", "yarn", "zebra"]
+NAMES = ["Ada", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Hugo", "Iris", "Jonas", "Karin", "Leo", "Maria", "Nina", "Oscar", "Paula", "Ravi", "Sara", "Tom", "Uma", "Victor", "Wanda", "Yusuf", "Zoe"]
+CITIES = ["Athens", "Berlin", "Cairo", "Dublin", "Geneva", "Hanoi", "Lima", "Lisbon", "London", "Madrid", "Nairobi", "Oslo", "Paris", "Quito", "Rome", "Seoul", "Tokyo", "Vienna", "Warsaw", "Zurich"]
+COLORS = ["red", "green", "blue", "yellow", "black", "white", "purple", "brown", "pink", "gray"]
 ROMAN_SIGNS = (
     (100, "C"), (90, "XC"), (50, "L"), (40, "XL"), (10, "X"), (9, "IX"), (5, "V"), (4, "IV"), (1, "I")
 )  # fmt: skip
-UNIT_PAIRS = (("km", "m", 1000), ("m", "cm", 100), ("cm", "mm", 10), ("kg", "g", 1000), ("l", "ml", 1000))
+UNIT_PAIRS = (
+    ("km", "m", 1000),
+    ("m", "cm", 100),
+    ("cm", "mm", 10),
+    ("kg", "g", 1000),
+    ("l", "ml", 1000),
+)
 
 
 class Task(NamedTuple):
@@ -54,14 +49,24 @@ def _arithmetic(rng: random.Random) -> tuple[str, str]:
     operation = rng.choice(("add", "add", "subtract", "subtract", "multiply"))
     if operation == "multiply":
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        forms = ("What is {a} * {b}?", "Multiply {a} by {b}.", "{a} * {b} = ?", "Calculate {a} * {b}.")
+        forms = (
+            "What is {a} * {b}?",
+            "Multiply {a} by {b}.",
+            "{a} * {b} = ?",
+            "Calculate {a} * {b}.",
+        )
         return rng.choice(forms).format(a=a, b=b), str(a * b)
     a, b = rng.randint(0, 20), rng.randint(0, 9)
     if operation == "add":
         forms = ("What is {a} + {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "Calculate {a} + {b}.")
         return rng.choice(forms).format(a=a, b=b), str(a + b)
     a, b = max(a, b), min(a, b)
-    forms = ("What is {a} - {b}?", "Subtract {b} from {a}.", "{a} - {b} = ?", "Calculate {a} - {b}.")
+    forms = (
+        "What is {a} - {b}?",
+        "Subtract {b} from {a}.",
+        "{a} - {b} = ?",
+        "Calculate {a} - {b}.",
+    )
     return rng.choice(forms).format(a=a, b=b), str(a - b)
 
 
@@ -98,7 +103,11 @@ def _dates(rng: random.Random) -> tuple[str, str]:
             "Write the date {d} with the month name.",
         )
         return rng.choice(forms).format(d=iso), long
-    forms = ("Write {d} as an ISO date.", "What is {d} in ISO format?", "Give the ISO date for {d}.")
+    forms = (
+        "Write {d} as an ISO date.",
+        "What is {d} in ISO format?",
+        "Give the ISO date for {d}.",
+    )
     return rng.choice(forms).format(d=long), iso
 
 
@@ -122,7 +131,11 @@ def _roman(rng: random.Random) -> tuple[str, str]:
             "Convert {n} to Roman numerals.",
         )
         return rng.choice(forms).format(n=number), roman
-    forms = ("Which number is {n}?", "Write the Roman numeral {n} in digits.", "Convert {n} to a number.")
+    forms = (
+        "Which number is {n}?",
+        "Write the Roman numeral {n} in digits.",
+        "Convert {n} to a number.",
+    )
     return rng.choice(forms).format(n=roman), str(number)
 
 
@@ -139,8 +152,14 @@ def _sorting(rng: random.Random) -> tuple[str, str]:
         return rng.choice(forms).format(i=", ".join(words)), ", ".join(sorted(words))
     numbers = rng.sample(range(10), size)
     falling = rng.random() < 0.5
-    rising_forms = ("Sort in ascending order: {i}.", "Sort these numbers from smallest to largest: {i}.")
-    falling_forms = ("Sort in descending order: {i}.", "Sort these numbers from largest to smallest: {i}.")
+    rising_forms = (
+        "Sort in ascending order: {i}.",
+        "Sort these numbers from smallest to largest: {i}.",
+    )
+    falling_forms = (
+        "Sort in descending order: {i}.",
+        "Sort these numbers from largest to smallest: {i}.",
+    )
     form = rng.choice(falling_forms if falling else rising_forms)
     ordered = sorted(numbers, reverse=falling)
     return form.format(i=", ".join(map(str, numbers))), ", ".join(map(str, ordered))
@@ -158,7 +177,11 @@ def _json(rng: random.Random) -> tuple[str, str]:
     text = _compact({key: fields[key] for key in keys})
     if len(keys) == 2 or rng.random() < 0.6:
         key = rng.choice(keys)
-        forms = ("{t} What is the {k}?", "Read this JSON: {t} What is the {k}?", "Give the {k} in {t}")
+        forms = (
+            "{t} What is the {k}?",
+            "Read this JSON: {t} What is the {k}?",
+            "Give the {k} in {t}",
+        )
         return rng.choice(forms).format(t=text, k=key), str(fields[key])
     first, second = rng.sample(keys, 2)
     forms = ("{t} Keep only {a} and {b}.", "Return only {a} and {b} as JSON: {t}")

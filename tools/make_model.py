@@ -30,9 +30,9 @@ def make_model(
     num_kv_heads: int = 2,
     vocab_size: int = 256,
     max_positions: int = 2048,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Path:
-    """Write a Hugging Face model directory in bfloat16. Returns ``out``."""
+    """Write a Hugging Face model directory in bfloat16; each architecture has its own weights."""
     config = AutoConfig.for_model(
         architecture,
         num_hidden_layers=num_layers,
@@ -48,7 +48,7 @@ def make_model(
         eos_token_id=1,
         pad_token_id=0,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(ARCHITECTURES.index(architecture) if seed is None else seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(out)
     make_tokenizer(vocab_size).save_pretrained(out)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -20,6 +21,8 @@ from elbowroom.core.plan import (
     POOL_MODES,
     EngineOptions,
     MemoryAccount,
+    PoolMode,
+    PoolShare,
     RunPlan,
 )
 from elbowroom.core.units import format_bytes, parse_bytes
@@ -29,6 +32,8 @@ from elbowroom.jobs.runner import JobFiles, run_job
 from elbowroom.jobs.spool import check_paths
 from elbowroom.planning.memory import account_memory, check_fits
 from elbowroom.planning.pool import plan_shares
+
+_ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
 
 EXIT_GOOD = 0
 EXIT_FAILURE = 1
@@ -59,10 +64,10 @@ async def _run(args: argparse.Namespace, console: Console) -> int:
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     files = _files(args)
-    check_paths(files.input, files.output, files.errors)
+    check_paths(files.input, files.output, files.errors, files.report)
     model = read_model(args.model, args.dtype)
     plan = _plan(args, model)
-    console.print(account_table(model, plan, args))
+    console.print(_account_table(args, model))
     check_fits(plan.account, plan.engine.max_model_len)
     facts = scan(files.input)
     report = await run_job(plan, files, facts, console)
@@ -71,7 +76,7 @@ async def _run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elbowroom", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="elbowroom", description=_ABOUT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     run = commands.add_parser(
         "run",
@@ -107,7 +112,6 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
     engine.add_argument("--seed", type=int, default=0)
     engine.add_argument("--no-prefix-caching", action="store_true")
-    engine.add_argument("--device", choices=("cpu", "cuda"), default=None, help=argparse.SUPPRESS)
     run.add_argument("vllm", nargs="*", metavar="-- VLLM OPTIONS", help="passed on to vLLM")
     return parser
 
@@ -124,17 +128,12 @@ def _files(args: argparse.Namespace) -> JobFiles:
 
 
 def _plan(args: argparse.Namespace, model: ModelFacts) -> RunPlan:
-    shares = plan_shares(
-        model.ffn_bytes(), args.replicas, args.pool, args.slots, args.fetch_order
-    )
-    account = account_memory(
-        model, shares, args.memory, args.max_num_batched_tokens, args.max_num_seqs
-    )
+    shares = _shares(args, model, args.pool)
     names = (*args.served_model_name, model.name, str(args.model))
     return RunPlan(
         model_dir=str(args.model),
         device="cpu",
-        account=account,
+        account=_account(args, model, args.pool),
         shares=shares,
         cores=split_cores(args.replicas),
         engine=EngineOptions(
@@ -150,12 +149,61 @@ def _plan(args: argparse.Namespace, model: ModelFacts) -> RunPlan:
     )
 
 
+def _shares(args: argparse.Namespace, model: ModelFacts, mode: PoolMode) -> tuple[PoolShare, ...]:
+    return plan_shares(model.ffn_bytes(), args.replicas, mode, args.slots, args.fetch_order)
+
+
+def _account(args: argparse.Namespace, model: ModelFacts, mode: PoolMode) -> MemoryAccount:
+    return account_memory(
+        model,
+        _shares(args, model, mode),
+        args.memory,
+        args.max_num_batched_tokens,
+        args.max_num_seqs,
+    )
+
+
+def _account_table(args: argparse.Namespace, model: ModelFacts) -> Table:
+    """Where one replica's memory goes, for the layout asked for and for the others."""
+    title = f"{model.name}: {args.replicas} x {format_bytes(args.memory)} ({model.dtype})"
+    table = Table(title=title, title_justify="left", box=None)
+    for column in ("pool", "replicated", "own FFN", "slots", "workspace", "KV", "KV tokens"):
+        table.add_column(column, justify="right")
+    for mode in POOL_MODES:
+        account = _account(args, model, mode)
+        table.add_row(
+            f"> {mode}" if mode == args.pool else mode,
+            format_bytes(account.replicated_bytes),
+            format_bytes(account.ffn_bytes),
+            format_bytes(account.slot_bytes),
+            format_bytes(account.workspace_bytes),
+            format_bytes(account.kv_bytes),
+            str(account.num_kv_tokens) if account.kv_bytes > 0 else "does not fit",
+        )
+    return table
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
+
 def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
-    """This process' cores, divided among replicas; with too few, replicas share cores."""
+    """The cores of this process, divided among replicas; with too few, replicas share cores."""
     cores = sorted(os.sched_getaffinity(0))
     if num_replicas > len(cores):
         return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
     bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
-    return tuple(
-        tuple(cores[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)
-    )
+    return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -15,9 +15,7 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-PROMPTS = [
-    list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 130)
-]
+PROMPTS = [list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 130)]
 
 
 def answer(case: dict[str, Any]) -> list[Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tools.make_model import ARCHITECTURES, make_model
 
 from elbowroom.core.model import read_model
 from elbowroom.core.plan import PoolShare
@@ -17,7 +18,6 @@ from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
 from elbowroom.planning.pool import plan_shares
 from elbowroom.pool.run_dir import run_directory
-from tools.make_model import ARCHITECTURES, make_model
 
 pytestmark = pytest.mark.vllm
 
@@ -39,9 +39,7 @@ LAYOUTS: list[tuple[str, int | None, str]] = [
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {
-        name: make_model(root / name, name, num_layers=NUM_LAYERS) for name in ARCHITECTURES
-    }
+    return {name: make_model(root / name, name, num_layers=NUM_LAYERS) for name in ARCHITECTURES}
 
 
 @pytest.fixture(scope="module")

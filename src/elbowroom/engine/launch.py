@@ -46,7 +46,7 @@ async def start_replica(
     log: IO[bytes],
     command: Sequence[str] = REPLICA_COMMAND,
 ) -> ReplicaProcess:
-    """Start one replica on ``cores`` (none: wherever the system likes). Its output goes to ``log``."""
+    """Start one replica on ``cores`` (none: on any); its output goes to ``log``."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = await asyncio.create_subprocess_exec(

@@ -84,12 +84,10 @@ async def _answer_rows(engine: Engine, channel: Channel) -> None:
 
 
 async def _answer(engine: Engine, channel: Channel, row: Message) -> None:
-    reply = await engine.answer(row["url"], row["body"])
-    if reply.status_code >= 500:
+    status, body = await engine.answer(row["url"], row["body"])
+    if status >= 500:
         await engine.check_health()  # a dead engine ends the replica, not row after row
-    channel.send(
-        {"type": "done", "id": row["id"], "status": reply.status_code, "body": reply.body}
-    )
+    channel.send({"type": "done", "id": row["id"], "status": status, "body": body})
     await channel.drain()
 
 

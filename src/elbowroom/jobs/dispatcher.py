@@ -67,9 +67,7 @@ class Intake:
 
     def has_room(self, num_tokens: int) -> bool:
         """An empty replica takes any row: the engine itself refuses what can never fit."""
-        return not self.rows or (
-            len(self.rows) < self.max_rows and num_tokens <= self.free_tokens
-        )
+        return not self.rows or (len(self.rows) < self.max_rows and num_tokens <= self.free_tokens)
 
 
 class Offer(NamedTuple):

@@ -19,7 +19,7 @@ from elbowroom.jobs.dispatcher import Dispatcher, Intake, TokenUsage, token_usag
 from elbowroom.jobs.group import ReplicaGroup
 from elbowroom.jobs.progress import JobSnapshot, ProgressView, ReplicaStats
 from elbowroom.jobs.report import JobReport, ReplicaReport
-from elbowroom.jobs.spool import Spool, error_line, success_line
+from elbowroom.jobs.spool import Spool, error_line, response_line
 from elbowroom.pool.run_dir import run_directory
 
 TICK_SECONDS = 0.25
@@ -48,6 +48,7 @@ class ReplicaState:
     num_kv_tokens: int = 0
     resident_bytes: int = 0
     start_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 async def run_job(
@@ -62,7 +63,7 @@ async def run_job(
     Raises ReplicaError when a replica fails or dies: then nothing is published. OutputError when
     results cannot be written.
     """
-    with run_directory() as run_dir, Spool(files.output.parent) as spool:
+    with run_directory() as run_dir, Spool(files.output.parent, facts.num_rows) as spool:
         log_dir = files.logs or run_dir
         log_dir.mkdir(parents=True, exist_ok=True)
         async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
@@ -70,8 +71,8 @@ async def run_job(
             await job.start()
             await job.answer_all(files.input)
             await job.stop()
-        spool.publish(files.output, files.errors, facts.num_rows)
-        report = job.report()
+        spool.publish(files.output, files.errors)
+    report = job.report()
     report.write(files.report)
     return report
 
@@ -93,11 +94,11 @@ class _Job:
         self._spool = spool
         self._console = console
         self._replicas = [
-            ReplicaState(ReplicaStats(rank, "starting", 0, 0, 0.0, 0, 0, 0, 0, 0))
-            for rank in range(plan.num_replicas)
+            ReplicaState(ReplicaStats(rank, "starting")) for rank in range(plan.num_replicas)
         ]
         self._failures: Counter[str] = Counter()
         self._usage = TokenUsage(0, 0)
+        self._is_ready = False
         self._begin = time.monotonic()
         self._ready_at = self._begin
         self._done_at = self._begin
@@ -108,6 +109,7 @@ class _Job:
             while any(replica.stats.state == "starting" for replica in self._replicas):
                 await self._tick(view)
         self._ready_at = time.monotonic()
+        self._is_ready = True
         self._check_memory()
 
     async def answer_all(self, path: Path) -> None:
@@ -140,7 +142,7 @@ class _Job:
                 waiting.discard(event.rank)
 
     def report(self) -> JobReport:
-        return JobReport.of_run(
+        return JobReport(
             plan=self._plan,
             num_rows=self._facts.num_rows,
             num_succeeded=self._spool.num_succeeded,
@@ -158,6 +160,7 @@ class _Job:
                     num_preemptions=replica.stats.num_preemptions,
                     mapped_bytes=replica.stats.mapped_bytes,
                     streamed_bytes=replica.stats.streamed_bytes,
+                    wait_seconds=replica.wait_seconds,
                 )
                 for rank, replica in enumerate(self._replicas)
             ),
@@ -172,7 +175,7 @@ class _Job:
                 continue
             row = offer.row
             message = {"type": "row", "id": row.index, "url": row.url, "body": row.body}
-            self._group.send(offer.rank, {**message})
+            self._group.send(offer.rank, message)
             await self._group.drain()
 
     async def _tick(self, view: ProgressView) -> Message | None:
@@ -193,6 +196,7 @@ class _Job:
             replica.start_seconds = message["start_seconds"]
             replica.stats = replace(replica.stats, state="running")
         elif message["type"] in ("stats", "stopped"):
+            replica.wait_seconds = message["pool"]["wait_seconds"]
             replica.stats = ReplicaStats(
                 replica=rank,
                 state="running" if message["type"] == "stats" else "stopped",
@@ -218,7 +222,7 @@ class _Job:
         is_success = 200 <= message["status"] < 300
         if not is_success:
             self._failures[f"http_{message['status']}"] += 1
-        line = success_line(row.custom_id, message["status"], message["body"])
+        line = response_line(row.custom_id, message["status"], message["body"])
         self._spool.put(row.index, line, is_success)
 
     def _snapshot(self) -> JobSnapshot:
@@ -227,6 +231,7 @@ class _Job:
             rows_done=self._spool.num_succeeded + self._spool.num_failed,
             rows_failed=self._spool.num_failed,
             elapsed_seconds=time.monotonic() - self._begin,
+            run_seconds=time.monotonic() - self._ready_at if self._is_ready else 0.0,
             replicas=tuple(replica.stats for replica in self._replicas),
         )
 

@@ -10,7 +10,7 @@ from elbowroom.core.plan import MemoryAccount, PoolShare
 from elbowroom.core.units import format_bytes
 
 BLOCK_TOKENS = 32
-"""Tokens of one KV block. Small, so that a row wastes little; vLLM's CPU kernels want multiples of 32."""
+"""Tokens of one KV block: small, so that a row wastes little, and what vLLM's CPU kernels want."""
 
 MIN_KV_BLOCKS = 2
 """vLLM keeps block 0 for itself: one more is the least that can hold a token."""

@@ -29,7 +29,7 @@ class WeightSpan(NamedTuple):
         return self.shape.numel() * self.dtype.itemsize
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
-        """This matrix inside ``buffer`` (uint8, the layer's bytes), without a copy."""
+        """The matrix inside ``buffer`` (uint8, the layer's bytes), without a copy."""
         end = self.offset_bytes + self.num_bytes
         return buffer[self.offset_bytes : end].view(self.dtype).view(self.shape)
 

@@ -1,4 +1,4 @@
-"""The pool of one rank: it takes over the feed-forward weights of a model's blocks, and leases them.
+"""The pool of one rank: takes over the feed-forward weights of a model's blocks and leases them.
 
 Life: ``add_block`` for every block in order, load weights, ``attach`` (publishes what this rank
 owns, opens what its peers own), ``start``, forward passes, ``close``. The forward passes need no
@@ -96,7 +96,7 @@ class Pool:
             for span in ffn.spans:
                 weight = span.view(self._owned[layer])
                 if keep_weights:
-                    weight.copy_(span.linear.weight)
+                    weight.copy_(span.linear.get_parameter("weight"))
                 span.linear.weight.data = weight
         else:
             for span in ffn.spans:

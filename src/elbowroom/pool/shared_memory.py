@@ -52,9 +52,7 @@ class SharedMemoryStore:
     def publish(self, layer: int) -> None:
         self._part_path(layer).rename(_layer_path(self._run_dir, layer))
 
-    def open(
-        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
-    ) -> torch.Tensor:
+    def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         path = _layer_path(self._run_dir, layer)
         seen_alive = False
         deadline = time.monotonic() + timeout_seconds

@@ -84,7 +84,7 @@ class Slots:
             self._changed.notify_all()
 
     def wait_ready(self, layer: int, timeout_seconds: float) -> Slot:
-        """Compute: the slot that holds ``layer``, now in use. Raises PoolError after the time-out."""
+        """Compute: the slot that holds ``layer``, now in use. PoolError after the time-out."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._failure is not None or self._ready_slot(layer) is not None,
@@ -145,4 +145,3 @@ class Slots:
 
     def _describe(self) -> str:
         return ", ".join(f"{s.index}: {s.state.value} layer {s.layer}" for s in self._slots)
-

@@ -25,9 +25,7 @@ class Store(Protocol):
         """Make an owned layer visible to peers. Its bytes must not change afterwards."""
         ...
 
-    def open(
-        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
-    ) -> torch.Tensor:
+    def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         """A peer's layer, read-only by agreement; waits until it is published.
 
         Raises PeerLostError when the owner died or did not publish in time.
@@ -48,7 +46,7 @@ class LocalHub:
 
 
 class LocalStore:
-    """A store within one process. Ranks that share a hub are peers; without one, a rank is alone."""
+    """A store within one process. Ranks that share a hub are peers."""
 
     def __init__(self, hub: LocalHub | None = None) -> None:
         self._hub = hub or LocalHub()
@@ -63,9 +61,7 @@ class LocalStore:
             self._hub.published[layer] = self._own[layer]
             self._hub.changed.notify_all()
 
-    def open(
-        self, layer: int, owner: int, num_bytes: int, timeout_seconds: float
-    ) -> torch.Tensor:
+    def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         with self._hub.changed:
             if not self._hub.changed.wait_for(
                 lambda: layer in self._hub.published, timeout_seconds

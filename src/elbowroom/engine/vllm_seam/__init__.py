@@ -1,4 +1,4 @@
-"""Everything that depends on vLLM's version: plugin and worker (engine side), server (request side).
+"""Everything that depends on vLLM's version: plugin, worker (engine side), server.
 
 Seen to work with vLLM 0.31 and 0.32 on CPU. No other module of Elbowroom imports vLLM.
 """

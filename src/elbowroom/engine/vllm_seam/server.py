@@ -80,7 +80,7 @@ class Engine:
     def num_kv_tokens(self) -> int:
         """Tokens of the KV cache, counted as vLLM does in its log."""
         cache = self._llm.vllm_config.cache_config
-        return (cache.num_gpu_blocks or 0) * cache.block_size
+        return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
 
     def counters(self) -> EngineCounters:
         values: dict[str, float] = {}
@@ -114,7 +114,7 @@ class Engine:
 
 
 def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
-    """vLLM's command line for one replica of the plan."""
+    """VLLM's command line for one replica of the plan."""
     engine = plan.engine
     pool = {"share": plan.shares[rank].to_json(), "run_dir": run_dir}
     arguments = [

@@ -1,0 +1,203 @@
+"""Reads OpenAI batch files, line by line. A line that cannot be used fails alone."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+import numpy as np
+
+from elbowroom.core.errors import InputError
+
+SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+MAX_LINE_BYTES = 16 * 1024**2
+
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1."""
+
+    index: int
+    line_number: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A line that no engine will see, and why."""
+
+    index: int
+    line_number: int
+    custom_id: str
+    code: str
+    message: str
+
+
+class BatchFacts(NamedTuple):
+    """What one pass over the file tells: its rows, and hashes of ids that occur more than once."""
+
+    num_rows: int
+    num_bytes: int
+    duplicate_hashes: frozenset[int]
+
+
+class _RejectionError(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Line(NamedTuple):
+    number: int
+    data: bytes | None  # None: longer than the cap, and not kept
+
+
+def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> BatchFacts:
+    """Count rows and find duplicate ids. Keeps 16 bytes per row, whatever its length.
+
+    Raises InputError when the file cannot be read or has no rows.
+    """
+    hashes = array("Q")
+    num_rows = 0
+    for line in _lines(path, max_line_bytes):
+        num_rows += 1
+        # Any line may need its made-up id; one that another line really has counts as duplicate.
+        hashes.append(_hash(_made_up_id(line.number)))
+        try:
+            custom_id = _usable_id(_load(line, max_line_bytes))
+        except _RejectionError:
+            continue
+        if custom_id is not None:
+            hashes.append(_hash(custom_id))
+    if num_rows == 0:
+        raise InputError(f"{path} has no rows: give one JSON request per line")
+    values, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
+    duplicates = frozenset(int(value) for value in values[counts > 1])
+    return BatchFacts(num_rows, path.stat().st_size, duplicates)
+
+
+def read_rows(
+    path: Path, facts: BatchFacts, max_line_bytes: int = MAX_LINE_BYTES
+) -> Iterator[Row | RejectedRow]:
+    """Every non-blank line, as a request or as the reason why it is none. Memory is one line.
+
+    Of several lines with one ``custom_id`` the first is answered. The others are rejected under
+    made-up ids (``line-17``), so that each id stands in the results once.
+    """
+    seen: set[str] = set()  # of ids that occur more than once, those that have come by
+    for index, line in enumerate(_lines(path, max_line_bytes)):
+        custom_id = None
+        item: Row | RejectedRow
+        try:
+            data = _load(line, max_line_bytes)
+            custom_id = _usable_id(data)
+            if custom_id in seen:
+                _reject("duplicate_custom_id", f"'{custom_id}' is used by an earlier line")
+            item = _parse(index, line.number, data)
+        except _RejectionError as rejection:
+            if custom_id is None or custom_id in seen:
+                custom_id = _free_id(line.number, facts, seen)
+            message = f"line {line.number}: {rejection}"
+            item = RejectedRow(index, line.number, custom_id, rejection.code, message)
+        if _hash(item.custom_id) in facts.duplicate_hashes:
+            seen.add(item.custom_id)
+        yield item
+
+
+def _lines(path: Path, max_line_bytes: int) -> Iterator[_Line]:
+    """Non-blank lines without their ends; one longer than the cap is skipped over, not kept."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while data := file.readline(max_line_bytes + 1):
+                number += 1
+                if number == 1:
+                    data = data.removeprefix(_BOM)
+                if len(data) > max_line_bytes and not data.endswith(b"\n"):
+                    _skip_line(file)
+                    yield _Line(number, None)
+                elif data := data.strip():
+                    yield _Line(number, data)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (data := file.readline(1024**2)) and not data.endswith(b"\n"):
+        pass
+
+
+def _load(line: _Line, max_line_bytes: int) -> Any:
+    if line.data is None:
+        _reject("line_too_long", f"longer than {max_line_bytes} bytes: split the request")
+    try:
+        data = json.loads(line.data.decode("utf-8"), parse_constant=_refuse_constant)
+        if b"\\ud" in line.data.lower():  # half of a surrogate pair is no character
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        return data
+    except UnicodeEncodeError:
+        _reject("invalid_utf8", "a \\u escape is half of a surrogate pair")
+    except UnicodeDecodeError as error:
+        _reject("invalid_utf8", f"not UTF-8 at byte {error.start}")
+    except RecursionError:
+        _reject("invalid_json", "nested too deeply")
+    except ValueError as error:
+        _reject("invalid_json", f"not valid JSON: {error}")
+
+
+def _parse(index: int, line_number: int, data: Any) -> Row:
+    if not isinstance(data, dict):
+        _reject("invalid_request", f"a JSON object is expected, not {type(data).__name__}")
+    url, body = data.get("url"), data.get("body")
+    custom_id = _usable_id(data)
+    if custom_id is None:
+        _reject("invalid_custom_id", "'custom_id' must be a non-empty string")
+    if data.get("method") != "POST":
+        _reject("invalid_method", f"'method' must be POST, not {data.get('method')!r}")
+    if not isinstance(url, str) or url not in SUPPORTED_URLS:
+        _reject("invalid_url", f"'url' must be one of {', '.join(sorted(SUPPORTED_URLS))}")
+    if not isinstance(body, dict):
+        _reject("invalid_body", "'body' must be a JSON object")
+    if body.get("stream"):
+        _reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
+    return Row(index, line_number, custom_id, url, body)
+
+
+def _usable_id(data: Any) -> str | None:
+    """The id of a line, if it has one, whatever else is wrong with it."""
+    custom_id = data.get("custom_id") if isinstance(data, dict) else None
+    return custom_id if isinstance(custom_id, str) and custom_id else None
+
+
+def _free_id(line_number: int, facts: BatchFacts, seen: set[str]) -> str:
+    """A made-up id that no line of the file has; one that a line really has gets a hash behind."""
+    custom_id = _made_up_id(line_number)
+    if custom_id in seen or _hash(custom_id) in facts.duplicate_hashes:
+        custom_id += f"-{_hash(custom_id):016x}"
+    return custom_id
+
+
+def _made_up_id(line_number: int) -> str:
+    return f"line-{line_number}"
+
+
+def _hash(custom_id: str) -> int:
+    data = custom_id.encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _reject(code: str, message: str) -> NoReturn:
+    raise _RejectionError(code, message)

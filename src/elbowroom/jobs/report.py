@@ -1,0 +1,102 @@
+"""What is left of a run: ``report.json``, and a short table on the screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from elbowroom.core.plan import RunPlan
+from elbowroom.core.units import format_bytes
+from elbowroom.jobs.spool import write_atomically
+
+
+@dataclass(frozen=True)
+class ReplicaReport:
+    """One replica's part. Resident bytes are weights and slots, measured after loading."""
+
+    rank: int
+    num_kv_tokens: int
+    resident_bytes: int
+    start_seconds: float
+    num_preemptions: int
+    mapped_bytes: int
+    streamed_bytes: int
+    wait_seconds: float
+
+
+@dataclass(frozen=True)
+class JobReport:
+    """A finished job: its plan, its rows by outcome, tokens, seconds and replicas."""
+
+    plan: RunPlan
+    num_rows: int
+    num_succeeded: int
+    failures: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+    start_seconds: float
+    run_seconds: float
+    replicas: tuple[ReplicaReport, ...]
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failures.values())
+
+    @property
+    def output_tokens_per_second(self) -> float:
+        """Over the time in which rows were answered, start-up left out."""
+        return self.output_tokens / self.run_seconds if self.run_seconds else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "plan": self.plan.to_json(),
+            "num_failed": self.num_failed,
+            "output_tokens_per_second": self.output_tokens_per_second,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write ``report.json`` in one step. Raises OutputError."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
+        write_atomically(path, iter([text.encode()]))
+
+
+def print_summary(console: Console, report: JobReport) -> None:
+    table = Table(title="Report", title_justify="left", show_header=False, box=None)
+    for name, value in _summary(report):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _summary(report: JobReport) -> list[tuple[str, str]]:
+    rows = f"{report.num_succeeded} of {report.num_rows} answered"
+    failures = ", ".join(f"{count} {code}" for code, count in sorted(report.failures.items()))
+    kv_tokens = ", ".join(str(replica.num_kv_tokens) for replica in report.replicas)
+    account = report.plan.account
+    held = ", ".join(format_bytes(replica.resident_bytes) for replica in report.replicas)
+    return [
+        ("rows", rows + (f"; failed: {failures}" if failures else "")),
+        ("tokens", f"{report.prompt_tokens} prompt, {report.output_tokens} output"),
+        ("seconds", f"{report.start_seconds:.1f} start-up, {report.run_seconds:.1f} run"),
+        ("output tokens/s", f"{report.output_tokens_per_second:.1f}"),
+        ("KV tokens per replica", f"{kv_tokens} (account: {account.num_kv_tokens})"),
+        (
+            "weights and slots held",
+            f"{held} (account: {format_bytes(account.weight_bytes + account.slot_bytes)})",
+        ),
+        ("preemptions", str(sum(replica.num_preemptions for replica in report.replicas))),
+        (
+            "weights mapped, streamed",
+            f"{format_bytes(sum(replica.mapped_bytes for replica in report.replicas))}, "
+            f"{format_bytes(sum(replica.streamed_bytes for replica in report.replicas))}",
+        ),
+        (
+            "seconds compute waited",
+            f"{sum(replica.wait_seconds for replica in report.replicas):.1f}",
+        ),
+    ]
