@@ -34,7 +34,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
-	$(BIN)/python bench/pool_throughput.py
+	$(BIN)/python -m bench.pool_throughput
 
 clean:
 	rm -rf .venv build

@@ -10,18 +10,19 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from demo_tasks import is_correct
 
 
-def read_lines(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of one JSON object per line; empty lines are skipped."""
     return [
         json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
     ]
 
 
-def reply_text(result: dict) -> str | None:
+def reply_text(result: dict[str, Any]) -> str | None:
     """Take the reply out of one line of a batch output file; a failed request has none."""
     response = result.get("response") or {}
     choices = (response.get("body") or {}).get("choices")

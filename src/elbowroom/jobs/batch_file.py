@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import stat
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +18,11 @@ from elbowroom.core.errors import InputError
 
 SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 MAX_LINE_BYTES = 16 * 1024**2
+MAX_DEPTH = 128
+"""Lists and objects inside one another. Python's own limit depends on how deep its caller is, so a
+row near it could be read here and then fail where it is sent on."""
 
+_MAX_SHOWN_CHARS = 80
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -43,11 +49,15 @@ class RejectedRow:
 
 
 class BatchFacts(NamedTuple):
-    """What one pass over the file tells: its rows, and hashes of ids that occur more than once."""
+    """What one pass over the file tells: its rows, and hashes of ids that occur more than once.
+
+    No id in the file starts with ``made_up_prefix``: it is free for lines without one.
+    """
 
     num_rows: int
     num_bytes: int
     duplicate_hashes: frozenset[int]
+    made_up_prefix: str
 
 
 class _RejectionError(Exception):
@@ -62,27 +72,28 @@ class _Line(NamedTuple):
 
 
 def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> BatchFacts:
-    """Count rows and find duplicate ids. Keeps 16 bytes per row, whatever its length.
+    """Count rows and find duplicate ids. Keeps 8 bytes per row, whatever its length.
 
     Raises InputError when the file cannot be read or has no rows.
     """
+    num_bytes = _file_bytes(path)
     hashes = array("Q")
+    made_up_prefix = "line-"
     num_rows = 0
     for line in _lines(path, max_line_bytes):
         num_rows += 1
-        # Any line may need its made-up id; one that another line really has counts as duplicate.
-        hashes.append(_hash(_made_up_id(line.number)))
         try:
             custom_id = _usable_id(_load(line, max_line_bytes))
         except _RejectionError:
             continue
         if custom_id is not None:
             hashes.append(_hash(custom_id))
+            made_up_prefix = _free_prefix(made_up_prefix, custom_id)
     if num_rows == 0:
         raise InputError(f"{path} has no rows: give one JSON request per line")
     values, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
     duplicates = frozenset(int(value) for value in values[counts > 1])
-    return BatchFacts(num_rows, path.stat().st_size, duplicates)
+    return BatchFacts(num_rows, num_bytes, duplicates, made_up_prefix)
 
 
 def read_rows(
@@ -92,25 +103,45 @@ def read_rows(
 
     Of several lines with one ``custom_id`` the first is answered. The others are rejected under
     made-up ids (``line-17``), so that each id stands in the results once.
+
+    Raises InputError when the file cannot be read, or no longer has the rows that ``scan`` saw.
     """
+    num_rows = 0
     seen: set[str] = set()  # of ids that occur more than once, those that have come by
     for index, line in enumerate(_lines(path, max_line_bytes)):
+        num_rows += 1
+        if num_rows > facts.num_rows:
+            break
         custom_id = None
         item: Row | RejectedRow
         try:
             data = _load(line, max_line_bytes)
             custom_id = _usable_id(data)
             if custom_id in seen:
-                _reject("duplicate_custom_id", f"'{custom_id}' is used by an earlier line")
+                shown = _shown(custom_id)
+                _reject("duplicate_custom_id", f"{shown} is used by an earlier line: rename it")
             item = _parse(index, line.number, data)
         except _RejectionError as rejection:
             if custom_id is None or custom_id in seen:
-                custom_id = _free_id(line.number, facts, seen)
+                custom_id = f"{facts.made_up_prefix}{line.number}"
             message = f"line {line.number}: {rejection}"
             item = RejectedRow(index, line.number, custom_id, rejection.code, message)
         if _hash(item.custom_id) in facts.duplicate_hashes:
             seen.add(item.custom_id)
         yield item
+    if num_rows != facts.num_rows:
+        raise InputError(f"{path} changed while it was read: leave it alone and run again")
+
+
+def _file_bytes(path: Path) -> int:
+    """The size of a regular file: a pipe could not be read twice."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{path} is not a regular file: write the requests to one and name it")
+    return status.st_size
 
 
 def _lines(path: Path, max_line_bytes: int) -> Iterator[_Line]:
@@ -120,15 +151,23 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[_Line]:
             number = 0
             while data := file.readline(max_line_bytes + 1):
                 number += 1
-                if number == 1:
-                    data = data.removeprefix(_BOM)
                 if len(data) > max_line_bytes and not data.endswith(b"\n"):
                     _skip_line(file)
                     yield _Line(number, None)
-                elif data := data.strip():
+                    continue
+                if number == 1:
+                    data = data.removeprefix(_BOM)
+                if data := data.strip():
                     yield _Line(number, data)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot read {path}: {error.strerror}. Check its name and permissions; it must be a file "
+        f"with one JSON request per line"
+    )
 
 
 def _skip_line(file: BinaryIO) -> None:
@@ -140,16 +179,22 @@ def _load(line: _Line, max_line_bytes: int) -> Any:
     if line.data is None:
         _reject("line_too_long", f"longer than {max_line_bytes} bytes: split the request")
     try:
-        data = json.loads(line.data.decode("utf-8"), parse_constant=_refuse_constant)
+        data = json.loads(
+            line.data.decode("utf-8"), parse_constant=_refuse_number, parse_float=_finite
+        )
+        if _may_be_deep(line.data) and _is_deeper_than(data, MAX_DEPTH):
+            _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
         if b"\\ud" in line.data.lower():  # half of a surrogate pair is no character
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         return data
     except UnicodeEncodeError:
-        _reject("invalid_utf8", "a \\u escape is half of a surrogate pair")
+        _reject("invalid_utf8", "a \\u escape is half of a surrogate pair: write both halves")
     except UnicodeDecodeError as error:
-        _reject("invalid_utf8", f"not UTF-8 at byte {error.start}")
+        _reject("invalid_utf8", f"not UTF-8 at byte {error.start}: save the file as UTF-8")
     except RecursionError:
-        _reject("invalid_json", "nested too deeply")
+        _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
+    except json.JSONDecodeError as error:
+        _reject("invalid_json", f"not valid JSON at column {error.colno}: {error.msg}")
     except ValueError as error:
         _reject("invalid_json", f"not valid JSON: {error}")
 
@@ -162,9 +207,10 @@ def _parse(index: int, line_number: int, data: Any) -> Row:
     if custom_id is None:
         _reject("invalid_custom_id", "'custom_id' must be a non-empty string")
     if data.get("method") != "POST":
-        _reject("invalid_method", f"'method' must be POST, not {data.get('method')!r}")
+        _reject("invalid_method", f"'method' must be POST, not {_shown(data.get('method'))}")
     if not isinstance(url, str) or url not in SUPPORTED_URLS:
-        _reject("invalid_url", f"'url' must be one of {', '.join(sorted(SUPPORTED_URLS))}")
+        supported = ", ".join(sorted(SUPPORTED_URLS))
+        _reject("invalid_url", f"'url' must be one of {supported}, not {_shown(url)}")
     if not isinstance(body, dict):
         _reject("invalid_body", "'body' must be a JSON object")
     if body.get("stream"):
@@ -178,16 +224,12 @@ def _usable_id(data: Any) -> str | None:
     return custom_id if isinstance(custom_id, str) and custom_id else None
 
 
-def _free_id(line_number: int, facts: BatchFacts, seen: set[str]) -> str:
-    """A made-up id that no line of the file has; one that a line really has gets a hash behind."""
-    custom_id = _made_up_id(line_number)
-    if custom_id in seen or _hash(custom_id) in facts.duplicate_hashes:
-        custom_id += f"-{_hash(custom_id):016x}"
-    return custom_id
-
-
-def _made_up_id(line_number: int) -> str:
-    return f"line-{line_number}"
+def _free_prefix(prefix: str, custom_id: str) -> str:
+    """The prefix, with enough dashes behind that ``custom_id`` does not start with it."""
+    if not custom_id.startswith(prefix):
+        return prefix
+    rest = custom_id.removeprefix(prefix)
+    return prefix + "-" * (len(rest) - len(rest.lstrip("-")) + 1)
 
 
 def _hash(custom_id: str) -> int:
@@ -195,8 +237,37 @@ def _hash(custom_id: str) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+def _refuse_number(text: str) -> NoReturn:
+    raise ValueError(f"the number {_shown(text)} is not finite")
+
+
+def _finite(text: str) -> float:
+    """A number such as 1e999 is valid JSON, but nothing downstream can write it again."""
+    value = float(text)
+    return value if math.isfinite(value) else _refuse_number(text)
+
+
+def _may_be_deep(data: bytes) -> bool:
+    """Cheap, and false for nearly every line: too few brackets to be nested so deep."""
+    return data.count(b"[") + data.count(b"{") > MAX_DEPTH
+
+
+def _is_deeper_than(data: Any, depth: int) -> bool:
+    layer = [data]
+    for _ in range(depth + 1):
+        containers = [value for value in layer if isinstance(value, (dict, list))]
+        layer = []
+        for value in containers:
+            layer.extend(value.values() if isinstance(value, dict) else value)
+        if not containers:
+            return False
+    return True
+
+
+def _shown(value: object) -> str:
+    """A value from the file, short enough for a message."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 
 def _reject(code: str, message: str) -> NoReturn:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 WINDOW_SECONDS = 10.0
+DRAW_SECONDS = 0.25
 PLAIN_SECONDS = 5.0
 
 
@@ -44,20 +46,30 @@ class JobSnapshot:
     replicas: tuple[ReplicaStats, ...]
 
 
+class _Tokens(NamedTuple):
+    """Tokens over all replicas, or such tokens per second."""
+
+    prompt: float
+    output: float
+
+
 class _Sample(NamedTuple):
     seconds: float
-    prompt_tokens: int
-    generation_tokens: int
+    tokens: _Tokens
 
 
 class ProgressView:
-    """Shows snapshots as they come. Has no thread: whoever calls ``update`` sets the pace."""
+    """Shows snapshots as they come. Has no thread: whoever calls ``update`` sets the pace.
+
+    May be told every message: what is newer than the last drawing by less than DRAW_SECONDS waits.
+    """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
         self._samples: deque[_Sample] = deque()
-        self._printed_at = float("-inf")
+        self._shown_at = float("-inf")
+        self._unshown: JobSnapshot | None = None
         self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def __enter__(self) -> ProgressView:
@@ -65,46 +77,56 @@ class ProgressView:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
         self._live.stop()
+        if self._unshown and exc_type is None and not self._console.is_terminal:
+            self._show(self._unshown)  # a short job ends between two lines
 
     def update(self, snapshot: JobSnapshot) -> None:
+        """Take note of a snapshot, and show it if the last one shown is old enough."""
         now = self._clock()
-        self._samples.append(
-            _Sample(
-                now,
-                sum(replica.prompt_tokens for replica in snapshot.replicas),
-                sum(replica.generation_tokens for replica in snapshot.replicas),
-            )
-        )
-        while now - self._samples[0].seconds > WINDOW_SECONDS:
-            self._samples.popleft()
-        if self._console.is_terminal:
-            self._live.update(self._table(snapshot), refresh=True)
-        elif now - self._printed_at >= PLAIN_SECONDS:
-            self._printed_at = now
-            self._console.print(self.line(snapshot), soft_wrap=True, highlight=False)
+        self._unshown = snapshot
+        pause_seconds = DRAW_SECONDS if self._console.is_terminal else PLAIN_SECONDS
+        if not self._samples or now - self._samples[-1].seconds >= DRAW_SECONDS:
+            self._sample(now, snapshot)
+        if now - self._shown_at >= pause_seconds:
+            self._shown_at = now
+            self._show(snapshot)
 
-    def line(self, snapshot: JobSnapshot) -> str:
-        """The job in one line: rows, tokens per second over the last seconds, replicas, ETA."""
-        first, last = self._samples[0], self._samples[-1]
-        seconds = max(last.seconds - first.seconds, 1e-9)
-        prompt = (last.prompt_tokens - first.prompt_tokens) / seconds
-        output = (last.generation_tokens - first.generation_tokens) / seconds
-        if len(self._samples) == 1:
-            prompt = output = 0.0
-        failed = f" ({snapshot.rows_failed} failed)" if snapshot.rows_failed else ""
+    def _line(self, snapshot: JobSnapshot) -> str:
         replicas = " ".join(f"[{_describe(replica)}]" for replica in snapshot.replicas)
+        return f"{self._headline(snapshot)} {replicas}"
+
+    def _sample(self, now: float, snapshot: JobSnapshot) -> None:
+        """Keep a sample, and of those before the window only the newest."""
+        self._samples.append(_Sample(now, _tokens(snapshot)))
+        while len(self._samples) > 2 and now - self._samples[1].seconds >= WINDOW_SECONDS:
+            self._samples.popleft()
+
+    def _show(self, snapshot: JobSnapshot) -> None:
+        self._unshown = None
+        if self._console.is_terminal:
+            self._live.update(self._screen(snapshot), refresh=True)
+        else:
+            self._console.print(
+                self._line(snapshot), soft_wrap=True, highlight=False, markup=False, emoji=False
+            )
+
+    def _headline(self, snapshot: JobSnapshot) -> str:
+        """Rows, tokens per second lately and overall, and how long it will take."""
+        first, last = self._samples[0], self._samples[-1]
+        lately = _per_second(first.tokens, last.tokens, last.seconds - first.seconds)
+        overall = _per_second(_Tokens(0, 0), _tokens(snapshot), snapshot.run_seconds)
+        failed = f" ({snapshot.rows_failed} failed)" if snapshot.rows_failed else ""
         return (
             f"{snapshot.rows_done}/{snapshot.rows_total} rows{failed}, "
-            f"{prompt:.0f} prompt and {output:.0f} output tokens/s, "
-            f"{_clock_text(snapshot.elapsed_seconds)} elapsed, ETA {_eta(snapshot)} "
-            f"{replicas}"
+            f"tokens/s: {lately.prompt:.0f} prompt ({overall.prompt:.0f} overall), "
+            f"{lately.output:.0f} output ({overall.output:.0f} overall), "
+            f"{_clock_text(snapshot.elapsed_seconds)} elapsed, ETA {_eta(snapshot)}"
         )
 
-    def _table(self, snapshot: JobSnapshot) -> Table:
-        head, _, _ = self.line(snapshot).partition(" [")
-        table = Table(title=head, title_justify="left", box=None)
+    def _screen(self, snapshot: JobSnapshot) -> Group:
+        table = Table(box=None)
         for name in ("replica", "state", "running", "waiting", "KV use", "output tokens"):
             table.add_column(name, justify="right")
         for replica in snapshot.replicas:
@@ -116,7 +138,24 @@ class ProgressView:
                 f"{replica.kv_usage:.0%}",
                 str(replica.generation_tokens),
             )
-        return table
+        return Group(Text(self._headline(snapshot)), table)
+
+
+def _tokens(snapshot: JobSnapshot) -> _Tokens:
+    """Since the replicas started."""
+    return _Tokens(
+        sum(replica.prompt_tokens for replica in snapshot.replicas),
+        sum(replica.generation_tokens for replica in snapshot.replicas),
+    )
+
+
+def _per_second(before: _Tokens, after: _Tokens, seconds: float) -> _Tokens:
+    """Nothing is known of a moment: then 0."""
+    if seconds <= 0:
+        return _Tokens(0, 0)
+    return _Tokens(
+        (after.prompt - before.prompt) / seconds, (after.output - before.output) / seconds
+    )
 
 
 def _describe(replica: ReplicaStats) -> str:
