@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 # takes the space before it, punctuation the space after it, so that list items look alike.
 PIECES = r" ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}|[^\s\p{L}\p{N}]+ ?|\s"
 VOCABULARY = 768
-KIND_WEIGHTS = {"arithmetic": 5, "units": 3, "dates": 3, "roman": 3, "sorting": 3, "json": 4}
+KIND_WEIGHTS = {"arithmetic": 9, "units": 3, "dates": 3, "roman": 3, "sorting": 3, "json": 4}
 PART_SIZE = 16
 IGNORED = -100
 
@@ -267,7 +267,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> No
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model and write its batch.")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
     parser.add_argument("--threads", type=int, default=2)

@@ -1,0 +1,68 @@
+"""Sizes: what is read, what is refused, what is printed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1000000", 1_000_000),
+        ("0", 0),
+        ("7b", 7),
+        ("2GiB", 2 * GIB),
+        ("2gib", 2 * GIB),
+        (" 512 MiB ", 512 * MIB),
+        ("1.5KiB", 1536),
+        ("141GB", 141 * 10**9),
+        ("1TB", 10**12),
+        ("1TiB", 1024**4),
+    ],
+)
+def test_reads_sizes(text: str, expected: int) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1GiB", "1 2", "1XB", "1,5GiB", "1.GiB", "nan", "inf", "1e9", "0x10"]
+)
+def test_refuses_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match="write for example 2GiB"):
+        parse_bytes(text)
+
+
+def test_refuses_a_number_beyond_floats() -> None:
+    with pytest.raises(InputError):
+        parse_bytes("9" * 400)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "expected"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (KIB, "1 KiB"),
+        (1536 * KIB, "1.5 MiB"),
+        (2 * GIB, "2 GiB"),
+        (-2 * GIB, "-2 GiB"),
+        (20_000 * GIB, "20000 GiB"),
+    ],
+)
+def test_prints_sizes(num_bytes: int, expected: str) -> None:
+    assert format_bytes(num_bytes) == expected
+
+
+@given(st.integers(0, 2**53))
+def test_a_plain_number_is_read_exactly(num_bytes: int) -> None:
+    assert parse_bytes(str(num_bytes)) == num_bytes
+
+
+@given(st.integers(0, 2**43))
+def test_what_is_printed_can_be_read_back_nearly(num_bytes: int) -> None:
+    assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=1e-3)

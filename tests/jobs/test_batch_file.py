@@ -1,0 +1,291 @@
+"""Batch files as they come: whatever a line holds, it costs that line alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from elbowroom.core.errors import InputError
+from elbowroom.jobs.batch_file import (
+    MAX_DEPTH,
+    SUPPORTED_URLS,
+    RejectedRow,
+    Row,
+    read_rows,
+    scan,
+)
+
+WriteFile = Callable[[bytes], Path]
+
+
+def request(custom_id: object = "a", **changes: Any) -> bytes:
+    line = {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": {}}
+    return json.dumps({**line, **changes}).encode()
+
+
+def read(path: Path, **options: int) -> list[Row | RejectedRow]:
+    return list(read_rows(path, scan(path, **options), **options))
+
+
+def rejected(path: Path, **options: int) -> RejectedRow:
+    """The only row of the file, which must be refused."""
+    (row,) = read(path, **options)
+    assert isinstance(row, RejectedRow)
+    return row
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> WriteFile:
+    def write_bytes(data: bytes) -> Path:
+        path = tmp_path / "batch.jsonl"
+        path.write_bytes(data)
+        return path
+
+    return write_bytes
+
+
+def test_a_row_carries_what_its_line_says(write: WriteFile) -> None:
+    body = {"prompt": "hé", "max_tokens": 3}
+    assert read(write(request("x", body=body))) == [Row(0, 1, "x", "/v1/completions", body)]
+
+
+def test_every_supported_url_is_accepted(write: WriteFile) -> None:
+    urls = sorted(SUPPORTED_URLS)
+    rows = read(write(b"\n".join(request(url, url=url) for url in urls)))
+    assert [row.url for row in rows if isinstance(row, Row)] == urls
+
+
+def test_blank_lines_crlf_bom_and_a_missing_last_newline(write: WriteFile) -> None:
+    path = write(
+        b"\xef\xbb\xbf" + request("a") + b"\r\n\r\n  \n" + request("b") + b"\n" + request("c")
+    )
+    assert scan(path).num_rows == 3
+    assert scan(path).num_bytes == path.stat().st_size
+    rows = read(path)
+    assert [(row.index, row.line_number, row.custom_id) for row in rows] == [
+        (0, 1, "a"),
+        (1, 4, "b"),
+        (2, 5, "c"),
+    ]
+    assert all(isinstance(row, Row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "part"),
+    [
+        (b'{"custom_id": "a\xff"}', "invalid_utf8", "not UTF-8 at byte 16"),
+        (b'{"custom_id": "\\ud83d"}', "invalid_utf8", "surrogate"),
+        (b'{"custom_id": "a"', "invalid_json", "column 18"),
+        (b"[" * 100_000, "invalid_json", f"more than {MAX_DEPTH} deep"),
+        (b'{"body": NaN}', "invalid_json", "'NaN' is not finite"),
+        (b'{"body": -Infinity}', "invalid_json", "'-Infinity' is not finite"),
+        (b'{"body": 1e999}', "invalid_json", "'1e999' is not finite"),
+        (b'{"body": ' + b"9" * 5000 + b"}", "invalid_json", "not valid JSON"),
+        (b"[1]", "invalid_request", "not list"),
+        (b"null", "invalid_request", "not NoneType"),
+        (b"{}", "invalid_custom_id", "non-empty string"),
+        (request(""), "invalid_custom_id", "non-empty string"),
+        (request(7), "invalid_custom_id", "non-empty string"),
+    ],
+)
+def test_a_line_without_an_id_is_rejected_under_a_made_up_one(
+    write: WriteFile, line: bytes, code: str, part: str
+) -> None:
+    row = rejected(write(b"\n\n" + line))
+    assert (row.index, row.line_number, row.custom_id, row.code) == (0, 3, "line-3", code)
+    assert row.message.startswith("line 3: ")
+    assert part in row.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "part"),
+    [
+        ({"method": "GET"}, "invalid_method", "must be POST, not 'GET'"),
+        ({"method": None}, "invalid_method", "must be POST, not None"),
+        ({"url": "/v1/files"}, "invalid_url", "not '/v1/files'"),
+        ({"url": ["/v1/completions"]}, "invalid_url", "must be one of"),
+        ({"body": "text"}, "invalid_body", "JSON object"),
+        ({"body": None}, "invalid_body", "JSON object"),
+        ({"body": {"stream": True}}, "stream_unsupported", "remove it"),
+    ],
+)
+def test_a_bad_request_is_rejected_under_its_own_id(
+    write: WriteFile, changes: dict[str, Any], code: str, part: str
+) -> None:
+    row = rejected(write(request("mine", **changes)))
+    assert (row.custom_id, row.code) == ("mine", code)
+    assert row.message.startswith("line 1: ")
+    assert part in row.message
+
+
+def test_a_pair_of_surrogate_escapes_and_stream_false_are_fine(write: WriteFile) -> None:
+    line = request("\N{GRINNING FACE}", body={"stream": False, "prompt": "\N{GRINNING FACE}"})
+    assert b"\\ud83d" in line
+    (row,) = read(write(line))
+    assert isinstance(row, Row)
+    assert row.body["prompt"] == "\N{GRINNING FACE}"
+
+
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def test_nesting_is_counted_and_not_brackets(write: WriteFile) -> None:
+    # The line and its body are the first two layers.
+    deepest, wide = {"x": nested(MAX_DEPTH - 2)}, {"x": [[]] * 1000}
+    rows = read(write(request("a", body=deepest) + b"\n" + request("b", body=wide)))
+    assert all(isinstance(row, Row) for row in rows)
+    assert rejected(write(request(body={"x": nested(MAX_DEPTH - 1)}))).code == "invalid_json"
+
+
+def test_a_line_over_the_cap_is_rejected_and_the_next_one_read(write: WriteFile) -> None:
+    limit = len(request("b"))
+    # The prefix of the BOM must not make the rest of a long line look like a line of its own.
+    path = write(b"\xef\xbb\xbf" + b"x" * (limit * 3) + b"\n" + request("b") + b"\n")
+    first, second = read(path, max_line_bytes=limit)
+    assert isinstance(first, RejectedRow)
+    assert (first.code, first.custom_id) == ("line_too_long", "line-1")
+    assert f"longer than {limit} bytes" in first.message
+    assert isinstance(second, Row)
+    assert second.line_number == 2
+
+
+def test_a_long_last_line_without_newline_is_one_row(write: WriteFile) -> None:
+    assert rejected(write(b"x" * 5000), max_line_bytes=64).code == "line_too_long"
+
+
+def test_the_first_of_equal_ids_is_answered_and_the_others_are_named(write: WriteFile) -> None:
+    path = write(b"\n".join([request("a"), request("b"), request("a"), request("a")]))
+    assert len(scan(path).duplicate_hashes) == 1
+    rows = read(path)
+    assert [row.custom_id for row in rows] == ["a", "b", "line-3", "line-4"]
+    assert [isinstance(row, Row) for row in rows] == [True, True, False, False]
+    duplicate = rows[2]
+    assert isinstance(duplicate, RejectedRow)
+    assert duplicate.code == "duplicate_custom_id"
+    assert "line 3: 'a' is used by an earlier line" in duplicate.message
+
+
+def test_an_id_is_spent_even_if_its_first_line_is_rejected(write: WriteFile) -> None:
+    rows = read(write(request("a", method="GET") + b"\n" + request("a")))
+    assert [(row.custom_id, isinstance(row, Row)) for row in rows] == [
+        ("a", False),
+        ("line-2", False),
+    ]
+
+
+@pytest.mark.parametrize("real_id", ["line-1", "line-2", "line--2", "line---"])
+def test_a_made_up_id_is_never_one_of_the_file(write: WriteFile, real_id: str) -> None:
+    made_up, real = read(write(b"broken\n" + request(real_id)))
+    assert isinstance(real, Row)
+    assert real.custom_id == real_id
+    assert made_up.custom_id.startswith("line-")
+    assert made_up.custom_id.strip("line-") == "1"
+    assert not real_id.startswith(made_up.custom_id[:-1])
+
+
+def test_messages_stay_short_whatever_the_line_holds(write: WriteFile) -> None:
+    long = "x" * 1_000_000
+    assert len(rejected(write(request(method=long))).message) < 300
+    assert len(rejected(write(request(url=long))).message) < 300
+    _, duplicate = read(write(request(long) + b"\n" + request(long)))
+    assert isinstance(duplicate, RejectedRow)
+    assert len(duplicate.message) < 300
+
+
+def test_rows_are_read_one_by_one(write: WriteFile) -> None:
+    path = write(request("a") + b"\n" + request("b") + b"\n")
+    rows = read_rows(path, scan(path))
+    assert next(rows).custom_id == "a"
+    assert next(rows).custom_id == "b"
+
+
+@pytest.mark.parametrize("now", [request("a"), b"\n".join([request("a")] * 3)])
+def test_a_file_that_changes_meanwhile_is_an_error(write: WriteFile, now: bytes) -> None:
+    facts = scan(write(request("a") + b"\n" + request("b")))
+    rows = []
+    with pytest.raises(InputError, match="changed while it was read"):
+        rows.extend(read_rows(write(now), facts))
+    assert len(rows) <= facts.num_rows
+
+
+@pytest.mark.parametrize("data", [b"", b"\n \r\n", b"\xef\xbb\xbf\n"])
+def test_a_file_without_rows_is_refused(write: WriteFile, data: bytes) -> None:
+    with pytest.raises(InputError, match="no rows: give one JSON request per line"):
+        scan(write(data))
+
+
+def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"No such file.*Check its name"):
+        scan(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="not a regular file"):
+        scan(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="not a regular file"):
+        scan(tmp_path / "pipe")
+
+
+def test_a_file_without_permission_is_refused(
+    write: WriteFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(request())
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match="Permission denied"):
+        scan(path)
+
+
+def test_facts_of_many_rows_are_small(write: WriteFile) -> None:
+    facts = scan(write(b"\n".join(request(f"row {at % 9_999}") for at in range(10_000))))
+    assert facts.num_rows == 10_000
+    assert len(facts.duplicate_hashes) == 1
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner),
+    max_leaves=4,
+)
+lines = st.one_of(
+    st.binary(max_size=40),
+    json_values.map(lambda value: json.dumps(value).encode()),
+    st.builds(
+        request,
+        st.sampled_from(["a", "b", "line-1", "line-2", "line--1", "", None, "\ud800"]),
+        method=st.sampled_from(["POST", "GET"]),
+        url=st.sampled_from(["/v1/completions", "/v1/files"]),
+        body=json_values | st.just({}),
+    ),
+)
+
+
+@given(
+    st.binary(max_size=200) | st.lists(lines, max_size=8).map(b"\n".join),
+    st.sampled_from([30, 999]),
+)
+@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+def test_any_bytes_give_each_row_once(tmp_path: Path, data: bytes, max_line_bytes: int) -> None:
+    path = tmp_path / "batch.jsonl"
+    path.write_bytes(data)
+    try:
+        facts = scan(path, max_line_bytes)
+    except InputError:
+        assert not data.removeprefix(b"\xef\xbb\xbf").strip()
+        return
+    rows = list(read_rows(path, facts, max_line_bytes))
+    assert [row.index for row in rows] == list(range(facts.num_rows))
+    assert len({row.custom_id for row in rows}) == facts.num_rows
+    for row in rows:
+        json.dumps(
+            [row.custom_id, row.body] if isinstance(row, Row) else row.message, allow_nan=False
+        )
+        row.custom_id.encode()
