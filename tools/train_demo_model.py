@@ -267,7 +267,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> No
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Train the demo model and write its batch.")
-    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("examples/demo"))
     parser.add_argument("--threads", type=int, default=2)

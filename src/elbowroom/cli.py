@@ -30,7 +30,7 @@ from elbowroom.jobs.batch_file import scan
 from elbowroom.jobs.report import print_summary
 from elbowroom.jobs.runner import JobFiles, run_job
 from elbowroom.jobs.spool import check_paths
-from elbowroom.planning.memory import account_memory, check_fits
+from elbowroom.planning.memory import account_memory, check_fits, longest_row
 from elbowroom.planning.pool import plan_shares
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
@@ -106,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--fetch-order", choices=FETCH_ORDERS, default=FETCH_ORDERS[0])
     engine = run.add_argument_group("engine")
     engine.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto")
-    engine.add_argument("--max-model-len", type=_count, help="longest row, in tokens")
+    engine.add_argument(
+        "--max-model-len", type=_count, help="tokens of the longest row (default: what fits)"
+    )
     engine.add_argument("--max-num-seqs", type=_count, default=256, help="rows at once")
     engine.add_argument("--max-num-batched-tokens", type=_count, default=2048)
     engine.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
@@ -129,16 +131,16 @@ def _files(args: argparse.Namespace) -> JobFiles:
 
 def _plan(args: argparse.Namespace, model: ModelFacts) -> RunPlan:
     shares = _shares(args, model, args.pool)
+    account = _account(args, model, args.pool)
     names = (*args.served_model_name, model.name, str(args.model))
     return RunPlan(
         model_dir=str(args.model),
-        device="cpu",
-        account=_account(args, model, args.pool),
+        account=account,
         shares=shares,
         cores=split_cores(args.replicas),
         engine=EngineOptions(
             dtype=model.dtype,
-            max_model_len=args.max_model_len or model.max_position_embeddings,
+            max_model_len=args.max_model_len or longest_row(model, account),
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             served_model_names=tuple(dict.fromkeys(names)),

@@ -101,7 +101,6 @@ class RunPlan:
     """One run of one model on a group of equal replicas."""
 
     model_dir: str
-    device: str
     account: MemoryAccount
     shares: tuple[PoolShare, ...]
     cores: tuple[tuple[int, ...], ...]
@@ -119,7 +118,6 @@ class RunPlan:
         engine = data["engine"]
         return RunPlan(
             model_dir=data["model_dir"],
-            device=data["device"],
             account=MemoryAccount(**data["account"]),
             shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
             cores=tuple(tuple(cores) for cores in data["cores"]),

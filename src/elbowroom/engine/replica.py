@@ -40,19 +40,15 @@ async def _serve(sock: socket.socket) -> int:
         return 1
     try:
         engine = await _start_engine(start, channel)
+        await _answer_rows(engine, channel)
+        channel.send({**await _stats(engine), "type": "stopped"})
+        await channel.drain()
+        await engine.close()
     except Exception as error:  # whatever vLLM raises; the runner prints it and ends the run
         traceback.print_exc()
         channel.send({"type": "failed", "error": describe(error)})
         await channel.drain()
         return 1
-    reporter = asyncio.create_task(_report(engine, channel))
-    try:
-        await _answer_rows(engine, channel)
-        reporter.cancel()
-        channel.send({**await _stats(engine), "type": "stopped"})
-        await channel.drain()
-    finally:
-        await engine.close()
     return 0
 
 
@@ -75,12 +71,18 @@ async def _start_engine(start: Message, channel: Channel) -> Engine:
 
 
 async def _answer_rows(engine: Engine, channel: Channel) -> None:
-    """Answer every row that comes, all at once, until the runner says stop."""
-    async with asyncio.TaskGroup() as rows:
-        while (message := await channel.receive()) is not None and message["type"] == "row":
-            rows.create_task(_answer(engine, channel, message))
-        if message is None:  # the runner died: nobody wants the rows in flight
-            os._exit(1)
+    """Answer every row that comes, all at once, until the runner says stop.
+
+    Whatever fails in a task, the reports included, ends all of them and is raised.
+    """
+    async with asyncio.TaskGroup() as tasks:
+        reporter = tasks.create_task(_report(engine, channel))
+        async with asyncio.TaskGroup() as rows:
+            while (message := await channel.receive()) is not None and message["type"] == "row":
+                rows.create_task(_answer(engine, channel, message))
+            if message is None:  # the runner died: nobody wants the rows in flight
+                os._exit(1)
+        reporter.cancel()
 
 
 async def _answer(engine: Engine, channel: Channel, row: Message) -> None:
@@ -107,6 +109,8 @@ async def _stats(engine: Engine) -> Message:
 
 def describe(error: BaseException) -> str:
     """One line for the runner: our own errors speak for themselves, others give their type."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
     if isinstance(error, ElbowroomError):
         return str(error)
     return f"{type(error).__name__}: {error}"

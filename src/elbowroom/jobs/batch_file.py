@@ -179,9 +179,7 @@ def _load(line: _Line, max_line_bytes: int) -> Any:
     if line.data is None:
         _reject("line_too_long", f"longer than {max_line_bytes} bytes: split the request")
     try:
-        data = json.loads(
-            line.data.decode("utf-8"), parse_constant=_refuse_number, parse_float=_finite
-        )
+        data = _DECODER.decode(line.data.decode("utf-8"))
         if _may_be_deep(line.data) and _is_deeper_than(data, MAX_DEPTH):
             _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
         if b"\\ud" in line.data.lower():  # half of a surrogate pair is no character
@@ -245,6 +243,9 @@ def _finite(text: str) -> float:
     """A number such as 1e999 is valid JSON, but nothing downstream can write it again."""
     value = float(text)
     return value if math.isfinite(value) else _refuse_number(text)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
 def _may_be_deep(data: bytes) -> bool:

@@ -100,7 +100,7 @@ class ProgressView:
     def _sample(self, now: float, snapshot: JobSnapshot) -> None:
         """Keep a sample, and of those before the window only the newest."""
         self._samples.append(_Sample(now, _tokens(snapshot)))
-        while len(self._samples) > 2 and now - self._samples[1].seconds >= WINDOW_SECONDS:
+        while len(self._samples) > 1 and now - self._samples[1].seconds >= WINDOW_SECONDS:
             self._samples.popleft()
 
     def _show(self, snapshot: JobSnapshot) -> None:

@@ -60,6 +60,11 @@ def workspace_bytes(model: ModelFacts, max_num_batched_tokens: int, max_num_seqs
     return tokens + logits
 
 
+def longest_row(model: ModelFacts, account: MemoryAccount) -> int:
+    """Tokens of the longest row that the model and the cache can hold; at least 1."""
+    return max(1, min(model.max_position_embeddings, account.num_kv_tokens - BLOCK_TOKENS))
+
+
 def check_fits(account: MemoryAccount, max_model_len: int) -> None:
     """Raise MemoryPlanError, with the numbers and what to change, if no row can run."""
     row_blocks = -(-max_model_len // account.block_tokens) + 1

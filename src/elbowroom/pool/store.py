@@ -76,7 +76,7 @@ class LocalStore:
 def not_published(layer: int, owner: int, timeout_seconds: float) -> PeerLostError:
     return PeerLostError(
         f"rank {owner} did not publish layer {layer} within {timeout_seconds:g} s: "
-        f"see its log, or raise --peer-timeout if its disk is slow"
+        f"see its log; a slow disk or too little memory may be the cause"
     )
 
 

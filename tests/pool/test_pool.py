@@ -1,0 +1,284 @@
+"""Pools on real models, in one process: every layout gives the plain logits, bit for bit."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelError
+from elbowroom.core.plan import FetchOrder, PoolMode, PoolShare
+from elbowroom.planning.pool import plan_shares
+from elbowroom.pool.ffn import find_ffn
+from elbowroom.pool.pool import Pool
+from elbowroom.pool.store import LocalHub, LocalStore
+from tests.pool.hf import CONFIGS, blocks_of, make_model
+
+NUM_LAYERS = 5  # divisible by neither 2 nor 3
+TOKENS = torch.arange(12).reshape(2, 6)
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(TOKENS).logits
+    return logits
+
+
+def _shares(
+    num_ranks: int, mode: PoolMode, slots: int | None = None, order: FetchOrder = "peak-shift"
+) -> tuple[PoolShare, ...]:
+    return plan_shares((1,) * NUM_LAYERS, num_ranks, mode, slots, order)
+
+
+@contextmanager
+def _group(
+    shares: tuple[PoolShare, ...], name: str = "llama"
+) -> Iterator[tuple[list[nn.Module], list[Pool]]]:
+    """One model per rank, pooled and started."""
+    hub = LocalHub()
+    models = [make_model(name, NUM_LAYERS) for _ in shares]
+    pools = [Pool(s, LocalStore(hub), None, 5, stream_timeout_seconds=5) for s in shares]
+    with ExitStack() as stack:
+        for model, pool in zip(models, pools, strict=True):
+            for block in blocks_of(model):
+                pool.add_block(block)
+            stack.callback(pool.close)
+        _all_at_once([pool.attach for pool in pools])
+        for pool in pools:
+            pool.start()
+        yield models, pools
+
+
+def _all_at_once(calls: list[object]) -> None:
+    threads = [threading.Thread(target=call) for call in calls]  # type: ignore[arg-type]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_mapped_equals_plain(name: str, num_ranks: int) -> None:
+    plain = _logits(make_model(name, NUM_LAYERS))
+    with _group(_shares(num_ranks, "mapped"), name) as (models, _):
+        for model in models:
+            for _pass in range(2):
+                assert torch.equal(_logits(model), plain)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("slots", [1, 2, None, 7])
+@pytest.mark.parametrize("order", ["peak-shift", "sliced"])
+def test_streamed_equals_plain(num_ranks: int, slots: int | None, order: FetchOrder) -> None:
+    plain = _logits(make_model("llama", NUM_LAYERS))
+    with _group(_shares(num_ranks, "streamed", slots, order)) as (models, pools):
+        for _pass in range(3):
+            for model, pool in zip(models, pools, strict=True):
+                assert torch.equal(_logits(model), plain)
+                pool.check_integrity()
+
+
+def test_layers_in_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices that do not divide a layer's bytes leave no byte out."""
+    monkeypatch.setattr("elbowroom.planning.pool.SLICE_BYTES", 1000)
+    ffn_bytes = (find_ffn(blocks_of(make_model())[0]).num_bytes,) * NUM_LAYERS
+    shares = plan_shares(ffn_bytes, 3, "streamed", 2, "sliced")
+    assert shares[0].fetches[0].num_pieces == 19
+    plain = _logits(make_model("llama", NUM_LAYERS))
+    with _group(shares) as (models, _):
+        assert all(torch.equal(_logits(model), plain) for model in models for _ in range(2))
+
+
+def test_plain_logits_depend_on_weights() -> None:
+    """Guards the comparisons above."""
+    model = make_model("llama", NUM_LAYERS)
+    plain = _logits(model)
+    blocks_of(model)[3].get_submodule("mlp.up_proj").get_parameter("weight").data.mul_(2)
+    assert not torch.equal(_logits(model), plain)
+
+
+@pytest.mark.parametrize("layer", range(NUM_LAYERS))
+@pytest.mark.parametrize("where", ["before", "inside"])
+def test_a_pass_after_a_broken_pass(layer: int, where: str) -> None:
+    plain = _logits(make_model("llama", NUM_LAYERS))
+    with _group(_shares(3, "streamed", 2)) as (models, pools):
+        for model, pool in zip(models, pools, strict=True):
+            block = blocks_of(model)[layer]
+            part = block.get_submodule("self_attn" if where == "before" else "mlp.down_proj")
+            handle = part.register_forward_pre_hook(_explode)
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="boom"):
+                    _logits(model)
+                pool.check_integrity()
+            handle.remove()
+            for _ in range(3):
+                assert torch.equal(_logits(model), plain)
+            pool.check_integrity()
+
+
+def _explode(*_: object) -> None:
+    raise RuntimeError("boom")
+
+
+def test_lease_misuse() -> None:
+    with _group(_shares(2, "mapped")) as (_, pools):
+        pool = pools[0]
+        with pytest.raises(PoolError, match="layer 0 released, but None is leased"):
+            pool.release(0)
+        pool.acquire(1)
+        with pytest.raises(PoolError, match="layer 2 asked for while layer 1 is leased"):
+            pool.acquire(2)
+        with pytest.raises(PoolError, match="layer 2 released, but 1 is leased"):
+            pool.release(2)
+        pool.release(1)
+        pool.check_integrity()
+
+
+def test_streamed_layers_out_of_order() -> None:
+    with _group(_shares(2, "streamed", 1)) as (models, pools):
+        plain = _logits(models[0])
+        with pytest.raises(PoolError, match="layer 3 asked for, layer 1 is next"):
+            pools[0].acquire(3)
+        assert torch.equal(_logits(models[0]), plain), "the error must not spoil the next pass"
+
+
+def test_integrity_compares_lease_and_slot() -> None:
+    with _group(_shares(2, "streamed", 1)) as (_, pools):
+        pools[0].acquire(1)
+        pools[0].check_integrity()
+        pools[0]._lease = 3
+        with pytest.raises(PoolError, match="lease on 3, slot 0 on another layer"):
+            pools[0].check_integrity()
+
+
+def test_placeholders_hold_no_memory() -> None:
+    share = _shares(2, "streamed")[0]
+    pool = Pool(share, LocalStore())
+    for layer, block in enumerate(blocks_of(make_model("llama", NUM_LAYERS))):
+        ffn = pool.add_block(block)
+        weights = [span.linear.get_parameter("weight") for span in ffn.spans]
+        assert all(weight.is_meta != pool.owns(layer) for weight in weights)
+        assert [weight.shape for weight in weights] == [span.shape for span in ffn.spans]
+    pool.close()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_owned_weights_lie_in_the_store(keep: bool) -> None:
+    block = blocks_of(make_model("llama", 1))[0]
+    linear = block.get_submodule("mlp.up_proj")
+    before = linear.get_parameter("weight").clone()
+    store = LocalStore()
+    pool = Pool(plan_shares((1,), 1, "none")[0], store)
+    ffn = pool.add_block(block, keep_weights=keep)
+    buffer = store._own[0]
+    buffer[-1] = 7
+    first = ffn.spans[0].linear.get_parameter("weight")
+    assert first.data_ptr() == buffer.data_ptr()
+    assert torch.equal(linear.get_parameter("weight"), before) or not keep
+    pool.close()
+
+
+def test_pack_is_applied_to_what_a_rank_owns_before_peers_see_it() -> None:
+    """Packing by the owner alone: doubled weights everywhere, each exactly once."""
+    hub = LocalHub()
+    pools = [Pool(s, LocalStore(hub), pack=lambda w: w * 2) for s in _shares(2, "mapped")]
+    models = [make_model("llama", NUM_LAYERS) for _ in pools]
+    for model, pool in zip(models, pools, strict=True):
+        for block in blocks_of(model):
+            pool.add_block(block)
+    _all_at_once([pool.attach for pool in pools])
+    plain = make_model("llama", NUM_LAYERS)
+    for model in models:
+        for block, other in zip(blocks_of(model), blocks_of(plain), strict=True):
+            for span, other_span in zip(find_ffn(block).spans, find_ffn(other).spans, strict=True):
+                packed = span.linear.get_parameter("weight")
+                assert torch.equal(packed, 2 * other_span.linear.get_parameter("weight"))
+
+
+def test_nothing_is_allocated_after_the_start() -> None:
+    with _group(_shares(3, "streamed", 2)) as (models, pools):
+        assert pools[0]._slots is not None
+        slots = {buffer.data_ptr() for buffer in pools[0]._slots.buffers}
+        owned = {buffer.data_ptr() for buffer in pools[0]._owned.values()}
+        seen: list[set[int]] = []
+        for block in blocks_of(models[0]):
+            block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
+                lambda linear, _: seen[-1].add(linear.weight.data_ptr())
+            )
+        for _ in range(3):
+            seen.append(set())
+            _logits(models[0])
+        assert all(pointers == slots | owned for pointers in seen)
+
+
+def test_counters() -> None:
+    layer_bytes = 3 * 32 * 48 * 4
+    with _group(_shares(2, "mapped")) as (_, pools):
+        assert pools[0].stats().owned_bytes == 3 * layer_bytes
+        assert pools[0].stats().mapped_bytes == 2 * layer_bytes
+    with _group(_shares(2, "streamed", 1)) as (models, pools):
+        for _ in range(4):
+            _logits(models[0])
+        stats = pools[0].stats()
+        assert stats.slot_bytes == layer_bytes
+        assert stats.mapped_bytes == 0
+        assert 8 * layer_bytes <= stats.streamed_bytes <= 9 * layer_bytes, "one may run ahead"
+        assert stats.wait_seconds >= 0
+
+
+def test_failure_of_the_housekeeper_reaches_the_pass() -> None:
+    with _group(_shares(2, "streamed", 1)) as (models, pools):
+        _logits(models[0])
+        housekeeper = pools[0]._housekeeper
+        assert housekeeper is not None
+        housekeeper._sources.clear()
+        with pytest.raises(PoolError, match="was not streamed") as caught:
+            for _ in range(3):
+                _logits(models[0])
+        assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_plan_that_fetches_other_layers() -> None:
+    shares = _shares(2, "streamed")
+    wrong = PoolShare("streamed", 0, 2, shares[0].owners, 1, shares[1].fetches)
+    hub = LocalHub()
+    pools = [Pool(share, LocalStore(hub)) for share in (wrong, shares[1])]
+    for pool in pools:
+        for block in blocks_of(make_model("llama", NUM_LAYERS)):
+            pool.add_block(block)
+    thread = threading.Thread(target=pools[1].attach)
+    thread.start()
+    with pytest.raises(PoolError, match=r"rank 0 borrows layers \[1, 3\].*plan again"):
+        pools[0].attach()
+    thread.join(10)
+
+
+def test_a_block_more_than_the_plan_knows() -> None:
+    pool = Pool(plan_shares((1,), 1, "mapped")[0], LocalStore())
+    blocks = blocks_of(make_model("llama", 2))
+    pool.add_block(blocks[0])
+    with pytest.raises(UnsupportedModelError, match="the plan knows 1 layers"):
+        pool.add_block(blocks[1])
+
+
+def test_peers_with_other_sizes_are_refused() -> None:
+    hub = LocalHub()
+    store = LocalStore(hub)
+    store.allocate(0, 64)
+    store.publish(0)
+    pool = Pool(PoolShare("mapped", 1, 2, (0,)), LocalStore(hub))
+    pool.add_block(blocks_of(make_model("llama", 1))[0])
+    with pytest.raises(PeerLostError, match="has 64 bytes, expected 18432"):
+        pool.attach()
+
+
+def test_peer_that_never_publishes() -> None:
+    pool = Pool(PoolShare("mapped", 1, 2, (0,)), LocalStore(), peer_timeout_seconds=0.05)
+    pool.add_block(blocks_of(make_model("llama", 1))[0])
+    with pytest.raises(PeerLostError, match=r"rank 0 did not publish layer 0 within 0\.05 s"):
+        pool.attach()
