@@ -39,20 +39,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=["tight", "ample", "plain"])
+    parser.add_argument("--rows", type=int, default=NUM_ROWS, help="rows of the batch")
     args = parser.parse_args()
-    requests = write_requests(BUILD / "requests.jsonl", NUM_ROWS)
-    write_requests(BUILD / "warm-up.jsonl", 4)
+    requests = write_requests(BUILD / "requests.jsonl", args.rows)
+    warm_up = write_requests(BUILD / "warm-up.jsonl", 4)
     facts = bench_facts()
     tight_bytes = memory_for_rows(facts, 4)
-    run_elbowroom(BUILD / "warm-up.jsonl", "none", tight_bytes)  # discard the first run
-    result: dict[str, Any] = {"tight_memory_bytes": tight_bytes}
-    if "tight" in args.parts:
-        result["tight"] = compare(requests, tight_bytes, args.repeats)
-    if "ample" in args.parts:
-        result["ample"] = compare(requests, memory_for_rows(facts, NUM_ROWS), args.repeats)
-    if "plain" in args.parts:
-        result["plain"] = compare_plain(requests, tight_bytes, args.repeats)
-    write_result("pool_throughput", result)
+    ample_bytes = memory_for_rows(facts, args.rows)
+    run_elbowroom(warm_up, "none", tight_bytes)  # discard the first run
+    for part in args.parts:
+        if part == "plain":
+            result = compare_plain(requests, tight_bytes, args.repeats)
+        else:
+            memory_bytes = tight_bytes if part == "tight" else ample_bytes
+            result = compare(requests, memory_bytes, args.repeats)
+        settings = {"rows": args.rows, "memory_of_none_for_4_rows": tight_bytes}
+        write_result(f"pool_throughput_{part}", {**settings, **result})
 
 
 def compare(requests: Path, memory_bytes: int, repeats: int) -> dict[str, Any]:

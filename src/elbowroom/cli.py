@@ -123,8 +123,8 @@ def _files(args: argparse.Namespace) -> JobFiles:
     return JobFiles(
         input=args.input,
         output=output,
-        errors=args.errors or output.with_suffix(".errors.jsonl"),
-        report=args.report or output.with_suffix(".report.json"),
+        errors=args.errors or output.parent / f"{output.stem}.errors.jsonl",
+        report=args.report or output.parent / f"{output.stem}.report.json",
         logs=args.logs,
     )
 

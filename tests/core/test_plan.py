@@ -42,7 +42,7 @@ ENGINE = EngineOptions(
 @pytest.mark.parametrize("order", FETCH_ORDERS)
 def test_plan_survives_json(mode: PoolMode, order: FetchOrder) -> None:
     shares = plan_shares((5_000_000,) * 7, 3, mode, None, order)
-    plan = RunPlan("/m", "cpu", ACCOUNT, shares, ((0, 1), (2,), ()), ENGINE)
+    plan = RunPlan("/m", ACCOUNT, shares, ((0, 1), (2,), ()), ENGINE)
     assert RunPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan.num_replicas == 3
 

@@ -34,9 +34,7 @@ def plain_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("pool", ["none", "mapped", "streamed"])
-def test_answers_equal_plain_vllm(
-    pool: str, plain_answers: dict[str, str], tmp_path: Path
-) -> None:
+def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     command = [
         *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
@@ -47,9 +45,9 @@ def test_answers_equal_plain_vllm(
     assert len(plain_answers) == 500
     assert _answers(output) == plain_answers
     report = json.loads(output.with_suffix(".report.json").read_text())
-    expected = report["plan"]["account"]["kv_bytes"] // report["plan"]["account"][
-        "kv_bytes_per_token"
-    ]
+    expected = (
+        report["plan"]["account"]["kv_bytes"] // report["plan"]["account"]["kv_bytes_per_token"]
+    )
     for replica in report["replicas"]:
         assert replica["num_kv_tokens"] == pytest.approx(expected, rel=0.01)
         assert (replica["streamed_bytes"] > 0) == (pool == "streamed")

@@ -17,7 +17,6 @@ from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
 
 PLAN = RunPlan(
     model_dir="models/tiny",
-    device="cpu",
     account=MemoryAccount(
         memory_bytes=2 * GIB,
         replicated_bytes=100 * MIB,

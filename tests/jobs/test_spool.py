@@ -1,4 +1,4 @@
-"""The spool: results come out whole, in input order, once, or not at all."""
+"""Result lines: out of order in, in input order and whole out, or nothing."""
 
 from __future__ import annotations
 
@@ -6,253 +6,276 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
 from elbowroom.core.errors import OutputError
-from elbowroom.jobs import spool as spool_module
-from elbowroom.jobs.spool import Spool, check_paths, error_line, response_line, write_atomically
-
-IS_ROOT = os.geteuid() == 0
-
-
-def _ids(path: Path) -> list[str]:
-    return [json.loads(line)["custom_id"] for line in path.read_text().splitlines()]
-
-
-def _put(spool: Spool, index: int, status: int = 200) -> None:
-    line = response_line(f"id-{index}", status, {"text": f"é\n{index}"})
-    spool.put(index, line, is_success=status == 200)
+from elbowroom.jobs.spool import (
+    Spool,
+    check_paths,
+    error_line,
+    response_line,
+    write_atomically,
+)
 
 
-def test_input_order_whatever_the_order_of_answers(tmp_path: Path) -> None:
-    output, errors = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
-    with Spool(tmp_path, 6) as spool:
-        for index in (4, 0, 5, 2, 3, 1):
-            _put(spool, index, 400 if index in (1, 4) else 200)
-        assert (spool.num_succeeded, spool.num_failed) == (4, 2)
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_lines_come_out_in_input_order(tmp_path: Path) -> None:
+    output, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
+    with Spool(tmp_path, 5) as spool:
+        for index in (3, 0, 4, 2, 1):
+            spool.put(index, f"row {index}\n".encode(), is_success=index != 3)
+        assert (spool.num_succeeded, spool.num_failed) == (4, 1)
+        assert names(tmp_path) == []  # unnamed until published
         spool.publish(output, errors)
-    assert _ids(output) == ["id-0", "id-2", "id-3", "id-5"]
-    assert _ids(errors) == ["id-1", "id-4"]
-    assert sorted(tmp_path.iterdir()) == [errors, output], "the spool left something"
+    assert output.read_text() == "row 0\nrow 1\nrow 2\nrow 4\n"
+    assert errors.read_text() == "row 3\n"
+    assert names(tmp_path) == ["errors.jsonl", "out.jsonl"]
+    assert output.stat().st_mode & 0o777 == 0o600
 
 
-def test_without_failures_a_stale_error_file_is_removed(tmp_path: Path) -> None:
-    output, errors = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
-    errors.write_text("of the last run")
+def test_without_failures_there_is_no_error_file_and_an_old_one_goes(tmp_path: Path) -> None:
+    output, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
+    output.write_text("of an earlier run")
+    errors.write_text("of an earlier run")
     with Spool(tmp_path, 1) as spool:
-        _put(spool, 0)
+        spool.put(0, b"new\n", is_success=True)
         spool.publish(output, errors)
-    assert list(tmp_path.iterdir()) == [output]
+    assert output.read_text() == "new\n"
+    assert not errors.exists()
 
 
-def test_all_rows_failed(tmp_path: Path) -> None:
-    output, errors = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
+def test_without_answers_the_output_is_an_empty_file(tmp_path: Path) -> None:
     with Spool(tmp_path, 1) as spool:
-        _put(spool, 0, 500)
-        spool.publish(output, errors)
-    assert output.read_bytes() == b""
-    assert _ids(errors) == ["id-0"]
+        spool.put(0, b"bad\n", is_success=False)
+        spool.publish(tmp_path / "out", tmp_path / "errors")
+    assert (tmp_path / "out").read_bytes() == b""
+    assert (tmp_path / "errors").read_bytes() == b"bad\n"
 
 
-def test_a_second_answer_is_refused(tmp_path: Path) -> None:
+def test_a_row_is_answered_once(tmp_path: Path) -> None:
     with Spool(tmp_path, 2) as spool:
-        _put(spool, 0)
-        with pytest.raises(OutputError, match="row 0 was answered twice"):
-            _put(spool, 0)
+        spool.put(1, b"first\n", is_success=True)
+        with pytest.raises(OutputError, match="row 1 was answered twice"):
+            spool.put(1, b"second\n", is_success=False)
+        assert (spool.num_succeeded, spool.num_failed) == (1, 0)
 
 
-def test_missing_rows_are_refused(tmp_path: Path) -> None:
+def test_missing_rows_are_counted_and_nothing_is_published(tmp_path: Path) -> None:
     with Spool(tmp_path, 3) as spool:
-        _put(spool, 1)
+        spool.put(1, b"only\n", is_success=True)
         with pytest.raises(OutputError, match="2 of 3 rows have no result"):
-            spool.publish(tmp_path / "out.jsonl", tmp_path / "err.jsonl")
-    assert not list(tmp_path.iterdir())
+            spool.publish(tmp_path / "out", tmp_path / "errors")
+    assert names(tmp_path) == []
 
 
-def test_results_are_private(tmp_path: Path) -> None:
-    old = tmp_path / "out.jsonl"
-    old.write_text("old")
-    old.chmod(0o644)
-    write_atomically(old, iter([b"new"]))
-    assert stat.S_IMODE(old.stat().st_mode) == 0o600
-    assert old.read_bytes() == b"new"
+def test_large_lines_survive(tmp_path: Path) -> None:
+    lines = [bytes([65 + at]) * 1_000_000 + b"\n" for at in range(3)]
+    with Spool(tmp_path, 3) as spool:
+        for index in (2, 0, 1):
+            spool.put(index, lines[index], is_success=True)
+        spool.publish(tmp_path / "out", tmp_path / "errors")
+    assert (tmp_path / "out").read_bytes() == b"".join(lines)
 
 
-def _no_space(*_: object) -> NoReturn:
-    raise OSError(errno.ENOSPC, "No space left on device")
+FILL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from elbowroom.core.errors import OutputError
+from elbowroom.jobs.spool import Spool, write_atomically
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+folder = Path(sys.argv[1])
+try:
+    with Spool(folder, 3) as spool:
+        spool.put(0, b"a" * 4_000 + b"\\n", True)
+        spool.put(1, b"b" * int(sys.argv[2]) + b"\\n", True)
+except OutputError as error:
+    print(error)
+try:
+    write_atomically(folder / "out", iter([b"c" * 6_000] * 2))
+except OutputError as error:
+    print(error)
+"""
+
+MAKE_ROOM = """
+try:
+    spool = Spool(folder, 2).__enter__()
+    spool.put(0, b"a" * 4_000 + b"\\n", True)
+    spool.put(1, b"b" * 70_000 + b"\\n", True)
+except OutputError:
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    spool.put(1, b"again\\n", True)
+    spool.publish(folder / "out", folder / "errors")
+"""
 
 
-def test_a_disk_that_is_full_leaves_the_old_file(
+@pytest.mark.parametrize("num_bytes", [7_000, 70_000])  # within and beyond Python's own buffer
+def test_a_full_disk_is_explained_and_leaves_no_file(tmp_path: Path, num_bytes: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", FILL_DISK, str(tmp_path), str(num_bytes)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    put, write = result.stdout.splitlines()
+    assert put.startswith(
+        f"cannot write {num_bytes + 4_002} bytes to a temporary file in {tmp_path}"
+    )
+    assert write.startswith(f"cannot write {tmp_path / 'out'}: File too large. Free some space")
+    assert result.stderr == ""
+    assert names(tmp_path) == []
+
+
+def test_once_there_is_room_the_line_can_be_put_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FILL_DISK + MAKE_ROOM, str(tmp_path), "7000"]
+    subprocess.run(command, capture_output=True, check=True)
+    assert (tmp_path / "out").read_bytes() == b"a" * 4_000 + b"\nagain\n"
+
+
+def test_if_one_file_cannot_be_written_neither_is_published(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = tmp_path / "out.jsonl"
-    old.write_text("old")
-    monkeypatch.setattr(os, "fsync", _no_space)
-    with pytest.raises(OutputError, match=r"cannot write .*No space left.*free some space"):
-        write_atomically(old, iter([b"new"]))
-    assert old.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [old], "half a file was left"
+    output, errors = tmp_path / "out", tmp_path / "errors"
+    output.write_text("of an earlier run")
+    num_syncs = 0
 
+    def fill_up(_: int) -> None:
+        nonlocal num_syncs
+        num_syncs += 1
+        if num_syncs == 2:  # the output fits, the error file does not
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-def test_a_disk_that_fills_up_shows_with_the_row(tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "fsync", fill_up)
     with Spool(tmp_path, 2) as spool:
-        _put(spool, 0)
-        real, spool._file = spool._file, _FullFile()  # type: ignore[assignment]
-        with pytest.raises(OutputError, match="No space left"):
-            _put(spool, 1)
-        spool._file = real
-        assert spool.num_succeeded == 1
-        with pytest.raises(OutputError, match="1 of 2 rows have no result"):
-            spool.publish(tmp_path / "out.jsonl", tmp_path / "err.jsonl")
-
-
-class _FullFile:
-    def seek(self, _: int) -> None: ...
-
-    write = _no_space
-
-
-def test_either_both_files_are_published_or_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The disk is full when the second file is written."""
-    output, errors = tmp_path / "out.jsonl", tmp_path / "err.jsonl"
-    output.write_text("old")
-    fsync, num_calls = os.fsync, 0
-
-    def fsync_until_full(descriptor: int) -> None:
-        nonlocal num_calls
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            num_calls += 1
-            if num_calls == 2:
-                _no_space()
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", fsync_until_full)
-    with Spool(tmp_path, 2) as spool:
-        _put(spool, 0)
-        _put(spool, 1, 400)
-        with pytest.raises(OutputError, match="Nothing was published"):
+        spool.put(0, b"good\n", is_success=True)
+        spool.put(1, b"bad\n", is_success=False)
+        with pytest.raises(OutputError, match=r"errors: No space left on device\. Free some space"):
             spool.publish(output, errors)
-    assert output.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [output]
+    assert num_syncs == 2
+    assert output.read_text() == "of an earlier run"
+    assert names(tmp_path) == ["out"]
 
 
-def test_a_broken_writer_leaves_nothing(tmp_path: Path) -> None:
-    def parts() -> Iterator[bytes]:
+def test_a_folder_that_cannot_be_synced_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_atomically(tmp_path / "out", iter([b"x"]))
+    assert (tmp_path / "out").read_bytes() == b"x"
+
+
+def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    def interrupted() -> Any:
         yield b"half"
         raise KeyboardInterrupt
 
+    (tmp_path / "out").write_text("old")
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "out.jsonl", parts())
-    assert not list(tmp_path.iterdir())
+        write_atomically(tmp_path / "out", interrupted())
+    assert (tmp_path / "out").read_text() == "old"
+    assert names(tmp_path) == ["out"]
 
 
-def test_lines_follow_the_schema_of_the_batch_api() -> None:
-    line = json.loads(response_line("ä", 404, {"error": {"message": "no"}}))
-    assert list(line) == ["id", "custom_id", "response", "error"]
-    assert line["custom_id"] == "ä"
-    assert line["error"] is None
-    assert line["response"]["status_code"] == 404
-    assert line["response"]["body"] == {"error": {"message": "no"}}
-    assert line["id"].startswith("batch_req_")
-    assert line["response"]["request_id"].startswith("req_")
-    rejected: dict[str, Any] = json.loads(error_line("b", "invalid_json", "line 3: no"))
-    assert rejected["response"] is None
-    assert rejected["error"] == {"code": "invalid_json", "message": "line 3: no"}
-    assert rejected["id"] != line["id"]
-    assert response_line("a", 200, {}) == response_line("a", 200, {}), "the same in every run"
+def test_a_spool_in_a_folder_that_is_gone_is_explained(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match="cannot write a temporary file in"),
+        Spool(tmp_path / "gone", 1),
+    ):
+        pass
 
 
-def test_a_body_with_half_a_character_is_still_written() -> None:
-    """The wire lets lone surrogates pass; one answer with one must not end the job."""
-    line = response_line("a", 200, {"text": "\ud83d"})
-    assert json.loads(line.decode("utf-8"))["custom_id"] == "a"
-
-
-def _paths(folder: Path) -> dict[str, Path]:
-    (folder / "in.jsonl").write_text("{}")
-    return {
-        "input_path": folder / "in.jsonl",
-        "output": folder / "out.jsonl",
-        "errors": folder / "err.jsonl",
-        "report": folder / "report.json",
+def test_a_response_line_has_the_schema_of_openai() -> None:
+    line = response_line("a", 200, {"choices": ["é\n\u2028"]})
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+    data = json.loads(line)
+    assert data == {
+        "id": data["id"],
+        "custom_id": "a",
+        "response": {
+            "status_code": 200,
+            "request_id": data["response"]["request_id"],
+            "body": {"choices": ["é\n\u2028"]},
+        },
+        "error": None,
     }
+    assert list(data) == ["id", "custom_id", "response", "error"]
 
 
-def test_good_paths_and_a_new_folder(tmp_path: Path) -> None:
-    paths = _paths(tmp_path)
-    paths["report"] = tmp_path / "new" / "folder" / "report.json"
-    check_paths(**paths)
-    assert paths["report"].parent.is_dir()
-    assert not paths["output"].exists()
+def test_an_error_line_has_no_response() -> None:
+    data = json.loads(error_line("a", "invalid_json", "line 1: not valid JSON"))
+    assert data["response"] is None
+    assert data["error"] == {"code": "invalid_json", "message": "line 1: not valid JSON"}
 
 
-@pytest.mark.parametrize("one", ["input_path", "output", "errors"])
-def test_no_two_paths_are_one(tmp_path: Path, one: str) -> None:
-    paths = _paths(tmp_path)
-    paths["report"] = paths[one].parent / "." / ".." / tmp_path.name / paths[one].name
-    with pytest.raises(OutputError, match="are the same file"):
-        check_paths(**paths)
+def test_ids_follow_from_the_custom_id() -> None:
+    first, again, other = (json.loads(response_line(name, 200, {})) for name in ("a", "a", "b"))
+    assert first["id"].startswith("batch_req_")
+    assert first["response"]["request_id"].startswith("req_")
+    assert first == again
+    assert first["id"] != other["id"]
+    assert first["id"] == json.loads(error_line("a", "code", "message"))["id"]
 
 
-@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
-def test_links_to_the_input_are_the_input(tmp_path: Path, link: Any) -> None:
-    paths = _paths(tmp_path)
-    link(paths["output"], paths["input_path"])
-    with pytest.raises(OutputError, match="input and --output are the same file"):
-        check_paths(**paths)
+def test_half_a_surrogate_pair_in_an_answer_is_written_as_an_escape() -> None:
+    line = response_line("a", 200, {"text": "\ud83d \\ud83d"})
+    assert json.loads(line)["response"]["body"] == {"text": "\ud83d \\ud83d"}
 
 
-def test_a_link_to_a_file_still_to_be_written(tmp_path: Path) -> None:
-    paths = _paths(tmp_path)
-    paths["errors"].symlink_to(paths["output"])
-    with pytest.raises(OutputError, match="--output and --errors are the same file"):
-        check_paths(**paths)
+def test_good_paths_pass_and_missing_folders_are_made(tmp_path: Path) -> None:
+    check_paths(tmp_path / "in", tmp_path / "a/b/out", tmp_path / "a/err", tmp_path / "c/report")
+    assert names(tmp_path) == ["a", "c"]
 
 
-@pytest.mark.parametrize("name", ["output", "errors", "report"])
-def test_a_directory_is_no_file(tmp_path: Path, name: str) -> None:
-    paths = _paths(tmp_path)
-    paths[name].mkdir()
-    with pytest.raises(OutputError, match="is a directory"):
-        check_paths(**paths)
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_an_output_that_is_the_input_is_refused(tmp_path: Path, link: Any) -> None:
+    given = tmp_path / "in.jsonl"
+    given.write_text("precious")
+    link(given, tmp_path / "link")
+    for output in (given, tmp_path / "link", tmp_path / "." / "in.jsonl"):
+        with pytest.raises(OutputError, match="input and --output are the same file"):
+            check_paths(given, output, tmp_path / "errors", tmp_path / "report")
+        with pytest.raises(OutputError, match="input and --errors are the same file"):
+            check_paths(given, tmp_path / "out", output, tmp_path / "report")
+    assert given.read_text() == "precious"
 
 
-@pytest.mark.parametrize("inner", ["a.jsonl", "sub/a.jsonl"])
-def test_a_file_is_no_folder(tmp_path: Path, inner: str) -> None:
-    paths = _paths(tmp_path)
-    (tmp_path / "file").write_text("x")
-    paths["output"] = tmp_path / "file" / inner
-    with pytest.raises(OutputError, match="file"):
-        check_paths(**paths)
+def test_outputs_that_are_one_file_are_refused_before_they_exist(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    one, other = tmp_path / "folder/out", tmp_path / "link/out"
+    with pytest.raises(OutputError, match=r"--output and --errors .* give each its own"):
+        check_paths(tmp_path / "in", one, other, tmp_path / "report")
+    with pytest.raises(OutputError, match="--errors and --report are the same file"):
+        check_paths(tmp_path / "in", tmp_path / "out", one, other)
 
 
-@pytest.mark.parametrize("name", ["output", "errors", "report"])
-def test_devices_and_pipes_are_not_replaced(tmp_path: Path, name: str) -> None:
-    """``--errors /dev/null`` as root would put a regular file in its place."""
-    paths = _paths(tmp_path)
-    os.mkfifo(paths[name])
-    with pytest.raises(OutputError):
-        check_paths(**paths)
+def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("")
+    for output in (tmp_path, Path(os.devnull)):
+        with pytest.raises(OutputError, match="is not a regular file: name a file to write"):
+            check_paths(tmp_path / "in", output, tmp_path / "errors", tmp_path / "report")
+    with pytest.raises(OutputError, match="choose another folder"):
+        check_paths(tmp_path / "in", tmp_path / "in/out", tmp_path / "e", tmp_path / "r")
 
 
-@pytest.mark.skipif(IS_ROOT, reason="root may write anywhere")
-@pytest.mark.parametrize("inner", ["a.jsonl", "sub/a.jsonl"])
-def test_unwritable_folder(tmp_path: Path, inner: str) -> None:
-    paths = _paths(tmp_path)
-    folder = tmp_path / "locked"
-    folder.mkdir(mode=0o500)
-    paths["output"] = folder / inner
-    with pytest.raises(OutputError, match="locked"):
-        check_paths(**paths)
-
-
-def test_unwritable_folder_for_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spool_module.os, "access", lambda *_: False)
-    with pytest.raises(OutputError, match="is not writable: choose another --output"):
-        check_paths(**_paths(tmp_path))
+def test_a_folder_without_write_permission_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(OutputError, match="is not writable: choose another folder"):
+        check_paths(tmp_path / "in", tmp_path / "out", tmp_path / "errors", tmp_path / "report")

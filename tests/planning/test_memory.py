@@ -112,7 +112,14 @@ def test_refusal_carries_the_numbers() -> None:
     with pytest.raises(MemoryPlanError) as caught:
         check_fits(account, 1024)
     message = str(caught.value)
-    for number in ("208.1 MiB", "slots 0 B", "2.656 MiB", "12.38 MiB", "1024 tokens", "gives 100 MiB"):
+    for number in (
+        "208.1 MiB",
+        "slots 0 B",
+        "2.656 MiB",
+        "12.38 MiB",
+        "1024 tokens",
+        "gives 100 MiB",
+    ):
         assert number in message, message
     assert "lower --max-model-len" in message
 

@@ -16,6 +16,8 @@ from elbowroom.core.errors import InputError, UnsupportedModelError
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+_CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
+_EXPERT_NAME = re.compile(r"\.experts?\.")
 _FFN_NAME = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(?:mlp|feed_forward|ffn)\.")
 
 
@@ -100,7 +102,7 @@ def _count_elements(
     for name, shape in shapes.items():
         if name.startswith("lm_head.") and config.get("tie_word_embeddings", False):
             continue  # one tensor serves as embedding and head
-        match = _FFN_NAME.search(name)
+        match = None if _EXPERT_NAME.search(name) else _FFN_NAME.search(name)
         if match and len(shape) == 2 and int(match.group(1)) < num_layers:
             ffn_elements[int(match.group(1))] += prod(shape)
         else:
@@ -183,11 +185,12 @@ def _read_header(path: Path) -> dict[str, Any]:
             end = max((e["data_offsets"][1] for n, e in header.items() if n != "__metadata__"))
             if 8 + length + end != file_bytes:
                 raise ValueError(f"{8 + length + end} bytes announced, {file_bytes} there")
-            if not all(isinstance(d, int) for e in header.values() for d in e.get("shape", ())):
+            shapes = (e["shape"] for n, e in header.items() if n != "__metadata__")
+            if not all(isinstance(size, int) for shape in shapes for size in shape):
                 raise ValueError("a shape is not a list of integers")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error) as error:
+    except _CORRUPT as error:
         raise InputError(f"{path} is corrupt: {error}: download the model again") from error
     assert isinstance(header, dict)
     return header

@@ -29,7 +29,7 @@ def parse_bytes(text: str) -> int:
 
     Raises InputError for anything else, with the accepted forms.
     """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]*)\s*", text)
     factor = _FACTORS.get(match.group(2).lower()) if match else None
     if match is None or factor is None:
         raise InputError(f"'{text}' is not a size: write for example 2GiB, 512MiB or 141GB")
@@ -40,5 +40,6 @@ def format_bytes(num_bytes: int) -> str:
     """A size for people, in binary units: ``1.41 GiB``, ``67.6 MiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= size:
-            return f"{num_bytes / size:.4g} {unit}"
+            number = num_bytes / size
+            return f"{number:.4g} {unit}" if abs(number) < 9999.5 else f"{number:.0f} {unit}"
     return f"{num_bytes} B"

@@ -78,6 +78,14 @@ def replica_environment(num_cores: int) -> dict[str, str]:
     return environment
 
 
+def remove_openmp_leftovers(shared_memory: Path = Path("/dev/shm")) -> None:
+    """Remove what Intel's OpenMP runtime leaves in shared memory when its process is killed."""
+    for path in shared_memory.glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        pid = path.name.split("_")[-2]
+        if not Path("/proc", pid).exists():
+            path.unlink(missing_ok=True)
+
+
 def _find_library(names: Sequence[str]) -> Path | None:
     """The first of ``names`` that is in a known folder."""
     paths = (folder / name for name in names for folder in _LIBRARY_FOLDERS)

@@ -86,7 +86,10 @@ async def _answer_rows(engine: Engine, channel: Channel) -> None:
 
 
 async def _answer(engine: Engine, channel: Channel, row: Message) -> None:
-    status, body = await engine.answer(row["url"], row["body"])
+    try:
+        status, body = await engine.answer(row["url"], row["body"])
+    except Exception as error:  # of this row alone, if the engine is well
+        status, body = 500, {"error": {"message": describe(error), "type": "InternalServerError"}}
     if status >= 500:
         await engine.check_health()  # a dead engine ends the replica, not row after row
     channel.send({"type": "done", "id": row["id"], "status": status, "body": body})

@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import struct
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -33,7 +34,8 @@ class Channel:
         self._writer.write(_LENGTH.pack(len(data)) + data)
 
     async def drain(self) -> None:
-        await self._writer.drain()
+        with suppress(ConnectionError):  # its end is seen by ``receive``
+            await self._writer.drain()
 
     async def receive(self) -> Message | None:
         """The next message, or None when the peer is gone."""

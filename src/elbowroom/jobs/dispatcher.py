@@ -11,6 +11,7 @@ from elbowroom.jobs.batch_file import RejectedRow, Row
 
 _BYTES_PER_TOKEN = 4.0  # English text; corrected by what finished rows report
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
+_MOST_TOKENS = 10**9  # of one row; a limit beyond is as good as none
 _SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
 
 
@@ -157,6 +158,7 @@ def _output_limit(row: Row) -> float:
     if "input" in row.body:
         return 0.0  # embeddings
     limits = [row.body.get(key) for key in ("max_tokens", "max_completion_tokens")]
-    given = [limit for limit in limits if isinstance(limit, int)]
+    given = [max(0, min(limit, _MOST_TOKENS)) for limit in limits if isinstance(limit, int)]
     choices = row.body.get("n")
-    return min(given, default=float("inf")) * (choices if isinstance(choices, int) else 1)
+    choices = max(1, min(choices, _MOST_TOKENS)) if isinstance(choices, int) else 1
+    return min(given, default=float("inf")) * choices

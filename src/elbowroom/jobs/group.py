@@ -12,7 +12,12 @@ from typing import NamedTuple
 
 from elbowroom.core.errors import ReplicaError
 from elbowroom.core.plan import RunPlan
-from elbowroom.engine.launch import REPLICA_COMMAND, ReplicaProcess, start_replica
+from elbowroom.engine.launch import (
+    REPLICA_COMMAND,
+    ReplicaProcess,
+    remove_openmp_leftovers,
+    start_replica,
+)
 from elbowroom.engine.wire import Message
 
 _LOG_TAIL_LINES = 15
@@ -46,6 +51,7 @@ class ReplicaGroup:
         self._log_dir = log_dir
         self._command = command
         self._replicas: list[ReplicaProcess] = []
+        self._stopped: set[int] = set()
         self._listeners: list[asyncio.Task[None]] = []
         self._events: asyncio.Queue[tuple[int, Message | None]] = asyncio.Queue()
 
@@ -75,6 +81,7 @@ class ReplicaGroup:
         for listener in self._listeners:
             listener.cancel()
         await asyncio.gather(*(_end(replica) for replica in self._replicas))
+        remove_openmp_leftovers()
 
     def send(self, rank: int, message: Message) -> None:
         self._replicas[rank].channel.send(message)
@@ -93,17 +100,22 @@ class ReplicaGroup:
         except TimeoutError:
             return None
         if message is None:
+            if rank in self._stopped:
+                return None  # it ended as it was told to
             await self._raise_dead(rank)
         assert message is not None
+        if message["type"] == "stopped":
+            self._stopped.add(rank)
         if message["type"] == "failed":
             raise ReplicaError(f"replica {rank} failed: {message['error']}{self._log_tail(rank)}")
         return Event(rank, message)
 
     async def _listen(self, replica: ReplicaProcess) -> None:
-        message: Message | None = {}
-        while message is not None:
-            message = await replica.channel.receive()
-            await self._events.put((replica.rank, message))
+        try:
+            while (message := await replica.channel.receive()) is not None:
+                await self._events.put((replica.rank, message))
+        finally:  # also when it sends what is no message
+            await self._events.put((replica.rank, None))
 
     async def _raise_dead(self, rank: int) -> None:
         await _end(self._replicas[rank])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -172,6 +173,7 @@ class _Job:
                 self._failures[offer.code] += 1
                 line = error_line(offer.custom_id, code=offer.code, message=offer.message)
                 self._spool.put(offer.index, line, is_success=False)
+                await asyncio.sleep(0)  # a long run of them must not hold up signals
                 continue
             row = offer.row
             message = {"type": "row", "id": row.index, "url": row.url, "body": row.body}

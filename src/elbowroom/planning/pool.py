@@ -59,9 +59,10 @@ def fetch_order(
     for start in range(0, len(owners), num_ranks):
         cycle = range(start, min(start + num_ranks, len(owners)))
         borrowed = [layer for layer in cycle if owners[layer] != rank]
+        own = next((layer for layer in cycle if owners[layer] == rank), start + rank)
         for at in range(0, len(borrowed), num_slots):
             window = borrowed[at : at + num_slots]
-            turn = sum(layer < start + rank for layer in window) % len(window)
+            turn = sum(layer < own for layer in window) % len(window)
             fetches += _fetch_window(window[turn:] + window[:turn], ffn_bytes, order)
     return tuple(fetches)
 
@@ -106,7 +107,7 @@ def plan_shares(
             rank,
             num_ranks,
             owners,
-            slots,
+            slots if num_ranks > 1 else 0,
             fetch_order(owners, ffn_bytes, rank, num_ranks, slots, order),
         )
         for rank in range(num_ranks)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = "elbowroom-"
 _LOCK = "owner.lock"
+_LOCK_SECONDS = 1.0  # a peer that looks holds the lock for a moment
 
 
 def default_root() -> Path:
@@ -30,8 +33,10 @@ def run_directory(root: Path | None = None) -> Iterator[Path]:
     """A new directory, mode 0700, removed at exit. Leftovers of dead runs are swept first."""
     root = root or default_root()
     sweep(root)
-    path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getuid()}-", dir=root))
-    lock = hold_lock(path / _LOCK)
+    # Takes its name once it is locked: before, another start could sweep it away.
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{os.getuid()}-", dir=root))
+    lock = hold_lock(hidden / _LOCK)
+    path = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
     try:
         yield path
     finally:
@@ -44,7 +49,11 @@ def sweep(root: Path) -> list[Path]:
     removed = []
     for path in root.glob(f"{_PREFIX}{os.getuid()}-*"):
         lock = path / _LOCK
-        if path.is_symlink() or path.stat().st_uid != os.getuid():
+        try:
+            status = path.lstat()
+        except FileNotFoundError:
+            continue  # its run ended meanwhile
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
             continue
         if lock.exists() and not is_held(lock):
             shutil.rmtree(path, ignore_errors=True)
@@ -58,8 +67,16 @@ def hold_lock(path: Path) -> int:
     Raises BlockingIOError when another process holds it.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise
+            time.sleep(0.01)
 
 
 def is_held(path: Path) -> bool:
@@ -69,7 +86,7 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: lookers see no lookers
     except BlockingIOError:
         return True
     finally:

@@ -1,0 +1,187 @@
+"""The process of a replica with an engine that is played: its messages, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+import types
+from typing import Any, NamedTuple
+
+import pytest
+
+from elbowroom.core.errors import PoolError
+from elbowroom.engine import replica
+from elbowroom.engine.wire import Channel, Message
+from tests.jobs.plans import make_plan
+
+
+class Counters(NamedTuple):
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prompt_tokens: int = 3
+    generation_tokens: int = 4
+    num_preemptions: int = 0
+
+
+class Engine:
+    """Answers with what the row's body says."""
+
+    num_kv_tokens = 640
+    start_error: Exception | None = None
+    health_error: Exception | None = None
+    stats_error: Exception | None = None
+    is_closed = False
+
+    @classmethod
+    async def start(cls, plan: Any, rank: int, run_dir: str) -> Engine:
+        if cls.start_error is not None:
+            raise cls.start_error
+        return cls()
+
+    async def resident_bytes(self) -> int:
+        return 99
+
+    async def answer(self, url: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if "raises" in body:
+            raise ValueError(body["raises"])
+        await asyncio.sleep(body.get("seconds", 0))
+        json.dumps(body, allow_nan=False)
+        return body.get("status", 200), {"url": url}
+
+    async def check_health(self) -> None:
+        if self.health_error is not None:
+            raise self.health_error
+
+    def counters(self) -> Counters:
+        return Counters()
+
+    async def pool_stats(self) -> dict[str, float]:
+        if self.stats_error is not None:
+            raise self.stats_error
+        return {"wait_seconds": 0.5}
+
+    async def close(self) -> None:
+        type(self).is_closed = True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[Engine]:
+    """The engine's class for one test, in place of the module that imports vLLM."""
+    played = type("Played", (Engine,), {})
+    module = types.ModuleType("server")
+    module.Engine = played  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "elbowroom.engine.vllm_seam.server", module)
+    return played
+
+
+class Talk(NamedTuple):
+    """What the replica said to ``messages``, and its exit status."""
+
+    said: list[Message]
+    status: int
+
+    def of(self, kind: str) -> list[Message]:
+        return [message for message in self.said if message["type"] == kind]
+
+
+def _talk(messages: list[Message], seconds: float = 10.0) -> Talk:
+    """Send ``messages`` after the start message, and listen until the replica ends."""
+
+    async def talk() -> Talk:
+        ours, theirs = socket.socketpair()
+        channel = await Channel.over(ours)
+        task = asyncio.create_task(replica._serve(theirs))
+        start = {"type": "start", "plan": make_plan(1).to_json(), "rank": 0, "run_dir": "/none"}
+        for message in [start, *messages]:
+            channel.send(message)
+        status = await asyncio.wait_for(task, seconds)
+        theirs.close()
+        ours.shutdown(socket.SHUT_WR)
+        said = []
+        while True:
+            try:
+                message = await asyncio.wait_for(channel.receive(), 0.2)
+            except TimeoutError:
+                break
+            if message is None:
+                break
+            said.append(message)
+        channel.close()
+        return Talk(said, status)
+
+    return asyncio.run(talk())
+
+
+def _row(index: int, **body: Any) -> Message:
+    return {"type": "row", "id": index, "url": "/v1/completions", "body": body}
+
+
+STOP: Message = {"type": "stop"}
+
+
+def test_rows_are_answered_as_they_finish(engine: type[Engine]) -> None:
+    talk = _talk([_row(0, seconds=0.1), _row(1), _row(2, status=400), STOP])
+    assert [message["type"] for message in talk.said] == ["ready", *["done"] * 3, "stopped"]
+    assert talk.said[0]["num_kv_tokens"] == 640
+    assert talk.said[0]["resident_bytes"] == 99
+    assert [message["id"] for message in talk.of("done")] == [1, 2, 0]
+    assert [message["status"] for message in talk.of("done")] == [200, 400, 200]
+    assert talk.said[-1]["generation_tokens"] == 4
+    assert talk.said[-1]["pool"] == {"wait_seconds": 0.5}
+    assert talk.status == 0
+    assert engine.is_closed
+
+
+def test_reports_come_while_rows_run(engine: type[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "STATS_SECONDS", 0.05)
+    talk = _talk([_row(0, seconds=0.3), STOP])
+    assert len(talk.of("stats")) >= 2
+
+
+def test_a_start_that_fails_is_told(engine: type[Engine]) -> None:
+    engine.start_error = RuntimeError("no memory")
+    talk = _talk([_row(0)])
+    assert talk.said == [{"type": "failed", "error": "RuntimeError: no memory"}]
+    assert talk.status == 1
+
+
+def test_our_own_errors_speak_for_themselves(engine: type[Engine]) -> None:
+    engine.start_error = PoolError("layer 4 needs 1 MiB")
+    assert _talk([]).said == [{"type": "failed", "error": "layer 4 needs 1 MiB"}]
+
+
+def test_a_server_error_of_one_row_fails_that_row(engine: type[Engine]) -> None:
+    talk = _talk([_row(0, status=500), _row(1), STOP])
+    assert sorted((m["id"], m["status"]) for m in talk.of("done")) == [(0, 500), (1, 200)]
+    assert talk.status == 0
+
+
+def test_an_answer_that_raises_fails_that_row_alone(engine: type[Engine]) -> None:
+    """Whatever the client or the application raises for one row: the engine is well."""
+    talk = _talk([_row(0, raises="boom"), _row(1), STOP])
+    assert [message["id"] for message in talk.of("done") if message["status"] == 200] == [1]
+    assert [message["id"] for message in talk.of("done") if message["status"] >= 500] == [0]
+    assert talk.status == 0
+
+
+@pytest.mark.parametrize("what", ["health_error", "stats_error"])
+def test_an_engine_that_is_dead_ends_the_replica(
+    engine: type[Engine], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setattr(replica, "STATS_SECONDS", 0.05)
+    setattr(engine, what, RuntimeError("EngineCore died"))
+    talk = _talk([_row(0, status=500), _row(1, seconds=0.5)])
+    assert talk.said[-1] == {"type": "failed", "error": "RuntimeError: EngineCore died"}
+    assert talk.status == 1
+
+
+def test_a_runner_that_goes_before_the_start() -> None:
+    async def go() -> int:
+        ours, theirs = socket.socketpair()
+        ours.close()
+        return await asyncio.wait_for(replica._serve(theirs), 5)
+
+    assert asyncio.run(go()) == 1

@@ -1,0 +1,133 @@
+"""Speaks the protocol of ``elbowroom.engine.replica`` without an engine: answers with the prompt.
+
+    python -m tests.jobs.stub_replica [options] DESCRIPTOR
+
+Options about rows or misbehaviour hold for the rank given by ``--rank``, or for every rank.
+Every process writes its id to ``PIDS/RANK`` once it knows its rank. Needs no import of torch or
+vLLM, so that it starts fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from elbowroom.engine.process import die_with_parent
+from elbowroom.engine.wire import Channel, Message
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("descriptor", type=int)
+    parser.add_argument("--pids", type=Path)
+    parser.add_argument("--rank", type=int, help="the rank that misbehaves")
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds per row")
+    parser.add_argument("--killed-after", type=int, help="SIGKILL after so many rows")
+    parser.add_argument("--fails", help="says failed with this text instead of ready")
+    parser.add_argument("--crashes", help="prints this text and exits instead of being ready")
+    parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--refuses", type=int, default=0, help="400 for each so-manieth row")
+    parser.add_argument(
+        "--deaf", action="store_true", help="ignores SIGTERM and its closed channel"
+    )
+    parser.add_argument("--stop-seconds", type=float, default=0.0, help="between stop and stopped")
+    parser.add_argument("--resident-bytes", type=int, default=0)
+    return parser.parse_args()
+
+
+class Stub:
+    """One replica. Rows are answered in an order of their own: later rows of a pair first."""
+
+    def __init__(self, options: argparse.Namespace, channel: Channel, rank: int) -> None:
+        self.options = options
+        self.channel = channel
+        self.rank = rank
+        self.is_odd_one = options.rank in (None, rank)
+        self.num_answered = 0
+
+    async def serve(self) -> int:
+        options = self.options
+        if self.is_odd_one and options.deaf:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self.is_odd_one and options.fails:
+            self.channel.send({"type": "failed", "error": options.fails})
+            await self.channel.drain()
+            return 1
+        if self.is_odd_one and options.crashes:
+            print(options.crashes, flush=True)
+            return 3
+        if self.is_odd_one and options.never_ready:
+            await asyncio.sleep(3600)
+        ready = {"num_kv_tokens": 1000, "resident_bytes": options.resident_bytes}
+        self.channel.send({"type": "ready", **ready, "start_seconds": 0.1})
+        async with asyncio.TaskGroup() as rows:
+            while (message := await self.channel.receive()) is not None:
+                if message["type"] != "row":
+                    break
+                if options.latency:
+                    rows.create_task(self.answer(message))
+                else:
+                    await self.answer(message)
+            if message is None:  # as the replica does: nobody wants the rows in flight
+                if self.is_odd_one and options.deaf:
+                    time.sleep(3600)
+                os._exit(1)
+        await asyncio.sleep(options.stop_seconds if self.is_odd_one else 0)
+        self.channel.send({**_stats(self.num_answered), "type": "stopped"})
+        await self.channel.drain()
+        return 0
+
+    async def answer(self, row: Message) -> None:
+        if self.options.latency:
+            await asyncio.sleep(self.options.latency * (2 if row["id"] % 2 == 0 else 1))
+        self.num_answered += 1
+        if self.is_odd_one and self.num_answered == self.options.killed_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        refused = self.options.refuses and (row["id"] + 1) % self.options.refuses == 0
+        status = 400 if refused else 200
+        self.channel.send(
+            {"type": "done", "id": row["id"], "status": status, "body": self.body(row, status)}
+        )
+        await self.channel.drain()
+
+    def body(self, row: Message, status: int) -> dict[str, Any]:
+        if status != 200:
+            return {"error": {"message": "no", "code": status}}
+        usage = {"prompt_tokens": 4, "completion_tokens": 2}
+        return {"text": row["body"]["prompt"], "rank": self.rank, "usage": usage}
+
+
+def _stats(num_answered: int) -> Message:
+    return {
+        "type": "stats",
+        "num_requests_running": 0,
+        "num_requests_waiting": 0,
+        "kv_cache_usage": 0.5,
+        "prompt_tokens": 4 * num_answered,
+        "generation_tokens": 2 * num_answered,
+        "num_preemptions": 0,
+        "pool": {"mapped_bytes": 7, "streamed_bytes": 11, "wait_seconds": 0.25},
+    }
+
+
+async def main() -> int:
+    options = _options()
+    channel = await Channel.over(socket.socket(fileno=options.descriptor))
+    start = await channel.receive()
+    if start is None:
+        return 1
+    if options.pids:
+        (options.pids / str(start["rank"])).write_text(str(os.getpid()))
+    return await Stub(options, channel, start["rank"]).serve()
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    sys.exit(asyncio.run(main()))
