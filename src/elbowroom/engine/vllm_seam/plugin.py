@@ -32,7 +32,7 @@ def register() -> None:
             return original(offload_config)
         from elbowroom.engine.vllm_seam.worker import PoolOffloader
 
-        return PoolOffloader.from_config(wanted)
+        return PoolOffloader.from_config(wanted, config.parallel_config.world_size)
 
     setattr(create_offloader, CONFIG_KEY, True)
     for name in (_PACKAGE, *_RUNNERS):

@@ -35,11 +35,16 @@ class PoolOffloader(BaseOffloader):
         self._num_unloaded = 0
 
     @staticmethod
-    def from_config(config: dict[str, Any]) -> PoolOffloader:
+    def from_config(config: dict[str, Any], world_size: int = 1) -> PoolOffloader:
         """The offloader that ``additional_config`` describes: a share and where the group meets.
 
-        Raises PoolError on devices that no store reaches yet.
+        Raises PoolError on devices that no store reaches yet, and for replicas of several ranks.
         """
+        if world_size != 1:
+            raise PoolError(
+                f"a replica of {world_size} ranks cannot be pooled yet: leave tensor and pipeline "
+                f"parallelism at 1, or run this model with vLLM"
+            )
         share = PoolShare.from_json(config["share"])
         if not current_platform.is_cpu() and share.mode != "none":
             raise PoolError(
