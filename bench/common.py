@@ -128,7 +128,7 @@ def _start_run_batch(
     output.unlink(missing_ok=True)
     command = [
         *("taskset", "-c", ",".join(map(str, cores))),
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.run_batch"),
         *("-i", str(requests), "-o", str(output), "--model", str(bench_model())),
         *("--served-model-name", "bench", "--max-model-len", str(MAX_MODEL_LEN)),
         *("--max-num-seqs", str(MAX_NUM_SEQS), "--block-size", str(BLOCK_TOKENS)),

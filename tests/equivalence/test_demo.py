@@ -23,7 +23,7 @@ def plain_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What vLLM's own batch runner answers, without Elbowroom's kernel, plugin or processes."""
     output = tmp_path_factory.mktemp("plain") / "plain.jsonl"
     command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "run-batch", "--enforce-eager"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "--enforce-eager"),
         *("-i", str(DEMO / "requests.jsonl"), "-o", str(output), "--model", str(DEMO / "model")),
         *("--served-model-name", "demo", "--kv-cache-memory-bytes", str(64 << 20)),
     ]
