@@ -22,6 +22,8 @@ import numpy as np
 
 from bench.common import (
     BUILD,
+    MAX_NUM_BATCHED_TOKENS,
+    MAX_NUM_SEQS,
     bench_facts,
     memory_for_rows,
     run_elbowroom,
@@ -87,8 +89,10 @@ def compare_plain(requests: Path, memory_bytes: int, repeats: int) -> dict[str, 
     """Mapped pool against ``vllm run-batch`` as it comes (compiled), in turns."""
     facts = bench_facts()
     weights = facts.replicated_bytes() + sum(facts.ffn_bytes())
-    kv_bytes = memory_bytes - weights - workspace_bytes(facts, 2048, 64)
-    both_kv_bytes = 2 * memory_bytes - weights - workspace_bytes(facts, 2048, 64)
+    kv_bytes = memory_bytes - weights - workspace_bytes(facts, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
+    both_kv_bytes = (
+        2 * memory_bytes - weights - workspace_bytes(facts, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
+    )
     lines = requests.read_text().splitlines()
     halves = [BUILD / f"half-{index}.jsonl" for index in range(2)]
     for index, half in enumerate(halves):

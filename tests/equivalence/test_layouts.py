@@ -25,10 +25,7 @@ NUM_LAYERS = 5  # divisible by neither 2 nor 3
 ROOT = Path(__file__).parents[2]
 
 
-class Layout(tuple[str, int | None, str]):
-    """Mode, slots and fetch order."""
-
-
+# Mode, slots and fetch order.
 LAYOUTS: list[tuple[str, int | None, str]] = [
     ("mapped", None, "peak-shift"),
     ("streamed", None, "peak-shift"),
