@@ -2,7 +2,7 @@
 
     python tools/make_model.py OUT --architecture llama --layers 8 --hidden 2048 --ffn 5632
 
-Words are ``w0`` ``w1`` ...: a prompt of n words is n tokens.
+Words are ``w2`` ``w3`` ...: a prompt of n words is n tokens.
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ def make_model(
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    words = {f"w{index}": index for index in range(vocab_size)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    # No special token may begin a word: the tokenizer would split that word in two.
+    special = {"<unk>": 0, "<end>": 1}
+    words = {f"w{index}": index for index in range(len(special), vocab_size)}
+    tokenizer = Tokenizer(WordLevel({**special, **words}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        unk_token="w0",
-        pad_token="w0",
-        eos_token="w1",
+        unk_token="<unk>",
+        pad_token="<unk>",
+        eos_token="<end>",
         chat_template=CHAT_TEMPLATE,
     )
 

@@ -15,11 +15,10 @@ from vllm.platforms import current_platform
 from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
 from elbowroom.engine.process import die_with_parent, resident_bytes, return_freed_memory
+from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalStore, Store
-
-_PACKED_MULTIPLE = 32  # the packed kernel works on tiles of 32 x 32
 
 
 class PoolOffloader(BaseOffloader):
@@ -108,12 +107,7 @@ class PooledLinearMethod(UnquantizedLinearMethod):
         assert isinstance(weight, torch.Tensor)
         if not self._is_packed:
             return nn.functional.linear(x, weight, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.empty(rows.shape[0], weight.shape[0], dtype=x.dtype)
-        torch.ops._C.weight_packed_linear(out, rows, weight, None, True)
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return packed_linear(x, weight, bias)
 
 
 class PoolWorkerExtension:
@@ -129,24 +123,6 @@ class PoolWorkerExtension:
         """Memory that loading took: weights, slots. Measured, without the KV cache."""
         offloader = _offloader()
         return offloader.resident_after_bytes - offloader.resident_before_bytes
-
-
-def is_packable(shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether the packed CPU kernel takes this matrix; in other types it aborts the process."""
-    return (
-        current_platform.is_cpu()
-        and dtype == torch.bfloat16
-        and all(size % _PACKED_MULTIPLE == 0 for size in shape)
-        and hasattr(torch.ops._C, "weight_packed_linear")
-    )
-
-
-def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """The packed form of a matrix: an ordinary tensor of the same shape, so it can be shared."""
-    if not is_packable(weight.shape, weight.dtype):
-        return weight
-    packed: torch.Tensor = torch.ops._C.convert_weight_packed(weight)
-    return packed
 
 
 def _offloader() -> PoolOffloader:
