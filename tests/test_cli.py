@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from elbowroom import cli
+from elbowroom import api, cli
+from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
+from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.results import publish, response_line
+from elbowroom.jobs.runner import JobOptions
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
 
@@ -44,7 +51,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     async def refuse(*_: object) -> None:
         pytest.fail("the job was started")
 
-    monkeypatch.setattr(cli, "run_job", refuse)
+    monkeypatch.setattr(api, "run_job", refuse)
     return Command(tmp_path)
 
 
@@ -65,8 +72,6 @@ def _check_refused(
     ("changes", "words"),
     [
         ({"model": "/no/model"}, "/no/model is not a directory"),
-        ({"input": "/no/input.jsonl"}, "cannot read /no/input.jsonl"),
-        ({"input": "/tmp"}, "/tmp"),
         ({"memory": "1KiB"}, "--memory gives 1 KiB"),
         ({"memory": "0"}, "--memory gives 0 B"),
         ({"memory": "64MiB", "max_model_len": "100000000"}, "lower --max-model-len"),
@@ -97,12 +102,6 @@ def test_output_that_is_a_folder(command: Command, capsys: pytest.CaptureFixture
 def test_a_folder_that_cannot_be_made(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     inside_a_file = str(command.folder / "in.jsonl" / "sub" / "out.jsonl")
     _check_refused(command, capsys, "in.jsonl", output=inside_a_file)
-
-
-def test_an_empty_batch(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    (command.folder / "in.jsonl").write_text("\n\n")
-    command.before = command.files()
-    _check_refused(command, capsys, "has no rows")
 
 
 def test_a_model_that_would_run_code(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,21 +153,31 @@ def test_the_account_is_shown_before_a_refusal(
         assert word in err, word
 
 
-def test_a_plan_reaches_the_job(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Flags arrive where they belong; a job without failed rows ends with 0, else with 3."""
-    calls = []
+class Report:
+    num_failed = 0
 
-    class Report:
-        num_failed = 0
 
-    async def run_job(*args: object) -> Report:
+Calls = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def calls(command: Command, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Jobs that would have run."""
+    calls: Calls = []
+
+    async def run_job(*args: Any) -> Report:
         calls.append(args)
         return Report()
 
-    monkeypatch.setattr(cli, "run_job", run_job)
+    monkeypatch.setattr(api, "run_job", run_job)
     monkeypatch.setattr(cli, "print_summary", lambda *_: None)
+    return calls
+
+
+def test_a_plan_reaches_the_job(command: Command, calls: Calls) -> None:
+    """Flags arrive where they belong."""
     assert command.run(replicas="3", pool="streamed", slots="1", seed="7", dtype="float32") == 0
-    plan, files, facts, _ = calls[0]
+    plan, files, options, identity, *_ = calls[0]
     assert plan.num_replicas == 3
     assert {share.mode for share in plan.shares} == {"streamed"}
     assert {share.num_slots for share in plan.shares} == {1}
@@ -177,30 +186,154 @@ def test_a_plan_reaches_the_job(command: Command, monkeypatch: pytest.MonkeyPatc
     assert files.output == command.folder / "out.jsonl"
     assert files.errors == command.folder / "out.errors.jsonl"
     assert files.report == command.folder / "out.report.json"
-    assert facts.num_rows == 3
+    assert options == JobOptions()
+    assert (identity["dtype"], identity["seed"]) == ("float32", "7")
     json.dumps(plan.to_json())
-    Report.num_failed = 1
+
+
+def test_options_of_the_job_reach_it(command: Command, calls: Calls) -> None:
+    flags = {"order": "input", "grace": "1.5", "max_restarts": "0", "max_n": "3"}
+    assert command.run(**flags, max_row_seconds="9", allow_url_host="a.example") == 0
+    plan, _, options, *_ = calls[0]
+    assert (options.order, options.grace_seconds, options.max_restarts) == ("input", 1.5, 0)
+    assert (options.limits.max_n, options.limits.max_row_seconds) == (3, 9.0)
+    assert options.limits.allowed_url_hosts == {"a.example"}
+    assert plan.engine.extra == ("--allowed-media-domains", "a.example")
+
+
+def test_what_follows_two_dashes_is_for_vllm(command: Command, calls: Calls) -> None:
+    flags = [part for flag in command.flags.items() for part in flag]
+    assert cli.main(["run", *flags, "--", "--gpu-flag", "1"]) == 0
+    assert calls[0][0].engine.extra == ("--gpu-flag", "1")
+
+
+def test_what_answers_depend_on_is_told_apart(command: Command, calls: Calls) -> None:
+    model = command.folder / "model"
+    command.run()
+    command.run(replicas="2", memory="65MiB", pool="none", max_num_seqs="2", order="input")
+    command.run(seed="1")
+    (model / "generation_config.json").write_text('{"temperature": 0.5}')
+    command.run()
+    first, elsewhere, seeded, other_defaults = (identity for _, _, _, identity, *_ in calls)
+    assert first == elsewhere, "a job may go on with other hardware"
+    assert {field for field in first if first[field] != seeded[field]} == {"seed"}
+    assert {field for field in first if first[field] != other_defaults[field]} == {"model"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("no"), 2),
+        (ReplicaError("no"), 1),
+        (JobStoppedError("no"), 75),
+        (KeyboardInterrupt(), 75),
+    ],
+)
+def test_exit_codes_of_errors(
+    command: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int
+) -> None:
+    async def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "run_job", fail)
+    assert command.run() == code
+
+
+def test_failed_rows_have_an_exit_code_of_their_own(
+    command: Command, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Report, "num_failed", 1)
     assert command.run() == 3
 
 
-def test_what_follows_two_dashes_is_for_vllm(
-    command: Command, monkeypatch: pytest.MonkeyPatch
+class FinishedJob:
+    """A finished job of three rows, one of which failed, without an engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.input = write_batch(folder / "in.jsonl", 3)
+        self.output = folder / "out.jsonl"
+        self.errors = folder / "out.errors.jsonl"
+        with Journal(self.output) as journal, BatchFile(self.input) as batch:
+            journal.admit({}, batch.scan())
+            for row in batch.rows():
+                assert isinstance(row, Row)
+                failure = "http_400" if row.index == 1 else None
+                line = response_line(row.custom_id, 400 if failure else 200, {})
+                journal.put(
+                    FinishedRow(row.index, row.custom_id, row.content_hash, failure, line, 4, 2)
+                )
+            journal.commit()
+            publish(journal, batch, self.output, self.errors)
+
+
+@pytest.fixture
+def finished_job(tmp_path: Path) -> FinishedJob:
+    return FinishedJob(tmp_path)
+
+
+def test_status(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status", str(finished_job.output)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "state finished rows 3 of 3 finished; failed: 1 http_400" in shown
+    assert cli.main(["status", str(finished_job.output), "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["state"], status["num_finished"], status["output_tokens"]) == ("finished", 3, 6)
+
+
+def test_status_of_a_job_that_goes_on(
+    finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    calls = []
+    write_batch(finished_job.input, 10)
+    with Journal(finished_job.output) as journal, BatchFile(finished_job.input) as batch:
+        journal.admit({}, batch.scan())
+        facts = {"num_resumed": 1, "resumed_output_tokens": 2, "num_replicas": 2}
+        journal.note(pid=7, started_at=time.time() - 20, ready_at=time.time() - 10, **facts)
+        assert cli.main(["status", str(finished_job.output), "--json"]) == 0
+        status = json.loads(capsys.readouterr().out)
+        assert (status["state"], status["pid"], status["num_rows"]) == ("running", 7, 10)
+        assert status["elapsed_seconds"] == pytest.approx(20, abs=2)
+        assert status["output_tokens_per_second"] == pytest.approx(0.4, rel=0.2)
+        assert status["seconds_left"] == pytest.approx(35, rel=0.2)
+        assert cli.main(["status", str(finished_job.output)]) == 0
+        assert "running (process 7)" in capsys.readouterr().out
+    assert cli.main(["status", str(finished_job.output)]) == 0
+    assert "run the same command again" in capsys.readouterr().out
 
-    async def run_job(*args: object) -> object:
-        calls.append(args)
-        raise cli.InputError("enough")
 
-    monkeypatch.setattr(cli, "run_job", run_job)
-    flags = [part for flag in command.flags.items() for part in flag]
-    assert cli.main(["run", *flags, "--", "--gpu-flag", "1"]) == 2
-    assert calls[0][0].engine.extra == ("--gpu-flag", "1")
+@pytest.mark.parametrize(
+    ("rows", "ids"),
+    [("all", ["id-0", "id-1", "id-2"]), ("succeeded", ["id-0", "id-2"]), ("failed", ["id-1"])],
+)
+def test_results(
+    finished_job: FinishedJob, capfdbinary: pytest.CaptureFixture[bytes], rows: str, ids: list[str]
+) -> None:
+    assert cli.main(["results", str(finished_job.output), "--rows", rows]) == 0
+    lines = capfdbinary.readouterr().out.splitlines()
+    assert [json.loads(line)["custom_id"] for line in lines] == ids
+
+
+def test_verify(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [str(finished_job.input), str(finished_job.output)]
+    assert cli.main(["verify", *files]) == 0
+    assert "each of 3 rows has exactly one result" in capsys.readouterr().out
+    finished_job.errors.unlink()
+    assert cli.main(["verify", *files, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["missing"] == ["id-1"]
+    assert cli.main(["verify", *files, "--errors", str(finished_job.errors)]) == 2
+
+
+@pytest.mark.parametrize("command", ["status", "results"])
+def test_commands_on_what_is_no_job(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([command, str(tmp_path / "out.jsonl")]) == 2
+    assert "name the --output of a run" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_cores_are_divided_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
-    assert cli.split_cores(1) == ((0, 2, 4, 6, 8),)
-    assert cli.split_cores(2) == ((0, 2), (4, 6, 8))
-    assert cli.split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
-    assert cli.split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))
+    assert api.split_cores(1) == ((0, 2, 4, 6, 8),)
+    assert api.split_cores(2) == ((0, 2), (4, 6, 8))
+    assert api.split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
+    assert api.split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))

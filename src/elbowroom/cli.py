@@ -1,89 +1,188 @@
-"""The command line: reads flags, makes a plan, hands it to the job. No logic of its own."""
+"""The command line: reads flags, hands them on, and turns what happens into exit codes."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from elbowroom.core.errors import ElbowroomError, InputError, MemoryPlanError, OutputError
-from elbowroom.core.model import DTYPE_BYTES, ModelFacts, read_model
-from elbowroom.core.plan import (
-    FETCH_ORDERS,
-    POOL_MODES,
-    EngineOptions,
-    MemoryAccount,
-    PoolMode,
-    PoolShare,
-    RunPlan,
+from elbowroom.api import BatchSettings, errors_beside, run_settings
+from elbowroom.core.errors import (
+    ElbowroomError,
+    InputError,
+    JobStoppedError,
+    MemoryPlanError,
+    OutputError,
 )
-from elbowroom.core.units import format_bytes, parse_bytes
-from elbowroom.jobs.batch_file import scan
+from elbowroom.core.model import DTYPE_BYTES
+from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES
+from elbowroom.core.units import parse_bytes
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.check import check_file, print_report
+from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import print_summary
-from elbowroom.jobs.runner import JobFiles, run_job
-from elbowroom.jobs.spool import check_paths
-from elbowroom.planning.memory import account_memory, check_fits, longest_row
-from elbowroom.planning.pool import plan_shares
+from elbowroom.jobs.runner import JobOptions, StopRequest
+from elbowroom.jobs.status import job_status, print_status
+from elbowroom.jobs.verify import verify_results
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
+_EXIT_CODES = """\
+exit codes:
+  0   every row was answered (check, verify: nothing is wrong)
+  3   finished, but some rows failed (check: some would; verify: results are not complete)
+  75  stopped before the end: finished rows are kept, the same command goes on
+  2   bad usage or bad input: nothing was done
+  1   a failure inside
+"""
 
 EXIT_GOOD = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
 EXIT_FAILED_ROWS = 3
-EXIT_INTERRUPTED = 130
+EXIT_RESUMABLE = 75
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``elbowroom``. Returns the exit code; see ``docs/structure.md``."""
+    """Entry point of ``elbowroom``. Returns the exit code."""
     args = _parser().parse_args(argv)
     console = Console(stderr=True)
+    command: Callable[[argparse.Namespace, Console], int] = args.command
     try:
-        return asyncio.run(_run(args, console))
-    except (InputError, OutputError, MemoryPlanError) as error:
-        console.print(f"elbowroom: {error}", style="red", markup=False, highlight=False)
-        return EXIT_BAD_INPUT
+        return command(args, console)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_GOOD
     except ElbowroomError as error:
         console.print(f"elbowroom: {error}", style="red", markup=False, highlight=False)
-        return EXIT_FAILURE
+        return _exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("elbowroom: stopped; nothing was published")
-        return EXIT_INTERRUPTED
+        console.print("elbowroom: stopped at once; run the same command again to go on")
+        return EXIT_RESUMABLE
 
 
-async def _run(args: argparse.Namespace, console: Console) -> int:
+def _exit_code(error: ElbowroomError) -> int:
+    if isinstance(error, JobStoppedError):
+        return EXIT_RESUMABLE
+    if isinstance(error, InputError | OutputError | MemoryPlanError):
+        return EXIT_BAD_INPUT
+    return EXIT_FAILURE
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    return asyncio.run(_run_until_signalled(_settings(args), console))
+
+
+async def _run_until_signalled(settings: BatchSettings, console: Console) -> int:
+    """The first signal asks the job to stop, the second ends it."""
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    files = _files(args)
-    check_paths(files.input, files.output, files.errors, files.report)
-    model = read_model(args.model, args.dtype)
-    plan = _plan(args, model)
-    console.print(_account_table(args, model))
-    check_fits(plan.account, plan.engine.max_model_len)
-    facts = scan(files.input)
-    report = await run_job(plan, files, facts, console)
+    stop = StopRequest()
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if stop.reason is None:
+            stop(f"stopped by {number.name}")
+        else:
+            task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, partial(on_signal, number))
+    report = await run_settings(settings, console, stop)
     print_summary(console, report)
     return EXIT_FAILED_ROWS if report.num_failed else EXIT_GOOD
 
 
+def _check(args: argparse.Namespace, console: Console) -> int:
+    report = check_file(args.input, args.model, args.max_model_len, _limits(args))
+    if args.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(Console(), report)
+    return EXIT_FAILED_ROWS if report.num_problems else EXIT_GOOD
+
+
+def _status(args: argparse.Namespace, console: Console) -> int:
+    with JournalReader(args.output) as journal:
+        status = job_status(journal)
+    if args.json:
+        print(json.dumps(status.to_json(), indent=2))
+    else:
+        print_status(Console(), status)
+    return EXIT_GOOD
+
+
+def _results(args: argparse.Namespace, console: Console) -> int:
+    with JournalReader(args.output) as journal:
+        for line in journal.lines({"all": None, "succeeded": True, "failed": False}[args.rows]):
+            sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    return EXIT_GOOD
+
+
+def _verify(args: argparse.Namespace, console: Console) -> int:
+    errors = args.errors or errors_beside(args.output)
+    paths = [args.output, *([errors] if args.errors or errors.exists() else [])]
+    with BatchFile(args.input, _limits(args)) as batch:
+        verification = verify_results(batch.scan(), paths)
+    if args.json:
+        print(json.dumps(verification.to_json(), indent=2))
+    else:
+        print(verification)
+    return EXIT_GOOD if verification.is_good else EXIT_FAILED_ROWS
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elbowroom", description=_ABOUT)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    run = commands.add_parser(
-        "run",
-        help="answer a batch file",
-        description="Answer an OpenAI batch file with replicas that hold the feed-forward weights "
-        "once. Options after -- go to vLLM.",
+    parser = argparse.ArgumentParser(
+        prog="elbowroom",
+        description=_ABOUT,
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=_EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=command)
+        return added
+
+    _add_run_flags(add("run", _run, "answer a batch file, or go on with it"))
+    check = add("check", _check, "tell all that can be known before a device is touched")
+    check.add_argument("input", type=Path, help="OpenAI batch lines")
+    check.add_argument("--model", type=Path, help="Hugging Face model folder, to count tokens")
+    check.add_argument("--max-model-len", type=_count, help="tokens of the longest row")
+    check.add_argument("--json", action="store_true", help="for machines")
+    _add_limits(check)
+    status = add("status", _status, "show how far a running or interrupted job is")
+    status.add_argument("output", type=Path, help="the --output of the run")
+    status.add_argument("--json", action="store_true", help="for machines")
+    results = add("results", _results, "print the result lines of what is finished so far")
+    results.add_argument("output", type=Path, help="the --output of the run")
+    results.add_argument("--rows", choices=("all", "succeeded", "failed"), default="all")
+    verify = add("verify", _verify, "check that each row of the input has exactly one result")
+    verify.add_argument("input", type=Path, help="OpenAI batch lines")
+    verify.add_argument("output", type=Path, help="answers")
+    verify.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
+    verify.add_argument("--json", action="store_true", help="for machines")
+    _add_limits(verify)
+    return parser
+
+
+def _add_run_flags(run: argparse.ArgumentParser) -> None:
     files = run.add_argument_group("files")
     files.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
     files.add_argument("--input", type=Path, required=True, help="OpenAI batch lines")
@@ -114,75 +213,102 @@ def _parser() -> argparse.ArgumentParser:
     engine.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
     engine.add_argument("--seed", type=int, default=0)
     engine.add_argument("--no-prefix-caching", action="store_true")
+    job = run.add_argument_group("job")
+    defaults = JobOptions()
+    job.add_argument(
+        "--restart", action="store_true", help="start over: drop what earlier runs finished"
+    )
+    job.add_argument(
+        "--order",
+        choices=("auto", "input"),
+        default=defaults.order,
+        help="in which rows are worked on (default auto: long outputs first, shared prefixes "
+        "together); results are in input order",
+    )
+    job.add_argument(
+        "--grace",
+        type=_seconds,
+        default=defaults.grace_seconds,
+        metavar="SECONDS",
+        help="for rows in flight after the first Ctrl-C (default %(default)g)",
+    )
+    job.add_argument(
+        "--max-restarts",
+        type=_number,
+        default=defaults.max_restarts,
+        help="of one replica in ten minutes (default %(default)d)",
+    )
+    _add_limits(run)
     run.add_argument("vllm", nargs="*", metavar="-- VLLM OPTIONS", help="passed on to vLLM")
-    return parser
 
 
-def _files(args: argparse.Namespace) -> JobFiles:
-    output: Path = args.output
-    return JobFiles(
-        input=args.input,
-        output=output,
-        errors=args.errors or output.parent / f"{output.stem}.errors.jsonl",
-        report=args.report or output.parent / f"{output.stem}.report.json",
-        logs=args.logs,
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    limits = parser.add_argument_group("limits of a row")
+    defaults = RowLimits()
+    for flag, kind, default in (
+        ("--max-line-bytes", _size, defaults.max_line_bytes),
+        ("--max-prompt-tokens", _count, defaults.max_prompt_tokens),
+        ("--max-n", _count, defaults.max_n),
+        ("--max-stop", _count, defaults.max_stop),
+        ("--max-logprobs", _count, defaults.max_logprobs),
+        ("--max-schema-bytes", _size, defaults.max_schema_bytes),
+        ("--max-regex-bytes", _size, defaults.max_regex_bytes),
+        ("--max-row-seconds", _seconds, defaults.max_row_seconds),
+    ):
+        shown = "no limit" if default is None else default
+        limits.add_argument(flag, type=kind, default=default, help=f"(default {shown})")
+    limits.add_argument(
+        "--allow-url-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="content may be fetched from here (default: from nowhere)",
     )
 
 
-def _plan(args: argparse.Namespace, model: ModelFacts) -> RunPlan:
-    shares = _shares(args, model, args.pool)
-    account = _account(args, model, args.pool)
-    names = (*args.served_model_name, model.name, str(args.model))
-    return RunPlan(
-        model_dir=str(args.model),
-        account=account,
-        shares=shares,
-        cores=split_cores(args.replicas),
-        engine=EngineOptions(
-            dtype=model.dtype,
-            max_model_len=args.max_model_len or longest_row(model, account),
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            served_model_names=tuple(dict.fromkeys(names)),
-            seed=args.seed,
-            prefix_caching=not args.no_prefix_caching,
-            extra=tuple(args.vllm),
+def _limits(args: argparse.Namespace) -> RowLimits:
+    return RowLimits(
+        max_line_bytes=args.max_line_bytes,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_n=args.max_n,
+        max_stop=args.max_stop,
+        max_logprobs=args.max_logprobs,
+        max_schema_bytes=args.max_schema_bytes,
+        max_regex_bytes=args.max_regex_bytes,
+        max_row_seconds=args.max_row_seconds,
+        allowed_url_hosts=frozenset(args.allow_url_host),
+    )
+
+
+def _settings(args: argparse.Namespace) -> BatchSettings:
+    return BatchSettings(
+        model=args.model,
+        input=args.input,
+        output=args.output,
+        memory_bytes=args.memory,
+        errors=args.errors,
+        report=args.report,
+        logs=args.logs,
+        replicas=args.replicas,
+        pool=args.pool,
+        slots=args.slots,
+        fetch_order=args.fetch_order,
+        dtype=args.dtype,
+        max_model_len=args.max_model_len,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        served_model_names=tuple(args.served_model_name),
+        seed=args.seed,
+        prefix_caching=not args.no_prefix_caching,
+        vllm_options=tuple(args.vllm),
+        job=JobOptions(
+            limits=_limits(args),
+            order=args.order,
+            max_restarts=args.max_restarts,
+            grace_seconds=args.grace,
+            restart=args.restart,
         ),
     )
-
-
-def _shares(args: argparse.Namespace, model: ModelFacts, mode: PoolMode) -> tuple[PoolShare, ...]:
-    return plan_shares(model.ffn_bytes(), args.replicas, mode, args.slots, args.fetch_order)
-
-
-def _account(args: argparse.Namespace, model: ModelFacts, mode: PoolMode) -> MemoryAccount:
-    return account_memory(
-        model,
-        _shares(args, model, mode),
-        args.memory,
-        args.max_num_batched_tokens,
-        args.max_num_seqs,
-    )
-
-
-def _account_table(args: argparse.Namespace, model: ModelFacts) -> Table:
-    """Where one replica's memory goes, for the layout asked for and for the others."""
-    title = f"{model.name}: {args.replicas} x {format_bytes(args.memory)} ({model.dtype})"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("pool", "replicated", "own FFN", "slots", "workspace", "KV", "KV tokens"):
-        table.add_column(column, justify="right")
-    for mode in POOL_MODES:
-        account = _account(args, model, mode)
-        table.add_row(
-            f"> {mode}" if mode == args.pool else mode,
-            format_bytes(account.replicated_bytes),
-            format_bytes(account.ffn_bytes),
-            format_bytes(account.slot_bytes),
-            format_bytes(account.workspace_bytes),
-            format_bytes(account.kv_bytes),
-            str(account.num_kv_tokens) if account.kv_bytes > 0 else "does not fit",
-        )
-    return table
 
 
 def _size(text: str) -> int:
@@ -198,13 +324,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
-    """The cores of this process, divided among replicas; with too few, replicas share cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if num_replicas > len(cores):
-        return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
-    bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
-    return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
+    return seconds
 
 
 if __name__ == "__main__":

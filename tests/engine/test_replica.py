@@ -24,6 +24,13 @@ class Counters(NamedTuple):
     prompt_tokens: int = 3
     generation_tokens: int = 4
     num_preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+
+
+class Reply(NamedTuple):
+    status_code: int
+    body: Any
 
 
 class Engine:
@@ -44,12 +51,15 @@ class Engine:
     async def resident_bytes(self) -> int:
         return 99
 
-    async def answer(self, url: str, body: dict[str, Any]) -> tuple[int, Any]:
+    async def num_prompt_tokens(self, body: dict[str, Any]) -> int:
+        return int(body["prompt_tokens"])
+
+    async def answer(self, url: str, body: dict[str, Any], request_id: str) -> Reply:
         if "raises" in body:
             raise ValueError(body["raises"])
         await asyncio.sleep(body.get("seconds", 0))
         json.dumps(body, allow_nan=False)
-        return body.get("status", 200), {"url": url}
+        return Reply(body.get("status", 200), {"url": url, "id": request_id})
 
     async def check_health(self) -> None:
         if self.health_error is not None:
@@ -115,8 +125,15 @@ def _talk(messages: list[Message], seconds: float = 10.0) -> Talk:
     return asyncio.run(talk())
 
 
-def _row(index: int, **body: Any) -> Message:
-    return {"type": "row", "id": index, "url": "/v1/completions", "body": body}
+def _row(
+    index: int,
+    max_seconds: float | None = None,
+    max_prompt_tokens: int | None = None,
+    **body: Any,
+) -> Message:
+    row = {"type": "row", "id": index, "url": "/v1/completions", "body": body}
+    limits = {"max_seconds": max_seconds, "max_prompt_tokens": max_prompt_tokens}
+    return {**row, "request_id": f"req-{index}", **limits}
 
 
 STOP: Message = {"type": "stop"}
@@ -151,6 +168,24 @@ def test_a_start_that_fails_is_told(engine: type[Engine]) -> None:
 def test_our_own_errors_speak_for_themselves(engine: type[Engine]) -> None:
     engine.start_error = PoolError("layer 4 needs 1 MiB")
     assert _talk([]).said == [{"type": "failed", "error": "layer 4 needs 1 MiB"}]
+
+
+def test_a_row_that_takes_too_long_fails_alone(engine: type[Engine]) -> None:
+    talk = _talk([_row(0, max_seconds=0.1, seconds=5), _row(1, max_seconds=5), STOP])
+    first, second = sorted(talk.of("done"), key=lambda done: int(done["id"]))
+    assert first["error"]["code"] == "row_timeout"
+    assert "no answer within 0.1 s" in first["error"]["message"]
+    assert second["status"] == 200
+    assert talk.status == 0
+
+
+def test_a_prompt_over_the_limit_is_not_answered(engine: type[Engine]) -> None:
+    rows = [_row(n, max_prompt_tokens=10, prompt_tokens=10 + n) for n in range(2)]
+    talk = _talk([*rows, STOP])
+    first, second = sorted(talk.of("done"), key=lambda done: int(done["id"]))
+    assert first["body"]["id"] == "req-0"
+    assert second["error"]["code"] == "limit_exceeded"
+    assert "11 tokens, more than --max-prompt-tokens 10" in second["error"]["message"]
 
 
 def test_a_server_error_of_one_row_fails_that_row(engine: type[Engine]) -> None:

@@ -3,7 +3,7 @@
     python -m tests.jobs.stub_replica [options] DESCRIPTOR
 
 Options about rows or misbehaviour hold for the rank given by ``--rank``, or for every rank.
-Every process writes its id to ``PIDS/RANK`` once it knows its rank. Needs no import of torch or
+Every process adds its id to ``PIDS/RANK`` once it knows its rank. Needs no import of torch or
 vLLM, so that it starts fast.
 """
 
@@ -30,9 +30,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, help="the rank that misbehaves")
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per row")
     parser.add_argument("--killed-after", type=int, help="SIGKILL after so many rows")
+    parser.add_argument("--killer", action="append", default=[], help="SIGKILL on this prompt")
+    parser.add_argument("--log", type=Path, help="every answered row's id is added to it")
+    parser.add_argument("--core", action="store_true", help="has a child, and dies when that does")
+    parser.add_argument("--no-rank", action="store_true", help="answers do not tell who gave them")
+    parser.add_argument("--lives", type=int, default=1, help="in which a rank misbehaves")
     parser.add_argument("--fails", help="says failed with this text instead of ready")
     parser.add_argument("--crashes", help="prints this text and exits instead of being ready")
     parser.add_argument("--never-ready", action="store_true")
+    parser.add_argument("--dies-at-start", action="store_true", help="SIGKILL before it is ready")
     parser.add_argument("--refuses", type=int, default=0, help="400 for each so-manieth row")
     parser.add_argument(
         "--deaf", action="store_true", help="ignores SIGTERM and its closed channel"
@@ -45,11 +51,11 @@ def _options() -> argparse.Namespace:
 class Stub:
     """One replica. Rows are answered in an order of their own: later rows of a pair first."""
 
-    def __init__(self, options: argparse.Namespace, channel: Channel, rank: int) -> None:
+    def __init__(self, options: argparse.Namespace, channel: Channel, rank: int, life: int) -> None:
         self.options = options
         self.channel = channel
         self.rank = rank
-        self.is_odd_one = options.rank in (None, rank)
+        self.is_odd_one = options.rank in (None, rank) and life <= options.lives
         self.num_answered = 0
 
     async def serve(self) -> int:
@@ -63,10 +69,14 @@ class Stub:
         if self.is_odd_one and options.crashes:
             print(options.crashes, flush=True)
             return 3
+        if self.is_odd_one and options.dies_at_start:
+            os.kill(os.getpid(), signal.SIGKILL)
         if self.is_odd_one and options.never_ready:
             await asyncio.sleep(3600)
         ready = {"num_kv_tokens": 1000, "resident_bytes": options.resident_bytes}
         self.channel.send({"type": "ready", **ready, "start_seconds": 0.1})
+        if options.core:
+            self.core_watch = asyncio.create_task(self.watch(await self.start_core()))
         async with asyncio.TaskGroup() as rows:
             while (message := await self.channel.receive()) is not None:
                 if message["type"] != "row":
@@ -84,10 +94,30 @@ class Stub:
         await self.channel.drain()
         return 0
 
+    async def start_core(self) -> asyncio.subprocess.Process:
+        """A child in the place of vLLM's engine core: it does nothing but be there."""
+        code = "from elbowroom.engine.process import die_with_parent as d; d(); input()"
+        core = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", code, stdin=asyncio.subprocess.PIPE
+        )
+        (self.options.pids / f"core-{self.rank}").write_text(str(core.pid))
+        return core
+
+    async def watch(self, core: asyncio.subprocess.Process) -> None:
+        await core.wait()
+        self.channel.send({"type": "failed", "error": "EngineCore died"})
+        await self.channel.drain()
+        os._exit(1)
+
     async def answer(self, row: Message) -> None:
         if self.options.latency:
             await asyncio.sleep(self.options.latency * (2 if row["id"] % 2 == 0 else 1))
+        if self.is_odd_one and row["body"].get("prompt") in self.options.killer:
+            os.kill(os.getpid(), signal.SIGKILL)
         self.num_answered += 1
+        if self.options.log:
+            with self.options.log.open("a") as log:
+                log.write(f"{row['id']}\n")
         if self.is_odd_one and self.num_answered == self.options.killed_after:
             os.kill(os.getpid(), signal.SIGKILL)
         refused = self.options.refuses and (row["id"] + 1) % self.options.refuses == 0
@@ -101,7 +131,8 @@ class Stub:
         if status != 200:
             return {"error": {"message": "no", "code": status}}
         usage = {"prompt_tokens": 4, "completion_tokens": 2}
-        return {"text": row["body"]["prompt"], "rank": self.rank, "usage": usage}
+        rank = None if self.options.no_rank else self.rank
+        return {"text": row["body"].get("prompt"), "rank": rank, "usage": usage}
 
 
 def _stats(num_answered: int) -> Message:
@@ -113,6 +144,8 @@ def _stats(num_answered: int) -> Message:
         "prompt_tokens": 4 * num_answered,
         "generation_tokens": 2 * num_answered,
         "num_preemptions": 0,
+        "prefix_query_tokens": 4 * num_answered,
+        "prefix_hit_tokens": num_answered,
         "pool": {"mapped_bytes": 7, "streamed_bytes": 11, "wait_seconds": 0.25},
     }
 
@@ -123,9 +156,13 @@ async def main() -> int:
     start = await channel.receive()
     if start is None:
         return 1
+    life = 1
     if options.pids:
-        (options.pids / str(start["rank"])).write_text(str(os.getpid()))
-    return await Stub(options, channel, start["rank"]).serve()
+        with (options.pids / str(start["rank"])).open("a+") as lives:
+            lives.write(f"{os.getpid()}\n")
+            lives.seek(0)
+            life = len(lives.readlines())
+    return await Stub(options, channel, start["rank"], life).serve()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,11 +18,12 @@ from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import (
     MAX_DEPTH,
     SUPPORTED_URLS,
+    BatchFile,
     RejectedRow,
     Row,
-    read_rows,
-    scan,
+    hash_id,
 )
+from elbowroom.jobs.limits import RowLimits
 
 WriteFile = Callable[[bytes], Path]
 
@@ -30,13 +33,14 @@ def request(custom_id: object = "a", **changes: Any) -> bytes:
     return json.dumps({**line, **changes}).encode()
 
 
-def read(path: Path, **options: int) -> list[Row | RejectedRow]:
-    return list(read_rows(path, scan(path, **options), **options))
+def read(path: Path, **limits: int) -> list[Row | RejectedRow]:
+    with BatchFile(path, RowLimits(**limits)) as batch:
+        return list(batch.scan().rows())
 
 
-def rejected(path: Path, **options: int) -> RejectedRow:
+def rejected(path: Path, **limits: int) -> RejectedRow:
     """The only row of the file, which must be refused."""
-    (row,) = read(path, **options)
+    (row,) = read(path, **limits)
     assert isinstance(row, RejectedRow)
     return row
 
@@ -53,7 +57,10 @@ def write(tmp_path: Path) -> WriteFile:
 
 def test_a_row_carries_what_its_line_says(write: WriteFile) -> None:
     body = {"prompt": "hé", "max_tokens": 3}
-    assert read(write(request("x", body=body))) == [Row(0, 1, "x", "/v1/completions", body)]
+    line = request("x", body=body)
+    (row,) = read(write(line))
+    content_hash = int.from_bytes(blake2b(line, digest_size=8).digest(), "little")
+    assert row == Row(0, 1, "x", "/v1/completions", body, content_hash)
 
 
 def test_every_supported_url_is_accepted(write: WriteFile) -> None:
@@ -66,8 +73,9 @@ def test_blank_lines_crlf_bom_and_a_missing_last_newline(write: WriteFile) -> No
     path = write(
         b"\xef\xbb\xbf" + request("a") + b"\r\n\r\n  \n" + request("b") + b"\n" + request("c")
     )
-    assert scan(path).num_rows == 3
-    assert scan(path).num_bytes == path.stat().st_size
+    with BatchFile(path) as batch:
+        assert batch.scan().num_rows == 3
+        assert batch.num_bytes == path.stat().st_size
     rows = read(path)
     assert [(row.index, row.line_number, row.custom_id) for row in rows] == [
         (0, 1, "a"),
@@ -162,7 +170,6 @@ def test_a_long_last_line_without_newline_is_one_row(write: WriteFile) -> None:
 
 def test_the_first_of_equal_ids_is_answered_and_the_others_are_named(write: WriteFile) -> None:
     path = write(b"\n".join([request("a"), request("b"), request("a"), request("a")]))
-    assert len(scan(path).duplicate_hashes) == 1
     rows = read(path)
     assert [row.custom_id for row in rows] == ["a", "b", "line-3", "line-4"]
     assert [isinstance(row, Row) for row in rows] == [True, True, False, False]
@@ -199,36 +206,77 @@ def test_messages_stay_short_whatever_the_line_holds(write: WriteFile) -> None:
     assert len(duplicate.message) < 300
 
 
-def test_rows_are_read_one_by_one(write: WriteFile) -> None:
-    path = write(request("a") + b"\n" + request("b") + b"\n")
-    rows = read_rows(path, scan(path))
-    assert next(rows).custom_id == "a"
-    assert next(rows).custom_id == "b"
+def test_rows_are_read_in_any_order(write: WriteFile) -> None:
+    path = write(b"\xef\xbb\xbf" + b"\r\n".join([request("a"), b"", request("b"), request("a")]))
+    with BatchFile(path) as batch:
+        batch.scan()
+        assert [row.custom_id for row in batch.rows([1, 2, 0])] == ["b", "line-4", "a"]
+        assert batch.id_hashes().tolist() == [hash_id(name) for name in ("a", "b", "line-4")]
 
 
-@pytest.mark.parametrize("now", [request("a"), b"\n".join([request("a")] * 3)])
-def test_a_file_that_changes_meanwhile_is_an_error(write: WriteFile, now: bytes) -> None:
-    facts = scan(write(request("a") + b"\n" + request("b")))
-    rows: list[Row | RejectedRow] = []
-    with pytest.raises(InputError, match="changed while it was read"):
-        rows.extend(read_rows(write(now), facts))
-    assert len(rows) <= facts.num_rows
+def test_rows_are_found_by_what_their_line_says(write: WriteFile) -> None:
+    with BatchFile(write(b"\n".join([request("a"), b"{", request("b"), b"{"]))) as batch:
+        row = batch.scan().read(2)
+        assert isinstance(row, Row)
+        broken = int.from_bytes(blake2b(b"{", digest_size=8).digest(), "little")
+        hashes = np.array([row.content_hash, 7, broken], np.uint64)
+        assert batch.find(hashes).tolist() == [2, -1, 1]
+
+
+def test_every_row_is_shown_in_turn(write: WriteFile) -> None:
+    seen: list[Row | RejectedRow] = []
+    lines = [request("a"), request("a"), request("b", body=[]), b"{"]
+    with BatchFile(write(b"\n".join(lines))) as batch:
+        batch.scan(seen.append)
+        assert batch.duplicates() == [1]
+        assert seen[0] == batch.read(0)
+        assert [row.index for row in seen] == [0, 1, 2, 3]
+        assert [isinstance(row, Row) for row in seen] == [True, True, False, False]
+        assert [row.code for row in seen if isinstance(row, RejectedRow)] == [
+            "invalid_body",
+            "invalid_json",
+        ]
+
+
+def test_a_line_that_breaks_a_limit_is_rejected(write: WriteFile) -> None:
+    row = rejected(write(b"\n" + request("mine", body={"n": 65})))
+    assert (row.custom_id, row.code) == ("mine", "limit_exceeded")
+    assert row.message.startswith("line 2: ")
+    assert isinstance(read(write(request(body={"n": 65})), max_n=65)[0], Row)
+
+
+@pytest.mark.parametrize("now", [b"", request("x"), request("b") + b" " + request("b")])
+def test_a_line_that_changes_meanwhile_is_an_error(write: WriteFile, now: bytes) -> None:
+    with BatchFile(write(request("a") + b"\n" + request("b"))) as batch:
+        batch.scan()
+        write(request("a") + b"\n" + now)
+        assert batch.read(0).custom_id == "a"
+        with pytest.raises(InputError, match=r"changed while it was read \(line 2\): restore it"):
+            batch.read(1)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_read_on(write: WriteFile, tmp_path: Path) -> None:
+    with BatchFile(write(request("a"))) as batch:
+        batch.scan()
+        (tmp_path / "new").write_bytes(b"something else")
+        (tmp_path / "new").replace(batch.path)
+        assert batch.read(0).custom_id == "a"
 
 
 @pytest.mark.parametrize("data", [b"", b"\n \r\n", b"\xef\xbb\xbf\n"])
 def test_a_file_without_rows_is_refused(write: WriteFile, data: bytes) -> None:
     with pytest.raises(InputError, match="no rows: give one JSON request per line"):
-        scan(write(data))
+        read(write(data))
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No such file.*Check its name"):
-        scan(tmp_path / "missing.jsonl")
+        read(tmp_path / "missing.jsonl")
     with pytest.raises(InputError, match="not a regular file"):
-        scan(tmp_path)
+        read(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InputError, match="not a regular file"):
-        scan(tmp_path / "pipe")
+        read(tmp_path / "pipe")
 
 
 def test_a_file_without_permission_is_refused(
@@ -240,13 +288,7 @@ def test_a_file_without_permission_is_refused(
     path = write(request())
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(InputError, match="Permission denied"):
-        scan(path)
-
-
-def test_facts_of_many_rows_are_small(write: WriteFile) -> None:
-    facts = scan(write(b"\n".join(request(f"row {at % 9_999}") for at in range(10_000))))
-    assert facts.num_rows == 10_000
-    assert len(facts.duplicate_hashes) == 1
+        read(path)
 
 
 json_values = st.recursive(
@@ -275,14 +317,16 @@ lines = st.one_of(
 def test_any_bytes_give_each_row_once(tmp_path: Path, data: bytes, max_line_bytes: int) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(data)
-    try:
-        facts = scan(path, max_line_bytes)
-    except InputError:
-        assert not data.removeprefix(b"\xef\xbb\xbf").strip()
-        return
-    rows = list(read_rows(path, facts, max_line_bytes))
-    assert [row.index for row in rows] == list(range(facts.num_rows))
-    assert len({row.custom_id for row in rows}) == facts.num_rows
+    with BatchFile(path, RowLimits(max_line_bytes=max_line_bytes)) as batch:
+        try:
+            batch.scan()
+        except InputError:
+            assert not data.removeprefix(b"\xef\xbb\xbf").strip()
+            return
+        rows = list(batch.rows())
+        assert [row.index for row in rows] == list(range(batch.num_rows))
+        assert len({row.custom_id for row in rows}) == batch.num_rows
+        assert batch.id_hashes().tolist() == [hash_id(row.custom_id) for row in rows]
     for row in rows:
         json.dumps(
             [row.custom_id, row.body] if isinstance(row, Row) else row.message, allow_nan=False

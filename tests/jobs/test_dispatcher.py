@@ -22,7 +22,7 @@ from elbowroom.jobs.dispatcher import (
 
 def _row(index: int = 0, **body: Any) -> Row:
     body.setdefault("prompt", "x" * 40)
-    return Row(index, index + 1, f"id-{index}", "/v1/completions", body)
+    return Row(index, index + 1, f"id-{index}", "/v1/completions", body, index)
 
 
 def _rejected(index: int) -> RejectedRow:
@@ -32,8 +32,10 @@ def _rejected(index: int) -> RejectedRow:
 def _dispatcher(
     rows: Iterable[Row | RejectedRow], *kv_tokens: int, max_rows: int = 100
 ) -> tuple[Dispatcher, dict[int, Intake]]:
-    intakes = {rank: Intake(tokens, max_rows) for rank, tokens in enumerate(kv_tokens)}
-    return Dispatcher(rows, intakes), intakes
+    dispatcher = Dispatcher(rows)
+    for rank, tokens in enumerate(kv_tokens):
+        dispatcher.join(rank, tokens, max_rows)
+    return dispatcher, dispatcher._intakes
 
 
 def _offers(dispatcher: Dispatcher) -> list[Offer]:
@@ -199,3 +201,67 @@ def test_odd_values_are_left_to_the_engine_to_refuse(key: str, value: Any, learn
 )
 def test_token_usage(body: Any, expected: TokenUsage | None) -> None:
     assert token_usage(body) == expected
+
+
+def _run_with_killers(killers: set[int], num_rows: int, num_ranks: int) -> tuple[list[int], int]:
+    """Answer rows one by one; a replica that holds a killer dies. Returns who was given up."""
+    dispatcher, intakes = _dispatcher(map(_row, range(num_rows)), *[10**6] * num_ranks, max_rows=16)
+    given_up: list[int] = []
+    answered: list[int] = []
+    num_deaths = 0
+    while not dispatcher.is_done:
+        for offer in _offers(dispatcher):
+            held = intakes[offer.rank]
+            assert held.suspects is None or not set(held.rows) & set(answered)
+        for rank in range(num_ranks):
+            rows = dict(intakes[rank].rows)
+            if killers & set(rows):
+                num_deaths += 1
+                given_up += [row.index for row in dispatcher.lose(rank)]
+                dispatcher.join(rank, 10**6, 16)
+            else:
+                for index in rows:
+                    dispatcher.finish(rank, index, None)
+                    answered.append(index)
+    assert sorted(answered + given_up) == list(range(num_rows)), "every row exactly once"
+    return given_up, num_deaths
+
+
+@given(st.sets(st.integers(0, 59), max_size=6), st.integers(1, 3))
+def test_rows_that_kill_are_given_up_and_no_others(killers: set[int], num_ranks: int) -> None:
+    given_up, num_deaths = _run_with_killers(killers, 60, num_ranks)
+    assert set(given_up) == killers
+    assert num_deaths <= 6 * len(killers)  # halved from 16 to 1, and the first death
+
+
+def test_a_row_is_given_up_only_when_it_has_killed_twice() -> None:
+    dispatcher, _ = _dispatcher([_row(0)], 1000)
+    assert len(_offers(dispatcher)) == 1
+    assert dispatcher.lose(0) == []
+    assert not dispatcher.is_done
+    dispatcher.join(0, 1000, 8)
+    assert len(_offers(dispatcher)) == 1
+    assert [row.index for row in dispatcher.lose(0)] == [0]
+    assert dispatcher.is_done
+
+
+def test_suspects_are_tried_apart_from_others_while_those_go_on() -> None:
+    dispatcher, intakes = _dispatcher(map(_row, range(40)), 10**6, 10**6, max_rows=4)
+    _offers(dispatcher)
+    suspects = set(intakes[0].rows)
+    assert dispatcher.lose(0) == []
+    _offers(dispatcher)
+    assert not suspects & set(intakes[1].rows), "a replica with other rows takes none"
+    dispatcher.join(0, 10**6, 4)
+    _offers(dispatcher)
+    assert set(intakes[0].rows) < suspects, "half of them"
+    assert dispatcher.holds_suspects(0)
+    assert not dispatcher.holds_suspects(1)
+
+
+def test_losing_a_replica_that_holds_nothing() -> None:
+    dispatcher, _ = _dispatcher([_row(0)], 1000)
+    assert dispatcher.lose(0) == []
+    assert dispatcher.lose(0) == []
+    assert _offers(dispatcher) == []
+    assert not dispatcher.is_done, "the row still waits for a replica"

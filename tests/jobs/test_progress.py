@@ -138,3 +138,8 @@ def test_a_view_without_updates_is_silent(screen: Screen) -> None:
     with screen.view:
         pass
     assert screen.lines == []
+
+
+def test_rows_of_earlier_runs_do_not_count_as_pace(screen: Screen) -> None:
+    screen.update(JobSnapshot(100, 50, 0, 40.0, 30.0, (), rows_resumed=40))
+    assert screen.lines[0].rstrip().endswith("ETA 2:30")

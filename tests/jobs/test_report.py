@@ -36,7 +36,10 @@ REPLICA = ReplicaReport(
     num_kv_tokens=1600,
     resident_bytes=150 * MIB,
     start_seconds=4.0,
+    num_restarts=1,
     num_preemptions=2,
+    prefix_query_tokens=200,
+    prefix_hit_tokens=50,
     mapped_bytes=3 * MIB,
     streamed_bytes=7 * MIB,
     wait_seconds=0.25,
@@ -45,9 +48,11 @@ REPORT = JobReport(
     plan=PLAN,
     num_rows=10,
     num_succeeded=7,
+    num_resumed=2,
     failures={"invalid_json": 2, "http_400": 1},
     prompt_tokens=500,
-    output_tokens=300,
+    output_tokens=400,
+    run_output_tokens=300,
     start_seconds=12.5,
     run_seconds=20.0,
     replicas=(REPLICA, replace(REPLICA, rank=1, num_kv_tokens=1584)),
@@ -91,18 +96,20 @@ def test_a_report_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
 def test_the_summary_names_what_a_user_asks_for() -> None:
     assert summary_of(REPORT) == [
         "Report",
-        "rows 7 of 10 answered; failed: 1 http_400, 2 invalid_json",
-        "tokens 500 prompt, 300 output",
+        "rows 7 of 10 answered (2 finished before this run); failed: 1 http_400, 2 invalid_json",
+        "tokens 500 prompt, 400 output",
         "seconds 12.5 start-up, 20.0 run",
         "output tokens/s 15.0",
         "KV tokens per replica 1600, 1584 (account: 1600)",
         "weights and slots held 150 MiB, 150 MiB (account: 160 MiB)",
         "preemptions 4",
+        "restarts 2",
+        "prompt tokens in the prefix cache 100 of 400 (25%)",
         "weights mapped, streamed 6 MiB, 14 MiB",
         "seconds compute waited 0.5",
     ]
 
 
 def test_the_summary_of_a_good_run_does_not_speak_of_failures() -> None:
-    lines = summary_of(replace(REPORT, num_succeeded=10, failures={}))
+    lines = summary_of(replace(REPORT, num_succeeded=10, num_resumed=0, failures={}))
     assert lines[1] == "rows 10 of 10 answered"

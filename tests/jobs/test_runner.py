@@ -7,8 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from elbowroom.core.errors import OutputError, ReplicaError
+from elbowroom.core.errors import InputError, JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.units import MIB
-from elbowroom.jobs.batch_file import scan
+from elbowroom.jobs.journal import JournalReader
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.runner import JobFiles, run_job
+from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.pool import run_dir as run_dir_module
 from tests.jobs.plans import make_plan, write_batch
 
@@ -42,6 +44,8 @@ class Job:
             errors=self.results / "err.jsonl",
             report=self.results / "report.json",
         )
+        self.options = JobOptions(max_restarts=5)
+        self.stop = StopRequest()
         self.screen = StringIO()
         self.batch(40)
 
@@ -55,21 +59,34 @@ class Job:
         job = run_job(
             make_plan(num_replicas, max_num_seqs=max_num_seqs),
             self.files,
-            scan(self.files.input),
+            self.options,
+            {"model": "stub"},
             Console(file=self.screen, width=200),
-            [*command, *(str(option) for option in options)],
+            self.stop,
+            command=[*command, *(str(option) for option in options)],
         )
         return asyncio.run(asyncio.wait_for(job, seconds))
 
     def answers(self) -> list[dict[str, Any]]:
         return _lines(self.files.output)
 
+    def lives(self, rank: int) -> list[int]:
+        """Process ids of a rank's replicas, one after the other."""
+        return [int(line) for line in (self.pids / str(rank)).read_text().splitlines()]
+
+    def num_finished(self) -> int:
+        with JournalReader(self.files.output) as journal:
+            return journal.totals().num_finished
+
     def check_nothing_is_left(self, published: bool = False) -> None:
         assert not list(self.run_root.iterdir()), "the run directory was left"
-        assert bool(list(self.results.iterdir())) == published, "results of a run that failed"
+        left = {path.name for path in self.results.iterdir()}
+        assert ("out.jsonl" in left) == published, "results of a run that failed"
+        assert not any(name.startswith(".") for name in left), "half a file"
         for path in self.pids.iterdir():
-            with pytest.raises(ProcessLookupError):
-                os.kill(int(path.read_text()), 0)
+            for pid in self.lives(int(path.name)):
+                with pytest.raises(ProcessLookupError):
+                    os.kill(pid, 0)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -80,6 +97,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     job = Job(tmp_path)
     monkeypatch.setattr(run_dir_module, "default_root", lambda: job.run_root)
+    monkeypatch.setattr("elbowroom.jobs.restarts._FIRST_DELAY_SECONDS", 0.02)
     monkeypatch.chdir(ROOT)
     return job
 
@@ -121,6 +139,17 @@ def test_failed_and_rejected_rows_go_to_the_error_file(job: Job) -> None:
     assert report.num_succeeded + report.num_failed == 42
 
 
+@pytest.mark.parametrize(("data", "words"), [(None, "cannot read"), ("\n \n", "has no rows")])
+def test_an_input_without_rows_leaves_nothing(job: Job, data: str | None, words: str) -> None:
+    job.files.input.unlink()
+    if data is not None:
+        job.files.input.write_text(data)
+    with pytest.raises(InputError, match=words):
+        job.run()
+    assert list(job.results.iterdir()) == []
+    assert list(job.run_root.iterdir()) == []
+
+
 def test_a_file_of_nothing_but_rejected_rows(job: Job) -> None:
     job.files.input.write_text("{\n" * 5)
     report = job.run()
@@ -131,16 +160,160 @@ def test_a_file_of_nothing_but_rejected_rows(job: Job) -> None:
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 @pytest.mark.parametrize("latency", [0, 0.01])
-def test_a_replica_that_is_killed_ends_the_job_at_once(
+def test_a_replica_that_is_killed_is_started_again(
     job: Job, num_replicas: int, latency: float
 ) -> None:
-    job.batch(400)
-    start = time.monotonic()
+    job.batch(200)
     options = ["--rank", num_replicas - 1, "--killed-after", 20, "--latency", latency]
-    with pytest.raises(ReplicaError, match=f"replica {num_replicas - 1} was killed by SIGKILL"):
-        job.run(*options, num_replicas=num_replicas)
-    assert time.monotonic() - start < 10
+    report = job.run(*options, num_replicas=num_replicas)
+    assert report.num_succeeded == 200
+    assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(200)]
+    num_restarts = report.replicas[-1].num_restarts
+    assert num_restarts == 1 or num_replicas == 2, "unless the other was faster"
+    assert len(job.lives(num_replicas - 1)) == 1 + num_restarts
+    assert "was killed by SIGKILL" in job.screen.getvalue()
+    job.check_nothing_is_left(published=True)
+
+
+def test_a_replica_that_dies_while_it_starts_is_started_again(job: Job) -> None:
+    report = job.run("--rank", 1, "--dies-at-start", num_replicas=2)
+    assert [replica.num_restarts for replica in report.replicas] == [0, 1]
+    assert report.num_succeeded == 40
+
+
+def test_the_others_go_on_without_a_replica_that_dies_too_often(job: Job) -> None:
+    job.batch(150)
+    job.options = JobOptions(max_restarts=1)
+    options = ["--rank", 1, "--killed-after", 1, "--lives", 99, "--latency", 0.02]
+    report = job.run(*options, num_replicas=2)
+    assert report.num_succeeded == 150
+    assert len(job.lives(1)) == 2
+    assert "is given up; the others go on" in job.screen.getvalue()
+    job.check_nothing_is_left(published=True)
+
+
+def test_a_job_without_replicas_stops_and_goes_on_later(job: Job) -> None:
+    job.batch(150)
+    job.options = JobOptions(max_restarts=1)
+    with pytest.raises(JobStoppedError, match=r"of 150 rows are finished and kept: run the same"):
+        job.run("--killed-after", 20, "--lives", 99)
     job.check_nothing_is_left()
+    finished = job.num_finished()
+    assert 20 <= finished < 150
+    report = job.run()
+    assert report.num_resumed == finished
+    assert report.num_succeeded == 150
+    assert report.run_output_tokens == 2 * (150 - finished), "nothing was computed again"
+    job.check_nothing_is_left(published=True)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_a_row_that_kills_the_engine_is_given_up_and_the_others_are_answered(
+    job: Job, num_replicas: int
+) -> None:
+    job.batch(100)
+    job.options = JobOptions(max_restarts=3)
+    killers = [7, 20, 31, 45, 70, 90]
+    options = [text for number in killers for text in ("--killer", f"say {number}")]
+    report = job.run(*options, "--lives", 99, "--latency", 0.01, num_replicas=num_replicas)
+    assert report.failures == {"engine_crashed": 6}
+    assert report.num_succeeded == 94
+    errors = _lines(job.files.errors)
+    assert [error["custom_id"] for error in errors] == [f"id-{number}" for number in killers]
+    assert errors[0]["error"]["code"] == "engine_crashed"
+    assert "line 8: " in errors[0]["error"]["message"]
+    job.check_nothing_is_left(published=True)
+
+
+def test_the_same_command_again_publishes_again_and_starts_nothing(job: Job) -> None:
+    with job.files.input.open("a") as file:
+        file.write("{broken\n")
+    job.run("--refuses", 10)
+    before = job.files.output.read_bytes(), job.files.errors.read_bytes()
+    job.files.output.unlink()
+    report = job.run("--refuses", 10)
+    assert (job.files.output.read_bytes(), job.files.errors.read_bytes()) == before
+    assert (report.num_resumed, report.num_rows, report.num_failed) == (40, 41, 5)
+    assert len(job.lives(0)) == 1
+
+
+def test_an_input_that_grew_costs_only_what_is_new(job: Job) -> None:
+    job.run()
+    job.batch(50)
+    report = job.run(num_replicas=2)
+    assert (report.num_resumed, report.num_succeeded) == (40, 50)
+    assert report.run_output_tokens == 20
+    assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(50)]
+
+
+def test_a_stop_lets_rows_in_flight_finish(job: Job) -> None:
+    job.batch(400)
+    threading.Timer(1.5, job.stop, ["stopped by SIGTERM"]).start()
+    with pytest.raises(JobStoppedError, match=r"stopped by SIGTERM\. \d+ of 400 rows"):
+        job.run("--latency", 0.1, num_replicas=2)
+    assert "rows in flight have 30 s" in job.screen.getvalue()
+    finished = job.num_finished()
+    assert 0 < finished < 400
+    job.check_nothing_is_left()
+    job.stop = StopRequest()
+    report = job.run(num_replicas=2)
+    assert (report.num_resumed, report.num_succeeded) == (finished, 400)
+
+
+def test_a_stop_does_not_wait_for_ever(job: Job) -> None:
+    job.options = JobOptions(grace_seconds=0.3)
+    threading.Timer(1.0, job.stop, ["enough"]).start()
+    start = time.monotonic()
+    with pytest.raises(JobStoppedError, match="0 of 40 rows"):
+        job.run("--latency", 60)
+    assert time.monotonic() - start < 20
+    job.check_nothing_is_left()
+
+
+def test_a_stop_while_replicas_start(job: Job) -> None:
+    threading.Timer(0.5, job.stop, ["enough"]).start()
+    with pytest.raises(JobStoppedError, match="enough"):
+        job.run("--never-ready")
+    job.check_nothing_is_left()
+
+
+def test_rows_are_told_when_they_are_safe(job: Job) -> None:
+    told: list[int] = []
+    command = [sys.executable, "-m", "tests.jobs.stub_replica"]
+    asyncio.run(
+        run_job(
+            make_plan(1),
+            job.files,
+            job.options,
+            {},
+            Console(quiet=True),
+            on_rows=lambda rows: told.extend(row.index for row in rows),
+            command=command,
+        )
+    )
+    assert sorted(told) == list(range(40))
+
+
+def test_rows_go_by_order_of_work_and_come_out_in_input_order(job: Job) -> None:
+    job.batch(40)
+    lines = job.files.input.read_text().splitlines(keepends=True)
+    lines[30] = lines[30].replace('"max_tokens": 8', '"max_tokens": 500')
+    job.files.input.write_text("".join(lines))
+    first: list[int] = []
+    command = [sys.executable, "-m", "tests.jobs.stub_replica", "--latency", "0"]
+    asyncio.run(
+        run_job(
+            make_plan(1, max_num_seqs=1),
+            job.files,
+            job.options,
+            {},
+            Console(quiet=True),
+            on_rows=lambda rows: first.extend(row.index for row in rows),
+            command=command,
+        )
+    )
+    assert first[0] == 30, "the longest output first"
+    assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(40)]
 
 
 def test_a_replica_that_says_why_it_failed(job: Job) -> None:
@@ -159,9 +332,7 @@ def test_a_replica_that_crashes_shows_its_log(job: Job) -> None:
 
 
 def test_logs_are_kept_where_they_were_asked_for(job: Job, tmp_path: Path) -> None:
-    job.files = JobFiles(
-        job.files.input, job.files.output, job.files.errors, job.files.report, tmp_path / "a" / "b"
-    )
+    job.files = replace(job.files, logs=tmp_path / "a" / "b")
     with pytest.raises(ReplicaError):
         job.run("--crashes", "it was the disk")
     assert (tmp_path / "a" / "b" / "replica-0.log").read_text() == "it was the disk\n"
@@ -169,9 +340,11 @@ def test_logs_are_kept_where_they_were_asked_for(job: Job, tmp_path: Path) -> No
 
 
 def test_a_command_that_does_not_exist(job: Job) -> None:
-    plan, facts = make_plan(2), scan(job.files.input)
+    run = run_job(
+        make_plan(2), job.files, job.options, {}, Console(quiet=True), command=["/no/such/thing"]
+    )
     with pytest.raises((ReplicaError, OSError)):
-        asyncio.run(run_job(plan, job.files, facts, Console(file=job.screen), ["/no/such/thing"]))
+        asyncio.run(run)
     job.check_nothing_is_left()
 
 
@@ -211,10 +384,12 @@ def test_a_full_disk_ends_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: object) -> None:
         raise OutputError("cannot write: No space left on device")
 
-    monkeypatch.setattr("elbowroom.jobs.spool.Spool.put", refuse)
-    with pytest.raises(OutputError):
-        job.run(num_replicas=2)
+    with monkeypatch.context() as disk:
+        disk.setattr("elbowroom.jobs.journal.Journal.commit", refuse)
+        with pytest.raises(OutputError):
+            job.run(num_replicas=2)
     job.check_nothing_is_left()
+    assert job.run(num_replicas=2).num_succeeded == 40, "once there is room"
 
 
 @pytest.mark.parametrize("body", [{"n": -1}, {"max_tokens": 10**400}, {"max_tokens": -1}])
@@ -242,15 +417,15 @@ _MEASURE = """
 import asyncio, resource, sys
 from pathlib import Path
 from rich.console import Console
-from elbowroom.jobs.batch_file import scan
-from elbowroom.jobs.runner import JobFiles, run_job
+from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
 from tests.jobs.plans import make_plan
 
 folder = Path(sys.argv[1])
 files = JobFiles(*(folder / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report")))
 stub = [sys.executable, "-m", "tests.jobs.stub_replica"]
 plan = make_plan(1, max_num_seqs=64)
-report = asyncio.run(run_job(plan, files, scan(files.input), Console(quiet=True), stub))
+job = run_job(plan, files, JobOptions(), {}, Console(quiet=True), command=stub)
+report = asyncio.run(job)
 print(report.num_succeeded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

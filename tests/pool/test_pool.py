@@ -200,6 +200,38 @@ def test_pack_is_applied_to_what_a_rank_owns_before_peers_see_it() -> None:
                 assert torch.equal(packed, 2 * other_span.linear.get_parameter("weight"))
 
 
+@pytest.mark.parametrize("mode", ["mapped", "streamed"])
+def test_a_rank_that_is_started_again_finds_its_layers(mode: PoolMode) -> None:
+    """It neither allocates, loads nor packs what is there; its peers notice nothing."""
+    hub = LocalHub()
+    shares = _shares(2, mode)
+
+    def join(share: PoolShare, keep_weights: bool = True) -> tuple[nn.Module, Pool]:
+        model, pool = make_model("llama", NUM_LAYERS), Pool(share, LocalStore(hub), lambda w: w * 2)
+        for block in blocks_of(model):
+            pool.add_block(block, keep_weights)
+        return model, pool
+
+    members = [join(share) for share in shares]
+    _all_at_once([pool.attach for _, pool in members])
+    for _, pool in members:
+        pool.start()
+    expected = _logits(members[0][0])
+    members[0][1].close()
+    published = {layer: buffer.data_ptr() for layer, buffer in hub.published.items()}
+    again, pool = join(shares[0], keep_weights=False)
+    for block in blocks_of(again):
+        assert all(span.linear.get_parameter("weight").is_meta for span in find_ffn(block).spans)
+    pool.attach()
+    pool.start()
+    assert torch.equal(_logits(again), expected)
+    assert torch.equal(_logits(members[1][0]), expected)
+    assert {layer: buffer.data_ptr() for layer, buffer in hub.published.items()} == published
+    assert pool.stats().owned_bytes == members[1][1].stats().owned_bytes * 3 // 2
+    for one in (pool, members[1][1]):
+        one.close()
+
+
 def test_nothing_is_allocated_after_the_start() -> None:
     with _group(_shares(3, "streamed", 2)) as (models, pools):
         assert pools[0]._slots is not None

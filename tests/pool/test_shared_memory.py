@@ -98,7 +98,7 @@ def test_a_peer_that_never_appears(tmp_path: Path) -> None:
 
 
 def test_an_owner_that_is_killed_before_it_publishes(tmp_path: Path) -> None:
-    store = SharedMemoryStore(tmp_path, 1)
+    store = SharedMemoryStore(tmp_path, 1, grace_seconds=0.5)
     with _member("allocate", tmp_path, 0, 2, NUM_BYTES) as (owner, _):
         with pytest.raises(PeerLostError, match="did not publish"):
             store.open(2, 0, NUM_BYTES, 0.05)
@@ -109,6 +109,45 @@ def test_an_owner_that_is_killed_before_it_publishes(tmp_path: Path) -> None:
         assert time.monotonic() - start < 5
         killer.wait()
     store.close()
+
+
+def test_an_owner_that_comes_back_in_time(tmp_path: Path) -> None:
+    """Killed with half a layer; a peer that waits sees only the layer of its next process."""
+    found: list[torch.Tensor] = []
+    store = SharedMemoryStore(tmp_path, 1, grace_seconds=20)
+    waiting = threading.Thread(target=lambda: found.append(store.open(2, 0, NUM_BYTES, 30)))
+    with _member("allocate", tmp_path, 0, 2, NUM_BYTES) as (owner, _):
+        waiting.start()
+        time.sleep(0.2)
+        owner.kill()
+        owner.wait()
+        time.sleep(0.2)
+        assert waiting.is_alive()
+    with _member("publish", tmp_path, 0, 2, NUM_BYTES):
+        waiting.join(20)
+    assert bytes(found[0].numpy()) == pattern(2, NUM_BYTES)
+    store.close()
+
+
+def test_what_was_published_is_opened_again(tmp_path: Path) -> None:
+    with _member("publish", tmp_path, 0, 2, NUM_BYTES) as (owner, _):
+        inode = (tmp_path / "layer-0002").stat().st_ino
+        peer = SharedMemoryStore(tmp_path, 1)
+        theirs = peer.open(2, 0, NUM_BYTES, 5)
+        owner.kill()
+        owner.wait()
+    store = SharedMemoryStore(tmp_path, 0)
+    again = store.reopen(2, 0, NUM_BYTES)
+    assert again is not None
+    assert bytes(again.numpy()) == bytes(theirs.numpy()) == pattern(2, NUM_BYTES)
+    again[0] += 1  # a stray write stays with us
+    assert bytes(theirs.numpy()) == pattern(2, NUM_BYTES)
+    assert (tmp_path / "layer-0002").stat().st_ino == inode
+    assert store.reopen(3, 0, NUM_BYTES) is None
+    with pytest.raises(PeerLostError, match="layer 2 of rank 0 has"):
+        store.reopen(2, 0, NUM_BYTES * 2)
+    store.close()
+    peer.close()
 
 
 def test_peers_with_other_sizes_are_refused(tmp_path: Path) -> None:

@@ -33,3 +33,7 @@ class PeerLostError(PoolError):
 
 class ReplicaError(ElbowroomError):
     """A replica failed to start, or died while it held rows."""
+
+
+class JobStoppedError(ElbowroomError):
+    """A job ended before its last row. What is finished is kept; the same command goes on."""

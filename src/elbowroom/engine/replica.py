@@ -1,8 +1,8 @@
 """The process of one replica: it answers rows that the runner sends, and reports how it fares.
 
-From the runner: ``start`` (plan, rank, run directory), ``row`` (id, url, body), ``stop``.
-To the runner: ``ready`` (KV tokens, memory), ``done`` (id, status, body), ``stats``, ``stopped``
-(the last counters) and ``failed``.
+From the runner: ``start`` (plan, rank, run directory), ``row`` (id, url, body, limits), ``stop``.
+To the runner: ``ready`` (KV tokens, memory), ``done`` (id, and status and body, or our error),
+``stats``, ``stopped`` (the last counters) and ``failed``.
 """
 
 from __future__ import annotations
@@ -87,13 +87,28 @@ async def _answer_rows(engine: Engine, channel: Channel) -> None:
 
 async def _answer(engine: Engine, channel: Channel, row: Message) -> None:
     try:
-        status, body = await engine.answer(row["url"], row["body"])
+        async with asyncio.timeout(row["max_seconds"]):
+            done = await _done(engine, row)
+    except TimeoutError:
+        message = f"no answer within {row['max_seconds']:g} s: raise --max-row-seconds"
+        done = {"error": {"code": "row_timeout", "message": message}}
     except Exception as error:  # of this row alone, if the engine is well
-        status, body = 500, {"error": {"message": describe(error), "type": "InternalServerError"}}
-    if status >= 500:
+        body = {"error": {"message": describe(error), "type": "InternalServerError"}}
+        done = {"status": 500, "body": body}
+    if done.get("status", 0) >= 500:
         await engine.check_health()  # a dead engine ends the replica, not row after row
-    channel.send({"type": "done", "id": row["id"], "status": status, "body": body})
+    channel.send({"type": "done", "id": row["id"], **done})
     await channel.drain()
+
+
+async def _done(engine: Engine, row: Message) -> Message:
+    """Ask the engine, if the prompt is not too long."""
+    most = row["max_prompt_tokens"]
+    if most is not None and (count := await engine.num_prompt_tokens(row["body"])) > most:
+        message = f"the prompt has {count} tokens, more than --max-prompt-tokens {most}"
+        return {"error": {"code": "limit_exceeded", "message": message}}
+    reply = await engine.answer(row["url"], row["body"], row["request_id"])
+    return {"status": reply.status_code, "body": reply.body}
 
 
 async def _report(engine: Engine, channel: Channel) -> None:

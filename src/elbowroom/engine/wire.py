@@ -27,7 +27,12 @@ class Channel:
         return Channel(reader, writer)
 
     def send(self, message: Message) -> None:
-        """Queue a message. Never blocks; ``drain`` waits until the peer has read enough."""
+        """Queue a message. Never blocks; ``drain`` waits until the peer has read enough.
+
+        A message to a peer that is gone is dropped: ``receive`` tells that it is.
+        """
+        if self._writer.is_closing():
+            return
         data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(
             "utf-8", "surrogatepass"
         )

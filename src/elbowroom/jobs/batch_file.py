@@ -6,18 +6,19 @@ import json
 import math
 import stat
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from elbowroom.core.errors import InputError
+from elbowroom.jobs.limits import RowLimits, violation
 
 SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-MAX_LINE_BYTES = 16 * 1024**2
 MAX_DEPTH = 128
 """Lists and objects inside one another. Python's own limit depends on how deep its caller is, so a
 row near it could be read here and then fail where it is sent on."""
@@ -28,13 +29,17 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1."""
+    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
+
+    ``content_hash`` is 64 bits of BLAKE2b over the line without its end.
+    """
 
     index: int
     line_number: int
     custom_id: str
     url: str
     body: dict[str, Any]
+    content_hash: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +53,6 @@ class RejectedRow:
     message: str
 
 
-class BatchFacts(NamedTuple):
-    """What one pass over the file tells: its rows, and hashes of ids that occur more than once.
-
-    No id in the file starts with ``made_up_prefix``: it is free for lines without one.
-    """
-
-    num_rows: int
-    num_bytes: int
-    duplicate_hashes: frozenset[int]
-    made_up_prefix: str
-
-
 class _RejectionError(Exception):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -68,121 +61,215 @@ class _RejectionError(Exception):
 
 class _Line(NamedTuple):
     number: int
+    offset: int
     data: bytes | None  # None: longer than the cap, and not kept
+    content_hash: int
 
 
-def scan(path: Path, max_line_bytes: int = MAX_LINE_BYTES) -> BatchFacts:
-    """Count rows and find duplicate ids. Keeps 8 bytes per row, whatever its length.
+Visitor = Callable[["Row | RejectedRow"], None]
+"""Is shown every row in turn. Which ids occur twice, and made-up ids, are not known yet."""
 
-    Raises InputError when the file cannot be read or has no rows.
+
+class BatchFile:
+    """A batch file after one pass over it: its rows can be read in any order. 29 bytes per row.
+
+    Of several lines with one ``custom_id`` the first is answered. The others, and lines without an
+    id, are rejected under made-up ids (``line-17``) that no line of the file uses, so that each id
+    stands in the results once. Keeps the file open: one that is replaced meanwhile does no harm.
+    Use as a context manager.
     """
-    num_bytes = _file_bytes(path)
-    hashes = array("Q")
-    made_up_prefix = "line-"
-    num_rows = 0
-    for line in _lines(path, max_line_bytes):
-        num_rows += 1
-        try:
-            custom_id = _usable_id(_load(line, max_line_bytes))
-        except _RejectionError:
-            continue
-        if custom_id is not None:
-            hashes.append(_hash(custom_id))
-            made_up_prefix = _free_prefix(made_up_prefix, custom_id)
-    if num_rows == 0:
-        raise InputError(f"{path} has no rows: give one JSON request per line")
-    values, counts = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
-    duplicates = frozenset(int(value) for value in values[counts > 1])
-    return BatchFacts(num_rows, num_bytes, duplicates, made_up_prefix)
 
+    def __init__(self, path: Path, limits: RowLimits | None = None) -> None:
+        """Raises InputError when the file cannot be opened. ``scan`` comes next."""
+        self.path = path
+        self.num_bytes = _file_bytes(path)
+        self._limits = limits or RowLimits()
+        self._offsets = array("Q")
+        self._line_numbers = array("I")
+        self._content_hashes = array("Q")
+        self._id_hashes = np.empty(0, np.uint64)
+        self._has_own_id = np.empty(0, bool)
+        self._made_up_prefix = "line-"
+        with _explained(path):
+            self._file = path.open("rb")
 
-def read_rows(
-    path: Path, facts: BatchFacts, max_line_bytes: int = MAX_LINE_BYTES
-) -> Iterator[Row | RejectedRow]:
-    """Every non-blank line, as a request or as the reason why it is none. Memory is one line.
+    def __enter__(self) -> BatchFile:
+        return self
 
-    Of several lines with one ``custom_id`` the first is answered. The others are rejected under
-    made-up ids (``line-17``), so that each id stands in the results once.
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
 
-    Raises InputError when the file cannot be read, or no longer has the rows that ``scan`` saw.
-    """
-    num_rows = 0
-    seen: set[str] = set()  # of ids that occur more than once, those that have come by
-    for index, line in enumerate(_lines(path, max_line_bytes)):
-        num_rows += 1
-        if num_rows > facts.num_rows:
-            break
-        custom_id = None
-        item: Row | RejectedRow
-        try:
-            data = _load(line, max_line_bytes)
+    def scan(self, visit: Visitor | None = None) -> BatchFile:
+        """Find the rows and ids that occur twice. Raises InputError when there are no rows."""
+        id_hashes = array("Q")
+        has_id = bytearray()
+        for line in self._lines():
+            index = len(self._offsets)
+            self._offsets.append(line.offset)
+            self._line_numbers.append(line.number)
+            self._content_hashes.append(line.content_hash)
+            data = None
+            row: Row | RejectedRow
+            try:
+                data = self._load(line)
+                row = self._parse(index, line, data)
+            except _RejectionError as rejection:
+                row = _rejected(index, line, _usable_id(data) or "", rejection)
             custom_id = _usable_id(data)
-            if custom_id in seen:
-                shown = _shown(custom_id)
+            has_id.append(custom_id is not None)
+            id_hashes.append(0 if custom_id is None else hash_id(custom_id))
+            if custom_id is not None:
+                self._made_up_prefix = _free_prefix(self._made_up_prefix, custom_id)
+            if visit is not None:
+                visit(row)
+        if not self._offsets:
+            raise InputError(f"{self.path} has no rows: give one JSON request per line")
+        self._id_hashes = np.frombuffer(id_hashes, np.uint64)
+        usable = np.frombuffer(has_id, bool)
+        _, first = np.unique(self._id_hashes[usable], return_index=True)
+        self._has_own_id = np.zeros(len(usable), bool)
+        self._has_own_id[np.flatnonzero(usable)[first]] = True
+        return self
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._offsets)
+
+    def rows(self, order: Iterable[int] | None = None) -> Iterator[Row | RejectedRow]:
+        """The rows of these indices, or all in input order, one at a time."""
+        return map(self.read, range(self.num_rows) if order is None else order)
+
+    def read(self, index: int) -> Row | RejectedRow:
+        """A row, as a request or as the reason why it is none.
+
+        Raises InputError when the file cannot be read, or no longer has the row that was seen.
+        """
+        with _explained(self.path):
+            line = self._line_at(index)
+        if line.content_hash != self._content_hashes[index]:
+            raise InputError(
+                f"{self.path} changed while it was read (line {line.number}): restore it and run "
+                f"again; finished rows are kept"
+            )
+        custom_id = f"{self._made_up_prefix}{line.number}"
+        try:
+            data = self._load(line)
+            own_id = _usable_id(data)
+            if own_id is not None and self._has_own_id[index]:
+                custom_id = own_id
+            elif own_id is not None:
+                shown = _shown(own_id)
                 _reject("duplicate_custom_id", f"{shown} is used by an earlier line: rename it")
-            item = _parse(index, line.number, data)
+            return self._parse(index, line, data)
         except _RejectionError as rejection:
-            if custom_id is None or custom_id in seen:
-                custom_id = f"{facts.made_up_prefix}{line.number}"
-            message = f"line {line.number}: {rejection}"
-            item = RejectedRow(index, line.number, custom_id, rejection.code, message)
-        if _hash(item.custom_id) in facts.duplicate_hashes:
-            seen.add(item.custom_id)
-        yield item
-    if num_rows != facts.num_rows:
-        raise InputError(f"{path} changed while it was read: leave it alone and run again")
+            return _rejected(index, line, custom_id, rejection)
+
+    def duplicates(self) -> list[int]:
+        """Indices of rows whose id an earlier line uses."""
+        return [int(index) for index in np.flatnonzero((self._id_hashes != 0) & ~self._has_own_id)]
+
+    def find(self, content_hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
+        """For each content hash the index of the first row that has it, or -1."""
+        own = np.frombuffer(self._content_hashes, np.uint64)
+        order = np.argsort(own, kind="stable")
+        at = np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)
+        return np.where(own[order[at]] == content_hashes, order[at], -1)
+
+    def id_hashes(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
+        """``hash_id`` of the id under which each row stands in the results, in input order."""
+        hashes = self._id_hashes.copy()
+        for index in np.flatnonzero(~self._has_own_id):
+            hashes[index] = hash_id(f"{self._made_up_prefix}{self._line_numbers[index]}")
+        return hashes
+
+    def _lines(self) -> Iterator[_Line]:
+        """Non-blank lines without their ends; one longer than the cap is skipped over, not kept."""
+        with _explained(self.path):
+            self._file.seek(0)
+            number = offset = 0
+            while True:
+                number += 1
+                line, num_bytes = self._next_line(number, offset)
+                if num_bytes == 0:
+                    return
+                if line is not None:
+                    yield line
+                offset += num_bytes
+
+    def _line_at(self, index: int) -> _Line:
+        offset = self._offsets[index]
+        self._file.seek(offset)
+        line, _ = self._next_line(self._line_numbers[index], offset)
+        return line or _Line(self._line_numbers[index], offset, None, 0)
+
+    def _next_line(self, number: int, offset: int) -> tuple[_Line | None, int]:
+        """The line that starts here, None for a blank one, and its bytes, 0 at the end."""
+        data = self._file.readline(self._limits.max_line_bytes + 1)
+        num_bytes = len(data)
+        if num_bytes > self._limits.max_line_bytes and not data.endswith(b"\n"):
+            hasher = blake2b(data, digest_size=8)
+            while not data.endswith(b"\n") and (data := self._file.readline(1024**2)):
+                hasher.update(data)
+                num_bytes += len(data)
+            return _Line(number, offset, None, _as_int(hasher.digest())), num_bytes
+        if number == 1:
+            data = data.removeprefix(_BOM)
+        data = data.strip()
+        if not data:
+            return None, num_bytes
+        return _Line(number, offset, data, _hash(data)), num_bytes
+
+    def _load(self, line: _Line) -> Any:
+        if line.data is None:
+            most = self._limits.max_line_bytes
+            _reject(
+                "line_too_long", f"longer than {most} bytes: split it or raise --max-line-bytes"
+            )
+        return _load(line.data)
+
+    def _parse(self, index: int, line: _Line, data: Any) -> Row:
+        row = _parse(index, line, data)
+        if broken := violation(row.body, self._limits):
+            _reject(broken.code, broken.message)
+        return row
+
+
+def _rejected(index: int, line: _Line, custom_id: str, reason: _RejectionError) -> RejectedRow:
+    message = f"line {line.number}: {reason}"
+    return RejectedRow(index, line.number, custom_id, reason.code, message)
+
+
+def hash_id(custom_id: str) -> int:
+    """64 bits that stand for an id where a million of them must fit in memory."""
+    return _hash(custom_id.encode("utf-8", "surrogatepass"))
 
 
 def _file_bytes(path: Path) -> int:
     """The size of a regular file: a pipe could not be read twice."""
-    try:
+    with _explained(path):
         status = path.stat()
-    except OSError as error:
-        raise _unreadable(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise InputError(f"{path} is not a regular file: write the requests to one and name it")
     return status.st_size
 
 
-def _lines(path: Path, max_line_bytes: int) -> Iterator[_Line]:
-    """Non-blank lines without their ends; one longer than the cap is skipped over, not kept."""
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            number = 0
-            while data := file.readline(max_line_bytes + 1):
-                number += 1
-                if len(data) > max_line_bytes and not data.endswith(b"\n"):
-                    _skip_line(file)
-                    yield _Line(number, None)
-                    continue
-                if number == 1:
-                    data = data.removeprefix(_BOM)
-                if data := data.strip():
-                    yield _Line(number, data)
+        yield
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}. Check its name and permissions; it must be a "
+            f"file with one JSON request per line"
+        ) from error
 
 
-def _unreadable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot read {path}: {error.strerror}. Check its name and permissions; it must be a file "
-        f"with one JSON request per line"
-    )
-
-
-def _skip_line(file: BinaryIO) -> None:
-    while (data := file.readline(1024**2)) and not data.endswith(b"\n"):
-        pass
-
-
-def _load(line: _Line, max_line_bytes: int) -> Any:
-    if line.data is None:
-        _reject("line_too_long", f"longer than {max_line_bytes} bytes: split the request")
+def _load(line: bytes) -> Any:
     try:
-        data = _DECODER.decode(line.data.decode("utf-8"))
-        if _may_be_deep(line.data) and _is_deeper_than(data, MAX_DEPTH):
+        data = _DECODER.decode(line.decode("utf-8"))
+        if _may_be_deep(line) and _is_deeper_than(data, MAX_DEPTH):
             _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
-        if b"\\ud" in line.data.lower():  # half of a surrogate pair is no character
+        if b"\\u" in line and b"\\ud" in line.lower():  # half of a pair is no character
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         return data
     except UnicodeEncodeError:
@@ -197,7 +284,7 @@ def _load(line: _Line, max_line_bytes: int) -> Any:
         _reject("invalid_json", f"not valid JSON: {error}")
 
 
-def _parse(index: int, line_number: int, data: Any) -> Row:
+def _parse(index: int, line: _Line, data: Any) -> Row:
     if not isinstance(data, dict):
         _reject("invalid_request", f"a JSON object is expected, not {type(data).__name__}")
     url, body = data.get("url"), data.get("body")
@@ -213,7 +300,7 @@ def _parse(index: int, line_number: int, data: Any) -> Row:
         _reject("invalid_body", "'body' must be a JSON object")
     if body.get("stream"):
         _reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
-    return Row(index, line_number, custom_id, url, body)
+    return Row(index, line.number, custom_id, url, body, line.content_hash)
 
 
 def _usable_id(data: Any) -> str | None:
@@ -230,9 +317,12 @@ def _free_prefix(prefix: str, custom_id: str) -> str:
     return prefix + "-" * (len(rest) - len(rest.lstrip("-")) + 1)
 
 
-def _hash(custom_id: str) -> int:
-    data = custom_id.encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+def _hash(data: bytes) -> int:
+    return _as_int(blake2b(data, digest_size=8).digest())
+
+
+def _as_int(digest: bytes) -> int:
+    return int.from_bytes(digest, "little")
 
 
 def _refuse_number(text: str) -> NoReturn:

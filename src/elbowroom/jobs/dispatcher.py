@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ class RowEstimator:
 
         Before any row has finished, a row is believed to use all the output it asks for.
         """
-        limit = _output_limit(row)
+        limit = output_limit(row.body)
         guess = self._output_tokens + self._deviation
         if self._num_learned == 0:
             guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
@@ -55,12 +56,17 @@ class RowEstimator:
 
 @dataclass
 class Intake:
-    """What one replica holds: its rows in flight, and the KV tokens set aside for them."""
+    """What one replica holds: its rows in flight, and the KV tokens set aside for them.
+
+    While ``suspects`` is not None, it holds rows of one cohort of suspects and no others;
+    those of them that are still to be offered are in the list.
+    """
 
     num_kv_tokens: int
     max_rows: int
     rows: dict[int, Row] = field(default_factory=dict)
     reserved: dict[int, int] = field(default_factory=dict)
+    suspects: deque[Row] | None = None
 
     @property
     def free_tokens(self) -> int:
@@ -79,13 +85,20 @@ class Offer(NamedTuple):
 
 
 class Dispatcher:
-    """Owns the rows in flight. Rows are read one by one, as replicas have room for them."""
+    """Owns the rows in flight. Rows are read one by one, as replicas have room for them.
 
-    def __init__(self, rows: Iterable[Row | RejectedRow], intakes: dict[int, Intake]) -> None:
+    Rows that a replica held when it died are suspects: any of them may have killed it. They are
+    tried again on a replica that holds nothing else, in two halves; a half that kills again is
+    halved again, and a row that kills alone is given up. Halves wait in a queue, so that between
+    two deaths by one row, others prove that replicas work.
+    """
+
+    def __init__(self, rows: Iterable[Row | RejectedRow]) -> None:
         self._rows = iter(rows)
-        self._intakes = intakes
+        self._intakes: dict[int, Intake] = {}
         self._estimator = RowEstimator()
         self._waiting: Row | None = None
+        self._cohorts: deque[deque[Row]] = deque()
         self._is_exhausted = False
 
     @property
@@ -94,26 +107,58 @@ class Dispatcher:
 
     @property
     def is_done(self) -> bool:
-        return self._is_exhausted and self._waiting is None and self.num_in_flight == 0
+        """Every row was answered, refused or given up."""
+        return (
+            self._is_exhausted
+            and self._waiting is None
+            and not self._cohorts
+            and not any(intake.rows or intake.suspects for intake in self._intakes.values())
+        )
+
+    def join(self, rank: int, num_kv_tokens: int, max_rows: int) -> None:
+        """A replica is ready for rows."""
+        self._intakes[rank] = Intake(num_kv_tokens, max_rows)
+
+    def lose(self, rank: int) -> list[Row]:
+        """A replica died. Returns the rows that are given up, because they kill alone."""
+        intake = self._intakes.pop(rank, None)
+        if intake is None:
+            return []
+        if intake.suspects:
+            self._cohorts.append(intake.suspects)
+        rows = list(intake.rows.values())
+        if intake.suspects is not None and len(rows) == 1:
+            return rows
+        half = (len(rows) + 1) // 2
+        self._cohorts.extend(deque(part) for part in (rows[:half], rows[half:]) if part)
+        return []
+
+    def holds_suspects(self, rank: int) -> bool:
+        intake = self._intakes.get(rank)
+        return intake is not None and intake.suspects is not None
 
     def offers(self) -> Iterator[Offer | RejectedRow]:
         """Rows that some replica has room for now, and rows that no replica should see.
 
         The next row goes to the replica with most room, so none idles while another queues.
         """
+        for rank, intake in self._intakes.items():
+            yield from self._offer_suspects(rank, intake)
         while (row := self._next()) is not None:
             if isinstance(row, RejectedRow):
                 yield row
                 continue
             num_tokens = self._estimator.num_tokens(row)
-            takers = [rank for rank, intake in self._intakes.items() if intake.has_room(num_tokens)]
+            takers = [
+                rank
+                for rank, intake in self._intakes.items()
+                if intake.suspects is None and intake.has_room(num_tokens)
+            ]
             if not takers:
                 self._waiting = row
                 return
             rank = max(takers, key=lambda rank: self._intakes[rank].free_tokens)
-            self._intakes[rank].rows[row.index] = row
-            self._intakes[rank].reserved[row.index] = num_tokens
-            yield Offer(rank, row)
+            yield self._hand(rank, row, num_tokens)
 
     def finish(self, rank: int, index: int, usage: TokenUsage | None) -> Row:
         """A replica answered a row. Returns the row."""
@@ -123,6 +168,21 @@ class Dispatcher:
         if usage is not None:
             self._estimator.learn(row, usage)
         return row
+
+    def _offer_suspects(self, rank: int, intake: Intake) -> Iterator[Offer]:
+        """The next rows of the cohort that a replica tries; an empty replica takes one up."""
+        if not intake.rows and not intake.suspects:
+            intake.suspects = self._cohorts.popleft() if self._cohorts else None
+        while intake.suspects:
+            num_tokens = self._estimator.num_tokens(intake.suspects[0])
+            if not intake.has_room(num_tokens):
+                return
+            yield self._hand(rank, intake.suspects.popleft(), num_tokens)
+
+    def _hand(self, rank: int, row: Row, num_tokens: int) -> Offer:
+        self._intakes[rank].rows[row.index] = row
+        self._intakes[rank].reserved[row.index] = num_tokens
+        return Offer(rank, row)
 
     def _next(self) -> Row | RejectedRow | None:
         if self._waiting is not None:
@@ -153,12 +213,12 @@ def _is_token_ids(prompt: list[Any]) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
 
 
-def _output_limit(row: Row) -> float:
+def output_limit(body: dict[str, Any]) -> float:
     """Most output tokens the row asks for, over all its choices; without a limit, infinite."""
-    if "input" in row.body:
+    if "input" in body:
         return 0.0  # embeddings
-    limits = [row.body.get(key) for key in ("max_tokens", "max_completion_tokens")]
+    limits = [body.get(key) for key in ("max_tokens", "max_completion_tokens")]
     given = [max(0, min(limit, _MOST_TOKENS)) for limit in limits if isinstance(limit, int)]
-    choices = row.body.get("n")
+    choices = body.get("n")
     choices = max(1, min(choices, _MOST_TOKENS)) if isinstance(choices, int) else 1
     return min(given, default=float("inf")) * choices

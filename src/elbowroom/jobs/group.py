@@ -7,10 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from elbowroom.core.errors import ReplicaError
 from elbowroom.core.plan import RunPlan
 from elbowroom.engine.launch import (
     REPLICA_COMMAND,
@@ -22,11 +22,12 @@ from elbowroom.engine.wire import Message
 
 _LOG_TAIL_LINES = 15
 _GRACE_SECONDS = 5.0  # for a replica to end after each step of ending it
+_LAST_WORDS_SECONDS = 1.0  # the same for one that has closed its channel
 _POLL_SECONDS = 0.05
 
 
 class Event(NamedTuple):
-    """A message from a replica."""
+    """A message from a replica, or ``{"type": "died", "reason": ...}`` about it."""
 
     rank: int
     message: Message
@@ -36,7 +37,8 @@ class ReplicaGroup:
     """Owns the replica processes of a run. Use as an async context manager.
 
     One task per replica listens to its channel and feeds the queue behind ``next_event``; the end
-    of a channel is an event too, so a replica that dies is noticed at once.
+    of a channel is an event too, so a replica that dies is noticed at once. A rank whose replica
+    died may be started again.
     """
 
     def __init__(
@@ -50,78 +52,65 @@ class ReplicaGroup:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._command = command
-        self._replicas: list[ReplicaProcess] = []
-        self._stopped: set[int] = set()
-        self._listeners: list[asyncio.Task[None]] = []
-        self._events: asyncio.Queue[tuple[int, Message | None]] = asyncio.Queue()
+        self._replicas: dict[int, ReplicaProcess] = {}
+        self._listeners: set[asyncio.Task[None]] = set()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def __aenter__(self) -> ReplicaGroup:
-        try:
-            for rank, cores in enumerate(self._plan.cores):
-                with self._log_path(rank).open("wb") as log:
-                    replica = await start_replica(rank, cores, log, self._command)
-                self._replicas.append(replica)
-                self._listeners.append(asyncio.create_task(self._listen(replica)))
-                self.send(
-                    rank,
-                    {
-                        "type": "start",
-                        "plan": self._plan.to_json(),
-                        "rank": rank,
-                        "run_dir": str(self._run_dir),
-                    },
-                )
-        except BaseException:
-            await self.__aexit__()
-            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """End whatever still runs, children included, and wait until it is gone."""
         for listener in self._listeners:
             listener.cancel()
-        await asyncio.gather(*(_end(replica) for replica in self._replicas))
+        await asyncio.gather(*self._listeners, return_exceptions=True)
+        await asyncio.gather(*(_end(replica) for replica in self._replicas.values()))
         remove_openmp_leftovers()
 
+    async def start(self, rank: int) -> None:
+        """Start the replica of a rank that has none. Its log goes on where the last one ended."""
+        with self._log_path(rank).open("ab") as log:
+            replica = await start_replica(rank, self._plan.cores[rank], log, self._command)
+        self._replicas[rank] = replica
+        listener = asyncio.create_task(self._listen(replica))
+        self._listeners.add(listener)
+        listener.add_done_callback(self._listeners.discard)
+        start = {"plan": self._plan.to_json(), "rank": rank, "run_dir": str(self._run_dir)}
+        self.send(rank, {"type": "start", **start})
+
     def send(self, rank: int, message: Message) -> None:
-        self._replicas[rank].channel.send(message)
+        """To a replica that has died meanwhile nothing is sent: its death is an event."""
+        if (replica := self._replicas.get(rank)) is not None:
+            replica.channel.send(message)
 
     async def drain(self) -> None:
-        for replica in self._replicas:
+        for replica in list(self._replicas.values()):
             await replica.channel.drain()
 
     async def next_event(self, timeout_seconds: float) -> Event | None:
-        """The next message, or None after the time-out.
-
-        Raises ReplicaError when a replica failed or died, with the end of its log.
-        """
+        """The next message, or None after the time-out."""
         try:
-            rank, message = await asyncio.wait_for(self._events.get(), timeout_seconds)
+            return await asyncio.wait_for(self._events.get(), timeout_seconds)
         except TimeoutError:
             return None
-        if message is None:
-            if rank in self._stopped:
-                return None  # it ended as it was told to
-            await self._raise_dead(rank)
-        assert message is not None
-        if message["type"] == "stopped":
-            self._stopped.add(rank)
-        if message["type"] == "failed":
-            raise ReplicaError(f"replica {rank} failed: {message['error']}{self._log_tail(rank)}")
-        return Event(rank, message)
 
     async def _listen(self, replica: ReplicaProcess) -> None:
-        try:
+        """Pass on what a replica says, until it has ended and all its children are gone."""
+        reason, has_stopped = "", False
+        with suppress(ValueError):  # what is no message ends the talk
             while (message := await replica.channel.receive()) is not None:
-                await self._events.put((replica.rank, message))
-        finally:  # also when it sends what is no message
-            await self._events.put((replica.rank, None))
-
-    async def _raise_dead(self, rank: int) -> None:
-        await _end(self._replicas[rank])
-        code = self._replicas[rank].process.returncode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-        raise ReplicaError(f"replica {rank} {how}{self._log_tail(rank)}")
+                if message["type"] == "failed":
+                    reason = f"failed: {message['error']}"
+                else:
+                    has_stopped = has_stopped or message["type"] == "stopped"
+                    self._events.put_nowait(Event(replica.rank, message))
+        if has_stopped:
+            return  # it ends as it was told to
+        await _end(replica, grace_seconds=_LAST_WORDS_SECONDS)
+        del self._replicas[replica.rank]
+        died = {"type": "died", "reason": reason or _how_it_ended(replica)}
+        died["reason"] += self._log_tail(replica.rank)
+        self._events.put_nowait(Event(replica.rank, died))
 
     def _log_path(self, rank: int) -> Path:
         return self._log_dir / f"replica-{rank}.log"
@@ -132,7 +121,12 @@ class ReplicaGroup:
         return "".join(f"\n  | {line}" for line in lines)
 
 
-async def _end(replica: ReplicaProcess) -> None:
+def _how_it_ended(replica: ReplicaProcess) -> str:
+    code = replica.process.returncode or 0
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
+async def _end(replica: ReplicaProcess, grace_seconds: float = _GRACE_SECONDS) -> None:
     """End a replica's process group: the replica leads it, its engine core is in it.
 
     A replica that was told to stop ends by itself. SIGTERM comes next, which leaves Python's
@@ -142,7 +136,7 @@ async def _end(replica: ReplicaProcess) -> None:
     for sign in (None, signal.SIGTERM, signal.SIGKILL):
         if sign is not None:
             _signal_group(replica.process.pid, sign)
-        deadline = time.monotonic() + _GRACE_SECONDS
+        deadline = time.monotonic() + grace_seconds
         while _signal_group(replica.process.pid, 0) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
     await replica.process.wait()

@@ -30,13 +30,18 @@ class ReplicaStats:
     prompt_tokens: int = 0
     generation_tokens: int = 0
     num_preemptions: int = 0
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
     mapped_bytes: int = 0
     streamed_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """A job at one moment. ``run_seconds`` counts from when the replicas were ready."""
+    """A job at one moment. ``run_seconds`` counts from when the replicas were ready.
+
+    ``rows_resumed`` of the rows done were done by earlier runs.
+    """
 
     rows_total: int
     rows_done: int
@@ -44,6 +49,7 @@ class JobSnapshot:
     elapsed_seconds: float
     run_seconds: float
     replicas: tuple[ReplicaStats, ...]
+    rows_resumed: int = 0
 
 
 class _Tokens(NamedTuple):
@@ -122,7 +128,7 @@ class ProgressView:
             f"{snapshot.rows_done}/{snapshot.rows_total} rows{failed}, "
             f"tokens/s: {lately.prompt:.0f} prompt ({overall.prompt:.0f} overall), "
             f"{lately.output:.0f} output ({overall.output:.0f} overall), "
-            f"{_clock_text(snapshot.elapsed_seconds)} elapsed, ETA {_eta(snapshot)}"
+            f"{clock_text(snapshot.elapsed_seconds)} elapsed, ETA {_eta(snapshot)}"
         )
 
     def _screen(self, snapshot: JobSnapshot) -> Group:
@@ -169,13 +175,14 @@ def _describe(replica: ReplicaStats) -> str:
 
 def _eta(snapshot: JobSnapshot) -> str:
     """Time left at the pace so far; unknown until rows have finished."""
-    if not snapshot.rows_done or snapshot.run_seconds <= 0:
+    done = snapshot.rows_done - snapshot.rows_resumed
+    if done <= 0 or snapshot.run_seconds <= 0:
         return "-"
     left = snapshot.rows_total - snapshot.rows_done
-    return _clock_text(left * snapshot.run_seconds / snapshot.rows_done)
+    return clock_text(left * snapshot.run_seconds / done)
 
 
-def _clock_text(seconds: float) -> str:
+def clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

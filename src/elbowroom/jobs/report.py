@@ -12,7 +12,7 @@ from rich.table import Table
 
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import format_bytes
-from elbowroom.jobs.spool import write_atomically
+from elbowroom.jobs.results import write_atomically
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,10 @@ class ReplicaReport:
     num_kv_tokens: int
     resident_bytes: int
     start_seconds: float
+    num_restarts: int
     num_preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
     mapped_bytes: int
     streamed_bytes: int
     wait_seconds: float
@@ -31,14 +34,20 @@ class ReplicaReport:
 
 @dataclass(frozen=True)
 class JobReport:
-    """A finished job: its plan, its rows by outcome, tokens, seconds and replicas."""
+    """A finished job: its plan, its rows by outcome, tokens, seconds and replicas.
+
+    Rows and tokens are those of the whole job, of which ``num_resumed`` rows were finished by
+    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run.
+    """
 
     plan: RunPlan
     num_rows: int
     num_succeeded: int
+    num_resumed: int
     failures: dict[str, int]
     prompt_tokens: int
     output_tokens: int
+    run_output_tokens: int
     start_seconds: float
     run_seconds: float
     replicas: tuple[ReplicaReport, ...]
@@ -50,7 +59,7 @@ class JobReport:
     @property
     def output_tokens_per_second(self) -> float:
         """Over the time in which rows were answered, start-up left out."""
-        return self.output_tokens / self.run_seconds if self.run_seconds else 0.0
+        return self.run_output_tokens / self.run_seconds if self.run_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -75,10 +84,14 @@ def print_summary(console: Console, report: JobReport) -> None:
 
 def _summary(report: JobReport) -> list[tuple[str, str]]:
     rows = f"{report.num_succeeded} of {report.num_rows} answered"
+    if report.num_resumed:
+        rows += f" ({report.num_resumed} finished before this run)"
     failures = ", ".join(f"{count} {code}" for code, count in sorted(report.failures.items()))
     kv_tokens = ", ".join(str(replica.num_kv_tokens) for replica in report.replicas)
     account = report.plan.account
     held = ", ".join(format_bytes(replica.resident_bytes) for replica in report.replicas)
+    hits = sum(replica.prefix_hit_tokens for replica in report.replicas)
+    queries = sum(replica.prefix_query_tokens for replica in report.replicas)
     return [
         ("rows", rows + (f"; failed: {failures}" if failures else "")),
         ("tokens", f"{report.prompt_tokens} prompt, {report.output_tokens} output"),
@@ -90,6 +103,8 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
             f"{held} (account: {format_bytes(account.weight_bytes + account.slot_bytes)})",
         ),
         ("preemptions", str(sum(replica.num_preemptions for replica in report.replicas))),
+        ("restarts", str(sum(replica.num_restarts for replica in report.replicas))),
+        ("prompt tokens in the prefix cache", _share(hits, queries)),
         (
             "weights mapped, streamed",
             f"{format_bytes(sum(replica.mapped_bytes for replica in report.replicas))}, "
@@ -100,3 +115,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
             f"{sum(replica.wait_seconds for replica in report.replicas):.1f}",
         ),
     ]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" + (f" ({part / whole:.0%})" if whole else "")

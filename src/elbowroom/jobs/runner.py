@@ -1,33 +1,43 @@
-"""One batch job from file to file: start replicas, dispatch rows, publish results, report."""
+"""One batch job from file to file: journal, replicas, rows, published results, report."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
+from elbowroom.core.errors import JobStoppedError, ReplicaError
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import Message
-from elbowroom.jobs.batch_file import BatchFacts, RejectedRow, read_rows
-from elbowroom.jobs.dispatcher import Dispatcher, Intake, TokenUsage, token_usage
+from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.dispatcher import Dispatcher, TokenUsage, token_usage
 from elbowroom.jobs.group import ReplicaGroup
+from elbowroom.jobs.journal import FinishedRow, Journal, OnCommit
+from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import JobSnapshot, ProgressView, ReplicaStats
 from elbowroom.jobs.report import JobReport, ReplicaReport
-from elbowroom.jobs.spool import Spool, error_line, response_line
+from elbowroom.jobs.restarts import RestartPolicy
+from elbowroom.jobs.results import error_line, publish, request_id, response_line
 from elbowroom.pool.run_dir import run_directory
 
 TICK_SECONDS = 0.25
-"""Time between two looks at the progress view."""
+"""Longest time between two looks at the progress view, the journal and requests to stop."""
 
 MEMORY_TOLERANCE = 0.05
 _MEMORY_SLACK_BYTES = 64 * MIB  # the interpreter's own growth, which matters to tiny models only
+
+Order = Literal["auto", "input"]
 
 
 @dataclass(frozen=True)
@@ -41,41 +51,97 @@ class JobFiles:
     logs: Path | None = None
 
 
-@dataclass
-class ReplicaState:
-    """What the runner last heard from one replica."""
+@dataclass(frozen=True)
+class JobOptions:
+    """How a job goes about its rows. ``restart`` drops what earlier runs have finished."""
 
-    stats: ReplicaStats
-    num_kv_tokens: int = 0
-    resident_bytes: int = 0
-    start_seconds: float = 0.0
-    wait_seconds: float = 0.0
+    limits: RowLimits = field(default_factory=RowLimits)
+    order: Order = "auto"
+    max_restarts: int = 3
+    grace_seconds: float = 30.0
+    restart: bool = False
+
+
+class StopRequest:
+    """Asks a job, from its own thread, to stop after the rows in flight."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def __call__(self, reason: str) -> None:
+        self.reason = self.reason or reason
 
 
 async def run_job(
     plan: RunPlan,
     files: JobFiles,
-    facts: BatchFacts,
+    options: JobOptions,
+    identity: Mapping[str, str],
     console: Console,
+    stop: StopRequest | None = None,
+    on_rows: OnCommit | None = None,
     command: Sequence[str] = REPLICA_COMMAND,
 ) -> JobReport:
-    """Answer every row of ``files.input`` and publish the results.
+    """Answer every row of ``files.input`` that no earlier run has answered, and publish all.
 
-    Raises ReplicaError when a replica fails or dies: then nothing is published. OutputError when
-    results cannot be written.
+    ``identity`` is what answers depend on: a journal with another one is refused.
+
+    Raises InputError for files that cannot be used, ReplicaError when a replica fails at its first
+    start, JobStoppedError when the job ended early, OutputError when results cannot be written.
+    Whatever is raised, rows that were finished stay finished.
     """
-    with run_directory() as run_dir, Spool(files.output.parent, facts.num_rows) as spool:
-        log_dir = files.logs or run_dir
-        log_dir.mkdir(parents=True, exist_ok=True)
-        async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
-            job = _Job(plan, facts, group, spool, console)
-            await job.start()
-            await job.answer_all(files.input)
-            await job.stop()
-        spool.publish(files.output, files.errors)
-    report = job.report()
-    report.write(files.report)
-    return report
+    with ExitStack() as stack:
+        batch = stack.enter_context(BatchFile(files.input, options.limits))
+        order = _scan(batch, options.order)
+        journal = stack.enter_context(Journal(files.output, options.restart, on_rows))
+        is_finished = journal.admit(identity, batch)
+        rows = batch.rows(int(index) for index in order if not is_finished[index])
+        job = _Job(plan, options, batch, journal, console, stop or StopRequest())
+        if (first := job.refuse_until_row(rows)) is not None:
+            with run_directory() as run_dir:
+                log_dir = files.logs or run_dir
+                log_dir.mkdir(parents=True, exist_ok=True)
+                async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
+                    await job.answer(chain([first], rows), group)
+        journal.commit()
+        publish(journal, batch, files.output, files.errors)
+        report = job.report()
+        if first is not None or not files.report.exists():
+            report.write(files.report)
+        return report
+
+
+def _scan(batch: BatchFile, order: Order) -> Iterable[int]:
+    """Find the rows, and the order in which to work on them."""
+    if order == "input":
+        return range(batch.scan().num_rows)
+    builder = OrderBuilder()
+    batch.scan(builder.visit)
+    return builder.order()
+
+
+@dataclass
+class _Replica:
+    """What the runner last heard from one replica, and whether it will be started again.
+
+    ``before`` holds the counters of its earlier lives; ``stats`` includes them.
+    """
+
+    rank: int
+    policy: RestartPolicy
+    stats: ReplicaStats
+    before: ReplicaStats
+    was_ready: bool = False
+    restart_at: float | None = None
+    num_restarts: int = 0
+    num_kv_tokens: int = 0
+    resident_bytes: int = 0
+    start_seconds: float = 0.0
+    wait_seconds: float = 0.0
+
+    @property
+    def is_lost(self) -> bool:
+        return self.stats.state == "lost"
 
 
 class _Job:
@@ -84,169 +150,302 @@ class _Job:
     def __init__(
         self,
         plan: RunPlan,
-        facts: BatchFacts,
-        group: ReplicaGroup,
-        spool: Spool,
+        options: JobOptions,
+        batch: BatchFile,
+        journal: Journal,
         console: Console,
+        stop: StopRequest,
     ) -> None:
         self._plan = plan
-        self._facts = facts
-        self._group = group
-        self._spool = spool
+        self._options = options
+        self._batch = batch
+        self._journal = journal
         self._console = console
+        self._stop = stop
         self._replicas = [
-            ReplicaState(ReplicaStats(rank, "starting")) for rank in range(plan.num_replicas)
+            _Replica(rank, RestartPolicy(options.max_restarts), stats, stats)
+            for rank in range(plan.num_replicas)
+            for stats in [ReplicaStats(rank, "starting")]
         ]
-        self._failures: Counter[str] = Counter()
-        self._usage = TokenUsage(0, 0)
-        self._is_ready = False
+        self._before = journal.totals
         self._begin = time.monotonic()
-        self._ready_at = self._begin
-        self._done_at = self._begin
+        self._ready_at: float | None = None
+        self._done_at: float | None = None
+        self._group: ReplicaGroup
+        self._dispatcher: Dispatcher
+        self._view: ProgressView
 
-    async def start(self) -> None:
-        """Wait until every replica is ready, then compare its memory with the account."""
-        with ProgressView(self._console) as view:
-            while any(replica.stats.state == "starting" for replica in self._replicas):
-                await self._tick(view)
-        self._ready_at = time.monotonic()
-        self._is_ready = True
-        self._check_memory()
+    def refuse_until_row(self, rows: Iterator[Row | RejectedRow]) -> Row | None:
+        """Write down rows that no engine should see, up to the first that one should."""
+        for row in rows:
+            if isinstance(row, Row):
+                return row
+            self._refuse(row)
+        return None
 
-    async def answer_all(self, path: Path) -> None:
-        """Keep every replica as full as it can be until the last row is answered."""
-        rows = read_rows(path, self._facts)
-        max_rows = self._plan.engine.max_num_seqs
-        intakes = {
-            rank: Intake(replica.num_kv_tokens, max_rows)
-            for rank, replica in enumerate(self._replicas)
-        }
-        dispatcher = Dispatcher(rows, intakes)
-        with ProgressView(self._console) as view:
-            while not dispatcher.is_done:
-                await self._offer(dispatcher)
-                message = await self._tick(view) if dispatcher.num_in_flight else None
-                if message is not None and message["type"] == "done":
-                    self._finish(dispatcher, message)
+    async def answer(self, rows: Iterator[Row | RejectedRow], group: ReplicaGroup) -> None:
+        """Start the replicas and keep each as full as it can be until the last row is answered."""
+        self._group = group
+        self._dispatcher = Dispatcher(rows)
+        self._note()
+        for replica in self._replicas:
+            await group.start(replica.rank)
+        with ProgressView(self._console) as self._view:
+            while any(not replica.was_ready and not replica.is_lost for replica in self._replicas):
+                await self._tick()
+            self._ready_at = time.monotonic()
+            self._check_memory()
+            self._note()
+            while not self._dispatcher.is_done:
+                await self._offer()
+                if self._dispatcher.is_done:
+                    break
+                await self._tick()
             self._done_at = time.monotonic()
-            view.update(self._snapshot())
-
-    async def stop(self) -> None:
-        """Let every replica end by itself and send its last counters."""
-        for rank in range(self._plan.num_replicas):
-            self._group.send(rank, {"type": "stop"})
-        waiting = set(range(self._plan.num_replicas))
-        while waiting:
-            event = await self._group.next_event(TICK_SECONDS)
-            if event is not None and event.message["type"] == "stopped":
-                self._hear(event.rank, event.message)
-                waiting.discard(event.rank)
+            self._journal.commit()
+            self._view.update(self._snapshot())
+        await self._stop_replicas()
 
     def report(self) -> JobReport:
+        totals = self._journal.totals
+        ready_at = self._ready_at or self._begin
         return JobReport(
             plan=self._plan,
-            num_rows=self._facts.num_rows,
-            num_succeeded=self._spool.num_succeeded,
-            failures=dict(self._failures),
-            prompt_tokens=self._usage.prompt_tokens,
-            output_tokens=self._usage.output_tokens,
-            start_seconds=self._ready_at - self._begin,
-            run_seconds=self._done_at - self._ready_at,
+            num_rows=self._batch.num_rows,
+            num_succeeded=totals.num_succeeded,
+            num_resumed=self._before.num_finished,
+            failures=totals.failures,
+            prompt_tokens=totals.prompt_tokens,
+            output_tokens=totals.output_tokens,
+            run_output_tokens=totals.output_tokens - self._before.output_tokens,
+            start_seconds=ready_at - self._begin,
+            run_seconds=(self._done_at or ready_at) - ready_at,
             replicas=tuple(
                 ReplicaReport(
-                    rank=rank,
+                    rank=replica.rank,
                     num_kv_tokens=replica.num_kv_tokens,
                     resident_bytes=replica.resident_bytes,
                     start_seconds=replica.start_seconds,
+                    num_restarts=replica.num_restarts,
                     num_preemptions=replica.stats.num_preemptions,
+                    prefix_query_tokens=replica.stats.prefix_query_tokens,
+                    prefix_hit_tokens=replica.stats.prefix_hit_tokens,
                     mapped_bytes=replica.stats.mapped_bytes,
                     streamed_bytes=replica.stats.streamed_bytes,
                     wait_seconds=replica.wait_seconds,
                 )
-                for rank, replica in enumerate(self._replicas)
+                for replica in self._replicas
             ),
         )
 
-    async def _offer(self, dispatcher: Dispatcher) -> None:
-        for offer in dispatcher.offers():
+    async def _offer(self) -> None:
+        for offer in self._dispatcher.offers():
             if isinstance(offer, RejectedRow):
-                self._failures[offer.code] += 1
-                line = error_line(offer.custom_id, code=offer.code, message=offer.message)
-                self._spool.put(offer.index, line, is_success=False)
+                self._refuse(offer)
                 await asyncio.sleep(0)  # a long run of them must not hold up signals
                 continue
             row = offer.row
-            message = {"type": "row", "id": row.index, "url": row.url, "body": row.body}
-            self._group.send(offer.rank, message)
+            message = {"id": row.index, "url": row.url, "body": row.body}
+            limits = self._options.limits
+            self._group.send(
+                offer.rank,
+                {
+                    "type": "row",
+                    **message,
+                    "request_id": request_id(row.custom_id),
+                    "max_seconds": limits.max_row_seconds,
+                    "max_prompt_tokens": limits.max_prompt_tokens,
+                },
+            )
             await self._group.drain()
 
-    async def _tick(self, view: ProgressView) -> Message | None:
-        """Hear one message, or let a moment pass. Returns it with its ``rank``."""
+    async def _tick(self) -> None:
+        """Hear one message, or let a moment pass; then whatever is due."""
         event = await self._group.next_event(TICK_SECONDS)
-        view.update(self._snapshot())
-        if event is None:
-            return None
-        self._hear(event.rank, event.message)
-        return {**event.message, "rank": event.rank}
+        if event is not None:
+            await self._hear(self._replicas[event.rank], event.message)
+        await self._restart_due()
+        self._journal.tick()
+        self._view.update(self._snapshot())
+        if self._stop.reason is not None:
+            await self._stop_early(self._stop.reason)
 
-    def _hear(self, rank: int, message: Message) -> None:
-        """Keep what a replica says of itself."""
-        replica = self._replicas[rank]
-        if message["type"] == "ready":
-            replica.num_kv_tokens = message["num_kv_tokens"]
-            replica.resident_bytes = message["resident_bytes"]
-            replica.start_seconds = message["start_seconds"]
-            replica.stats = replace(replica.stats, state="running")
-        elif message["type"] in ("stats", "stopped"):
-            replica.wait_seconds = message["pool"]["wait_seconds"]
+    async def _hear(self, replica: _Replica, message: Message) -> None:
+        kind = message["type"]
+        if kind == "ready":
+            self._is_ready(replica, message)
+        elif kind == "done":
+            self._finish(replica, message)
+        elif kind == "died":
+            self._died(replica, message["reason"])
+        elif kind in ("stats", "stopped"):
+            before, pool = replica.before, message["pool"]
+            replica.wait_seconds = pool["wait_seconds"]
             replica.stats = ReplicaStats(
-                replica=rank,
-                state="running" if message["type"] == "stats" else "stopped",
+                replica=replica.rank,
+                state="running" if kind == "stats" else "stopped",
                 num_running=message["num_requests_running"],
                 num_waiting=message["num_requests_waiting"],
                 kv_usage=message["kv_cache_usage"],
-                prompt_tokens=message["prompt_tokens"],
-                generation_tokens=message["generation_tokens"],
-                num_preemptions=message["num_preemptions"],
-                mapped_bytes=message["pool"]["mapped_bytes"],
-                streamed_bytes=message["pool"]["streamed_bytes"],
+                prompt_tokens=before.prompt_tokens + message["prompt_tokens"],
+                generation_tokens=before.generation_tokens + message["generation_tokens"],
+                num_preemptions=before.num_preemptions + message["num_preemptions"],
+                prefix_query_tokens=before.prefix_query_tokens + message["prefix_query_tokens"],
+                prefix_hit_tokens=before.prefix_hit_tokens + message["prefix_hit_tokens"],
+                mapped_bytes=pool["mapped_bytes"],
+                streamed_bytes=before.streamed_bytes + pool["streamed_bytes"],
             )
 
-    def _finish(self, dispatcher: Dispatcher, message: Message) -> None:
-        """Write down an answer; a status other than 2xx is a failed row."""
-        usage = token_usage(message["body"])
-        row = dispatcher.finish(message["rank"], message["id"], usage)
-        if usage is not None:
-            self._usage = TokenUsage(
-                self._usage.prompt_tokens + usage.prompt_tokens,
-                self._usage.output_tokens + usage.output_tokens,
+    def _is_ready(self, replica: _Replica, message: Message) -> None:
+        replica.was_ready = True
+        replica.num_kv_tokens = message["num_kv_tokens"]
+        replica.resident_bytes = message["resident_bytes"]
+        replica.start_seconds = message["start_seconds"]
+        replica.stats = replace(replica.stats, state="running")
+        max_rows = self._plan.engine.max_num_seqs
+        self._dispatcher.join(replica.rank, replica.num_kv_tokens, max_rows)
+
+    def _died(self, replica: _Replica, reason: str) -> None:
+        """Have its rows tried again, and the replica started again if that may help.
+
+        Raises ReplicaError when it never worked, JobStoppedError when no replica can go on.
+        """
+        what = f"replica {replica.rank} {reason}"
+        if not replica.was_ready and not reason.startswith("was killed"):
+            raise ReplicaError(what)  # it would fail the same way again
+        among_suspects = self._dispatcher.holds_suspects(replica.rank)
+        for row in self._dispatcher.lose(replica.rank):
+            message = (
+                f"line {row.line_number}: the engine crashed twice with this row, the second time "
+                f"with no other row in it"
             )
-        is_success = 200 <= message["status"] < 300
-        if not is_success:
-            self._failures[f"http_{message['status']}"] += 1
-        line = response_line(row.custom_id, message["status"], message["body"])
-        self._spool.put(row.index, line, is_success)
+            self._fail(row, "engine_crashed", message)
+            replica.policy.excuse()
+        delay = replica.policy.died(among_suspects)
+        state = "lost" if delay is None else "restarting"
+        replica.before = replica.stats
+        replica.stats = replace(
+            replica.stats, state=state, num_running=0, num_waiting=0, kv_usage=0.0
+        )
+        if delay is not None:
+            replica.restart_at = time.monotonic() + delay
+            self._say(f"{what}\nit is started again in {delay:.0f} s")
+            return
+        gone = f"{what}\nit died more than {self._options.max_restarts} times and is given up"
+        if not replica.was_ready and self._plan.shares[replica.rank].mode != "none":
+            raise JobStoppedError(f"{gone}: its layers are missing in the pool. {self._how_far()}")
+        if all(other.is_lost for other in self._replicas):
+            raise JobStoppedError(f"{gone}, as all others were. {self._how_far()}")
+        self._say(f"{gone}; the others go on")
+
+    async def _restart_due(self) -> None:
+        for replica in self._replicas:
+            if replica.restart_at is not None and time.monotonic() >= replica.restart_at:
+                replica.restart_at = None
+                replica.num_restarts += 1
+                replica.stats = replace(replica.stats, state="starting")
+                await self._group.start(replica.rank)
+
+    async def _stop_early(self, reason: str) -> None:
+        """Let rows in flight finish for a while, then end the job."""
+        in_flight = self._dispatcher.num_in_flight
+        if in_flight:
+            self._say(
+                f"{reason}: {in_flight} rows in flight have {self._options.grace_seconds:g} s; "
+                f"once more to stop at once"
+            )
+        deadline = time.monotonic() + self._options.grace_seconds
+        while self._dispatcher.num_in_flight and time.monotonic() < deadline:
+            event = await self._group.next_event(TICK_SECONDS)
+            if event is not None:
+                await self._hear(self._replicas[event.rank], event.message)
+            self._view.update(self._snapshot())
+        self._journal.commit()
+        raise JobStoppedError(f"{reason}. {self._how_far()}")
+
+    async def _stop_replicas(self) -> None:
+        """Let every replica end by itself and send its last counters."""
+        waiting = {r.rank for r in self._replicas if r.stats.state == "running"}
+        for rank in waiting:
+            self._group.send(rank, {"type": "stop"})
+        while waiting:
+            event = await self._group.next_event(TICK_SECONDS)
+            if event is None:
+                continue
+            if event.message["type"] in ("stopped", "died"):
+                waiting.discard(event.rank)
+            if event.message["type"] != "died":  # all rows are answered: nothing is lost by it
+                await self._hear(self._replicas[event.rank], event.message)
+
+    def _refuse(self, row: RejectedRow) -> None:
+        line = error_line(row.custom_id, code=row.code, message=row.message)
+        self._journal.put(FinishedRow(row.index, row.custom_id, None, row.code, line))
+
+    def _fail(self, row: Row, code: str, message: str) -> None:
+        line = error_line(row.custom_id, code=code, message=message)
+        self._journal.put(FinishedRow(row.index, row.custom_id, row.content_hash, code, line))
+
+    def _finish(self, replica: _Replica, message: Message) -> None:
+        """Write down an answer; a status other than 2xx is a failed row."""
+        replica.policy.finished_row()
+        error = message.get("error")
+        usage = None if error else token_usage(message["body"])
+        row = self._dispatcher.finish(replica.rank, message["id"], usage)
+        if error:
+            self._fail(row, error["code"], f"line {row.line_number}: {error['message']}")
+            return
+        status = message["status"]
+        failure = None if 200 <= status < 300 else f"http_{status}"
+        line = response_line(row.custom_id, status, message["body"])
+        tokens = usage or TokenUsage(0, 0)
+        self._journal.put(
+            FinishedRow(row.index, row.custom_id, row.content_hash, failure, line, *tokens)
+        )
+
+    def _how_far(self) -> str:
+        self._journal.commit()
+        return (
+            f"{self._journal.totals.num_finished} of {self._batch.num_rows} rows are finished and "
+            f"kept: run the same command again to go on"
+        )
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _note(self) -> None:
+        """For ``elbowroom status``."""
+        self._journal.note(
+            pid=os.getpid(),
+            num_replicas=self._plan.num_replicas,
+            num_resumed=self._before.num_finished,
+            resumed_output_tokens=self._before.output_tokens,
+            started_at=time.time() - (time.monotonic() - self._begin),
+            ready_at=None if self._ready_at is None else time.time(),
+        )
 
     def _snapshot(self) -> JobSnapshot:
+        totals = self._journal.totals
+        now = time.monotonic()
         return JobSnapshot(
-            rows_total=self._facts.num_rows,
-            rows_done=self._spool.num_succeeded + self._spool.num_failed,
-            rows_failed=self._spool.num_failed,
-            elapsed_seconds=time.monotonic() - self._begin,
-            run_seconds=time.monotonic() - self._ready_at if self._is_ready else 0.0,
+            rows_total=self._batch.num_rows,
+            rows_done=totals.num_finished,
+            rows_failed=totals.num_failed,
+            elapsed_seconds=now - self._begin,
+            run_seconds=now - self._ready_at if self._ready_at else 0.0,
             replicas=tuple(replica.stats for replica in self._replicas),
+            rows_resumed=self._before.num_finished,
         )
 
     def _check_memory(self) -> None:
         """Warn when a replica holds more or less than its account says."""
         account = self._plan.account
         expected = account.weight_bytes + account.slot_bytes
-        for rank, replica in enumerate(self._replicas):
+        for replica in self._replicas:
             difference = replica.resident_bytes - expected
             if replica.resident_bytes and abs(difference) > max(
                 MEMORY_TOLERANCE * expected, _MEMORY_SLACK_BYTES
             ):
-                self._console.print(
-                    f"warning: replica {rank} holds {format_bytes(replica.resident_bytes)} of "
-                    f"weights and slots, the account says {format_bytes(expected)}"
+                self._say(
+                    f"warning: replica {replica.rank} holds {format_bytes(replica.resident_bytes)} "
+                    f"of weights and slots, the account says {format_bytes(expected)}"
                 )

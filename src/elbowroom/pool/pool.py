@@ -61,6 +61,7 @@ class Pool:
         self._stream_timeout_seconds = stream_timeout_seconds
         self._ffns: list[Ffn] = []
         self._owned: dict[int, torch.Tensor] = {}
+        self._reopened: dict[int, torch.Tensor] = {}
         self._slots: Slots | None = None
         self._housekeeper: Housekeeper | None = None
         self._slot_weights: dict[tuple[int, int], list[nn.Parameter]] = {}
@@ -77,9 +78,10 @@ class Pool:
     def add_block(self, block: nn.Module, keep_weights: bool = True) -> Ffn:
         """Take over the next block's feed-forward weights.
 
-        An owned layer's matrices move into the store; a borrowed layer's become placeholders on
-        the meta device, which hold no memory. ``keep_weights`` False skips copying the present
-        values, for weights that are loaded later.
+        An owned layer's matrices move into the store. Those of a borrowed layer, and of one that an
+        earlier process of this rank has published, become placeholders on the meta device, which
+        hold no memory. ``keep_weights`` False skips copying the present values, for weights that
+        are loaded later.
 
         Raises UnsupportedModelError for a block that the pool cannot hold.
         """
@@ -91,7 +93,13 @@ class Pool:
             )
         ffn = find_ffn(block)
         self._ffns.append(ffn)
+        is_new = self.owns(layer)
         if self.owns(layer):
+            before = self._store.reopen(layer, self.share.rank, ffn.num_bytes)
+            if before is not None:
+                self._reopened[layer] = before
+                is_new = False
+        if is_new:
             self._owned[layer] = self._store.allocate(layer, ffn.num_bytes)
             for span in ffn.spans:
                 weight = span.view(self._owned[layer])
@@ -117,8 +125,11 @@ class Pool:
                 if self._pack is not None:
                     view = span.view(buffer)
                     view.copy_(self._pack(view))
-                span.linear.weight = _frozen(span.view(buffer))
+            self._use(layer, buffer)
             self._store.publish(layer)
+        for layer, buffer in self._reopened.items():
+            self._use(layer, buffer)
+        self._owned |= self._reopened
         opened = {
             layer: self._store.open(
                 layer, self.share.owners[layer], ffn.num_bytes, self._peer_timeout_seconds
@@ -185,9 +196,12 @@ class Pool:
 
     def _map(self, opened: dict[int, torch.Tensor]) -> None:
         for layer, buffer in opened.items():
-            for span in self._ffns[layer].spans:
-                span.linear.weight = _frozen(span.view(buffer))
+            self._use(layer, buffer)
             self._mapped_bytes += buffer.numel()
+
+    def _use(self, layer: int, buffer: torch.Tensor) -> None:
+        for span in self._ffns[layer].spans:
+            span.linear.weight = _frozen(span.view(buffer))
 
     def _prepare_streaming(self, opened: dict[int, torch.Tensor]) -> None:
         if set(opened) != set(self._streamed_layers):

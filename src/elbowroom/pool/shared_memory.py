@@ -17,20 +17,26 @@ from elbowroom.pool.store import check_size, not_published
 
 _POLL_SECONDS = 0.01
 
+GRACE_SECONDS = 30.0
+"""How long an owner that died may be away: whoever runs the group may start it again."""
+
 
 class SharedMemoryStore:
     """Layers of rank r of a group that meets in ``run_dir``.
 
     A layer is visible once its file has its final name. Each rank holds the lock of
-    ``rank-r.lock`` while it lives, so a peer that waits knows at once when its owner died.
+    ``rank-r.lock`` while it lives, so a peer that waits knows when its owner died. What a rank has
+    published outlives it: the next process of that rank opens it again.
     """
 
-    def __init__(self, run_dir: Path, rank: int) -> None:
+    def __init__(self, run_dir: Path, rank: int, grace_seconds: float = GRACE_SECONDS) -> None:
         self._run_dir = run_dir
+        self._grace_seconds = grace_seconds
         self._alive = hold_lock(_alive_path(run_dir, rank))
 
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
         path = self._part_path(layer)
+        path.unlink(missing_ok=True)  # of a process of this rank that died
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Reserves the pages now: without it a full /dev/shm kills the process with SIGBUS.
@@ -52,21 +58,31 @@ class SharedMemoryStore:
     def publish(self, layer: int) -> None:
         self._part_path(layer).rename(_layer_path(self._run_dir, layer))
 
+    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
+        if not _layer_path(self._run_dir, layer).exists():
+            return None
+        return self._open_file(layer, owner, num_bytes)
+
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         path = _layer_path(self._run_dir, layer)
-        seen_alive = False
         deadline = time.monotonic() + timeout_seconds
+        last_seen = None  # an owner that has not been seen yet has all the time there is
         while not path.exists():
-            alive = is_held(_alive_path(self._run_dir, owner))
-            if (seen_alive and not alive) or not self._run_dir.exists():
+            now = time.monotonic()
+            if is_held(_alive_path(self._run_dir, owner)):
+                last_seen = now
+            is_lost = last_seen is not None and now - last_seen > self._grace_seconds
+            if is_lost or not self._run_dir.exists():
                 raise PeerLostError(
                     f"rank {owner} died before it published layer {layer}: see its log"
                 )
-            seen_alive = seen_alive or alive
-            if time.monotonic() > deadline:
+            if now > deadline:
                 raise not_published(layer, owner, timeout_seconds)
             time.sleep(_POLL_SECONDS)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open_file(layer, owner, num_bytes)
+
+    def _open_file(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
+        descriptor = os.open(_layer_path(self._run_dir, layer), os.O_RDONLY | os.O_CLOEXEC)
         try:
             # A private mapping keeps PyTorch content, which wants writable memory, and makes a
             # stray write land in a copy of our own instead of in the owner's weights.

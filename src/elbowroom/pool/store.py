@@ -25,10 +25,14 @@ class Store(Protocol):
         """Make an owned layer visible to peers. Its bytes must not change afterwards."""
         ...
 
+    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
+        """A layer of our own that an earlier process of this rank has published, if one has."""
+        ...
+
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         """A peer's layer, read-only by agreement; waits until it is published.
 
-        Raises PeerLostError when the owner died or did not publish in time.
+        Raises PeerLostError when the owner died and did not come back, or did not publish in time.
         """
         ...
 
@@ -60,6 +64,11 @@ class LocalStore:
         with self._hub.changed:
             self._hub.published[layer] = self._own[layer]
             self._hub.changed.notify_all()
+
+    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
+        with self._hub.changed:
+            buffer = self._hub.published.get(layer)
+        return None if buffer is None else check_size(buffer, layer, owner, num_bytes)
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         with self._hub.changed:

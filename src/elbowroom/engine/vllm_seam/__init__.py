@@ -3,7 +3,11 @@
 Seen to work with vLLM 0.31 and 0.32 on CPU. No other module of Elbowroom imports vLLM.
 """
 
+REPLICA_MARK = "ELBOWROOM_REPLICA"
+"""Set in the processes of a replica: the plugin is loaded in every vLLM on this machine."""
+
 ENVIRONMENT = {
+    REPLICA_MARK: "1",
     # Nothing leaves the machine: no hub, no usage reports.
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",

@@ -1,8 +1,11 @@
-"""The ``vllm.general_plugins`` entry point. Inert unless the engine's config asks for a pool."""
+"""The ``vllm.general_plugins`` entry point. Inert unless our replica loads it."""
 
 from __future__ import annotations
 
+import os
 import sys
+
+from elbowroom.engine.vllm_seam import REPLICA_MARK
 
 CONFIG_KEY = "elbowroom"
 """Key in vLLM's ``additional_config`` that holds our share of the pool."""
@@ -34,6 +37,10 @@ def register() -> None:
 
         return PoolOffloader.from_config(wanted, config.parallel_config.world_size)
 
+    if REPLICA_MARK in os.environ:
+        from elbowroom.engine.vllm_seam.single_rank import keep_off_network
+
+        keep_off_network()
     setattr(create_offloader, CONFIG_KEY, True)
     for name in (_PACKAGE, *_RUNNERS):
         if name in sys.modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, NamedTuple
 
 import httpx
@@ -32,7 +33,7 @@ class Reply(NamedTuple):
 
 
 class EngineCounters(NamedTuple):
-    """Values of vLLM's own metrics, of the same names."""
+    """Values of vLLM's own metrics, mostly of the same names."""
 
     num_requests_running: int
     num_requests_waiting: int
@@ -40,6 +41,8 @@ class EngineCounters(NamedTuple):
     prompt_tokens: int
     generation_tokens: int
     num_preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
 
 
 class Engine:
@@ -58,6 +61,7 @@ class Engine:
             )
         except SystemExit as error:
             raise InputError(f"vLLM refused the options {' '.join(plan.engine.extra)}") from error
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", run_dir)  # its sockets are private, too
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         llm = AsyncLLM.from_vllm_config(config)
         tasks = await llm.get_supported_tasks()
@@ -66,15 +70,26 @@ class Engine:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         return Engine(llm, httpx.AsyncClient(transport=transport, base_url="http://replica"))
 
-    async def answer(self, url: str, body: dict[str, Any]) -> Reply:
-        """One request, through the same routes and checks as vLLM's HTTP server."""
-        response = await self._client.post(url, json=body, timeout=None)
+    async def answer(self, url: str, body: dict[str, Any], request_id: str = "") -> Reply:
+        """One request, through the same routes and checks as vLLM's HTTP server.
+
+        vLLM makes the id of its response from ``request_id``. Cancelling aborts the request.
+        """
+        headers = {"X-Request-Id": request_id} if request_id else None
+        response = await self._client.post(url, json=body, headers=headers, timeout=None)
         try:
             return Reply(response.status_code, response.json())
         except ValueError:
             message = response.text[:1000] or response.reason_phrase
             error = {"message": message, "type": "InternalServerError", "param": None}
             return Reply(response.status_code, {"error": {**error, "code": response.status_code}})
+
+    async def num_prompt_tokens(self, body: dict[str, Any]) -> int:
+        """Tokens of a chat or completion prompt, as vLLM counts them; 0 where it cannot tell."""
+        keys = ("model", "messages", "prompt", "tools", "chat_template_kwargs")
+        asked = {key: body[key] for key in keys if key in body}
+        status, reply = await self.answer("/tokenize", asked)
+        return int(reply["count"]) if status == 200 else 0
 
     @property
     def num_kv_tokens(self) -> int:
@@ -94,6 +109,8 @@ class Engine:
             prompt_tokens=int(values.get("vllm:prompt_tokens", 0)),
             generation_tokens=int(values.get("vllm:generation_tokens", 0)),
             num_preemptions=int(values.get("vllm:num_preemptions", 0)),
+            prefix_query_tokens=int(values.get("vllm:prefix_cache_queries", 0)),
+            prefix_hit_tokens=int(values.get("vllm:prefix_cache_hits", 0)),
         )
 
     async def pool_stats(self) -> dict[str, float]:

@@ -6,140 +6,99 @@ import errno
 import json
 import os
 import stat
-import subprocess
-import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elbowroom.core.errors import OutputError
-from elbowroom.jobs.spool import (
-    Spool,
+from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.results import (
     check_paths,
     error_line,
+    publish,
     response_line,
     write_atomically,
 )
+from tests.jobs.plans import write_batch
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+@contextmanager
+def job(folder: Path, num_rows: int) -> Iterator[tuple[Journal, BatchFile]]:
+    """A journal in ``folder/state`` for a batch of ``num_rows``."""
+    (folder / "state").mkdir()
+    path = write_batch(folder / "state" / "in.jsonl", num_rows)
+    with Journal(folder / "state" / "out") as journal, BatchFile(path) as batch:
+        journal.admit({}, batch.scan())
+        yield journal, batch
+
+
+def put(journal: Journal, batch: BatchFile, index: int, failure: str | None = None) -> bytes:
+    row = batch.read(index)
+    assert isinstance(row, Row)
+    line = response_line(row.custom_id, 200, {"n": index})
+    journal.put(FinishedRow(index, row.custom_id, row.content_hash, failure, line))
+    return line
+
+
 def test_lines_come_out_in_input_order(tmp_path: Path) -> None:
     output, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
-    with Spool(tmp_path, 5) as spool:
-        for index in (3, 0, 4, 2, 1):
-            spool.put(index, f"row {index}\n".encode(), is_success=index != 3)
-        assert (spool.num_succeeded, spool.num_failed) == (4, 1)
-        assert names(tmp_path) == []  # unnamed until published
-        spool.publish(output, errors)
-    assert output.read_text() == "row 0\nrow 1\nrow 2\nrow 4\n"
-    assert errors.read_text() == "row 3\n"
-    assert names(tmp_path) == ["errors.jsonl", "out.jsonl"]
-    assert output.stat().st_mode & 0o777 == 0o600
+    with job(tmp_path, 5) as (journal, batch):
+        lines = {n: put(journal, batch, n, "http_400" if n == 3 else None) for n in (3, 0, 4, 2, 1)}
+        journal.commit()
+        publish(journal, batch, output, errors)
+    assert output.read_bytes() == lines[0] + lines[1] + lines[2] + lines[4]
+    assert errors.read_bytes() == lines[3]
+    assert names(tmp_path) == ["errors.jsonl", "out.jsonl", "state"]
+    assert output.stat().st_mode & 0o777 == errors.stat().st_mode & 0o777 == 0o600
 
 
 def test_without_failures_there_is_no_error_file_and_an_old_one_goes(tmp_path: Path) -> None:
     output, errors = tmp_path / "out.jsonl", tmp_path / "errors.jsonl"
     output.write_text("of an earlier run")
     errors.write_text("of an earlier run")
-    with Spool(tmp_path, 1) as spool:
-        spool.put(0, b"new\n", is_success=True)
-        spool.publish(output, errors)
-    assert output.read_text() == "new\n"
+    with job(tmp_path, 1) as (journal, batch):
+        line = put(journal, batch, 0)
+        journal.commit()
+        publish(journal, batch, output, errors)
+    assert output.read_bytes() == line
     assert not errors.exists()
 
 
 def test_without_answers_the_output_is_an_empty_file(tmp_path: Path) -> None:
-    with Spool(tmp_path, 1) as spool:
-        spool.put(0, b"bad\n", is_success=False)
-        spool.publish(tmp_path / "out", tmp_path / "errors")
+    with job(tmp_path, 1) as (journal, batch):
+        line = put(journal, batch, 0, "http_500")
+        journal.commit()
+        publish(journal, batch, tmp_path / "out", tmp_path / "errors")
     assert (tmp_path / "out").read_bytes() == b""
-    assert (tmp_path / "errors").read_bytes() == b"bad\n"
+    assert (tmp_path / "errors").read_bytes() == line
 
 
-def test_a_row_is_answered_once(tmp_path: Path) -> None:
-    with Spool(tmp_path, 2) as spool:
-        spool.put(1, b"first\n", is_success=True)
-        with pytest.raises(OutputError, match="row 1 was answered twice"):
-            spool.put(1, b"second\n", is_success=False)
-        assert (spool.num_succeeded, spool.num_failed) == (1, 0)
+def test_missing_rows_are_named_and_nothing_is_published(tmp_path: Path) -> None:
+    with job(tmp_path, 3) as (journal, batch):
+        put(journal, batch, 1)
+        journal.commit()
+        with pytest.raises(OutputError, match=r"of 3 rows: 2 missing \(id-0, id-2\)"):
+            publish(journal, batch, tmp_path / "out", tmp_path / "errors")
+    assert names(tmp_path) == ["state"]
 
 
-def test_missing_rows_are_counted_and_nothing_is_published(tmp_path: Path) -> None:
-    with Spool(tmp_path, 3) as spool:
-        spool.put(1, b"only\n", is_success=True)
-        with pytest.raises(OutputError, match="2 of 3 rows have no result"):
-            spool.publish(tmp_path / "out", tmp_path / "errors")
-    assert names(tmp_path) == []
-
-
-def test_large_lines_survive(tmp_path: Path) -> None:
-    lines = [bytes([65 + at]) * 1_000_000 + b"\n" for at in range(3)]
-    with Spool(tmp_path, 3) as spool:
-        for index in (2, 0, 1):
-            spool.put(index, lines[index], is_success=True)
-        spool.publish(tmp_path / "out", tmp_path / "errors")
-    assert (tmp_path / "out").read_bytes() == b"".join(lines)
-
-
-FILL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-from elbowroom.core.errors import OutputError
-from elbowroom.jobs.spool import Spool, write_atomically
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
-folder = Path(sys.argv[1])
-try:
-    with Spool(folder, 3) as spool:
-        spool.put(0, b"a" * 4_000 + b"\\n", True)
-        spool.put(1, b"b" * int(sys.argv[2]) + b"\\n", True)
-except OutputError as error:
-    print(error)
-try:
-    write_atomically(folder / "out", iter([b"c" * 6_000] * 2))
-except OutputError as error:
-    print(error)
-"""
-
-MAKE_ROOM = """
-try:
-    spool = Spool(folder, 2).__enter__()
-    spool.put(0, b"a" * 4_000 + b"\\n", True)
-    spool.put(1, b"b" * 70_000 + b"\\n", True)
-except OutputError:
-    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    spool.put(1, b"again\\n", True)
-    spool.publish(folder / "out", folder / "errors")
-"""
-
-
-@pytest.mark.parametrize("num_bytes", [7_000, 70_000])  # within and beyond Python's own buffer
-def test_a_full_disk_is_explained_and_leaves_no_file(tmp_path: Path, num_bytes: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", FILL_DISK, str(tmp_path), str(num_bytes)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    put, write = result.stdout.splitlines()
-    assert put.startswith(
-        f"cannot write {num_bytes + 4_002} bytes to a temporary file in {tmp_path}"
-    )
-    assert write.startswith(f"cannot write {tmp_path / 'out'}: File too large. Free some space")
-    assert result.stderr == ""
-    assert names(tmp_path) == []
-
-
-def test_once_there_is_room_the_line_can_be_put_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", FILL_DISK + MAKE_ROOM, str(tmp_path), "7000"]
-    subprocess.run(command, capture_output=True, check=True)
-    assert (tmp_path / "out").read_bytes() == b"a" * 4_000 + b"\nagain\n"
+def test_a_line_under_a_wrong_id_is_not_published(tmp_path: Path) -> None:
+    with job(tmp_path, 2) as (journal, batch):
+        put(journal, batch, 0)
+        line = response_line("id-0", 200, {})
+        journal.put(FinishedRow(1, "id-1", 1, None, line))
+        journal.commit()
+        with pytest.raises(OutputError, match=r"1 missing \(id-1\); 1 more than once \(id-0\)"):
+            publish(journal, batch, tmp_path / "out", tmp_path / "errors")
+    assert names(tmp_path) == ["state"]
 
 
 def test_if_one_file_cannot_be_written_neither_is_published(
@@ -155,15 +114,18 @@ def test_if_one_file_cannot_be_written_neither_is_published(
         if num_syncs == 2:  # the output fits, the error file does not
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", fill_up)
-    with Spool(tmp_path, 2) as spool:
-        spool.put(0, b"good\n", is_success=True)
-        spool.put(1, b"bad\n", is_success=False)
+    with job(tmp_path, 2) as (journal, batch):
+        put(journal, batch, 0)
+        put(journal, batch, 1, "http_400")
+        journal.commit()
+        monkeypatch.setattr(os, "fsync", fill_up)
         with pytest.raises(OutputError, match=r"errors: No space left on device\. Free some space"):
-            spool.publish(output, errors)
-    assert num_syncs == 2
-    assert output.read_text() == "of an earlier run"
-    assert names(tmp_path) == ["out"]
+            publish(journal, batch, output, errors)
+        assert num_syncs == 2
+        assert output.read_text() == "of an earlier run"
+        assert names(tmp_path) == ["out", "state"]
+        publish(journal, batch, output, errors)  # once there is room
+    assert names(tmp_path) == ["errors", "out", "state"]
 
 
 def test_a_folder_that_cannot_be_synced_is_no_error(
@@ -188,14 +150,6 @@ def test_an_interrupt_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(tmp_path / "out", interrupted())
     assert (tmp_path / "out").read_text() == "old"
     assert names(tmp_path) == ["out"]
-
-
-def test_a_spool_in_a_folder_that_is_gone_is_explained(tmp_path: Path) -> None:
-    with (
-        pytest.raises(OutputError, match="cannot write a temporary file in"),
-        Spool(tmp_path / "gone", 1),
-    ):
-        pass
 
 
 def test_a_response_line_has_the_schema_of_openai() -> None:

@@ -1,11 +1,10 @@
-"""Result lines: they arrive in any order, wait on disk, and are published whole in input order."""
+"""Result lines, and the files in which they are published: whole, in input order."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from array import array
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
@@ -13,88 +12,49 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import OutputError
-
-_MISSING = -1
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.verify import verify_results
 
 
 def response_line(custom_id: str, status_code: int, body: Any) -> bytes:
     """A line for a row that the engine answered, well or with an HTTP error."""
-    response = {"status_code": status_code, "request_id": _derive("req", custom_id), "body": body}
+    response = {"status_code": status_code, "request_id": request_id(custom_id), "body": body}
     return _line(custom_id, response, None)
 
 
+def request_id(custom_id: str) -> str:
+    """The same in every run; vLLM makes the id of its response from it."""
+    return _derive("req", custom_id)
+
+
 def error_line(custom_id: str, code: str, message: str) -> bytes:
-    """A line for a row that never reached an engine."""
+    """A line for a row that no engine answered."""
     return _line(custom_id, None, {"code": code, "message": message})
 
 
-class Spool:
-    """Holds finished lines in an unnamed file beside the output, so that memory does not grow.
+def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> None:
+    """Write both files whole, in input order. Without failed rows there is no error file.
 
-    A full disk shows while rows are answered, not at the end. Keeps 8 bytes of memory per row.
-    Use as a context manager; nothing is left of it afterwards.
+    Before they take their names, both are read again: each row of ``batch`` must stand in them
+    exactly once. Raises OutputError when one does not, or when the disk refuses; then nothing is
+    published, and no half file is left.
     """
-
-    def __init__(self, folder: Path, num_rows: int) -> None:
-        self._folder = folder
-        self._offsets = array("q", [_MISSING]) * num_rows
-        self._is_success = bytearray(num_rows)
-        self._end = 0
-        self.num_succeeded = 0
-        self.num_failed = 0
-
-    def __enter__(self) -> Spool:
-        with _explained(f"a temporary file in {self._folder}"):
-            self._file = tempfile.TemporaryFile(dir=self._folder)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(OSError):  # bytes that did not fit are tried again, and no longer wanted
-            self._file.close()
-
-    def put(self, index: int, line: bytes, is_success: bool) -> None:
-        """Keep the line of row ``index``; its only line end is at its end.
-
-        Raises OutputError when the row has a line already, or when the disk refuses.
-        """
-        if self._offsets[index] != _MISSING:
-            raise OutputError(f"row {index} was answered twice: please report this")
-        num_bytes = self._end + len(line)
-        with _explained(f"{num_bytes} bytes to a temporary file in {self._folder}"):
-            self._file.seek(self._end)
-            self._file.write(line)
-            self._file.flush()
-        self._offsets[index] = self._end
-        self._end = num_bytes
-        self._is_success[index] = is_success
-        self.num_succeeded += is_success
-        self.num_failed += not is_success
-
-    def publish(self, output: Path, errors: Path) -> None:
-        """Write both files whole, in input order. Without failed rows there is no error file.
-
-        Raises OutputError when a row has no line, or when the disk refuses; no half file is left.
-        """
-        num_missing = len(self._offsets) - self.num_succeeded - self.num_failed
-        if num_missing:
-            raise OutputError(
-                f"{num_missing} of {len(self._offsets)} rows have no result: please report this"
-            )
-        with ExitStack() as stack:
-            answered = stack.enter_context(_staged(output, self._lines(succeeded=True)))
-            if self.num_failed:
-                failed = stack.enter_context(_staged(errors, self._lines(succeeded=False)))
-                _rename(failed, errors)
-            else:
-                with _explained(str(errors)):
-                    errors.unlink(missing_ok=True)
-            _rename(answered, output)  # last: who sees the output may trust the errors beside it
-
-    def _lines(self, succeeded: bool) -> Iterator[bytes]:
-        for index, offset in enumerate(self._offsets):
-            if bool(self._is_success[index]) == succeeded:
-                self._file.seek(offset)
-                yield self._file.readline()
+    with ExitStack() as stack:
+        answered = stack.enter_context(_staged(output, journal.lines(succeeded=True)))
+        staged = [answered]
+        if journal.totals.num_failed:
+            failed = stack.enter_context(_staged(errors, journal.lines(succeeded=False)))
+            staged.append(failed)
+        verification = verify_results(batch, staged)
+        if not verification.is_good:
+            raise OutputError(f"{verification}: nothing was published; please report this")
+        if len(staged) > 1:
+            _rename(failed, errors)
+        else:
+            with _explained(str(errors)):
+                errors.unlink(missing_ok=True)
+        _rename(answered, output)  # last: who sees the output may trust the errors beside it
 
 
 def write_atomically(path: Path, parts: Iterator[bytes]) -> None:

@@ -1,0 +1,265 @@
+"""What can be known of a batch file before a device is touched: bad rows, tokens, lengths."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from elbowroom.core.errors import InputError
+from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.dispatcher import output_limit
+from elbowroom.jobs.limits import RowLimits, regexes, schemas
+
+MAX_PROBLEMS = 1000
+"""Problems beyond are counted, and not kept."""
+
+_BATCH_ROWS = 256
+_MAX_SHOWN = 20
+_BAR_CHARS = 40
+
+
+class Problem(NamedTuple):
+    """A row that would fail, and why."""
+
+    line_number: int
+    custom_id: str
+    code: str
+    message: str
+
+
+@dataclass
+class CheckReport:
+    """What a file holds. ``prompt_lengths`` counts prompts by the power of two they do not exceed.
+
+    Tokens are None without a model. ``output_token_limit`` sums what rows ask for at most; rows
+    without a limit are counted in ``num_unlimited``.
+    """
+
+    num_rows: int = 0
+    num_problems: int = 0
+    problem_counts: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+    urls: Counter[str] = field(default_factory=Counter)
+    prompt_tokens: int | None = None
+    prompt_lengths: Counter[int] = field(default_factory=Counter)
+    output_token_limit: int = 0
+    num_unlimited: int = 0
+    seconds: float = 0.0
+
+    def add_problem(self, row: Row | RejectedRow, code: str, message: str) -> None:
+        self.num_problems += 1
+        self.problem_counts[code] += 1
+        if len(self.problems) < MAX_PROBLEMS:
+            self.problems.append(Problem(row.line_number, row.custom_id, code, message))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "problems": [problem._asdict() for problem in self.problems]}
+
+
+def check_file(
+    path: Path, model_dir: Path | None, max_model_len: int | None, limits: RowLimits
+) -> CheckReport:
+    """One pass over a file. Memory does not depend on its size, but for 29 bytes per row.
+
+    With a model folder prompts are put through its chat template and counted in its tokens, on all
+    cores. ``max_model_len`` None is what the model was made for.
+
+    Raises InputError when the file or the tokenizer cannot be read.
+    """
+    begin = time.monotonic()
+    report = CheckReport()
+    counter = None
+    if model_dir is not None:
+        counter = PromptCounter(model_dir, max_model_len, limits.max_prompt_tokens)
+        report.prompt_tokens = 0
+    waiting: list[Row] = []
+
+    def visit(row: Row | RejectedRow) -> None:
+        report.num_rows += 1
+        if isinstance(row, RejectedRow):
+            report.add_problem(row, row.code, row.message)
+            return
+        _check_row(row, report)
+        if counter is not None:
+            waiting.append(row)
+            if len(waiting) == _BATCH_ROWS:
+                counter.count(waiting, report)
+                waiting.clear()
+
+    with BatchFile(path, limits) as batch:
+        batch.scan(visit)
+        if counter is not None:
+            counter.count(waiting, report)
+        for index in batch.duplicates():
+            row = batch.read(index)
+            assert isinstance(row, RejectedRow)
+            report.add_problem(row, row.code, row.message)
+    report.problems.sort()
+    report.seconds = time.monotonic() - begin
+    return report
+
+
+class PromptCounter:
+    """Counts prompts in the tokens of a model, as its server would."""
+
+    def __init__(
+        self, model_dir: Path, max_model_len: int | None, max_prompt_tokens: int | None
+    ) -> None:
+        """Loads the tokenizer. Raises InputError when it cannot."""
+        from transformers import AutoConfig, AutoTokenizer  # takes seconds
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=False
+            )
+            config = AutoConfig.from_pretrained(
+                str(model_dir), local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever the library raises for what it cannot read
+            raise InputError(f"cannot load the tokenizer of {model_dir}: {error}") from error
+        self._max_model_len = max_model_len or getattr(config, "max_position_embeddings", None)
+        self._max_prompt_tokens = max_prompt_tokens
+
+    def count(self, rows: Sequence[Row], report: CheckReport) -> None:
+        """Add the prompts of some rows to the report."""
+        lengths: dict[int, list[int]] = {}
+        texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
+        for at, row in enumerate(rows):
+            try:
+                prompts, add_special_tokens = self._prompts(row)
+            except Exception as error:  # a template may raise anything
+                problem = f"line {row.line_number}: the chat template refused it: {error}"
+                report.add_problem(row, "template_error", problem)
+                continue
+            lengths[at] = [len(prompt) for prompt in prompts if not isinstance(prompt, str)]
+            texts[add_special_tokens] += [(at, text) for text in prompts if isinstance(text, str)]
+        for add_special_tokens, found in texts.items():
+            if found:
+                encoded = self._tokenizer(
+                    [text for _, text in found], add_special_tokens=add_special_tokens
+                )["input_ids"]
+                for (at, _), ids in zip(found, encoded, strict=True):
+                    lengths[at].append(len(ids))
+        for at, of_row in lengths.items():
+            self._add(rows[at], of_row, report)
+
+    def _add(self, row: Row, lengths: list[int], report: CheckReport) -> None:
+        assert report.prompt_tokens is not None
+        report.prompt_tokens += sum(lengths)
+        report.prompt_lengths.update(1 << max(0, length - 1).bit_length() for length in lengths)
+        longest = max(lengths, default=0)
+        room = None if self._max_model_len is None else self._max_model_len - 1
+        most = min(
+            (cap for cap in (room, self._max_prompt_tokens) if cap is not None), default=None
+        )
+        if most is not None and longest > most:
+            report.add_problem(
+                row,
+                "prompt_too_long",
+                f"line {row.line_number}: the prompt has {longest} tokens, at most {most} fit",
+            )
+
+    def _prompts(self, row: Row) -> tuple[list[str | list[int]], bool]:
+        """Texts or token ids, and whether the tokenizer adds its special tokens to the texts."""
+        body = row.body
+        if "messages" in body:
+            text = self._tokenizer.apply_chat_template(
+                [_plain(message) for message in body["messages"]],
+                tools=body.get("tools"),
+                chat_template=body.get("chat_template"),
+                add_generation_prompt=body.get("add_generation_prompt", True),
+                continue_final_message=body.get("continue_final_message", False),
+                tokenize=False,
+                **(body.get("chat_template_kwargs") or {}),
+            )
+            return [text], bool(body.get("add_special_tokens", False))
+        given = body.get("input") if "input" in body else body.get("prompt")
+        is_one = isinstance(given, str) or (
+            isinstance(given, list) and bool(given) and isinstance(given[0], int)
+        )
+        prompts = [given] if is_one else given if isinstance(given, list) else []
+        known = [prompt for prompt in prompts if isinstance(prompt, str | list)]
+        return known, bool(body.get("add_special_tokens", True))
+
+
+def print_report(console: Console, report: CheckReport) -> None:
+    table = Table(show_header=False, box=None)
+    problems = ", ".join(f"{n} {code}" for code, n in report.problem_counts.most_common())
+    table.add_row("rows", f"{report.num_rows} in {report.seconds:.1f} s")
+    table.add_row("would fail", f"{report.num_problems}" + (f": {problems}" if problems else ""))
+    for url, count in report.urls.most_common():
+        table.add_row(url, f"{count} rows")
+    if report.prompt_tokens is not None:
+        table.add_row("prompt tokens", str(report.prompt_tokens))
+    unlimited = f" and {report.num_unlimited} rows without a limit" if report.num_unlimited else ""
+    table.add_row("output tokens", f"at most {report.output_token_limit}{unlimited}")
+    console.print(table)
+    if report.prompt_lengths:
+        console.print("prompts by length in tokens:")
+        highest = max(report.prompt_lengths.values())
+        for length, count in sorted(report.prompt_lengths.items()):
+            bar = "#" * -(-count * _BAR_CHARS // highest)
+            console.print(f"  up to {length:>8} {bar} {count}", highlight=False)
+    for problem in report.problems[:_MAX_SHOWN]:
+        shown = f"{problem.message} [{problem.code}]"
+        console.print(shown, markup=False, highlight=False, soft_wrap=True)
+    if report.num_problems > _MAX_SHOWN:
+        console.print(f"... and {report.num_problems - _MAX_SHOWN} more (--json has 1000)")
+
+
+def _check_row(row: Row, report: CheckReport) -> None:
+    report.urls[row.url] += 1
+    limit = output_limit(row.body)
+    if limit == float("inf"):
+        report.num_unlimited += 1
+    else:
+        report.output_token_limit += int(limit)
+    for name, reason in _faults(row.body):
+        report.add_problem(row, "invalid_schema", f"line {row.line_number}: {name}: {reason}")
+
+
+def _faults(body: dict[str, Any]) -> list[tuple[str, str]]:
+    """Schemas and regular expressions that no engine can follow, and why."""
+    faults = []
+    for name, schema in schemas(body):
+        if schema is not None and (reason := _schema_fault(schema)):
+            faults.append((name, reason))
+    for name, regex in regexes(body):
+        if name.startswith("pattern in"):
+            continue  # that is part of its schema
+        try:
+            re.compile(regex)
+        except (re.error, OverflowError, RecursionError) as error:
+            faults.append((name, f"not a regular expression: {error}"))
+    return faults
+
+
+def _schema_fault(schema: Any) -> str | None:
+    import jsonschema
+
+    try:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        jsonschema.validators.validator_for(schema).check_schema(schema)
+    except jsonschema.SchemaError as error:
+        return f"not a JSON schema: {error.message[:200]}"
+    except Exception as error:  # not JSON, or nothing that could be a schema
+        return f"not a JSON schema: {str(error)[:200]}"
+    return None
+
+
+def _plain(message: Any) -> Any:
+    """A message whose text parts are joined, as servers do for models of text alone."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return message
+    texts = [part if isinstance(part, str) else part.get("text", "") for part in content]
+    return {**message, "content": "\n".join(texts)}

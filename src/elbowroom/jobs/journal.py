@@ -1,0 +1,371 @@
+"""The journal of a job: finished rows, kept beside the output until somebody removes them.
+
+SQLite in write-ahead mode, in ``RESULTS.elbowroom/``. What was committed survives the death of any
+process and of the machine; a torn end is ignored by SQLite. One process at a time writes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elbowroom.core.errors import InputError, OutputError
+from elbowroom.jobs.batch_file import BatchFile
+
+COMMIT_SECONDS = 0.5
+"""A finished row is safe on disk at most so long after it came."""
+
+_MAX_PENDING = 2000
+_SCHEMA = """
+    CREATE TABLE job (field TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE rows (
+        row_index INTEGER PRIMARY KEY,
+        custom_id TEXT NOT NULL,
+        content_hash INTEGER, -- none for a line that is no request
+        failure TEXT,
+        line BLOB NOT NULL,
+        prompt_tokens INTEGER NOT NULL,
+        output_tokens INTEGER NOT NULL
+    );
+"""
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRow:
+    """A row and its result line. ``failure`` names what went wrong; None is success.
+
+    A line that is no request has no content hash: it was never work, and is judged anew.
+    """
+
+    index: int
+    custom_id: str
+    content_hash: int | None
+    failure: str | None
+    line: bytes
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class JournalTotals:
+    """Rows and tokens in a journal. ``failures`` counts failed rows by what went wrong."""
+
+    num_succeeded: int
+    failures: dict[str, int]
+    prompt_tokens: int
+    output_tokens: int
+
+    @property
+    def num_failed(self) -> int:
+        return sum(self.failures.values())
+
+    @property
+    def num_finished(self) -> int:
+        return self.num_succeeded + self.num_failed
+
+
+def journal_folder(output: Path) -> Path:
+    return output.with_name(f"{output.name}.elbowroom")
+
+
+OnCommit = Callable[[Sequence[FinishedRow]], None]
+"""Is told of rows once they are safe."""
+
+
+class Journal:
+    """The one writer of a job's journal. Use as a context manager."""
+
+    def __init__(
+        self, output: Path, restart: bool = False, on_commit: OnCommit | None = None
+    ) -> None:
+        """Open the journal beside ``output``, or begin one; ``restart`` drops what is in it.
+
+        Raises OutputError when another run has it, or when it cannot be written or read.
+        """
+        self._folder = journal_folder(output)
+        self._on_commit = on_commit
+        self._pending: list[FinishedRow] = []
+        self._committed_at = time.monotonic()
+        with _explained(self._folder):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = _lock(self._folder, output)
+        try:
+            with _explained(self._folder):
+                if restart:
+                    _remove(self._folder)
+                self._database = _connect(self._folder)
+            self._finished: Counter[str | None] = Counter()
+            self._num_tokens = [0, 0]
+            self._load_totals()
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            with suppress(OutputError):  # it was told of when it came first
+                self.commit()
+            self._database.close()
+        finally:
+            os.close(self._lock)
+
+    def admit(self, identity: Mapping[str, str], batch: BatchFile) -> np.ndarray[Any, Any]:
+        """Begin or go on with a job. Returns a mask of the rows that need no work any more.
+
+        Finished rows are found again by what their line says, wherever it now stands in the file.
+
+        Raises InputError when the journal is of another job, with the field that differs, or when
+        the line of a finished row is gone or changed.
+        """
+        known = {f: v for f, v in self.facts().items() if not f.startswith("_")}
+        for field in [*known, *identity] if known else []:
+            if known.get(field) != identity.get(field):
+                raise InputError(
+                    f"{self._folder} belongs to another job: {field} was "
+                    f"{known.get(field, 'not there')}, now it is {identity.get(field, 'not there')}"
+                    f". Use the same {field} to go on, or --restart to start over"
+                )
+        with _explained(self._folder), self._database:
+            self._database.execute("DELETE FROM rows WHERE content_hash IS NULL")
+            self._set_facts({**identity, "_num_rows": str(batch.num_rows)})
+            indices = self._find_again(batch)
+        self._load_totals()
+        is_finished = np.zeros(batch.num_rows, bool)
+        is_finished[indices] = True
+        return is_finished
+
+    def put(self, row: FinishedRow) -> None:
+        """Take a finished row. It is safe once ``commit`` or a later ``tick`` has come back."""
+        self._pending.append(row)
+        if len(self._pending) >= _MAX_PENDING:
+            self.commit()
+
+    def tick(self) -> None:
+        """Commit if the oldest row may have waited long enough."""
+        if time.monotonic() - self._committed_at >= COMMIT_SECONDS:
+            self.commit()
+
+    def commit(self) -> None:
+        """Make every row safe that was put. Raises OutputError; then all stay put."""
+        rows = self._pending
+        self._committed_at = time.monotonic()
+        if not rows:
+            return
+        with _explained(self._folder), self._database:
+            self._database.executemany(
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)",
+                map(_columns, rows),
+            )
+        self._pending = []
+        for row in rows:
+            self._finished[row.failure] += 1
+            self._num_tokens[0] += row.prompt_tokens
+            self._num_tokens[1] += row.output_tokens
+        if self._on_commit is not None:
+            self._on_commit(rows)
+
+    def note(self, **facts: object) -> None:
+        """Keep facts about this run for ``status``."""
+        with _explained(self._folder), self._database:
+            self._set_facts({f"_{name}": json.dumps(value) for name, value in facts.items()})
+
+    def facts(self) -> dict[str, str]:
+        with _explained(self._folder):
+            return dict(self._database.execute("SELECT field, value FROM job"))
+
+    @property
+    def totals(self) -> JournalTotals:
+        """Of rows that are safe."""
+        failures = {name: count for name, count in self._finished.items() if name is not None}
+        return JournalTotals(self._finished[None], failures, *self._num_tokens)
+
+    def lines(self, succeeded: bool) -> Iterator[bytes]:
+        """Result lines in input order."""
+        with _explained(self._folder):
+            yield from read_lines(self._database, succeeded)
+
+    def _find_again(self, batch: BatchFile) -> np.ndarray[Any, Any]:
+        """Move finished rows to where their lines are now. Returns their indices."""
+        found = self._database.execute("SELECT row_index, content_hash FROM rows ORDER BY 1")
+        rows = np.array(found.fetchall(), np.int64).reshape(-1, 2)
+        indices = batch.find(rows[:, 1].view(np.uint64)) if len(rows) else rows[:, 0]
+        if (indices < 0).any():
+            first = int(rows[indices < 0][0, 0])
+            query = "SELECT custom_id FROM rows WHERE row_index = ?"
+            (custom_id,) = self._database.execute(query, (first,)).fetchone()
+            raise InputError(
+                f"{batch.path} is not the input of {self._folder}: the line of {custom_id!r}, "
+                f"which was answered, is gone or changed. Give the same lines to go on (more may "
+                f"follow), or --restart to start over"
+            )
+        if (indices != rows[:, 0]).any():
+            moves = list(zip(indices.tolist(), rows[:, 0].tolist(), strict=True))
+            update = "UPDATE rows SET row_index = ? WHERE row_index = ?"
+            # First out of the way: two rows may change places.
+            self._database.executemany(update, [(-1 - old, old) for _, old in moves])
+            self._database.executemany(update, [(new, -1 - old) for new, old in moves])
+        return indices
+
+    def _set_facts(self, facts: Mapping[str, str]) -> None:
+        self._database.executemany("REPLACE INTO job VALUES (?, ?)", facts.items())
+
+    def _load_totals(self) -> None:
+        totals = read_totals(self._database, self._folder)
+        self._finished = Counter(totals.failures)
+        self._finished[None] = totals.num_succeeded
+        self._num_tokens = [totals.prompt_tokens, totals.output_tokens]
+
+
+class JournalReader:
+    """Reads a journal, also while a run writes it. Use as a context manager."""
+
+    def __init__(self, output: Path) -> None:
+        """Raises InputError when there is no journal beside ``output``."""
+        self.folder = journal_folder(output)
+        if not _database_path(self.folder).exists():
+            raise InputError(
+                f"{self.folder} is not there: name the --output of a run, as it was given"
+            )
+        with _explained(self.folder):
+            self._database = sqlite3.connect(
+                f"file:{_database_path(self.folder)}?mode=ro", uri=True, timeout=10
+            )
+            if self._database.execute("PRAGMA user_version").fetchone() == (0,):
+                raise InputError(f"{self.folder} has just been made: try again in a moment")
+
+    def __enter__(self) -> JournalReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._database.close()
+
+    def totals(self) -> JournalTotals:
+        return read_totals(self._database, self.folder)
+
+    def facts(self) -> dict[str, Any]:
+        """What the run noted of itself, without the job's identity."""
+        with _explained(self.folder):
+            rows = self._database.execute("SELECT field, value FROM job").fetchall()
+        return {name[1:]: json.loads(value) for name, value in rows if name.startswith("_")}
+
+    def lines(self, succeeded: bool | None = None) -> Iterator[bytes]:
+        """Result lines of what is finished so far, in input order."""
+        with _explained(self.folder):
+            yield from read_lines(self._database, succeeded)
+
+    def is_running(self) -> bool:
+        with _explained(self.folder):
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+
+def read_lines(database: sqlite3.Connection, succeeded: bool | None) -> Iterator[bytes]:
+    which = {None: "1", True: "failure IS NULL", False: "failure IS NOT NULL"}[succeeded]
+    for (line,) in database.execute(f"SELECT line FROM rows WHERE {which} ORDER BY row_index"):
+        yield line
+
+
+def read_totals(database: sqlite3.Connection, folder: Path) -> JournalTotals:
+    with _explained(folder):
+        groups = database.execute(
+            "SELECT failure, COUNT(*), SUM(prompt_tokens), SUM(output_tokens) FROM rows GROUP BY 1"
+        ).fetchall()
+    return JournalTotals(
+        num_succeeded=sum(count for failure, count, *_ in groups if failure is None),
+        failures={failure: count for failure, count, *_ in groups if failure is not None},
+        prompt_tokens=sum(group[2] for group in groups),
+        output_tokens=sum(group[3] for group in groups),
+    )
+
+
+def _database_path(folder: Path) -> Path:
+    return folder / "journal.sqlite"
+
+
+def _connect(folder: Path) -> sqlite3.Connection:
+    """Created by ourselves first: SQLite gives its other files the same mode."""
+    path = _database_path(folder)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    database = sqlite3.connect(path, timeout=10)
+    try:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            with database:
+                database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {_VERSION};COMMIT;")
+        elif version != _VERSION:
+            raise OutputError(
+                f"{folder} was written by another version of elbowroom: finish it with that one, "
+                f"or use --restart to start over"
+            )
+    except BaseException:
+        database.close()
+        raise
+    return database
+
+
+def _remove(folder: Path) -> None:
+    for name in ("journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _lock(folder: Path, output: Path) -> int:
+    """Hold ``folder``'s lock until we die, however that happens: the kernel frees it."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(
+            f"another run is writing {output}: wait for it, or watch it with "
+            f"'elbowroom status {output}'"
+        ) from None
+    return descriptor
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {folder}: {error.strerror}. Free some space or choose another folder "
+            f"for --output; finished rows are kept"
+        ) from error
+    except sqlite3.DatabaseError as error:
+        name = getattr(error, "sqlite_errorname", "")
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            remedy = "it is damaged: restore it from a copy, or use --restart to start over"
+        else:
+            remedy = "free some space or check permissions, then run again; finished rows are kept"
+        raise OutputError(f"cannot use the journal {folder}: {error}; {remedy}") from error
+
+
+def _columns(row: FinishedRow) -> tuple[object, ...]:
+    content_hash = row.content_hash
+    if content_hash is not None and content_hash >= 2**63:
+        content_hash -= 2**64  # SQLite's integers have a sign
+    tokens = (row.prompt_tokens, row.output_tokens)
+    return (row.index, row.custom_id, content_hash, row.failure, row.line, *tokens)

@@ -1,0 +1,153 @@
+"""Caps on one request: what it may ask of the engine, and from where it may have content fetched.
+
+Values of a wrong type are left to vLLM, which answers them with status 400.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from elbowroom.core.units import KIB, MIB
+
+_UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
+"""In a URL: readers disagree about what these mean, so the host that is seen may not be asked."""
+
+
+@dataclass(frozen=True)
+class RowLimits:
+    """Caps per row. None is no cap. ``n`` is the number of answers to one request.
+
+    Sizes are bytes of UTF-8 JSON. ``allowed_url_hosts`` are host names without a port.
+    """
+
+    max_line_bytes: int = 16 * MIB
+    max_prompt_tokens: int | None = None
+    max_n: int = 64
+    max_stop: int = 32
+    max_logprobs: int = 20
+    max_schema_bytes: int = 64 * KIB
+    max_regex_bytes: int = 4 * KIB
+    max_row_seconds: float | None = None
+    allowed_url_hosts: frozenset[str] = frozenset()
+
+
+class Violation(NamedTuple):
+    """Why a request is refused."""
+
+    code: str
+    message: str
+
+
+def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
+    """The first limit that a request breaks. Takes any JSON."""
+    for name, value, most, flag in _sizes(body, limits):
+        if value > most:
+            message = f"{name} is {value}, more than {most}: lower it, or raise {flag}"
+            return Violation("limit_exceeded", message)
+    for url in _urls(body.get("messages")):
+        if (host := refused_host(url, limits.allowed_url_hosts)) is not None:
+            message = f"content may not be fetched from {host}: use data:, or --allow-url-host HOST"
+            return Violation("url_not_allowed", message)
+    return None
+
+
+def refused_host(url: str, allowed: frozenset[str]) -> str | None:
+    """What a URL points at, unless it is data in itself or on an allowed host."""
+    if url.startswith("data:"):
+        return None
+    shown = repr(url if len(url) <= 60 else f"{url[:60]}...")
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname
+    except ValueError:
+        return shown
+    is_plain = parts.username is None and parts.password is None and not _UNSAFE.search(url)
+    if is_plain and parts.scheme in ("http", "https") and host in allowed:
+        return None
+    return host if is_plain and host else shown
+
+
+def schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """JSON schemas of a request, each with the field where it stands."""
+    response_format = _dict(body.get("response_format"))
+    yield "response_format", _dict(response_format.get("json_schema")).get("schema")
+    yield "structured_outputs.json", _dict(body.get("structured_outputs")).get("json")
+    yield "guided_json", body.get("guided_json")
+    for tool in _list(body.get("tools")):
+        yield "tools", _dict(_dict(tool).get("function")).get("parameters")
+
+
+def regexes(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Regular expressions that constrain the answer, also those in schemas."""
+    structured = _dict(body.get("structured_outputs"))
+    fields = {
+        "structured_outputs.regex": structured.get("regex"),
+        "structured_outputs.whitespace_pattern": structured.get("whitespace_pattern"),
+        "guided_regex": body.get("guided_regex"),
+    }
+    yield from ((name, value) for name, value in fields.items() if isinstance(value, str))
+    for name, schema in schemas(body):
+        for key, value in _entries(schema):
+            if key == "pattern" and isinstance(value, str):
+                yield f"pattern in {name}", value
+
+
+def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, int, str]]:
+    """Name, value, cap and flag of whatever has a cap."""
+    for name in ("n", "best_of"):
+        if isinstance(body.get(name), int):
+            yield name, body[name], limits.max_n, "--max-n"
+    for name in ("stop", "stop_token_ids", "bad_words"):
+        yield f"the number of {name}", len(_list(body.get(name))), limits.max_stop, "--max-stop"
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+        if isinstance(body.get(name), int):
+            value = body[name] if body[name] >= 0 else 10**9  # -1 asks for the whole vocabulary
+            yield name, value, limits.max_logprobs, "--max-logprobs"
+    names = ("response_format", "structured_outputs", "guided_json", "guided_grammar", "tools")
+    for name in (*names, "guided_choice"):
+        if body.get(name):
+            yield (
+                f"size of {name}",
+                _size(body[name]),
+                limits.max_schema_bytes,
+                "--max-schema-bytes",
+            )
+    for name, regex in regexes(body):
+        yield f"size of {name}", _size(regex), limits.max_regex_bytes, "--max-regex-bytes"
+
+
+def _urls(messages: Any) -> Iterator[str]:
+    """Strings that a chat template or a loader of media may take for a place to fetch from."""
+    for key, value in _entries(messages):
+        if isinstance(value, str) and (key == "url" or key.endswith("_url")):
+            yield value
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys with their values, at any depth."""
+    stack = [value]
+    while stack:
+        inner = stack.pop()
+        if isinstance(inner, dict):
+            yield from inner.items()
+            stack.extend(inner.values())
+        elif isinstance(inner, list):
+            stack.extend(inner)
+
+
+def _size(value: Any) -> int:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

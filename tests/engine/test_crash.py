@@ -1,0 +1,199 @@
+"""Real engines under kill -9: every row once, the same answers, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from elbowroom.jobs.journal import JournalReader, journal_folder
+from elbowroom.pool.run_dir import default_root
+
+pytestmark = pytest.mark.vllm
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+NUM_KILLS = 5
+RUN_SECONDS = 200.0
+
+
+class DemoJob:
+    """The demo with two replicas of few rows at once, so that it takes some seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.output = folder / "out.jsonl"
+        self.family: dict[int, psutil.Process] = {}
+        self.run: subprocess.Popen[str]
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
+            *("--input", str(DEMO / "requests.jsonl"), "--output", str(self.output)),
+            *("--served-model-name", "demo", "--replicas", "2", "--memory", "64MiB"),
+            *("--max-num-seqs", "4"),
+        ]
+        self.run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def look(self) -> None:
+        """Take note of the processes of the run."""
+        with suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.run.pid).children(recursive=True):
+                self.family.setdefault(process.pid, process)
+
+    def wait_for(self, is_true: Callable[[], bool]) -> bool:
+        """Whether it came true before the run ended."""
+        deadline = time.monotonic() + RUN_SECONDS
+        while self.run.poll() is None:
+            self.look()
+            if is_true():
+                return True
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return False
+
+    def wait_for_rows(self, num_more: int) -> bool:
+        target = self.num_finished() + num_more
+        return self.wait_for(lambda: self.num_finished() >= target)
+
+    def wait_for_kind(self, kind: str) -> bool:
+        return self.wait_for(lambda: bool(self.alive(kind)))
+
+    def wait_seconds(self, seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        return self.wait_for(lambda: time.monotonic() >= until)
+
+    def alive(self, kind: str) -> list[psutil.Process]:
+        """Replicas or engine cores that live now."""
+        self.look()
+        found = []
+        for process in self.family.values():
+            with suppress(psutil.NoSuchProcess):
+                is_core = "spawn_main" in " ".join(process.cmdline())
+                is_replica = "engine.replica" in " ".join(process.cmdline())
+                if (is_core if kind == "core" else is_replica) and process.is_running():
+                    found.append(process)
+        return found
+
+    def num_finished(self) -> int:
+        if not journal_folder(self.output).exists():
+            return 0
+        try:
+            with JournalReader(self.output) as journal:
+                return journal.totals().num_finished
+        except Exception:  # it is just being made
+            return 0
+
+    def end(self) -> int:
+        _, message = self.run.communicate(timeout=RUN_SECONDS)
+        deadline = time.monotonic() + 10
+        while [process for process in self.family.values() if process.is_running()]:
+            assert time.monotonic() < deadline, "processes are left"
+            time.sleep(0.05)
+        if self.run.returncode not in (0, -signal.SIGKILL):
+            print(message)
+        return self.run.returncode
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Results without the one thing that is not the same in every run."""
+        lines = [json.loads(line) for line in self.output.read_text().splitlines()]
+        for line in lines:
+            del line["response"]["body"]["created"]
+        return lines
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The run that nobody disturbs is looked at while it runs."""
+    before = set(default_root().glob("elbowroom-*"))
+    job = DemoJob(tmp_path_factory.mktemp("demo") / "job")
+    job.start()
+    assert job.wait_for_rows(1), "it was too fast to be looked at"
+    _check_privacy(job, set(default_root().glob("elbowroom-*")) - before)
+    assert job.end() == 0
+    answers = job.answers()
+    assert len(answers) == 500
+    assert set(default_root().glob("elbowroom-*")) == before
+    return answers
+
+
+def _check_privacy(job: DemoJob, run_dirs: set[Path]) -> None:
+    """Nothing listens on a port, files are for their owner only, vLLM unpickles no message."""
+    processes = [psutil.Process(job.run.pid), *job.family.values()]
+    assert len(job.alive("core")) == len(job.alive("replica")) == 2
+    for process in processes:
+        assert not [c for c in process.net_connections("inet") if c.status == "LISTEN"]
+        assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in process.environ()
+    assert len(run_dirs) == 1
+    for folder in (*run_dirs, journal_folder(job.output)):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        for path in folder.iterdir():
+            is_socket = stat.S_ISSOCK(path.stat().st_mode)
+            assert is_socket or stat.S_IMODE(path.stat().st_mode) == 0o600, path
+
+
+def test_the_runner_is_killed(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
+    chance = random.Random(0)
+    job = DemoJob(tmp_path / "job")
+    for number in range(NUM_KILLS):
+        job.start()
+        at_work = number % 2 == 1
+        is_on = job.wait_for_rows(1) if at_work else job.wait_seconds(chance.uniform(1, 12))
+        assert is_on, "the job was done before it could be killed"
+        job.run.kill()
+        job.end()
+    finished = job.num_finished()
+    assert 0 < finished < 500
+    job.start()
+    assert job.end() == 0
+    assert job.answers() == uninterrupted
+    report = json.loads(job.output.with_suffix(".report.json").read_text())
+    assert report["num_resumed"] == finished, "finished rows were not computed again"
+
+
+@pytest.mark.parametrize("kind", ["replica", "core"])
+def test_replicas_and_engine_cores_are_killed(
+    tmp_path: Path, kind: str, uninterrupted: list[dict[str, Any]]
+) -> None:
+    chance = random.Random(kind)
+    num_kills = 0
+    while num_kills < NUM_KILLS:
+        job = DemoJob(tmp_path / str(num_kills))
+        job.start()
+        assert job.wait_for_kind(kind)
+        if job.wait_for_rows(chance.randrange(200) if num_kills else 0):  # first while it starts
+            chance.choice(job.alive(kind)).kill()
+            num_kills += 1
+        assert job.end() == 0
+        assert job.answers() == uninterrupted
+        report = json.loads(job.output.with_suffix(".report.json").read_text())
+        assert report["num_succeeded"] == 500
+
+
+def test_a_second_signal_stops_at_once_and_the_job_goes_on_later(
+    tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    job = DemoJob(tmp_path / "job")
+    job.start()
+    assert job.wait_for_rows(1)
+    for _ in range(2):
+        os.kill(job.run.pid, signal.SIGINT)
+        time.sleep(0.05)
+    begin = time.monotonic()
+    assert job.end() == 75
+    assert time.monotonic() - begin < 15
+    assert not job.output.exists()
+    job.start()
+    assert job.end() == 0
+    assert job.answers() == uninterrupted

@@ -1,0 +1,44 @@
+"""Runs a job with stub replicas as a process of its own, to be killed at will.
+
+    python -m tests.jobs.stub_job FOLDER NUM_REPLICAS [stub options]
+
+Reads ``FOLDER/in.jsonl`` and writes ``FOLDER/out.jsonl``; the run directory is in ``FOLDER/run``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from elbowroom.jobs import restarts
+from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
+from elbowroom.pool import run_dir
+from tests.jobs.plans import make_plan
+
+
+def main() -> int:
+    folder, num_replicas, *options = sys.argv[1:]
+    root = Path(folder)
+    run_dir.default_root = lambda: root / "run"
+    restarts._FIRST_DELAY_SECONDS = 0.02
+    files = JobFiles(
+        *(root / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report.json"))
+    )
+    stub = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(root / "pids")]
+    job = run_job(
+        make_plan(int(num_replicas), max_num_seqs=8),
+        files,
+        JobOptions(max_restarts=1000),
+        {"model": "stub"},
+        Console(quiet=True),
+        command=[*stub, "--log", str(root / "answered"), *options],
+    )
+    report = asyncio.run(job)
+    return 3 if report.num_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
