@@ -42,7 +42,7 @@ VALUES = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(), VALUES, max_size=3), max_size=4))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_messages_arrive_as_they_were_sent(messages: list[Message]) -> None:
     assert asyncio.run(_round_trip(messages)) == messages
 

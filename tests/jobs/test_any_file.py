@@ -112,7 +112,7 @@ lines = st.one_of(
 
 
 @given(st.lists(lines, min_size=1, max_size=12).map(b"\n".join), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 def test_any_file_gives_each_row_once_also_in_two_runs(
     tmp_path: Path, data: bytes, chance: Any
 ) -> None:

@@ -313,7 +313,7 @@ lines = st.one_of(
     st.binary(max_size=200) | st.lists(lines, max_size=8).map(b"\n".join),
     st.sampled_from([30, 999]),
 )
-@settings(deadline=None, max_examples=400, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, suppress_health_check=list(HealthCheck))
 def test_any_bytes_give_each_row_once(tmp_path: Path, data: bytes, max_line_bytes: int) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import subprocess
@@ -386,10 +387,23 @@ def test_a_full_disk_ends_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as disk:
         disk.setattr("elbowroom.jobs.journal.Journal.commit", refuse)
-        with pytest.raises(OutputError):
+        with pytest.raises(JobStoppedError, match="No space left .* run the same command to go on"):
             job.run(num_replicas=2)
     job.check_nothing_is_left()
     assert job.run(num_replicas=2).num_succeeded == 40, "once there is room"
+
+
+def test_a_full_disk_at_the_end_keeps_all_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", refuse)
+        with pytest.raises(JobStoppedError, match=r"cannot write .*out\.jsonl: No space left"):
+            job.run()
+    job.check_nothing_is_left()
+    assert job.run().num_resumed == 40
+    job.check_nothing_is_left(published=True)
 
 
 @pytest.mark.parametrize("body", [{"n": -1}, {"max_tokens": 10**400}, {"max_tokens": -1}])

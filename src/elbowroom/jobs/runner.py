@@ -14,7 +14,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from elbowroom.core.errors import JobStoppedError, ReplicaError
+from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
@@ -87,8 +87,8 @@ async def run_job(
     ``identity`` is what answers depend on: a journal with another one is refused.
 
     Raises InputError for files that cannot be used, ReplicaError when a replica fails at its first
-    start, JobStoppedError when the job ended early, OutputError when results cannot be written.
-    Whatever is raised, rows that were finished stay finished.
+    start, OutputError when another run has the journal or it cannot be opened, JobStoppedError when
+    the job ended early, also for want of disk. Rows that were finished stay finished.
     """
     with ExitStack() as stack:
         batch = stack.enter_context(BatchFile(files.input, options.limits))
@@ -97,17 +97,20 @@ async def run_job(
         is_finished = journal.admit(identity, batch)
         rows = batch.rows(int(index) for index in order if not is_finished[index])
         job = _Job(plan, options, batch, journal, console, stop or StopRequest())
-        if (first := job.refuse_until_row(rows)) is not None:
-            with run_directory() as run_dir:
-                log_dir = files.logs or run_dir
-                log_dir.mkdir(parents=True, exist_ok=True)
-                async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
-                    await job.answer(chain([first], rows), group)
-        journal.commit()
-        publish(journal, batch, files.output, files.errors)
-        report = job.report()
-        if first is not None or not files.report.exists():
-            report.write(files.report)
+        try:
+            if (first := job.refuse_until_row(rows)) is not None:
+                with run_directory() as run_dir:
+                    log_dir = files.logs or run_dir
+                    log_dir.mkdir(parents=True, exist_ok=True)
+                    async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
+                        await job.answer(chain([first], rows), group)
+            journal.commit()
+            publish(journal, batch, files.output, files.errors)
+            report = job.report()
+            if first is not None or not files.report.exists():
+                report.write(files.report)
+        except OutputError as error:
+            raise JobStoppedError(f"{error}. Then run the same command to go on") from error
         return report
 
 

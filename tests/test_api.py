@@ -1,0 +1,84 @@
+"""Batch jobs from Python, with stub replicas."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elbowroom
+from elbowroom import api
+from elbowroom.core.errors import InputError, MemoryPlanError, ReplicaError
+from elbowroom.jobs.report import JobReport
+from elbowroom.jobs.runner import run_job
+from tests.jobs.plans import write_batch
+from tests.tiny_model import write_model
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {"memory": "64MiB", "max_num_batched_tokens": 64, "max_num_seqs": 4}
+
+
+class Files:
+    """A model, a batch file of 40 rows, and where its results go."""
+
+    def __init__(self, folder: Path) -> None:
+        write_model(folder / "model")
+        self.all = (folder / "model", write_batch(folder / "in.jsonl", 40), folder / "out.jsonl")
+        self.output = self.all[2]
+        self.stub: list[str] = []
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
+    files = Files(tmp_path)
+
+    async def run_with_stub(*args: Any) -> JobReport:
+        command = [sys.executable, "-m", "tests.jobs.stub_replica", *files.stub]
+        return await run_job(*args, command=command)
+
+    monkeypatch.setattr(api, "run_job", run_with_stub)
+    monkeypatch.chdir(ROOT)
+    return files
+
+
+def test_run_batch(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
+    report = elbowroom.run_batch(*files.all, replicas=2, **SMALL)
+    assert (report.num_succeeded, len(report.replicas)) == (40, 2)
+    assert len(files.output.read_text().splitlines()) == 40
+    assert capfd.readouterr() == ("", "")
+
+
+def test_iter_batch_gives_rows_as_they_finish_and_publishes(files: Files) -> None:
+    ids = [line["custom_id"] for line in elbowroom.iter_batch(*files.all, **SMALL)]
+    assert sorted(ids) == sorted(f"id-{index}" for index in range(40))
+    assert len(files.output.read_text().splitlines()) == 40
+    assert list(elbowroom.iter_batch(*files.all, **SMALL)) == [], "all are finished"
+
+
+def test_a_loop_that_is_left_stops_the_job_and_the_next_goes_on(files: Files) -> None:
+    files.stub = ["--latency", "0.3"]
+    seen = []
+    for line in elbowroom.iter_batch(*files.all, **SMALL):
+        seen.append(line["custom_id"])
+        break
+    assert not files.output.exists()
+    files.stub = []
+    rest = [line["custom_id"] for line in elbowroom.iter_batch(*files.all, **SMALL)]
+    assert not set(seen) & set(rest)
+    assert len(files.output.read_text().splitlines()) == 40
+
+
+def test_what_fails_is_raised(files: Files, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot read"):
+        elbowroom.run_batch(files.all[0], tmp_path / "none", files.output, **SMALL)
+    with pytest.raises(MemoryPlanError):
+        elbowroom.run_batch(*files.all, memory=1024)
+    files.stub = ["--fails", "no memory"]
+    with pytest.raises(ReplicaError, match="no memory"):
+        list(elbowroom.iter_batch(*files.all, **SMALL))
+
+
+def test_the_package_offers_nothing_else() -> None:
+    assert not hasattr(elbowroom, "run_everything")
