@@ -387,7 +387,7 @@ def test_a_full_disk_ends_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as disk:
         disk.setattr("elbowroom.jobs.journal.Journal.commit", refuse)
-        with pytest.raises(JobStoppedError, match="No space left .* run the same command to go on"):
+        with pytest.raises(JobStoppedError, match=r"No space left .* the same command"):
             job.run(num_replicas=2)
     job.check_nothing_is_left()
     assert job.run(num_replicas=2).num_succeeded == 40, "once there is room"

@@ -18,6 +18,15 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 """In a URL: readers disagree about what these mean, so the host that is seen may not be asked."""
 
 
+_COUNTS = ("n", "best_of")
+_STOPS = ("stop", "stop_token_ids", "bad_words")
+_LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
+_SCHEMAS = ("response_format", "structured_outputs", "guided_json", "tools")
+_REGEXES = ("structured_outputs", "guided_regex")
+_TEXTS = ("guided_grammar", "guided_choice")
+_CAPPED = frozenset((*_COUNTS, *_STOPS, *_LOGPROBS, *_SCHEMAS, *_REGEXES, *_TEXTS))
+
+
 @dataclass(frozen=True)
 class RowLimits:
     """Caps per row. None is no cap. ``n`` is the number of answers to one request.
@@ -45,10 +54,11 @@ class Violation(NamedTuple):
 
 def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
     """The first limit that a request breaks. Takes any JSON."""
-    for name, value, most, flag in _sizes(body, limits):
-        if value > most:
-            message = f"{name} is {value}, more than {most}: lower it, or raise {flag}"
-            return Violation("limit_exceeded", message)
+    if not _CAPPED.isdisjoint(body):
+        for name, value, most, flag in _sizes(body, limits):
+            if value > most:
+                message = f"{name} is {value}, more than {most}: lower it, or raise {flag}"
+                return Violation("limit_exceeded", message)
     for url in _urls(body.get("messages")):
         if (host := refused_host(url, limits.allowed_url_hosts)) is not None:
             message = f"content may not be fetched from {host}: use data:, or --allow-url-host HOST"
@@ -74,6 +84,8 @@ def refused_host(url: str, allowed: frozenset[str]) -> str | None:
 
 def schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """JSON schemas of a request, each with the field where it stands."""
+    if all(name not in body for name in _SCHEMAS):
+        return
     response_format = _dict(body.get("response_format"))
     yield "response_format", _dict(response_format.get("json_schema")).get("schema")
     yield "structured_outputs.json", _dict(body.get("structured_outputs")).get("json")
@@ -99,17 +111,16 @@ def regexes(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, int, str]]:
     """Name, value, cap and flag of whatever has a cap."""
-    for name in ("n", "best_of"):
+    for name in _COUNTS:
         if isinstance(body.get(name), int):
             yield name, body[name], limits.max_n, "--max-n"
-    for name in ("stop", "stop_token_ids", "bad_words"):
+    for name in _STOPS:
         yield f"the number of {name}", len(_list(body.get(name))), limits.max_stop, "--max-stop"
-    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
+    for name in _LOGPROBS:
         if isinstance(body.get(name), int):
             value = body[name] if body[name] >= 0 else 10**9  # -1 asks for the whole vocabulary
             yield name, value, limits.max_logprobs, "--max-logprobs"
-    names = ("response_format", "structured_outputs", "guided_json", "guided_grammar", "tools")
-    for name in (*names, "guided_choice"):
+    for name in (*_SCHEMAS, *_TEXTS):
         if body.get(name):
             yield (
                 f"size of {name}",
