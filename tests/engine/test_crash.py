@@ -80,8 +80,9 @@ class DemoJob:
         found = []
         for process in self.family.values():
             with suppress(psutil.NoSuchProcess):
-                is_core = "spawn_main" in " ".join(process.cmdline())
-                is_replica = "engine.replica" in " ".join(process.cmdline())
+                title = " ".join(process.cmdline())
+                is_core = "spawn_main" in title or "EngineCore" in title  # it renames itself
+                is_replica = "engine.replica" in title
                 if (is_core if kind == "core" else is_replica) and process.is_running():
                     found.append(process)
         return found
@@ -130,8 +131,8 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
 
 def _check_privacy(job: DemoJob, run_dirs: set[Path]) -> None:
     """Nothing listens on a port, files are for their owner only, vLLM unpickles no message."""
-    processes = [psutil.Process(job.run.pid), *job.family.values()]
-    assert len(job.alive("core")) == len(job.alive("replica")) == 2
+    processes = [psutil.Process(job.run.pid), *job.alive("replica"), *job.alive("core")]
+    assert len(processes) == 5
     for process in processes:
         assert not [c for c in process.net_connections("inet") if c.status == "LISTEN"]
         assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in process.environ()
@@ -175,7 +176,12 @@ def test_replicas_and_engine_cores_are_killed(
         if job.wait_for_rows(chance.randrange(200) if num_kills else 0):  # first while it starts
             chance.choice(job.alive(kind)).kill()
             num_kills += 1
-        assert job.end() == 0
+        code = job.end()
+        if code == 1:  # the first start of an engine fails as one that never works
+            assert job.num_finished() == 0
+            job.start()
+            code = job.end()
+        assert code == 0
         assert job.answers() == uninterrupted
         report = json.loads(job.output.with_suffix(".report.json").read_text())
         assert report["num_succeeded"] == 500

@@ -45,5 +45,3 @@ def test_a_row_over_a_limit_fails_alone(tmp_path: Path) -> None:
         "endless": "row_timeout",
     }
     assert "more than --max-prompt-tokens 60" in errors[0]["error"]["message"]
-    report = json.loads((tmp_path / "out.report.json").read_text())
-    assert report["run_seconds"] < 3 * 3, "the engine went on with a row that nobody waits for"

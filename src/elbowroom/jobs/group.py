@@ -69,7 +69,7 @@ class ReplicaGroup:
 
     async def start(self, rank: int) -> None:
         """Start the replica of a rank that has none. Its log goes on where the last one ended."""
-        with self._log_path(rank).open("ab") as log:
+        with open(self._log_path(rank), "ab", opener=_private) as log:
             replica = await start_replica(rank, self._plan.cores[rank], log, self._command)
         self._replicas[rank] = replica
         listener = asyncio.create_task(self._listen(replica))
@@ -119,6 +119,10 @@ class ReplicaGroup:
         text = self._log_path(rank).read_text(encoding="utf-8", errors="replace")
         lines = text.splitlines()[-_LOG_TAIL_LINES:]
         return "".join(f"\n  | {line}" for line in lines)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _how_it_ended(replica: ReplicaProcess) -> str:
