@@ -25,7 +25,7 @@ def test_a_row_over_a_limit_fails_alone(tmp_path: Path) -> None:
     rows = [
         _row("good", "Compute 17 + 25.", max_tokens=8),
         _row("long prompt", "Compute 17 + 25. " * 20, max_tokens=8),
-        _row("endless", "Compute 17 + 25.", max_tokens=200, n=64, ignore_eos=True),
+        _row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True),
         _row("good too", "Compute 17 + 26.", max_tokens=8),
     ]
     (tmp_path / "in.jsonl").write_text("\n".join(rows))

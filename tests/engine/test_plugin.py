@@ -31,13 +31,12 @@ def test_inert_without_our_config() -> None:
         assert type(registered(OffloadConfig())) is offloader.NoopOffloader
 
 
-def test_takes_over_with_our_config(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_takes_over_with_our_config() -> None:
     from vllm.config import OffloadConfig, VllmConfig, set_current_vllm_config
     from vllm.model_executor import offloader
 
     from elbowroom.engine.vllm_seam import worker
 
-    monkeypatch.setattr(worker, "die_with_parent", lambda: None)  # that is for engine cores
     plugin.register()
     share = PoolShare("none", rank=0, num_ranks=1, owners=(0,))
     asks = VllmConfig(additional_config={plugin.CONFIG_KEY: {"share": share.to_json()}})

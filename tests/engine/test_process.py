@@ -50,6 +50,43 @@ def test_a_child_ends_with_its_parent_however_that_ends() -> None:
     assert not _is_running(child)
 
 
+@linux_only
+def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
+    code = "from elbowroom.engine.process import die_with_parent as d; d(1)"  # 1 is not its parent
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+
+
+_SPAWNS = """
+import multiprocessing, sys, time
+from elbowroom.engine.process import tie_children
+if __name__ == "__main__":
+    tie_children()
+    child = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    child.start()
+    print(child.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@linux_only
+def test_a_spawned_process_ends_with_its_parent_from_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "spawns.py").write_text(_SPAWNS)
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "spawns.py")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 10
+    while _is_running(child) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not _is_running(child)
+
+
 def _is_running(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -6,19 +6,41 @@ import ctypes
 import os
 import signal
 import sys
+from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with_parent() -> None:
-    """Be killed when the process that started us ends, however it ends."""
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the process that started us ends, however it ends.
+
+    At once if it has ended already, which is noticed if ``parent`` tells its id.
+    """
     if not sys.platform.startswith("linux"):
         return
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
+    if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tie_children() -> None:
+    """Have every process that ``multiprocessing`` spawns from here end with us.
+
+    From its first instruction: an engine core imports for seconds, and then waits for its parent.
+    """
+    original = spawn.get_command_line
+
+    def get_command_line(**options: Any) -> list[str]:
+        command = list(original(**options))
+        code = command.index("-c") + 1
+        tie = f"from {__name__} import die_with_parent; die_with_parent({os.getpid()})"
+        command[code] = f"{tie}; {command[code]}"
+        return command
+
+    spawn.get_command_line = get_command_line
 
 
 def return_freed_memory() -> None:

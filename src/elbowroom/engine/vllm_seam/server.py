@@ -7,6 +7,7 @@ import os
 from typing import Any, NamedTuple
 
 import httpx
+import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.openai.api_server import build_app, init_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -148,6 +149,8 @@ def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
         *("--distributed-executor-backend", "uni"),
         *("--worker-extension-cls", _WORKER_EXTENSION),
         *("--additional-config", json.dumps({CONFIG_KEY: pool})),
+        # By default it is a hash over all settings, which differ from replica to replica.
+        *("--fingerprint-mode", "custom", "--fingerprint-value", f"vllm-{vllm.__version__}"),
         "--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching",
         "--disable-uvicorn-access-log",
     ]

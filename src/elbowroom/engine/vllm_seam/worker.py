@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
-from elbowroom.engine.process import die_with_parent, resident_bytes, return_freed_memory
+from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
@@ -49,7 +49,6 @@ class PoolOffloader(BaseOffloader):
             raise PoolError(
                 f"a pool on {current_platform.device_name} is not supported yet: use --pool none"
             )
-        die_with_parent()
         if share.mode == "none":
             return PoolOffloader(share, LocalStore())
         return PoolOffloader(share, SharedMemoryStore(Path(config["run_dir"]), share.rank))
