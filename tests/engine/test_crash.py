@@ -125,7 +125,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, An
     assert job.end() == 0
     answers = job.answers()
     assert len(answers) == 500
-    assert set(default_root().glob("elbowroom-*")) == before
+    assert set(default_root().glob("elbowroom-*")) <= before
     return answers
 
 
