@@ -24,7 +24,6 @@ from typing import Any
 from rich.console import Console
 from tests.jobs.plans import make_plan
 
-from bench.common import BUILD, ROOT, write_result
 from elbowroom.jobs.check import check_file
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
@@ -43,6 +42,8 @@ def main() -> None:
     if args.part:
         measure_here(args.part, args.path)
         return
+    from bench.common import BUILD, write_result  # not where memory is measured: it brings torch
+
     folder = BUILD / "jobs"
     folder.mkdir(parents=True, exist_ok=True)
     checked = write_lines(folder / "check.jsonl", args.rows)
@@ -92,7 +93,7 @@ def measure_read(path: Path, num_rows: int) -> dict[str, Any]:
 def measure(part: str, path: Path, num_rows: int) -> dict[str, Any]:
     """One part in a process of its own, so that its peak memory is its own."""
     command = [sys.executable, "-m", "bench.jobs_throughput", "--part", part, "--path", str(path)]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     seconds, peak_bytes = map(float, done.stdout.split())
     return {"rows_per_second": num_rows / seconds, "peak_bytes": peak_bytes}
 

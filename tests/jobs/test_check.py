@@ -103,7 +103,7 @@ def test_prompts_of_every_kind_are_counted(tmp_path: Path) -> None:
     )
     assert codes(report) == [(8, "template_error"), (9, "template_error")]
     assert sum(report.prompt_lengths.values()) == 9
-    assert report.num_unlimited == 8
+    assert report.num_unlimited == 4, "completions have 16 tokens unless they say otherwise"
 
 
 def test_prompts_that_do_not_fit(tmp_path: Path) -> None:
@@ -114,6 +114,20 @@ def test_prompts_that_do_not_fit(tmp_path: Path) -> None:
     assert report.output_token_limit == 28
     own = check(tmp_path, line("a", prompt=[1] * 10**5), model=DEMO / "model")
     assert codes(own) == [(1, "prompt_too_long")], "the model's own length"
+
+
+def test_what_fits_depends_on_what_is_asked(tmp_path: Path) -> None:
+    report = check(
+        tmp_path,
+        line("embedding", url="/v1/embeddings", input=[1] * 10),
+        line("longer", url="/v1/embeddings", input=[1] * 11),
+        line("cut", prompt=[1] * 20, truncate_prompt_tokens=4, max_tokens=1),
+        line("too many", prompt=[1], max_tokens=11),
+        model=DEMO / "model",
+        length=10,
+    )
+    assert codes(report) == [(2, "prompt_too_long"), (4, "max_tokens")]
+    assert report.prompt_tokens == 10 + 11 + 4 + 1
 
 
 def test_many_problems_are_counted_and_some_are_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ LONG = "a" * 5_000
             {"tools": [{"function": {"parameters": {"properties": {"a": {"pattern": LONG}}}}}]},
             "--max-regex-bytes",
         ),
+        ({"structured_outputs": {"json": json.dumps({"pattern": LONG})}}, "--max-regex-bytes"),
+        ({"structured_outputs": {"structural_tag": json.dumps({"pattern": LONG})}}, "--max-regex"),
+        ({"guided_json": {"patternProperties": {LONG: {}}}}, "--max-regex-bytes"),
+        ({"response_format": {"format": {"type": "regex", "pattern": LONG}}}, "--max-regex-bytes"),
+        ({"response_format": {"structures": [{"schema": {"pattern": LONG}}]}}, "--max-regex-bytes"),
+        ({"structured_outputs": {"whitespace_pattern": LONG}}, "--max-regex-bytes"),
+        ({"guided_json": LARGE}, "--max-schema-bytes"),
+        ({"guided_grammar": "x" * 70_000}, "--max-schema-bytes"),
+        ({"guided_choice": ["x" * 70_000]}, "--max-schema-bytes"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -94,6 +104,34 @@ def test_content_is_fetched_from_nowhere(part: dict[str, Any]) -> None:
     assert "--allow-url-host" in found.message
 
 
+PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://a"}}]}]
+
+
+@pytest.mark.parametrize("body", [{"input": PICTURE}, {"input": [PICTURE]}, {"messages": PICTURE}])
+def test_embeddings_take_chats_as_input(body: dict[str, Any]) -> None:
+    assert broken(body) == "url_not_allowed"
+    assert broken(body, allowed_url_hosts=frozenset({"A"})) is None, "hosts have no case"
+
+
+def test_messages_about_numbers() -> None:
+    found = violation({"prompt_logprobs": -1}, RowLimits())
+    assert found is not None
+    assert "is -1, the whole vocabulary, more than 20" in found.message
+    assert violation({"prompt_logprobs": -7}, RowLimits()) is None, "vLLM refuses it"
+    huge = violation({"n": 10**4000}, RowLimits())
+    assert huge is not None
+    assert len(huge.message) < 200
+
+
+def test_any_depth_is_taken() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    for name in ("response_format", "tools", "guided_json"):
+        assert broken({name: deep}) == "limit_exceeded"
+    assert broken({"messages": deep, "input": deep}) is None
+
+
 def test_data_in_the_row_itself_is_fine() -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     assert broken({"messages": [{"role": "user", "content": [part]}]}) is None
@@ -127,6 +165,7 @@ def test_an_allowed_host(url: str) -> None:
         "//good.example/x",
         "good.example/x",
         "https:good.example",
+        "https://good.example:80:evil/",
         "https://[::1",
         "https://127.0.0.1/",
         "DATA:text/plain,x",

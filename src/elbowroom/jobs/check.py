@@ -16,8 +16,15 @@ from rich.table import Table
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
-from elbowroom.jobs.dispatcher import output_limit
 from elbowroom.jobs.limits import RowLimits, regexes, schemas
+from elbowroom.jobs.prompts import (
+    EMBEDDINGS,
+    RefusedError,
+    kept_tokens,
+    max_output_tokens,
+    num_answers,
+    prompts_of,
+)
 
 MAX_PROBLEMS = 1000
 """Problems beyond are counted, and not kept."""
@@ -135,7 +142,10 @@ class PromptCounter:
         texts: dict[bool, list[tuple[int, str]]] = {True: [], False: []}
         for at, row in enumerate(rows):
             try:
-                prompts, add_special_tokens = self._prompts(row)
+                prompts, add_special_tokens = prompts_of(row, self._tokenizer)
+            except RefusedError as error:
+                report.add_problem(row, "template_error", f"line {row.line_number}: {error}")
+                continue
             except Exception as error:  # a template may raise anything
                 problem = f"line {row.line_number}: the chat template refused it: {error}"
                 report.add_problem(row, "template_error", problem)
@@ -154,10 +164,17 @@ class PromptCounter:
 
     def _add(self, row: Row, lengths: list[int], report: CheckReport) -> None:
         assert report.prompt_tokens is not None
+        lengths = [kept_tokens(row, length) for length in lengths]
         report.prompt_tokens += sum(lengths)
         report.prompt_lengths.update(1 << max(0, length - 1).bit_length() for length in lengths)
         longest = max(lengths, default=0)
-        room = None if self._max_model_len is None else self._max_model_len - 1
+        room = self._max_model_len
+        if room is not None and row.url != EMBEDDINGS:
+            asked = max_output_tokens(row)
+            if asked is not None and asked > room:
+                problem = f"asks for {asked} output tokens, at most {room} fit with the prompt"
+                report.add_problem(row, "max_tokens", f"line {row.line_number}: {problem}")
+            room -= 1  # an answer has at least one token
         most = min(
             (cap for cap in (room, self._max_prompt_tokens) if cap is not None), default=None
         )
@@ -168,34 +185,12 @@ class PromptCounter:
                 f"line {row.line_number}: the prompt has {longest} tokens, at most {most} fit",
             )
 
-    def _prompts(self, row: Row) -> tuple[list[str | list[int]], bool]:
-        """Texts or token ids, and whether the tokenizer adds its special tokens to the texts."""
-        body = row.body
-        if "messages" in body:
-            text = self._tokenizer.apply_chat_template(
-                [_plain(message) for message in body["messages"]],
-                tools=body.get("tools"),
-                chat_template=body.get("chat_template"),
-                add_generation_prompt=body.get("add_generation_prompt", True),
-                continue_final_message=body.get("continue_final_message", False),
-                tokenize=False,
-                **(body.get("chat_template_kwargs") or {}),
-            )
-            return [text], bool(body.get("add_special_tokens", False))
-        given = body.get("input") if "input" in body else body.get("prompt")
-        is_one = isinstance(given, str) or (
-            isinstance(given, list) and bool(given) and isinstance(given[0], int)
-        )
-        prompts = [given] if is_one else given if isinstance(given, list) else []
-        known = [prompt for prompt in prompts if isinstance(prompt, str | list)]
-        return known, bool(body.get("add_special_tokens", True))
-
 
 def print_report(console: Console, report: CheckReport) -> None:
     table = Table(show_header=False, box=None)
     problems = ", ".join(f"{n} {code}" for code, n in report.problem_counts.most_common())
     table.add_row("rows", f"{report.num_rows} in {report.seconds:.1f} s")
-    table.add_row("would fail", f"{report.num_problems}" + (f": {problems}" if problems else ""))
+    table.add_row("problems", f"{report.num_problems}" + (f": {problems}" if problems else ""))
     for url, count in report.urls.most_common():
         table.add_row(url, f"{count} rows")
     if report.prompt_tokens is not None:
@@ -218,11 +213,11 @@ def print_report(console: Console, report: CheckReport) -> None:
 
 def _check_row(row: Row, report: CheckReport) -> None:
     report.urls[row.url] += 1
-    limit = output_limit(row.body)
-    if limit == float("inf"):
+    limit = max_output_tokens(row)
+    if limit is None:
         report.num_unlimited += 1
     else:
-        report.output_token_limit += int(limit)
+        report.output_token_limit += limit * num_answers(row)
     for name, reason in _faults(row.body):
         report.add_problem(row, "invalid_schema", f"line {row.line_number}: {name}: {reason}")
 
@@ -254,12 +249,3 @@ def _schema_fault(schema: Any) -> str | None:
     except Exception as error:  # not JSON, or nothing that could be a schema
         return f"not a JSON schema: {str(error)[:200]}"
     return None
-
-
-def _plain(message: Any) -> Any:
-    """A message whose text parts are joined, as servers do for models of text alone."""
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list):
-        return message
-    texts = [part if isinstance(part, str) else part.get("text", "") for part in content]
-    return {**message, "content": "\n".join(texts)}

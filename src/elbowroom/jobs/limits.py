@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 
 from elbowroom.core.units import KIB, MIB
 
+_WHOLE_VOCABULARY = 10**9
+_MAX_SHOWN = 10**18
+
 _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 """In a URL: readers disagree about what these mean, so the host that is seen may not be asked."""
 
@@ -57,9 +60,9 @@ def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
     if not _CAPPED.isdisjoint(body):
         for name, value, most, flag in _sizes(body, limits):
             if value > most:
-                message = f"{name} is {value}, more than {most}: lower it, or raise {flag}"
+                message = f"{name} is {_shown(value)}, more than {most}: lower it, or raise {flag}"
                 return Violation("limit_exceeded", message)
-    for url in _urls(body.get("messages")):
+    for url in _urls([body.get("messages"), body.get("input")]):  # embeddings take chats as input
         if (host := refused_host(url, limits.allowed_url_hosts)) is not None:
             message = f"content may not be fetched from {host}: use data:, or --allow-url-host HOST"
             return Violation("url_not_allowed", message)
@@ -74,10 +77,15 @@ def refused_host(url: str, allowed: frozenset[str]) -> str | None:
     try:
         parts = urlsplit(url)
         host = parts.hostname
+        parts.port  # noqa: B018  a port that is no number raises
     except ValueError:
         return shown
     is_plain = parts.username is None and parts.password is None and not _UNSAFE.search(url)
-    if is_plain and parts.scheme in ("http", "https") and host in allowed:
+    if (
+        is_plain
+        and parts.scheme in ("http", "https")
+        and host in {name.lower() for name in allowed}
+    ):
         return None
     return host if is_plain and host else shown
 
@@ -103,10 +111,27 @@ def regexes(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
         "guided_regex": body.get("guided_regex"),
     }
     yield from ((name, value) for name, value in fields.items() if isinstance(value, str))
-    for name, schema in schemas(body):
-        for key, value in _entries(schema):
+    for name, schema in (*schemas(body), *_structural_tags(body)):
+        for key, value in _entries(_parsed(schema)):
             if key == "pattern" and isinstance(value, str):
                 yield f"pattern in {name}", value
+            if key == "patternProperties":
+                yield from ((f"pattern in {name}", regex) for regex in _dict(value))
+
+
+def _structural_tags(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Formats that hold schemas and regular expressions among other things."""
+    response_format = _dict(body.get("response_format"))
+    yield "response_format", [response_format.get("structures"), response_format.get("format")]
+    yield "structured_outputs", _dict(body.get("structured_outputs")).get("structural_tag")
+
+
+def _parsed(value: Any) -> Any:
+    """A schema may be given as text."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return None
 
 
 def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, int, str]]:
@@ -118,7 +143,7 @@ def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, 
         yield f"the number of {name}", len(_list(body.get(name))), limits.max_stop, "--max-stop"
     for name in _LOGPROBS:
         if isinstance(body.get(name), int):
-            value = body[name] if body[name] >= 0 else 10**9  # -1 asks for the whole vocabulary
+            value = _WHOLE_VOCABULARY if body[name] == -1 else body[name]
             yield name, value, limits.max_logprobs, "--max-logprobs"
     for name in (*_SCHEMAS, *_TEXTS):
         if body.get(name):
@@ -152,8 +177,17 @@ def _entries(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _size(value: Any) -> int:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return _MAX_SHOWN + 1
     return len(text.encode("utf-8", "surrogatepass"))
+
+
+def _shown(value: int) -> str:
+    if value == _WHOLE_VOCABULARY:
+        return "-1, the whole vocabulary"
+    return str(value) if value <= _MAX_SHOWN else f"over {_MAX_SHOWN}"
 
 
 def _dict(value: Any) -> dict[str, Any]:

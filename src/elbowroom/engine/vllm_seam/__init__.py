@@ -12,6 +12,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
+    # A host that may be fetched from must not send us elsewhere.
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # The engine core runs its one worker itself, instead of in one more process on the same core.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # Rows may carry URLs, and a row that fails must not print its body.

@@ -1,0 +1,189 @@
+"""Prompts of a request as vLLM's server renders them, without vLLM. Compared with vLLM 0.32."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple, TypeGuard
+
+from elbowroom.jobs.batch_file import Row
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+
+_DEFAULT_COMPLETION_TOKENS = 16
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
+
+
+class Prompts(NamedTuple):
+    """Texts or token ids, and whether the tokenizer adds its special tokens to the texts."""
+
+    items: list[str | list[int]]
+    add_special_tokens: bool
+
+
+class RefusedError(Exception):
+    """vLLM would answer 400."""
+
+
+def prompts_of(row: Row, tokenizer: Any) -> Prompts:
+    """Raises RefusedError, or whatever the template raises.
+
+    Templates that a request brings are not rendered: they could run for ever, and vLLM refuses them
+    unless it is started with --trust-request-chat-template.
+    """
+    body = row.body
+    conversations = _conversations(row)
+    if conversations is None:
+        given = body.get("input") if row.url == EMBEDDINGS else body.get("prompt")
+        is_one = isinstance(given, str) or _is_list_of(given, int)
+        prompts = [given] if is_one else given if isinstance(given, list) else []
+        items = [prompt for prompt in prompts if isinstance(prompt, str | list)]
+        return Prompts(items, bool(body.get("add_special_tokens", True)))
+    texts = [_render(row, conversation, tokenizer) for conversation in conversations]
+    return Prompts(list(texts), bool(body.get("add_special_tokens", False)))
+
+
+def max_output_tokens(row: Row) -> int | None:
+    """Most tokens of one answer that a row asks for; None is no limit."""
+    if row.url == EMBEDDINGS:
+        return 0
+    names = ("max_tokens",) if row.url == COMPLETIONS else ("max_completion_tokens", "max_tokens")
+    given = next((row.body[name] for name in names if row.body.get(name) is not None), None)
+    if given is None and row.url == COMPLETIONS:
+        return _DEFAULT_COMPLETION_TOKENS
+    return given if _is_count(given) else None
+
+
+def num_answers(row: Row) -> int:
+    """How many answers one row asks for, over its prompts and choices."""
+    choices = row.body.get("n")
+    prompt = row.body.get("prompt") if row.url == COMPLETIONS else None
+    num_prompts = len(prompt) if isinstance(prompt, list) and not _is_list_of(prompt, int) else 1
+    return max(1, num_prompts) * (choices if _is_count(choices) and choices > 0 else 1)
+
+
+def kept_tokens(row: Row, num_tokens: int) -> int:
+    """Tokens of a prompt that are left when a request has it cut; -1 cuts it to what fits."""
+    most = row.body.get("truncate_prompt_tokens")
+    if type(most) is not int:
+        return num_tokens
+    return 0 if most == -1 else min(num_tokens, max(0, most))
+
+
+def _conversations(row: Row) -> list[Any] | None:
+    """None when the request is no chat."""
+    messages = row.body.get("messages")
+    if row.url == CHAT:
+        if not isinstance(messages, list):
+            raise RefusedError("'messages' must be a list")
+        return [messages]
+    if row.url != EMBEDDINGS:
+        return None
+    given = messages if messages is not None else row.body.get("input")
+    if _is_list_of(given, dict):
+        return [given]
+    return given if _is_list_of(given, list) and _is_list_of(given[0], dict) else None
+
+
+def _render(row: Row, conversation: list[Any], tokenizer: Any) -> str:
+    body, is_chat = row.body, row.url == CHAT
+    own = body.get("chat_template_kwargs") or {}
+    if body.get("chat_template") is not None or own.keys() & {"chat_template", "tokenize"}:
+        raise RefusedError(
+            "a request may not bring a chat template, unless vLLM trusts it; it was not rendered"
+        )
+    options: dict[str, Any] = {
+        "add_generation_prompt": body.get("add_generation_prompt", is_chat),
+        "continue_final_message": body.get("continue_final_message", False),
+    }
+    if is_chat:
+        effort = body.get("reasoning_effort")
+        options |= {"documents": body.get("documents"), "reasoning_effort": effort}
+        if effort is not None and "enable_thinking" not in own:
+            options["enable_thinking"] = effort != "none"
+    set_options = {name: value for name, value in options.items() if value not in (None, "auto")}
+    template = tokenizer.get_chat_template()
+    knows_developer = '"developer"' in template or "'developer'" in template
+    rendered = tokenizer.apply_chat_template(
+        _messages(conversation, knows_developer),
+        tools=_tools(body.get("tools")) if is_chat else None,
+        tokenize=False,
+        **{**own, **set_options},
+    )
+    assert isinstance(rendered, str)
+    return rendered
+
+
+def _tools(tools: Any) -> list[dict[str, Any]] | None:
+    """Tools with the fields that vLLM's own classes write into the prompt."""
+    if tools is None:
+        return None
+    if not tools:
+        raise RefusedError("'tools' must not be empty")
+    return [{"type": "function", "function": _function(tool["function"])} for tool in tools]
+
+
+def _function(given: dict[str, Any]) -> dict[str, Any]:
+    always = {name: given.get(name) for name in ("name", "description", "parameters")}
+    return always | ({} if given.get("strict") is None else {"strict": given["strict"]})
+
+
+def _messages(conversation: list[Any], knows_developer: bool) -> list[dict[str, Any]]:
+    messages = [_message(message) for message in conversation]
+    if knows_developer or all(message["role"] != "developer" for message in messages):
+        return messages
+    for message in messages:
+        if message["role"] == "developer":
+            message["role"] = "system"
+    systems = [message["content"] for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    if len(systems) == 1 and messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": "\n\n".join(filter(None, systems))}, *others]
+
+
+def _message(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that vLLM hands to a template; text parts joined as for models of text alone."""
+    content = given.get("content")
+    if isinstance(content, list):
+        content = "\n".join(text for part in content if (text := _text(part)) is not None)
+    message = {"role": given["role"], "content": "" if content is None else content}
+    message |= {name: given[name] for name in ("name", "task") if isinstance(given.get(name), str)}
+    if given["role"] == "tool" and "tool_call_id" in given:
+        message["tool_call_id"] = given["tool_call_id"]
+    if given["role"] == "assistant":
+        reasoning = given.get("reasoning") or given.get("reasoning_content")
+        if reasoning is not None:
+            message |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        if given.get("tool_calls"):
+            message["tool_calls"] = [_tool_call(call) for call in given["tool_calls"]]
+    return message
+
+
+def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
+    """With its arguments as an object, which is what templates expect."""
+    arguments = call["function"].get("arguments")
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+    except ValueError:
+        parsed = None
+    function = {**call["function"], "arguments": parsed if isinstance(parsed, dict) else {}}
+    return {**call, "function": function}
+
+
+def _text(part: Any) -> str | None:
+    """None for a part that is not text, or empty of it."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type")
+    if kind not in _TEXT_PARTS:
+        return None
+    text = part.get(kind if kind in ("refusal", "thinking") else "text")
+    return text if isinstance(text, str) else None
+
+
+def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31
