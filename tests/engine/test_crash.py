@@ -21,7 +21,7 @@ import pytest
 from elbowroom.jobs.journal import JournalReader, journal_folder
 from elbowroom.pool.run_dir import default_root
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # many starts of engines
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 NUM_KILLS = 5

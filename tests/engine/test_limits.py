@@ -21,27 +21,33 @@ def _row(custom_id: str, content: str, **body: Any) -> str:
     return json.dumps({**line, "body": {"model": "demo", "messages": messages, **body}})
 
 
-def test_a_row_over_a_limit_fails_alone(tmp_path: Path) -> None:
+def _run(folder: Path, rows: list[str], *flags: str) -> dict[str, Any]:
+    """Error of each failed row, None for each that was answered."""
+    (folder / "in.jsonl").write_text("\n".join(rows))
+    command = [
+        *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
+        *("--served-model-name", "demo", "--input", str(folder / "in.jsonl")),
+        *("--output", str(folder / "out.jsonl"), "--memory", "64MiB", *flags),
+    ]
+    assert subprocess.run(command, timeout=300).returncode == 3
+    paths = (folder / "out.jsonl", folder / "out.errors.jsonl")
+    lines = [json.loads(line) for path in paths for line in path.open()]
+    return {line["custom_id"]: line["error"] for line in lines}
+
+
+def test_a_prompt_over_the_limit_fails_alone(tmp_path: Path) -> None:
     rows = [
         _row("good", "Compute 17 + 25.", max_tokens=8),
         _row("long prompt", "Compute 17 + 25. " * 20, max_tokens=8),
-        _row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True),
         _row("good too", "Compute 17 + 26.", max_tokens=8),
     ]
-    (tmp_path / "in.jsonl").write_text("\n".join(rows))
-    command = [
-        *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
-        *("--served-model-name", "demo", "--input", str(tmp_path / "in.jsonl")),
-        *("--output", str(tmp_path / "out.jsonl"), "--memory", "64MiB"),
-        *("--max-prompt-tokens", "60", "--max-row-seconds", "3"),
-    ]
-    done = subprocess.run(command, timeout=200)
-    assert done.returncode == 3
-    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
-    assert [line["custom_id"] for line in answers] == ["good", "good too"]
-    errors = [json.loads(line) for line in (tmp_path / "out.errors.jsonl").open()]
-    assert {line["custom_id"]: line["error"]["code"] for line in errors} == {
-        "long prompt": "limit_exceeded",
-        "endless": "row_timeout",
-    }
-    assert "more than --max-prompt-tokens 60" in errors[0]["error"]["message"]
+    errors = _run(tmp_path, rows, "--max-prompt-tokens", "60")
+    assert errors["good"] is errors["good too"] is None
+    assert errors["long prompt"]["code"] == "limit_exceeded"
+    assert "more than --max-prompt-tokens 60" in errors["long prompt"]["message"]
+
+
+def test_a_row_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
+    rows = [_row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True)]
+    errors = _run(tmp_path, rows, "--max-row-seconds", "1")
+    assert errors["endless"]["code"] == "row_timeout"

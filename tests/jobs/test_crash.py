@@ -19,6 +19,8 @@ from elbowroom.core.errors import InputError
 from elbowroom.jobs.journal import JournalReader
 from tests.jobs.plans import write_batch
 
+pytestmark = pytest.mark.timeout(1800)  # a hundred processes
+
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 3000
 NUM_KILLS = 50
