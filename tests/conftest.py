@@ -2,8 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from elbowroom.planner import cache_path, split_cores
+from tests.planning.facts import CPU
 
 # Machines that run tests are shared: how long an example takes says nothing about our code.
 settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def measured_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A cache of our own that has this machine's measurements: no run stops to make them."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    for num_devices in range(1, 9):
+        path = cache_path(split_cores(num_devices))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        link = replace(CPU.links[0], num_devices=num_devices)
+        Path(path).write_text(replace(CPU, num_devices=num_devices, links=(link,)).to_toml())

@@ -8,32 +8,38 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.core.model import ModelFacts, read_model
+from elbowroom.core.errors import InputError, MemoryPlanError
+from elbowroom.core.model import ModelFacts, check_runnable, read_model
 from elbowroom.core.plan import (
     POOL_MODES,
     EngineOptions,
     FetchOrder,
+    Layout,
     MemoryAccount,
     PoolMode,
-    PoolShare,
+    Prediction,
     RunPlan,
 )
 from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.jobs.identity import job_identity
 from elbowroom.jobs.journal import FinishedRow, OnCommit
+from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
-from elbowroom.planning.memory import account_memory, check_fits, longest_row
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planner import THIS_MACHINE, find_cluster, predict_run, split_cores
+from elbowroom.planning.memory import check_fits, longest_row
+from elbowroom.planning.search import EngineLimits, account_layout, layout_shares
+
+PREDICTION_ROWS = 1000
+"""Rows of the input that are counted for a prediction."""
 
 _QUEUE_ROWS = 1000
 
@@ -43,7 +49,8 @@ class BatchSettings:
     """What ``elbowroom run`` is told. ``memory_bytes`` is the device memory of one replica.
 
     ``errors`` and ``report`` lie beside the output unless they are named. ``max_model_len`` None
-    is the longest row that fits, ``slots`` None one less than there are replicas.
+    is the longest row that fits, ``slots`` None one less than there are replicas. ``cluster`` is
+    where predictions come from. ``given_plan`` says all that is asked of layout and engine.
     """
 
     model: Path
@@ -66,6 +73,8 @@ class BatchSettings:
     prefix_caching: bool = True
     vllm_options: tuple[str, ...] = ()
     job: JobOptions = field(default_factory=JobOptions)
+    cluster: str = THIS_MACHINE
+    given_plan: RunPlan | None = None
 
     def files(self) -> JobFiles:
         output = self.output
@@ -77,28 +86,33 @@ class BatchSettings:
             logs=self.logs,
         )
 
-    def shares(self, model: ModelFacts, mode: PoolMode) -> tuple[PoolShare, ...]:
-        return plan_shares(model.ffn_bytes(), self.replicas, mode, self.slots, self.fetch_order)
+    def layout(self, mode: PoolMode) -> Layout:
+        """Replicas without a pool are groups of one."""
+        if mode == "none":
+            return Layout(1, 1, self.replicas, mode)
+        slots = max(1, self.replicas - 1) if self.slots is None else self.slots
+        return Layout(1, self.replicas, 1, mode, slots if mode == "streamed" else 0)
+
+    @property
+    def engine_limits(self) -> EngineLimits:
+        return EngineLimits(self.max_num_seqs, self.max_num_batched_tokens)
 
     def account(self, model: ModelFacts, mode: PoolMode) -> MemoryAccount:
-        return account_memory(
-            model,
-            self.shares(model, mode),
-            self.memory_bytes,
-            self.max_num_batched_tokens,
-            self.max_num_seqs,
-        )
+        return account_layout(model, self.layout(mode), self.memory_bytes, self.engine_limits)
 
     def plan(self, model: ModelFacts) -> RunPlan:
-        """Raises MemoryPlanError when no row would fit."""
-        account = self.account(model, self.pool)
+        """What these settings ask for, or ``given_plan``. Raises MemoryPlanError if no row fits."""
+        check_runnable(model)
+        if self.given_plan is not None:
+            return replace(self.given_plan, cores=split_cores(self.given_plan.num_replicas))
+        layout, account = self.layout(self.pool), self.account(model, self.pool)
         names = (*self.served_model_names, model.name, str(self.model))
         hosts = sorted(self.job.limits.allowed_url_hosts)
         media = ("--allowed-media-domains", *hosts) if hosts else ()
         plan = RunPlan(
             model_dir=str(self.model),
             account=account,
-            shares=self.shares(model, self.pool),
+            shares=layout_shares(model, layout, self.fetch_order) * layout.num_groups,
             cores=split_cores(self.replicas),
             engine=EngineOptions(
                 dtype=model.dtype,
@@ -110,6 +124,7 @@ class BatchSettings:
                 prefix_caching=self.prefix_caching,
                 extra=(*media, *self.vllm_options),
             ),
+            layout=layout,
         )
         check_fits(account, plan.engine.max_model_len)
         return plan
@@ -187,12 +202,14 @@ async def run_settings(
     stop: StopRequest | None = None,
     on_rows: OnCommit | None = None,
 ) -> JobReport:
-    """Plan and run. The account is shown before a layout that does not fit is refused."""
+    """Plan, predict and run. The account is shown before a layout that does not fit is refused."""
     files = settings.files()
     check_paths(files.input, files.output, files.errors, files.report)
     model = read_model(settings.model, settings.dtype)
-    console.print(_account_table(settings, model))
+    if settings.given_plan is None:
+        console.print(_account_table(settings, model))
     plan = settings.plan(model)
+    plan = replace(plan, prediction=_predict(settings, model, plan, console))
     identity = job_identity(settings.model, plan.engine)
     return await run_job(plan, files, settings.job, identity, console, stop, on_rows)
 
@@ -201,13 +218,35 @@ def errors_beside(output: Path) -> Path:
     return output.parent / f"{output.stem}.errors.jsonl"
 
 
-def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
-    """The cores of this process, divided among replicas; with too few, replicas share cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if num_replicas > len(cores):
-        return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
-    bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
-    return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
+def _predict(
+    settings: BatchSettings, model: ModelFacts, plan: RunPlan, console: Console
+) -> Prediction | None:
+    """Of this job on this machine, whatever job and cluster a given plan was made for.
+
+    None where it cannot be told: a job without rows that could be answered.
+    """
+    assert plan.layout is not None
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    cluster = find_cluster(settings.cluster, plan.cores, say)
+    try:
+        lengths = read_lengths(settings.input, settings.model, settings.job.limits, PREDICTION_ROWS)
+        workload = lengths.workload
+        if settings.job.order == "auto":
+            workload = workload.longest_first()
+        limits = EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
+        prediction = predict_run(model, cluster, plan.layout, plan.account, limits, workload)
+    except (InputError, MemoryPlanError) as error:
+        say(f"no prediction: {error}")
+        return None
+    say(
+        f"predicted for {lengths}: {prediction.seconds:.1f} s "
+        f"({prediction.low_seconds:.1f} to {prediction.high_seconds:.1f}), "
+        f"{prediction.tokens_per_second:.1f} output tokens/s"
+    )
+    return prediction
 
 
 def _settings(

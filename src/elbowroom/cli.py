@@ -15,6 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from elbowroom.api import BatchSettings, errors_beside, run_settings
+from elbowroom.cli_flags import add_limits, count, limits_of, number, seconds, size
+from elbowroom.cli_plan import add_plan_commands
 from elbowroom.core.errors import (
     ElbowroomError,
     InputError,
@@ -24,15 +26,14 @@ from elbowroom.core.errors import (
 )
 from elbowroom.core.model import DTYPE_BYTES
 from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES
-from elbowroom.core.units import parse_bytes
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.journal import JournalReader
-from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import print_summary
 from elbowroom.jobs.runner import JobOptions, StopRequest
 from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
+from elbowroom.planner import THIS_MACHINE, read_run_plan
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
 _EXIT_CODES = """\
@@ -43,6 +44,13 @@ exit codes:
   2   bad usage or bad input: nothing was done
   1   a failure inside
 """
+
+_PLANNED = (
+    *("model", "memory", "replicas", "pool", "slots", "fetch_order", "dtype", "max_model_len"),
+    *("max_num_seqs", "max_num_batched_tokens", "served_model_name", "seed"),
+    "no_prefix_caching",
+)
+"""Flags of ``run`` that a plan stands for."""
 
 EXIT_GOOD = 0
 EXIT_FAILURE = 1
@@ -88,21 +96,21 @@ async def _run_until_signalled(settings: BatchSettings, console: Console) -> int
     stop = StopRequest()
     loop = asyncio.get_running_loop()
 
-    def on_signal(number: signal.Signals) -> None:
+    def on_signal(received: signal.Signals) -> None:
         if stop.reason is None:
-            stop(f"stopped by {number.name}")
+            stop(f"stopped by {received.name}")
         else:
             task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, partial(on_signal, number))
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signal_number, partial(on_signal, signal_number))
     report = await run_settings(settings, console, stop)
     print_summary(console, report)
     return EXIT_FAILED_ROWS if report.num_failed else EXIT_GOOD
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    report = check_file(args.input, args.model, args.max_model_len, _limits(args))
+    report = check_file(args.input, args.model, args.max_model_len, limits_of(args))
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
@@ -131,7 +139,7 @@ def _results(args: argparse.Namespace, console: Console) -> int:
 def _verify(args: argparse.Namespace, console: Console) -> int:
     errors = args.errors or errors_beside(args.output)
     paths = [args.output, *([errors] if args.errors or errors.exists() else [])]
-    with BatchFile(args.input, _limits(args)) as batch:
+    with BatchFile(args.input, limits_of(args)) as batch:
         verification = verify_results(batch.scan(), paths)
     if args.json:
         print(json.dumps(verification.to_json(), indent=2))
@@ -164,9 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     check = add("check", _check, "tell all that can be known before a device is touched")
     check.add_argument("input", type=Path, help="OpenAI batch lines")
     check.add_argument("--model", type=Path, help="Hugging Face model folder, to count tokens")
-    check.add_argument("--max-model-len", type=_count, help="tokens of the longest row")
+    check.add_argument("--max-model-len", type=count, help="tokens of the longest row")
     check.add_argument("--json", action="store_true", help="for machines")
-    _add_limits(check)
+    add_limits(check)
     status = add("status", _status, "show how far a running or interrupted job is")
     status.add_argument("output", type=Path, help="the --output of the run")
     status.add_argument("--json", action="store_true", help="for machines")
@@ -178,38 +186,41 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("output", type=Path, help="answers")
     verify.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
     verify.add_argument("--json", action="store_true", help="for machines")
-    _add_limits(verify)
+    add_limits(verify)
+    add_plan_commands(add)
     return parser
 
 
 def _add_run_flags(run: argparse.ArgumentParser) -> None:
     files = run.add_argument_group("files")
-    files.add_argument("--model", type=Path, required=True, help="Hugging Face model folder")
+    files.add_argument("--model", type=Path, help="Hugging Face model folder")
     files.add_argument("--input", type=Path, required=True, help="OpenAI batch lines")
     files.add_argument("--output", type=Path, required=True, help="answers, in input order")
     files.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
     files.add_argument("--report", type=Path, help="report.json (default: beside the output)")
     files.add_argument("--logs", type=Path, help="folder to keep the replicas' logs in")
     layout = run.add_argument_group("layout")
-    layout.add_argument("--replicas", type=_count, default=1, help="engines (default 1)")
     layout.add_argument(
-        "--memory", type=_size, required=True, help="device memory of one replica, such as 2GiB"
+        "--plan", type=Path, help="of `elbowroom plan --json`: model, layout and engine are its own"
     )
+    layout.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
+    layout.add_argument("--replicas", type=count, default=1, help="engines (default 1)")
+    layout.add_argument("--memory", type=size, help="device memory of one replica, such as 2GiB")
     layout.add_argument(
         "--pool",
         choices=POOL_MODES,
         default="mapped",
         help="how a replica uses layers that others own (default mapped; none: full copies)",
     )
-    layout.add_argument("--slots", type=_count, help="buffers for streamed layers (default d-1)")
+    layout.add_argument("--slots", type=count, help="buffers for streamed layers (default d-1)")
     layout.add_argument("--fetch-order", choices=FETCH_ORDERS, default=FETCH_ORDERS[0])
     engine = run.add_argument_group("engine")
     engine.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto")
     engine.add_argument(
-        "--max-model-len", type=_count, help="tokens of the longest row (default: what fits)"
+        "--max-model-len", type=count, help="tokens of the longest row (default: what fits)"
     )
-    engine.add_argument("--max-num-seqs", type=_count, default=256, help="rows at once")
-    engine.add_argument("--max-num-batched-tokens", type=_count, default=2048)
+    engine.add_argument("--max-num-seqs", type=count, default=256, help="rows at once")
+    engine.add_argument("--max-num-batched-tokens", type=count, default=2048)
     engine.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
     engine.add_argument("--seed", type=int, default=0)
     engine.add_argument("--no-prefix-caching", action="store_true")
@@ -227,65 +238,39 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
     )
     job.add_argument(
         "--grace",
-        type=_seconds,
+        type=seconds,
         default=defaults.grace_seconds,
         metavar="SECONDS",
         help="for rows in flight after the first Ctrl-C (default %(default)g)",
     )
     job.add_argument(
         "--max-restarts",
-        type=_number,
+        type=number,
         default=defaults.max_restarts,
         help="of one replica in ten minutes (default %(default)d)",
     )
-    _add_limits(run)
+    add_limits(run)
     run.add_argument("vllm", nargs="*", metavar="-- VLLM OPTIONS", help="passed on to vLLM")
 
 
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    limits = parser.add_argument_group("limits of a row")
-    defaults = RowLimits()
-    for flag, kind, default in (
-        ("--max-line-bytes", _size, defaults.max_line_bytes),
-        ("--max-prompt-tokens", _count, defaults.max_prompt_tokens),
-        ("--max-n", _count, defaults.max_n),
-        ("--max-stop", _count, defaults.max_stop),
-        ("--max-logprobs", _count, defaults.max_logprobs),
-        ("--max-schema-bytes", _size, defaults.max_schema_bytes),
-        ("--max-regex-bytes", _size, defaults.max_regex_bytes),
-        ("--max-row-seconds", _seconds, defaults.max_row_seconds),
-    ):
-        shown = "no limit" if default is None else default
-        limits.add_argument(flag, type=kind, default=default, help=f"(default {shown})")
-    limits.add_argument(
-        "--allow-url-host",
-        action="append",
-        default=[],
-        metavar="HOST",
-        help="content may be fetched from here (default: from nowhere)",
-    )
-
-
-def _limits(args: argparse.Namespace) -> RowLimits:
-    return RowLimits(
-        max_line_bytes=args.max_line_bytes,
-        max_prompt_tokens=args.max_prompt_tokens,
-        max_n=args.max_n,
-        max_stop=args.max_stop,
-        max_logprobs=args.max_logprobs,
-        max_schema_bytes=args.max_schema_bytes,
-        max_regex_bytes=args.max_regex_bytes,
-        max_row_seconds=args.max_row_seconds,
-        allowed_url_hosts=frozenset(args.allow_url_host),
-    )
-
-
 def _settings(args: argparse.Namespace) -> BatchSettings:
+    job = JobOptions(
+        limits=limits_of(args),
+        order=args.order,
+        max_restarts=args.max_restarts,
+        grace_seconds=args.grace,
+        restart=args.restart,
+    )
+    if args.plan is not None:
+        return _planned_settings(args, job)
+    for name in ("model", "memory"):
+        if getattr(args, name) is None:
+            raise InputError(f"give --{name}, or a --plan that says it")
     return BatchSettings(
         model=args.model,
+        memory_bytes=args.memory,
         input=args.input,
         output=args.output,
-        memory_bytes=args.memory,
         errors=args.errors,
         report=args.report,
         logs=args.logs,
@@ -301,43 +286,35 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         seed=args.seed,
         prefix_caching=not args.no_prefix_caching,
         vllm_options=tuple(args.vllm),
-        job=JobOptions(
-            limits=_limits(args),
-            order=args.order,
-            max_restarts=args.max_restarts,
-            grace_seconds=args.grace,
-            restart=args.restart,
-        ),
+        job=job,
+        cluster=args.cluster,
     )
 
 
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
-    return seconds
+def _planned_settings(args: argparse.Namespace, job: JobOptions) -> BatchSettings:
+    """What a plan says is not said again beside it."""
+    parser = argparse.ArgumentParser()
+    _add_run_flags(parser)
+    for name in _PLANNED:
+        if getattr(args, name) != parser.get_default(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
+    if args.vllm:
+        raise InputError("options for vLLM cannot be given beside a --plan")
+    plan = read_run_plan(args.plan)
+    return BatchSettings(
+        model=Path(plan.model_dir),
+        memory_bytes=plan.account.memory_bytes,
+        input=args.input,
+        output=args.output,
+        errors=args.errors,
+        report=args.report,
+        logs=args.logs,
+        dtype=plan.engine.dtype,
+        job=job,
+        cluster=args.cluster,
+        given_plan=plan,
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tools.make_model import make_model
 
 from elbowroom.core.errors import InputError, UnsupportedModelError
-from elbowroom.core.model import read_model
+from elbowroom.core.model import check_runnable, read_model
 from tests.tiny_model import (
     HIDDEN,
     INTERMEDIATE,
@@ -133,8 +135,8 @@ def test_remote_code_is_refused(tmp_path: Path) -> None:
         read_model(write_model(tmp_path, auto_map={"AutoModel": "evil.Model"}))
 
 
-def test_no_safetensors(tmp_path: Path) -> None:
-    write_model(tmp_path)
+def test_unknown_type_without_safetensors(tmp_path: Path) -> None:
+    write_model(tmp_path, model_type="novel")
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(InputError, match=r"has no \.safetensors files"):
@@ -203,19 +205,47 @@ def test_corrupt_weights_are_refused(tmp_path: Path, data: bytes) -> None:
 
 def test_layers_without_feed_forward_are_refused(tmp_path: Path) -> None:
     shapes = {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
-    with pytest.raises(UnsupportedModelError, match=r"layers \[1\] of 3 have no dense"):
+    with pytest.raises(UnsupportedModelError, match=r"layers \[1\] of 3 have no feed-forward"):
         read_model(write_model(tmp_path, shapes))
 
 
 @pytest.mark.parametrize("part", ["block_sparse_moe.experts.0.w1", "mlp.experts.0.gate_proj"])
-def test_mixture_of_experts_is_refused(tmp_path: Path, part: str) -> None:
+def test_mixtures_are_counted_and_not_run(tmp_path: Path, part: str) -> None:
     shapes = {name: s for name, s in llama_shapes().items() if ".mlp." not in name}
     for layer in range(LAYERS):
-        for expert in range(2):
+        shapes[f"model.layers.{layer}.{part.split('.')[0]}.gate.weight"] = (4, HIDDEN)
+        for expert in range(4):
             name = part.replace(".0.", f".{expert}.")
             shapes[f"model.layers.{layer}.{name}.weight"] = (INTERMEDIATE, HIDDEN)
-    with pytest.raises(UnsupportedModelError, match="use a dense model"):
-        read_model(write_model(tmp_path, shapes, model_type="mixture"))
+    config = {"model_type": "mixture", "num_experts": 4, "num_experts_per_tok": 2}
+    facts = read_model(write_model(tmp_path, shapes, **config))
+    expert, gate = INTERMEDIATE * HIDDEN, 4 * HIDDEN
+    assert facts.ffn_elements == (4 * expert + gate,) * LAYERS
+    assert facts.active_ffn_elements(0) == 2 * expert + gate
+    assert facts.touched_ffn_elements(0, 1) == 2 * expert + gate
+    assert facts.touched_ffn_elements(0, 2) == 3 * expert + gate
+    with pytest.raises(UnsupportedModelError, match="mixture of 4 experts"):
+        check_runnable(facts)
+
+
+def test_mixture_without_a_number_of_experts(tmp_path: Path) -> None:
+    shapes = {
+        f"model.layers.{layer}.mlp.experts.0.up_proj.weight": (4, 8) for layer in range(LAYERS)
+    }
+    with pytest.raises(InputError, match="no number of experts"):
+        read_model(write_model(tmp_path, shapes))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral"])
+def test_config_alone_gives_the_shapes_that_are_written(tmp_path: Path, model_type: str) -> None:
+    """The files are made by Hugging Face's own classes."""
+    make_model(tmp_path, model_type, 2, 64, 96, 4, 2, 512)
+    with_files = read_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    alone = read_model(tmp_path)
+    assert alone == replace(with_files, has_weights=False)
+    with pytest.raises(InputError, match="convert the weights"):
+        check_runnable(alone)
 
 
 def _write_index(folder: Path, index: object) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from elbowroom.core.errors import OutputError
-from elbowroom.core.plan import EngineOptions, MemoryAccount, PoolShare, RunPlan
+from elbowroom.core.plan import EngineOptions, Layout, MemoryAccount, PoolShare, Prediction, RunPlan
 from elbowroom.core.units import GIB, MIB
 from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
 
@@ -30,6 +30,8 @@ PLAN = RunPlan(
     shares=tuple(PoolShare("mapped", rank, 2, owners=(0, 1)) for rank in range(2)),
     cores=((0,), (1,)),
     engine=EngineOptions("float32", 512, 8, 256, ("tiny",)),
+    layout=Layout(1, 2, 1, "mapped"),
+    prediction=Prediction("a", 10, 500, 480, 40.0, 34.0, 46.0),
 )
 REPLICA = ReplicaReport(
     rank=0,
@@ -100,6 +102,8 @@ def test_the_summary_names_what_a_user_asks_for() -> None:
         "tokens 500 prompt, 400 output",
         "seconds 12.5 start-up, 20.0 run",
         "output tokens/s 15.0",
+        "predicted 12.0 output tokens/s (outcome 1.25x), 40.0 s run (34.0 to 46.0) for 480 output "
+        "tokens",
         "KV tokens per replica 1600, 1584 (account: 1600)",
         "weights and slots held 150 MiB, 150 MiB (account: 160 MiB)",
         "preemptions 4",

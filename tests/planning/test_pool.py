@@ -92,11 +92,11 @@ def test_every_borrowed_layer_is_fetched_once_and_whole(
         pieces: dict[int, list[int]] = {}
         for fetch in share.fetches:
             pieces.setdefault(fetch.layer, []).append(fetch.piece)
-            assert fetch.num_pieces == (1 if order == "peak-shift" else _slices(sizes[fetch.layer]))
+            assert fetch.num_pieces == (_slices(sizes[fetch.layer]) if order == "sliced" else 1)
         borrowed = [layer for layer, owner in enumerate(share.owners) if owner != share.rank]
         assert sorted(pieces) == borrowed
         for layer, seen in pieces.items():
-            wanted = 1 if order == "peak-shift" else _slices(sizes[layer])
+            wanted = _slices(sizes[layer]) if order == "sliced" else 1
             assert seen == list(range(wanted))
 
 

@@ -1,12 +1,17 @@
-"""Actions: what planners emit, mechanisms carry out and traces show."""
+"""Actions: what planners emit, mechanisms carry out, the simulator times and traces show."""
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["A", "F"]
+"""Of a decoder layer: attention, with all that is replicated, or the feed-forward network."""
 
 
-class Fetch(NamedTuple):
+@dataclass(frozen=True)
+class Fetch:
     """Copy one piece of a layer's feed-forward weights from its owner into a slot.
 
     A layer is fetched whole (``num_pieces`` 1) or in equal slices. Text form: ``F12.0/1`` is
@@ -28,3 +33,47 @@ class Fetch(NamedTuple):
             raise ValueError(f"'{text}' is not a fetch action such as F12.0/1")
         layer, piece, num_pieces = (int(group) for group in match.groups())
         return Fetch(layer, piece, num_pieces)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Compute one part of a layer on weights that are there. Text form: ``R12A``, ``R12F``."""
+
+    layer: int
+    part: Part
+
+    def __str__(self) -> str:
+        return f"R{self.layer}{self.part}"
+
+
+@dataclass(frozen=True)
+class Wait:
+    """Wait until every piece of a layer lies in its slot. Text form: ``W12``."""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"W{self.layer}"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Give the slot of a layer back. Text form: ``X12``."""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"X{self.layer}"
+
+
+@dataclass(frozen=True)
+class Ship:
+    """Let the owner run a layer's feed-forward network on this rank's rows. Text: ``S12``."""
+
+    layer: int
+
+    def __str__(self) -> str:
+        return f"S{self.layer}"
+
+
+Action = Fetch | Run | Wait | Release | Ship

@@ -8,10 +8,46 @@ from typing import Any, Literal, get_args
 from elbowroom.core.action import Fetch
 
 PoolMode = Literal["none", "mapped", "streamed"]
-FetchOrder = Literal["peak-shift", "sliced"]
+FetchOrder = Literal["peak-shift", "sliced", "in-order"]
 
 POOL_MODES: tuple[PoolMode, ...] = get_args(PoolMode)
 FETCH_ORDERS: tuple[FetchOrder, ...] = get_args(FetchOrder)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How replicas of one model lie on devices.
+
+    ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
+    replicas of a group share one pool. ``ships`` says that small batches may be shipped to owners.
+    """
+
+    tensor_parallel: int
+    num_ranks: int
+    num_groups: int
+    pool: PoolMode
+    num_slots: int = 0
+    ships: bool = False
+
+    @property
+    def num_replicas(self) -> int:
+        return self.num_ranks * self.num_groups
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel * self.num_replicas
+
+    @property
+    def pool_name(self) -> str:
+        """In the paper's words where it has them: WaS streams, CaS ships."""
+        if self.pool == "streamed":
+            return "WaS+CaS" if self.ships else "WaS"
+        return self.pool
+
+    def __str__(self) -> str:
+        groups = f"g{self.num_groups}" if self.num_groups > 1 else ""
+        slots = f" {self.num_slots} slots" if self.num_slots else ""
+        return f"t{self.tensor_parallel}d{self.num_ranks}{groups} {self.pool_name}{slots}"
 
 
 @dataclass(frozen=True)
@@ -97,14 +133,37 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What a plan expects of a job, on a cluster; every row reaches its output limit.
+
+    The job is expected to take between ``low_seconds`` and ``high_seconds`` of answering rows,
+    start-up left out.
+    """
+
+    cluster: str
+    num_rows: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+@dataclass(frozen=True)
 class RunPlan:
-    """One run of one model on a group of equal replicas."""
+    """One run of one model on equal replicas; each has a share, those of a group differ."""
 
     model_dir: str
     account: MemoryAccount
     shares: tuple[PoolShare, ...]
     cores: tuple[tuple[int, ...], ...]
     engine: EngineOptions
+    layout: Layout | None = None
+    prediction: Prediction | None = None
 
     @property
     def num_replicas(self) -> int:
@@ -115,7 +174,8 @@ class RunPlan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> RunPlan:
-        engine = data["engine"]
+        """Raises KeyError, TypeError or ValueError for what ``to_json`` never writes."""
+        engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],
             account=MemoryAccount(**data["account"]),
@@ -128,4 +188,6 @@ class RunPlan:
                     "extra": tuple(engine["extra"]),
                 }
             ),
+            layout=Layout(**layout) if layout else None,
+            prediction=Prediction(**prediction) if prediction else None,
         )

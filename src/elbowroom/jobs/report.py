@@ -97,6 +97,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         ("tokens", f"{report.prompt_tokens} prompt, {report.output_tokens} output"),
         ("seconds", f"{report.start_seconds:.1f} start-up, {report.run_seconds:.1f} run"),
         ("output tokens/s", f"{report.output_tokens_per_second:.1f}"),
+        ("predicted", _predicted(report)),
         ("KV tokens per replica", f"{kv_tokens} (account: {account.num_kv_tokens})"),
         (
             "weights and slots held",
@@ -115,6 +116,19 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
             f"{sum(replica.wait_seconds for replica in report.replicas):.1f}",
         ),
     ]
+
+
+def _predicted(report: JobReport) -> str:
+    """Beside the outcome. Rows may end before their limit, and some may have been finished."""
+    prediction = report.plan.prediction
+    if prediction is None:
+        return "nothing"
+    ratio = report.output_tokens_per_second / prediction.tokens_per_second
+    return (
+        f"{prediction.tokens_per_second:.1f} output tokens/s (outcome {ratio:.2f}x), "
+        f"{prediction.seconds:.1f} s run ({prediction.low_seconds:.1f} to "
+        f"{prediction.high_seconds:.1f}) for {prediction.output_tokens} output tokens"
+    )
 
 
 def _share(part: int, whole: int) -> str:

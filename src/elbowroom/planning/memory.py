@@ -22,19 +22,24 @@ def account_memory(
     memory_bytes: int,
     max_num_batched_tokens: int,
     max_num_seqs: int,
+    tensor_parallel: int = 1,
+    activation_bytes: int | None = None,
 ) -> MemoryAccount:
-    """The account of the replica with the most weights; what is left is the KV cache.
+    """The account of one device of the replica with the most weights; the rest is KV cache.
 
-    KV = memory - replicated weights - own FFN share - slots - activation workspace
-    (SiDP, section 3; ``papers.md`` writes it as W_rest + W_ffn/d + slots * w_layer).
+    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace
+    (SiDP, section 3, with t devices per replica and d replicas that share a pool).
 
+    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known.
     Never raises: ``kv_bytes`` may be negative, see ``check_fits``.
     """
     ffn_bytes = model.ffn_bytes()
-    owned = max(_owned_bytes(share, ffn_bytes) for share in shares)
-    slots = max(share.num_slots for share in shares) * max(ffn_bytes)
-    replicated = model.replicated_bytes()
-    workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs)
+    owned = -(-max(_owned_bytes(share, ffn_bytes) for share in shares) // tensor_parallel)
+    slots = max(share.num_slots for share in shares) * -(-max(ffn_bytes) // tensor_parallel)
+    replicated = -(-model.replicated_bytes() // tensor_parallel)
+    workspace = activation_bytes
+    if workspace is None:
+        workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs, tensor_parallel)
     return MemoryAccount(
         memory_bytes=memory_bytes,
         replicated_bytes=replicated,
@@ -42,19 +47,21 @@ def account_memory(
         slot_bytes=slots,
         workspace_bytes=workspace,
         kv_bytes=memory_bytes - replicated - owned - slots - workspace,
-        kv_bytes_per_token=model.kv_bytes_per_token(),
+        kv_bytes_per_token=model.kv_bytes_per_token(tensor_parallel),
         block_tokens=BLOCK_TOKENS,
     )
 
 
-def workspace_bytes(model: ModelFacts, max_num_batched_tokens: int, max_num_seqs: int) -> int:
+def workspace_bytes(
+    model: ModelFacts, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
+) -> int:
     """Activations of the largest iteration: two layer inputs, the widest layer, the logits.
 
     Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which
     is its widest; sampling works on float32 logits and one copy of them.
     """
     hidden = 3 * model.hidden_size  # layer input, residual, output
-    widest = 3 * model.intermediate_size  # gate, up, their product
+    widest = 3 * model.intermediate_size // tensor_parallel  # gate, up, their product
     tokens = max_num_batched_tokens * (hidden + widest) * model.dtype_bytes()
     logits = 2 * max_num_seqs * model.vocab_size * 4
     return tokens + logits

@@ -44,6 +44,7 @@ def fetch_order(
     num_ranks: int,
     num_slots: int,
     order: FetchOrder,
+    slice_bytes: int = SLICE_BYTES,
 ) -> tuple[Fetch, ...]:
     """One forward pass' worth of fetches for ``rank``, in the order they are issued.
 
@@ -52,8 +53,9 @@ def fetch_order(
     not meet at one owner. With d-1 slots a window is a whole cycle, as in the paper; with fewer
     it is shorter, because a window larger than the slots would wait for itself.
 
-    ``sliced`` takes the layers of a window in turns of ``SLICE_BYTES``, so that two slots are
-    enough to spread one reader over two owners.
+    ``sliced`` takes the layers of a window in turns of ``slice_bytes``, so that two slots are
+    enough to spread one reader over two owners. ``in-order`` does not shift: all readers meet at
+    the owner of the next layer, which is there to be compared with.
     """
     fetches: list[Fetch] = []
     for start in range(0, len(owners), num_ranks):
@@ -63,16 +65,17 @@ def fetch_order(
         for at in range(0, len(borrowed), num_slots):
             window = borrowed[at : at + num_slots]
             turn = sum(layer < own for layer in window) % len(window)
-            fetches += _fetch_window(window[turn:] + window[:turn], ffn_bytes, order)
+            turn = 0 if order == "in-order" else turn
+            fetches += _fetch_window(window[turn:] + window[:turn], ffn_bytes, order, slice_bytes)
     return tuple(fetches)
 
 
 def _fetch_window(
-    window: Sequence[int], ffn_bytes: Sequence[int], order: FetchOrder
+    window: Sequence[int], ffn_bytes: Sequence[int], order: FetchOrder, slice_bytes: int
 ) -> list[Fetch]:
-    if order == "peak-shift":
+    if order != "sliced":
         return [Fetch(layer, 0, 1) for layer in window]
-    pieces = {layer: max(1, -(-ffn_bytes[layer] // SLICE_BYTES)) for layer in window}
+    pieces = {layer: max(1, -(-ffn_bytes[layer] // slice_bytes)) for layer in window}
     return [
         Fetch(layer, piece, pieces[layer])
         for piece in range(max(pieces.values()))
@@ -87,6 +90,7 @@ def plan_shares(
     mode: PoolMode,
     num_slots: int | None = None,
     order: FetchOrder = "peak-shift",
+    slice_bytes: int = SLICE_BYTES,
 ) -> tuple[PoolShare, ...]:
     """The share of every replica. Replicas of mode "none" are pools of one rank each.
 
@@ -108,7 +112,7 @@ def plan_shares(
             num_ranks,
             owners,
             slots if num_ranks > 1 else 0,
-            fetch_order(owners, ffn_bytes, rank, num_ranks, slots, order),
+            fetch_order(owners, ffn_bytes, rank, num_ranks, slots, order, slice_bytes),
         )
         for rank in range(num_ranks)
     )

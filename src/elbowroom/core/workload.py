@@ -1,0 +1,104 @@
+"""Facts about a job: how long its prompts and outputs are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elbowroom.core.errors import InputError
+
+_FORMS = "write PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 256-512:384-512x48, with commas"
+_TERM = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\d{1,9})(?:-(\d{1,9}))?(?:x(\d{1,9}))?")
+_MAX_ROWS = 50_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Rows in the order in which they are worked on. Both arrays are int64 [num_rows]."""
+
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.prompt_tokens)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return int(self.output_tokens.sum())
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return int(self.prompt_tokens.sum())
+
+    @property
+    def longest_row(self) -> int:
+        return int((self.prompt_tokens + self.output_tokens).max())
+
+    @property
+    def mean_row(self) -> float:
+        return (self.num_prompt_tokens + self.num_output_tokens) / self.num_rows
+
+    def every(self, step: int) -> Workload:
+        """Every ``step``-th row: what one of so many equal groups would take."""
+        return Workload(self.prompt_tokens[::step], self.output_tokens[::step])
+
+    def longest_first(self) -> Workload:
+        """By output length: the order in which a run takes rows, so that the end is short."""
+        order = np.argsort(-self.output_tokens, kind="stable")
+        return Workload(self.prompt_tokens[order], self.output_tokens[order])
+
+    def __str__(self) -> str:
+        return (
+            f"{self.num_rows} rows, {self.num_prompt_tokens} prompt and "
+            f"{self.num_output_tokens} output tokens"
+        )
+
+
+def workload(prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Workload:
+    """From real lengths; every row has at least one token of each.
+
+    Raises InputError when there are no rows, or when the lists differ in length.
+    """
+    prompts = np.asarray(prompt_tokens, dtype=np.int64)
+    outputs = np.asarray(output_tokens, dtype=np.int64)
+    if not len(prompts) or prompts.shape != outputs.shape:
+        raise InputError(
+            f"a workload needs rows with a prompt and an output each, not {len(prompts)} and "
+            f"{len(outputs)}"
+        )
+    return Workload(np.maximum(prompts, 1), np.maximum(outputs, 1))
+
+
+def parse_lengths(text: str, seed: int = 0) -> Workload:
+    """Rows from text such as ``1024:512x10000`` or ``256-512:384-512x48,8000:100``.
+
+    A range stands for a uniform distribution, of which lengths are drawn with ``seed``; several
+    terms are mixed. Raises InputError for anything else.
+    """
+    generator = np.random.default_rng(seed)
+    prompts, outputs = [], []
+    for term in text.split(","):
+        match = _TERM.fullmatch(term.strip())
+        if match is None:
+            raise InputError(f"'{term}' gives no lengths: {_FORMS}")
+        rows = int(match[5] or 1)
+        if not 0 < rows <= _MAX_ROWS:
+            raise InputError(f"'{term}' asks for {rows} rows: give 1 to {_MAX_ROWS}")
+        prompts.append(_draw(generator, match[1], match[2], rows, term))
+        outputs.append(_draw(generator, match[3], match[4], rows, term))
+    order = generator.permutation(sum(map(len, prompts)))
+    return Workload(np.concatenate(prompts)[order], np.concatenate(outputs)[order])
+
+
+def _draw(
+    generator: np.random.Generator, low: str, high: str | None, rows: int, term: str
+) -> NDArray[np.int64]:
+    least, most = int(low), int(high or low)
+    if not 1 <= least <= most:
+        raise InputError(f"'{term}': {least} to {most} tokens is no range of lengths: {_FORMS}")
+    return generator.integers(least, most + 1, rows, dtype=np.int64)

@@ -1,0 +1,107 @@
+"""How long the rows of a batch file are, for a plan: prompts are counted, outputs assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.workload import Workload, workload
+from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.prompts import max_output_tokens, num_answers
+
+ASSUMED_OUTPUT_TOKENS = 256
+"""Of a row that sets no limit: nobody knows before it is answered."""
+
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_MESSAGE = 4
+"""What chat templates put around a message: its role and its ends."""
+
+
+@dataclass(frozen=True)
+class FileLengths:
+    """Lengths of a file's rows in its order; of ``num_counted`` rows if it is larger than asked."""
+
+    workload: Workload
+    num_counted: int
+    num_unlimited: int
+
+    def __str__(self) -> str:
+        text = str(self.workload)
+        if self.num_counted < self.workload.num_rows:
+            text += f" (from {self.num_counted} rows that were counted)"
+        if self.num_unlimited:
+            text += f"; rows without max_tokens are taken to give {ASSUMED_OUTPUT_TOKENS} tokens"
+        return text
+
+
+def read_lengths(
+    path: Path, model_dir: Path, limits: RowLimits, max_rows: int | None = None
+) -> FileLengths:
+    """Count prompts in the model's tokens. Chat templates are estimated, not rendered.
+
+    Of more than ``max_rows`` rows so many are counted, evenly spread, and stand for the others.
+    Outputs are taken to reach their limits. Raises InputError when the file cannot be read.
+    """
+    count = _counter(model_dir)
+    prompts: list[int] = []
+    outputs: list[int] = []
+    num_counted = num_unlimited = 0
+    with BatchFile(path, limits) as batch:
+        num_rows = batch.scan().num_rows
+        step = max(1, -(-num_rows // max_rows)) if max_rows else 1
+        for row in batch.rows(range(0, num_rows, step)):
+            if not isinstance(row, Row):
+                continue
+            num_counted += 1
+            limit = max_output_tokens(row)
+            num_unlimited += limit is None
+            answers = num_answers(row)
+            prompts += [_prompt_tokens(row.body, count)] * answers
+            outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
+    if not prompts:
+        raise InputError(f"{path} has no row that could be answered: see `elbowroom check`")
+    wanted = len(prompts) if step == 1 else round(len(prompts) * num_rows / num_counted)
+    order = np.arange(wanted) % len(prompts)
+    counted = workload(np.array(prompts)[order], np.array(outputs)[order])
+    return FileLengths(counted, num_counted if step > 1 else num_rows, num_unlimited)
+
+
+def _counter(model_dir: Path) -> Callable[[str], int]:
+    path = model_dir / "tokenizer.json"
+    if not path.exists():
+        return lambda text: len(text.encode()) // _BYTES_PER_TOKEN
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"cannot load {path}: {error}") from error
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> int:
+    messages = body.get("messages")
+    if isinstance(messages, list):
+        return sum(_TOKENS_PER_MESSAGE + count(text) for text in _texts(messages))
+    given = body.get("prompt", body.get("input"))
+    if isinstance(given, list) and given and isinstance(given[0], int):
+        return len(given)
+    texts = list(_texts(given))
+    return sum(map(count, texts)) // max(1, len(texts))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Contents of messages, and whatever text lies in them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key in ("content", "text"):
+            yield from _texts(value.get(key))

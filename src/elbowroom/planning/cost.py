@@ -1,0 +1,174 @@
+"""The cost of one iteration of one replica: a roofline per layer part, transfers, collectives.
+
+Every term is a sum of bytes over a rate, FLOPs over a rate, or a fixed cost; the rates and their
+sources are facts of the cluster (``core/cluster.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from elbowroom.core.cluster import Cluster, Link
+from elbowroom.core.model import ModelFacts
+
+
+class Batch(NamedTuple):
+    """What one iteration of one replica computes.
+
+    ``context_tokens`` sums what the decode rows read from the KV cache; ``prefill_pairs`` sums the
+    query-key pairs of prompts (n^2 / 2 for a prompt of n tokens that is taken whole).
+    """
+
+    decode_rows: float
+    context_tokens: float
+    prefill_tokens: float = 0.0
+    prefill_pairs: float = 0.0
+
+    @property
+    def num_tokens(self) -> float:
+        return self.decode_rows + self.prefill_tokens
+
+
+class IterationCost(NamedTuple):
+    """Seconds of compute in one iteration, all weights being there."""
+
+    projections: float
+    kv_read: float
+    prefill_attention: float
+    ffn: float
+    head: float
+    collectives: float
+    layers: float
+    engine: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+class Term(NamedTuple):
+    """One line of an explanation."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Times of one model on replicas of ``tensor_parallel`` devices of a cluster."""
+
+    model: ModelFacts
+    cluster: Cluster
+    tensor_parallel: int = 1
+
+    def iteration(self, batch: Batch) -> IterationCost:
+        """Seconds of one iteration on local weights (roofline, SiDP section 2: T(B))."""
+        return IterationCost(
+            projections=self.model.num_layers * self.projection_seconds(batch.num_tokens),
+            kv_read=self.kv_read_seconds(batch.context_tokens),
+            prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs),
+            ffn=self.ffn_seconds(batch.num_tokens),
+            head=self.head_seconds(batch.num_tokens),
+            collectives=self.collective_seconds(batch.num_tokens),
+            layers=self.model.num_layers * self.cluster.device.layer_seconds,
+            engine=self.engine_seconds(batch.num_tokens),
+        )
+
+    def projection_seconds(self, rows: float) -> float:
+        """The four attention matrices of one layer: their bytes, or 2 FLOPs per row and element."""
+        return self._matmul(rows, self.model.attention_elements(), self.model.attention_elements())
+
+    def kv_read_seconds(self, context_tokens: float) -> float:
+        """Decode attention of all layers: it reads the keys and values of every row once."""
+        kv_bytes = self.model.kv_bytes_per_token(self.tensor_parallel) * context_tokens
+        return kv_bytes / self.cluster.device.attention_bandwidth.achieved
+
+    def prefill_attention_seconds(self, pairs: float) -> float:
+        """Two products per query-key pair and head: 4 * head_dim FLOPs, over all layers."""
+        model = self.model
+        flops = 4 * model.head_dim * model.num_heads * model.num_layers * pairs
+        return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
+
+    def ffn_layer_seconds(self, layer: int, rows: float) -> float:
+        """The feed-forward network of one layer; in a mixture, of the experts that rows touch."""
+        touched = self.model.touched_ffn_elements(layer, rows)
+        return self._matmul(rows, touched, self.model.active_ffn_elements(layer))
+
+    def ffn_seconds(self, rows: float) -> float:
+        return sum(
+            count * self.ffn_layer_seconds(layer, rows) for layer, count in self._layer_kinds
+        )
+
+    def head_seconds(self, rows: float) -> float:
+        return self._matmul(rows, self.model.head_elements(), self.model.head_elements())
+
+    def collective_seconds(self, rows: float) -> float:
+        """Two all-reduces of the hidden state per layer (Megatron), after attention and FFN."""
+        ranks = self.tensor_parallel
+        if ranks == 1:
+            return 0.0
+        num_bytes = rows * self.model.hidden_size * self.model.dtype_bytes()
+        link = self.cluster.link(ranks)
+        return 2 * self.model.num_layers * link.all_reduce_seconds(num_bytes, ranks)
+
+    def engine_seconds(self, rows: float) -> float:
+        """Scheduling, sampling and detokenising of one iteration."""
+        device = self.cluster.device
+        return device.iteration_seconds + rows * device.row_seconds
+
+    def fetch_layer_seconds(self, layer: int, num_ranks: int) -> float:
+        """Pulling one device's part of a layer from its owner, alone on the link."""
+        num_bytes = self.model.ffn_bytes()[layer] / self.tensor_parallel
+        return self._peer_link(num_ranks).transfer_seconds(num_bytes)
+
+    def fetch_seconds(self, num_ranks: int) -> float:
+        """All layers that a rank of ``num_ranks`` borrows, one after the other: (d-1)/d of all."""
+        if num_ranks == 1:
+            return 0.0
+        layers = sum(
+            count * self.fetch_layer_seconds(layer, num_ranks) for layer, count in self._layer_kinds
+        )
+        return layers * (num_ranks - 1) / num_ranks
+
+    def round_trip_seconds(self, rows: float, num_ranks: int) -> float:
+        """Shipping the FFN's input rows of one layer to the owner, and its output rows back."""
+        num_bytes = rows * self.model.hidden_size * self.model.dtype_bytes() / self.tensor_parallel
+        return 2 * self._peer_link(num_ranks).transfer_seconds(num_bytes)
+
+    def explain(self, batch: Batch) -> list[Term]:
+        """Every term of an iteration with its unit and where it comes from."""
+        cost, device = self.iteration(batch), self.cluster.device
+        measured = "measured products" if device.matmul else "max(bytes/bandwidth, FLOPs/rate)"
+        model = self.model
+        return [
+            Term("projections", cost.projections, "s", f"attention matrices, {measured}"),
+            Term("KV read", cost.kv_read, "s", "bytes of the rows' KV / attention bandwidth"),
+            Term("prefill attention", cost.prefill_attention, "s", "4 d FLOPs per pair and head"),
+            Term("FFN", cost.ffn, "s", f"gate, up, down, {measured}"),
+            Term("head", cost.head, "s", f"vocabulary x hidden, {measured}"),
+            Term("collectives", cost.collectives, "s", "2 all-reduces per layer, alpha-beta"),
+            Term("layers", cost.layers, "s", f"{model.num_layers} x layer_seconds"),
+            Term("engine", cost.engine, "s", "iteration_seconds + rows x row_seconds"),
+            Term("iteration", cost.total, "s", "sum"),
+        ]
+
+    def _matmul(self, rows: float, read: float, active: float) -> float:
+        ranks = self.tensor_parallel
+        element_bytes = self.model.weight_element_bytes()
+        return self.cluster.device.matmul_seconds(rows, read / ranks, active / ranks, element_bytes)
+
+    def _peer_link(self, num_ranks: int) -> Link:
+        return self.cluster.link(num_ranks * self.tensor_parallel)
+
+    @cached_property
+    def _layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """One layer of each kind, and how many there are: most models have one kind."""
+        experts = self.model.expert_elements or (0,) * self.model.num_layers
+        kinds: dict[tuple[int, int], list[int]] = {}
+        for layer, sizes in enumerate(zip(self.model.ffn_elements, experts, strict=True)):
+            kinds.setdefault(sizes, []).append(layer)
+        return tuple((layers[0], len(layers)) for layers in kinds.values())

@@ -1,0 +1,190 @@
+"""A discrete-event simulator: tasks on in-order streams that share resources fairly.
+
+It knows nothing of layers or links. A task works for so many seconds when it is alone, and uses a
+part of some resources while it does. Tasks that meet on a resource get max-min fair rates, as flows
+do on a network link, and as threads do on a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_EPSILON = 1e-12
+
+
+class Task(NamedTuple):
+    """Something that takes time.
+
+    Args:
+        name: for traces.
+        stream: tasks of one stream run one after the other, in the order they are listed;
+            None starts as soon as ``after`` is done.
+        seconds: of work when alone.
+        uses: resources, each with the fraction of it that the task takes when alone.
+        after: numbers of earlier tasks that must have ended.
+        latency: seconds that pass before the work begins, on no resource.
+
+    """
+
+    name: str
+    stream: int | None
+    seconds: float
+    uses: tuple[tuple[int, float], ...] = ()
+    after: tuple[int, ...] = ()
+    latency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each task began to be worked on (or to wait out its latency) and ended, in seconds.
+
+    busy_seconds[r] integrates how much of resource r was in use: at most its share of the total.
+    """
+
+    tasks: Sequence[Task]
+    starts: list[float]
+    ends: list[float]
+    busy_seconds: list[float]
+
+    @property
+    def seconds(self) -> float:
+        return max(self.ends, default=0.0)
+
+
+@dataclass
+class _State:
+    """What the loop changes."""
+
+    remaining: list[float]
+    missing: list[int]
+    starts: list[float]
+    ends: list[float]
+    busy: list[float]
+    now: float = 0.0
+    working: list[int] = field(default_factory=list)
+    delayed: list[tuple[float, int]] = field(default_factory=list)
+
+
+def simulate(tasks: Sequence[Task], num_resources: int) -> Timeline:
+    """Run tasks to their end. Deterministic: ties go to the task listed first.
+
+    Raises ValueError when tasks wait for each other, or for one listed later.
+    """
+    followers = _followers(tasks)
+    state = _State(
+        remaining=[task.seconds for task in tasks],
+        missing=[len(before) for before in _predecessors(tasks)],
+        starts=[0.0] * len(tasks),
+        ends=[-1.0] * len(tasks),
+        busy=[0.0] * num_resources,
+    )
+    _begin([number for number, missing in enumerate(state.missing) if not missing], tasks, state)
+    num_done = 0
+    while state.working or state.delayed:
+        done = _advance(tasks, state)
+        num_done += len(done)
+        ready = []
+        for number in done:
+            for follower in followers[number]:
+                state.missing[follower] -= 1
+                if not state.missing[follower]:
+                    ready.append(follower)
+        _begin(sorted(ready), tasks, state)
+    if num_done < len(tasks):
+        stuck = next(task.name for task, end in zip(tasks, state.ends, strict=True) if end < 0)
+        raise ValueError(f"task {stuck} can never start: tasks wait for each other")
+    return Timeline(tasks, state.starts, state.ends, state.busy)
+
+
+def critical_path_seconds(tasks: Sequence[Task]) -> float:
+    """The longest chain of tasks, each alone: no schedule is shorter."""
+    ends: list[float] = []
+    for task, before in zip(tasks, _predecessors(tasks), strict=True):
+        start = max((ends[number] for number in before), default=0.0)
+        ends.append(start + task.latency + task.seconds)
+    return max(ends, default=0.0)
+
+
+def _predecessors(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
+    """``after``, and the task before in the same stream."""
+    last: dict[int, int] = {}
+    result = []
+    for number, task in enumerate(tasks):
+        before = set(task.after)
+        if any(other >= number for other in before):
+            raise ValueError(f"task {task.name} waits for one that is listed later")
+        if task.stream is not None:
+            before |= {last[task.stream]} if task.stream in last else set()
+            last[task.stream] = number
+        result.append(tuple(sorted(before)))
+    return result
+
+
+def _followers(tasks: Sequence[Task]) -> list[list[int]]:
+    followers: list[list[int]] = [[] for _ in tasks]
+    for number, before in enumerate(_predecessors(tasks)):
+        for other in before:
+            followers[other].append(number)
+    return followers
+
+
+def _begin(ready: Sequence[int], tasks: Sequence[Task], state: _State) -> None:
+    for number in ready:
+        state.starts[number] = state.now
+        if tasks[number].latency:
+            state.delayed.append((state.now + tasks[number].latency, number))
+        else:
+            state.working.append(number)
+
+
+def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
+    """Let time pass to the next end of a task or of a latency. Returns the tasks that ended."""
+    rates = fair_rates([tasks[number].uses for number in state.working], len(state.busy))
+    step = min((at - state.now for at, _ in state.delayed), default=float("inf"))
+    for number, rate in zip(state.working, rates, strict=True):
+        step = min(step, state.remaining[number] / rate)
+    state.now += step
+    done, working = [], []
+    for number, rate in zip(state.working, rates, strict=True):
+        for resource, part in tasks[number].uses:
+            state.busy[resource] += part * rate * step
+        state.remaining[number] -= rate * step
+        if state.remaining[number] <= _EPSILON:
+            state.ends[number] = state.now
+            done.append(number)
+        else:
+            working.append(number)
+    over = [number for at, number in state.delayed if at <= state.now + _EPSILON]
+    state.delayed = [item for item in state.delayed if item[0] > state.now + _EPSILON]
+    state.working = working + over
+    return done
+
+
+def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]], num_resources: int) -> list[float]:
+    """Max-min fair rates, each at most 1, by progressive filling (Bertsekas and Gallager).
+
+    All rates grow together; those that use a resource which is full stay as they are.
+    """
+    rates = [1.0] * len(uses)
+    free = set(range(len(uses)))
+    room = [1.0] * num_resources
+    while free:
+        demand = [0.0] * num_resources
+        for number in free:
+            for resource, part in uses[number]:
+                demand[resource] += part
+        level, tightest = 1.0, -1
+        for resource, wanted in enumerate(demand):
+            if wanted > room[resource] + _EPSILON and room[resource] / wanted < level:
+                level, tightest = room[resource] / wanted, resource
+        if tightest < 0:
+            break
+        for number in sorted(free):
+            if any(resource == tightest for resource, _ in uses[number]):
+                rates[number] = level
+                free.discard(number)
+                for resource, part in uses[number]:
+                    room[resource] = max(0.0, room[resource] - part * level)
+    return rates

@@ -1,0 +1,237 @@
+"""Enumerates layouts, times each on the job, and says which to take and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.model import ModelFacts
+from elbowroom.core.plan import FetchOrder, Layout, MemoryAccount, PoolShare
+from elbowroom.core.units import format_bytes
+from elbowroom.core.workload import Workload
+from elbowroom.planning.cost import CostModel
+from elbowroom.planning.job import Policy, ReplicaLimits, simulate_job
+from elbowroom.planning.memory import account_memory
+from elbowroom.planning.modes import PoolTimes
+from elbowroom.planning.pool import plan_shares
+
+SAMPLE_ROWS_PER_REPLICA = 300
+"""Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
+
+_TIE = 0.01
+"""Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
+
+_MOST_REPLICAS = 16
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine is told, of what matters to a plan. ``activation_bytes`` None is derived."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    activation_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its account and its predicted job, or what each device lacks for it."""
+
+    layout: Layout
+    account: MemoryAccount
+    rows_at_once: int = 0
+    seconds: float = float("inf")
+    tokens_per_second: float = 0.0
+    missing_bytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing_bytes
+
+    @property
+    def why_out(self) -> str:
+        if self.fits:
+            return ""
+        return f"needs {format_bytes(self.missing_bytes)} more"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All candidates, the fastest first; ``best`` is None when none fits."""
+
+    candidates: tuple[Candidate, ...]
+    best: Candidate | None
+    reason: str
+
+    def pareto(self) -> tuple[Candidate, ...]:
+        """Candidates that no other beats in both finish time and KV tokens of a replica."""
+        kept: list[Candidate] = []
+        for candidate in self.candidates:
+            if not candidate.fits:
+                continue
+            tokens = candidate.account.num_kv_tokens
+            if all(tokens > other.account.num_kv_tokens for other in kept):
+                kept.append(candidate)
+        return tuple(kept)
+
+
+def enumerate_layouts(model: ModelFacts, cluster: Cluster) -> Iterator[Layout]:
+    """Layouts that use every device: t x d x groups, pools within the nearest links.
+
+    Tensor parallelism takes powers of two that divide the heads; a streamed pool 2 or d-1 slots,
+    as one slot hides nothing.
+    """
+    width = 1
+    while width <= cluster.node_devices:
+        if cluster.num_devices % width == 0 and model.num_heads % width == 0:
+            replicas = cluster.num_devices // width
+            yield Layout(width, 1, replicas, "none")
+            for ranks in range(2, cluster.node_devices // width + 1):
+                if replicas % ranks == 0 and ranks <= model.num_layers:
+                    yield from _pools(width, ranks, replicas // ranks, cluster)
+        width *= 2
+
+
+def _pools(width: int, ranks: int, groups: int, cluster: Cluster) -> Iterator[Layout]:
+    if cluster.device.maps_peers:
+        yield Layout(width, ranks, groups, "mapped")
+    for slots in sorted({2, max(2, ranks - 1)}):
+        yield Layout(width, ranks, groups, "streamed", slots)
+        if cluster.device.copies_overlap:
+            yield Layout(width, ranks, groups, "streamed", slots, ships=True)
+
+
+def choose(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    engine: EngineLimits,
+    layouts: Sequence[Layout] | None = None,
+) -> Choice:
+    """Time every layout on the workload. Under 2 s for 8 devices.
+
+    Raises MemoryPlanError when there is no layout to look at.
+    """
+    asked = list(enumerate_layouts(model, cluster) if layouts is None else layouts)
+    if not asked:
+        raise MemoryPlanError("no layout is left to choose from: allow more of them")
+    candidates = [evaluate(model, cluster, workload, engine, layout) for layout in asked]
+    candidates.sort(key=lambda c: (c.seconds, -c.account.num_kv_tokens, str(c.layout)))
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return Choice(tuple(candidates), None, "no layout fits")
+    near = [c for c in fitting if c.seconds <= fitting[0].seconds * (1 + _TIE)]
+    best = max(near, key=lambda c: (c.account.num_kv_tokens, -c.seconds, -c.layout.num_ranks))
+    return Choice(tuple(candidates), best, _reason(best, fitting))
+
+
+def evaluate(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    engine: EngineLimits,
+    layout: Layout,
+) -> Candidate:
+    """One layout on one job."""
+    account = account_layout(model, layout, cluster.device.usable_bytes, engine)
+    limits = replica_limits(account, engine)
+    longest = limits.row_tokens(workload.longest_row)
+    if longest > limits.num_kv_tokens:
+        needed = (longest + account.block_tokens) * account.kv_bytes_per_token
+        return Candidate(layout, account, missing_bytes=needed - account.kv_bytes)
+    seconds = job_seconds(model, cluster, workload, layout, limits)
+    rows = min(engine.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
+    rate = workload.num_output_tokens / seconds
+    return Candidate(layout, account, rows, seconds, rate)
+
+
+def job_seconds(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    layout: Layout,
+    limits: ReplicaLimits,
+) -> float:
+    """Predicted seconds of a job. All rows of a short one are simulated.
+
+    Of a long one two samples are, one twice as large as the other: what the larger adds is the pace
+    of the rest. Of many replicas those of one group are.
+    """
+    times = pool_times(model, cluster, layout)
+    replicas = layout.num_replicas
+    if replicas > _MOST_REPLICAS:
+        workload = workload.every(layout.num_groups)
+        replicas = layout.num_ranks
+
+    def seconds(rows: Workload) -> float:
+        return simulate_job(times, limits, rows, replicas, policy_of(layout)).seconds
+
+    at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
+    sample = replicas * max(SAMPLE_ROWS_PER_REPLICA, 3 * at_once)
+    step = -(-workload.num_rows // sample)
+    if step == 1:
+        return seconds(workload)
+    whole, half = workload.every(step), workload.every(2 * step)
+    of_whole = seconds(whole)
+    pace = (of_whole - seconds(half)) / (whole.num_rows - half.num_rows)
+    return of_whole + pace * (workload.num_rows - whole.num_rows)
+
+
+def account_layout(
+    model: ModelFacts, layout: Layout, memory_bytes: int, engine: EngineLimits
+) -> MemoryAccount:
+    """The account of one device, by the function that ``run`` uses."""
+    return account_memory(
+        model,
+        layout_shares(model, layout),
+        memory_bytes,
+        engine.max_num_batched_tokens,
+        engine.max_num_seqs,
+        layout.tensor_parallel,
+        engine.activation_bytes,
+    )
+
+
+def layout_shares(
+    model: ModelFacts, layout: Layout, order: FetchOrder = "peak-shift"
+) -> tuple[PoolShare, ...]:
+    """The shares of one group's replicas."""
+    slots = layout.num_slots or None
+    return plan_shares(model.ffn_bytes(), layout.num_ranks, layout.pool, slots, order)
+
+
+def replica_limits(account: MemoryAccount, engine: EngineLimits) -> ReplicaLimits:
+    """What a replica may hold; the engine keeps one block for itself."""
+    return ReplicaLimits(
+        num_kv_tokens=max(0, account.num_kv_tokens - account.block_tokens),
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+        block_tokens=account.block_tokens,
+    )
+
+
+def policy_of(layout: Layout) -> Policy:
+    if layout.pool == "streamed":
+        return "per-replica" if layout.ships else "stream"
+    return "map" if layout.pool == "mapped" else "local"
+
+
+def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes:
+    cost = CostModel(model, cluster, layout.tensor_parallel)
+    return PoolTimes(cost, layout.num_ranks, layout.num_slots)
+
+
+def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
+    """Why it is the best: what the next best of another kind would take."""
+    kind = (best.layout.tensor_parallel, best.layout.pool)
+    others = [c for c in fitting if (c.layout.tensor_parallel, c.layout.pool) != kind]
+    if not others:
+        return "the only kind of layout that fits"
+    other = min(others, key=lambda c: c.seconds)
+    ratio = other.seconds / best.seconds
+    tokens = best.account.num_kv_tokens / max(1, other.account.num_kv_tokens)
+    if ratio > 1 + _TIE:
+        return f"{ratio:.2f}x as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
+    return f"as fast as {other.layout}, with {tokens:.2f}x its KV tokens"

@@ -1,0 +1,132 @@
+"""Replays a plan: its whole job row by row, and a few iterations of its pool layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.model import ModelFacts, read_model
+from elbowroom.core.plan import Layout, RunPlan
+from elbowroom.core.trace import Count, Span
+from elbowroom.core.workload import Workload, parse_lengths, workload
+from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.limits import RowLimits
+from elbowroom.planner import THIS_MACHINE, find_cluster
+from elbowroom.planning.cost import Batch
+from elbowroom.planning.job import JobOutcome, simulate_job
+from elbowroom.planning.search import EngineLimits, policy_of, pool_times, replica_limits
+from elbowroom.planning.simulate import PoolTimeline, simulate_pool
+
+_TRACE_ITERATIONS = 3
+
+
+@dataclass(frozen=True)
+class SimulationSettings:
+    """What ``elbowroom simulate`` is told. Without a job, the plan's own mean row is repeated."""
+
+    plan: RunPlan
+    cluster: str = THIS_MACHINE
+    input: Path | None = None
+    lengths: str | None = None
+    limits: RowLimits = field(default_factory=RowLimits)
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A job as it would go, and iterations of one group at its usual batch."""
+
+    layout: Layout
+    job: JobOutcome
+    pool: PoolTimeline
+    batch: Batch
+
+    def trace(self) -> Iterator[Span | Count]:
+        """The job on processes ``replica r``, iterations on ``iteration, replica r``."""
+        for segment in self.job.segments:
+            process = f"replica {segment.replica}"
+            name = f"{segment.mode} {segment.num_rows} rows"
+            details = {
+                "iterations": segment.num_iterations,
+                "rows": segment.num_rows,
+                "prefill_tokens": segment.prefill_tokens,
+            }
+            yield Span(process, "iterations", name, segment.start, segment.end, details)
+            yield Count(process, "rows", segment.start, segment.num_rows)
+        yield from self.pool.spans()
+
+
+def simulate_plan(settings: SimulationSettings) -> Simulated:
+    """Raises InputError for a job that cannot be read, MemoryPlanError for rows too long."""
+    plan, layout = settings.plan, settings.plan.layout
+    assert layout is not None
+    model = _model(plan)
+    cluster = find_cluster(settings.cluster, plan.cores)
+    limits = replica_limits(plan.account, _engine(plan))
+    rows = _workload(settings).longest_first()
+    times = pool_times(model, cluster, layout)
+    job = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout))
+    at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(rows.mean_row))
+    context = (rows.num_prompt_tokens + rows.num_output_tokens / 2) / rows.num_rows
+    batch = Batch(at_once, at_once * context)
+    shares = plan.shares[: layout.num_ranks]
+    pool = simulate_pool(
+        times.cost, shares, [batch] * len(shares), num_iterations=_TRACE_ITERATIONS
+    )
+    return Simulated(layout, job, pool, batch)
+
+
+def print_simulation(screen: Console, simulated: Simulated) -> None:
+    job, pool = simulated.job, simulated.pool
+    table = Table(title=str(simulated.layout), title_justify="left", show_header=False, box=None)
+    table.add_row("seconds", f"{job.seconds:.1f}")
+    table.add_row("output tokens/s", f"{job.tokens_per_second:.1f}")
+    rows = ", ".join(str(replica.num_rows) for replica in job.replicas[:16])
+    table.add_row("rows by replica", rows)
+    first = min(replica.finish_seconds for replica in job.replicas)
+    table.add_row("first replica idle after", f"{first:.1f} s")
+    modes = sorted({mode for replica in job.replicas for mode in replica.mode_iterations})
+    shares = ", ".join(f"{mode} {job.mode_share(mode):.1%}" for mode in modes)
+    table.add_row("iterations", shares)
+    table.add_row(
+        f"iteration of {simulated.batch.decode_rows:.0f} rows",
+        f"{pool.iteration_seconds * 1e3:.2f} ms",
+    )
+    busy = ", ".join(f"{name} {share:.1%}" for name, share in pool.busy_fractions().items())
+    table.add_row("busy", busy)
+    waited = np.mean(pool.waits) / pool.timeline.seconds
+    table.add_row("compute waited", f"{waited:.1%}")
+    if pool.slots:
+        table.add_row("slots held at once", str(pool.most_slots(0)))
+    screen.print(table)
+
+
+def _model(plan: RunPlan) -> ModelFacts:
+    extra = plan.engine.extra
+    kv_dtype = extra[extra.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in extra else None
+    return replace(read_model(Path(plan.model_dir), plan.engine.dtype), kv_dtype=kv_dtype)
+
+
+def _engine(plan: RunPlan) -> EngineLimits:
+    return EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
+
+
+def _workload(settings: SimulationSettings) -> Workload:
+    if settings.lengths is not None:
+        return parse_lengths(settings.lengths)
+    if settings.input is not None:
+        model = Path(settings.plan.model_dir)
+        return read_lengths(settings.input, model, settings.limits).workload
+    predicted = settings.plan.prediction
+    if predicted is None:
+        raise InputError("the plan was made for no job: give --input or --lengths")
+    rows = predicted.num_rows
+    return workload(
+        [round(predicted.prompt_tokens / rows)] * rows,
+        [round(predicted.output_tokens / rows)] * rows,
+    )

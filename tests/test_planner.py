@@ -1,0 +1,252 @@
+"""From files to plans and back: `plan`, `simulate` and `run --plan`, and what each refuses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tools.make_model import make_model
+
+from elbowroom import api, cli
+from elbowroom.core.cluster import read_cluster
+from elbowroom.core.errors import InputError
+from elbowroom.core.plan import RunPlan
+from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
+from elbowroom.jobs.limits import RowLimits
+from elbowroom.planner import (
+    PlanSettings,
+    cache_path,
+    calibrated,
+    find_cluster,
+    plan_job,
+    read_run_plan,
+)
+from elbowroom.profiling import machine
+from tests.jobs.plans import write_batch
+from tests.planning.facts import CPU, MODELS
+
+QWEN = str(MODELS / "Qwen3-32B")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "small", "llama", 4)
+
+
+def plan(*flags: str) -> int:
+    return cli.main(["plan", *flags])
+
+
+def test_plan_prints_every_layout_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--lengths", "4096:512x2000", "--cluster", "h20-8", "--explain")
+    assert plan("--model", str(MODELS / "Llama-3.1-70B"), *flags) == 0
+    out = capsys.readouterr().out
+    assert "2000 rows, 8192000 prompt and 1024000 output tokens" in out
+    for words in ("t8d1 none", "t2d4 WaS+CaS 2 slots", "+-35%", "KV tokens", "B_th", "fetch"):
+        assert words in out
+    assert "t1d1g8 none" in out
+    assert "more" in next(line for line in out.splitlines() if "t1d1g8 none" in line)
+    assert "as fast as" in out
+    assert "data sheet" in out, "explained terms name their sources"
+
+
+def test_an_impossible_request_gets_what_would_help(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--lengths", "1024:512x100", "--cluster", "h20-8", "--tensor-parallel", "1")
+    assert plan("--model", str(MODELS / "Llama-3.1-70B"), *flags, "--pool", "none") == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "more memory per device, for t1d1g8 none" in said
+    assert "another layout:" in said
+    assert "--weight-dtype fp8: t1d1g8 none fits" in said
+
+
+def test_a_plan_is_simulated_and_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, trace = tmp_path / "plan.json", tmp_path / "t.json"
+    flags = ("--lengths", "4096:512x500", "--cluster", "h20-8", "--pool", "WaS+CaS")
+    assert plan("--model", QWEN, *flags, "--json", str(path)) == 0
+    command = ["simulate", "--plan", str(path), "--cluster", "h20-8", "--trace", str(trace)]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert "compute waited" in out
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert {"replica 0", "iteration, replica 0", "compute", "copies 0"} <= names
+
+
+def test_simulate_agrees_with_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "plan.json"
+    flags = ("--lengths", "1024:512x4000", "--cluster", "h200-8")
+    assert plan("--model", QWEN, *flags, "--json", str(path)) == 0
+    prediction = RunPlan.from_json(json.loads(path.read_text())).prediction
+    assert prediction is not None
+    capsys.readouterr()
+    assert cli.main(["simulate", "--plan", str(path), "--cluster", "h200-8"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("seconds"))
+    assert float(line.split()[-1]) == pytest.approx(prediction.seconds, rel=0.1)
+
+
+def test_run_takes_a_plan(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    batch, path = write_batch(tmp_path / "in.jsonl", 5), tmp_path / "plan.json"
+    flags = ["--model", str(small), "--input", str(batch), "--memory", "64MiB", "--replicas", "2"]
+    assert plan(*flags, "--pool", "mapped", "--json", str(path)) == 0
+    seen: list[RunPlan] = []
+
+    async def run_job(plan: RunPlan, *_: object) -> None:
+        seen.append(plan)
+        raise InputError("seen")
+
+    monkeypatch.setattr(api, "run_job", run_job)
+    files = ["--input", str(batch), "--output", str(tmp_path / "out.jsonl")]
+    assert cli.main(["run", "--plan", str(path), *files]) == 2
+    by_plan = seen.pop()
+    assert by_plan.layout == read_run_plan(path).layout
+    assert by_plan.account == read_run_plan(path).account
+    assert by_plan.prediction is not None
+    by_flags = ["--model", str(small), "--memory", "64MiB", "--replicas", "2", "--pool", "mapped"]
+    assert cli.main(["run", *by_flags, *files]) == 2
+    assert replace(seen.pop(), engine=by_plan.engine) == by_plan
+    capsys.readouterr()
+    assert cli.main(["run", "--plan", str(path), *files, "--replicas", "3"]) == 2
+    assert "--replicas is what the plan says" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["run", *files]) == 2
+    assert "give --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--tensor-parallel", "2"), "does not run replicas of several devices"),
+        (
+            ("--pool", "WaS+CaS", "--tensor-parallel", "1"),
+            "does not run activations that are shipped",
+        ),
+        (("--pool", "WaS", "--tensor-parallel", "1", "--slots", "2"), "several groups"),
+    ],
+)
+def test_plans_that_cannot_be_run_yet(tmp_path: Path, flags: tuple[str, ...], words: str) -> None:
+    path = tmp_path / "plan.json"
+    job = ("--lengths", "1024:512x100", "--cluster", "h200-8", "--json", str(path))
+    assert plan("--model", QWEN, *job, *flags) == 0
+    if words == "several groups":
+        data = json.loads(path.read_text())
+        data["layout"] |= {"num_ranks": 2, "num_groups": 4}
+        path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=words):
+        read_run_plan(path)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"layout": {}}', "nonsense"])
+def test_what_is_no_plan(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match="plan"):
+        read_run_plan(path)
+
+
+def test_an_unknown_model_type_is_planned_from_its_shapes(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((small / "config.json").read_text()) | {"model_type": "novel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(small / "model.safetensors")
+    flags = ("--lengths", "64:32x100", "--memory", "64MiB", "--replicas", "2")
+    assert plan("--model", str(tmp_path), *flags) == 0
+    assert "'novel' is not known: planned from its shapes alone" in capsys.readouterr().out
+
+
+def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    rows = [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "w5 w6 w7"}]}),
+        ("/v1/completions", {"prompt": [1, 2, 3, 4], "max_tokens": 7, "n": 3}),
+        ("/v1/completions", {"prompt": "w5 w6"}),
+        ("/v1/embeddings", {"input": "w5"}),
+    ]
+    lines = [
+        json.dumps({"custom_id": str(i), "method": "POST", "url": url, "body": {"model": "m", **b}})
+        for i, (url, b) in enumerate(rows)
+    ]
+    path.write_text("\n".join([*lines, "not json"]) + "\n")
+    lengths = read_lengths(path, small, RowLimits())
+    assert lengths.workload.prompt_tokens.tolist() == [4 + 3, 4, 4, 4, 2, 1]
+    assert lengths.workload.output_tokens.tolist() == [ASSUMED_OUTPUT_TOKENS, 7, 7, 7, 16, 1]
+    assert lengths.num_unlimited == 1
+    assert "without max_tokens" in str(lengths)
+
+
+def test_a_long_file_is_sampled(small: Path, tmp_path: Path) -> None:
+    path = write_batch(tmp_path / "in.jsonl", 100)
+    whole = read_lengths(path, small, RowLimits()).workload
+    sampled = read_lengths(path, small, RowLimits(), max_rows=10)
+    assert sampled.num_counted == 10
+    assert sampled.workload.num_rows == whole.num_rows == 100
+    assert sampled.workload.num_prompt_tokens == pytest.approx(whole.num_prompt_tokens, rel=0.2)
+
+
+def test_a_file_without_rows(small: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("no row\n")
+    with pytest.raises(InputError, match="no row that could be answered"):
+        read_lengths(path, small, RowLimits())
+
+
+def test_a_run_calibrates(tmp_path: Path) -> None:
+    """A run at half the predicted speed makes the next prediction twice as long."""
+    report = {
+        "plan": {"prediction": {"output_tokens": 100, "seconds": 5.0}},
+        "output_tokens_per_second": 10.0,
+    }
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(report))
+    settings = PlanSettings(Path(QWEN), "h200-8", lengths="64:256x200", tensor_parallel=1)
+    before = plan_job(settings).choice.best
+    after = plan_job(replace(settings, calibrate=path)).choice
+    assert before is not None
+    again = next(c for c in after.candidates if c.layout == before.layout)
+    assert before.layout.pool == "none"
+    assert again.seconds == pytest.approx(2 * before.seconds, rel=0.01)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="no prediction beside its outcome"):
+        calibrated(CPU, path)
+
+
+def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls: list[object] = []
+
+    def measure(cores: object) -> object:
+        calls.append(cores)
+        return CPU
+
+    monkeypatch.setattr("elbowroom.planner.measure_machine", measure)
+    said: list[str] = []
+    assert find_cluster("this-machine", ((0,), (1,)), said.append) == CPU
+    assert find_cluster("this-machine", ((0,), (1,)), said.append) == CPU
+    assert calls == [((0,), (1,))]
+    assert str(cache_path(((0,), (1,)))) in said[0]
+    (tmp_path / "elbowroom").rename(tmp_path / "moved")
+    (tmp_path / "elbowroom").write_text("in the way")
+    assert find_cluster("this-machine", ((0,), (1,)), said.append) == CPU
+    assert "cannot keep the measurement" in said[-1]
+
+
+def test_profile_measures_this_machine(tmp_path: Path) -> None:
+    """Every number is one that a computer could have; how fast it is says nothing about us."""
+    path = tmp_path / "machine.toml"
+    assert cli.main(["profile", "--out", str(path), "--replicas", "1"]) == 0
+    device = read_cluster(path).device
+    assert 1e8 < device.flops.peak < 1e15
+    assert 1e7 < device.attention_bandwidth.peak < 1e13
+    assert 1e-7 < device.layer_seconds < 1
+    rates = [point.elements_per_second for point in device.matmul]
+    assert rates[-1] < rates[0], "more rows take longer"
+    assert cli.main(["profile", "--out", str(path), "--replicas", "1000"]) == 2
+
+
+def test_a_measuring_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MEASUREMENTS", ("nothing of the kind",))
+    with pytest.raises(machine.ElbowroomError, match="ended with code"):
+        machine.measure_machine([[0]])
