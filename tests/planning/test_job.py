@@ -59,7 +59,7 @@ def test_laws(
 def test_one_replica_one_row_is_the_closed_form() -> None:
     cost = CostModel(SMALL, CPU)
     job = simulate_job(PoolTimes(cost, 1), ReplicaLimits(4096), workload([100], [50]), 1, "local")
-    by_hand = cost.iteration(Batch(0, 0, 100, 100 * 50)).total
+    by_hand = cost.iteration(Batch(0, 0, 100, 100 * 50, 1)).total
     by_hand += sum(cost.iteration(Batch(1, 101 + step)).total for step in range(49))
     assert job.seconds == pytest.approx(by_hand)
     assert job.replicas[0].num_iterations == 50

@@ -18,17 +18,23 @@ class Batch(NamedTuple):
     """What one iteration of one replica computes.
 
     ``context_tokens`` sums what the decode rows read from the KV cache; ``prefill_pairs`` sums the
-    query-key pairs of prompts (n^2 / 2 for a prompt of n tokens that is taken whole).
+    query-key pairs of ``prefill_rows`` prompts (n^2 / 2 for one of n tokens that is taken whole).
     """
 
     decode_rows: float
     context_tokens: float
     prefill_tokens: float = 0.0
     prefill_pairs: float = 0.0
+    prefill_rows: float = 0.0
 
     @property
     def num_tokens(self) -> float:
         return self.decode_rows + self.prefill_tokens
+
+    @property
+    def num_rows(self) -> float:
+        """Each is scheduled, and gets at most one token, whatever its prompt's length."""
+        return self.decode_rows + self.prefill_rows
 
 
 class IterationCost(NamedTuple):
@@ -72,10 +78,10 @@ class CostModel:
             kv_read=self.kv_read_seconds(batch.context_tokens),
             prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs),
             ffn=self.ffn_seconds(batch.num_tokens),
-            head=self.head_seconds(batch.num_tokens),
+            head=self.head_seconds(batch.num_rows),
             collectives=self.collective_seconds(batch.num_tokens),
             layers=self.model.num_layers * self.cluster.device.layer_seconds,
-            engine=self.engine_seconds(batch.num_tokens),
+            engine=self.engine_seconds(batch.num_rows),
         )
 
     def projection_seconds(self, rows: float) -> float:

@@ -112,6 +112,9 @@ def simulate_job(
     queue = deque(rows)
     segments: list[Segment] = []
     replicas = [_Replica(number, limits, iterations, segments) for number in range(num_replicas)]
+    # At the start all have room: rows are dealt out. Later only the one whose row ended has any.
+    while sum(replica.take(queue) for replica in replicas):
+        pass
     clocks = [(0.0, number) for number in range(num_replicas)]
     while clocks:
         now, number = heapq.heappop(clocks)
@@ -149,7 +152,8 @@ class _Replica:
 
     def advance(self, now: float, queue: deque[tuple[int, int]]) -> float | None:
         """Admit rows, and compute up to the next event. Returns its time, None without work."""
-        self._admit(queue)
+        while self.take(queue):
+            pass
         num_rows = len(self._ends)
         if self._prompts:
             end = self._prefill(now)
@@ -162,37 +166,41 @@ class _Replica:
         self._retire()
         return end
 
-    def _admit(self, queue: deque[tuple[int, int]]) -> None:
-        limits = self._limits
-        while queue and len(self._prompts) + len(self._ends) < limits.max_num_seqs:
-            prompt, output = queue[0]
-            needed = limits.row_tokens(prompt + output)
-            if self._reserved + needed > limits.num_kv_tokens:
-                break
-            queue.popleft()
-            self._reserved += needed
-            self._prompts.append([0, prompt, output])
-            self.outcome.num_rows += 1
-        outcome = self.outcome
-        outcome.peak_kv_tokens = max(outcome.peak_kv_tokens, self._reserved)
-        outcome.peak_rows = max(outcome.peak_rows, len(self._prompts) + len(self._ends))
-        self._iterations.rows[self._number] = len(self._prompts) + len(self._ends)
+    def take(self, queue: deque[tuple[int, int]]) -> bool:
+        """Admit the next row, if there is room for it to its end."""
+        limits, outcome = self._limits, self.outcome
+        num_rows = len(self._prompts) + len(self._ends)
+        self._iterations.rows[self._number] = num_rows
+        if not queue or num_rows == limits.max_num_seqs:
+            return False
+        prompt, output = queue[0]
+        reserved = self._reserved + limits.row_tokens(prompt + output)
+        if reserved > limits.num_kv_tokens:
+            return False
+        queue.popleft()
+        self._reserved = reserved
+        self._prompts.append([0, prompt, output])
+        outcome.num_rows += 1
+        outcome.peak_kv_tokens = max(outcome.peak_kv_tokens, reserved)
+        outcome.peak_rows = max(outcome.peak_rows, num_rows + 1)
+        return True
 
     def _prefill(self, now: float) -> float:
         """One iteration with prompts: what decode rows leave of the token budget goes to them."""
         budget = max(1, self._limits.max_num_batched_tokens - len(self._ends))
-        num_decode, tokens, pairs, finished = len(self._ends), 0, 0.0, []
+        num_decode, num_prompts, tokens, pairs, finished = len(self._ends), 0, 0, 0.0, []
         while self._prompts and tokens < budget:
             row = self._prompts[0]
             done, prompt, output = row
             chunk = min(prompt - done, budget - tokens)
+            num_prompts += 1
             tokens += chunk
             pairs += chunk * (done + chunk / 2)
             row[0] += chunk
             if row[0] == prompt:
                 self._prompts.popleft()
                 finished.append((prompt, output))
-        batch = Batch(num_decode, self._context, tokens, pairs)
+        batch = Batch(num_decode, self._context, tokens, pairs, num_prompts)
         seconds, mode = self._iterations.one(self._number, now, batch)
         self._pass(now, now + seconds, 1, mode, tokens)
         for prompt, output in finished:
@@ -247,7 +255,6 @@ class _Iterations:
         self._policy = policy
         self._speeds = speeds
         self._context_seconds = times.cost.kv_read_seconds(1)
-        self._pair_seconds = times.cost.prefill_attention_seconds(1)
         self._fixed = _kept(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
         self._ffn = _kept(times.cost.ffn_seconds)
         self._group_mode: Mode = "stream"
@@ -255,9 +262,7 @@ class _Iterations:
 
     def one(self, replica: int, now: float, batch: Batch) -> tuple[float, Mode]:
         """An iteration with prompts in it."""
-        local = self._fixed(int(batch.num_tokens))
-        local += self._context_seconds * batch.context_tokens
-        local += self._pair_seconds * batch.prefill_pairs
+        local = self._times.cost.iteration(batch).total
         seconds, mode = self._choose(replica, now, int(batch.num_tokens), np.array([local]))
         return float(seconds[0]) / self._speeds[replica], mode
 

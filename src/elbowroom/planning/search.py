@@ -20,6 +20,10 @@ from elbowroom.planning.pool import plan_shares
 SAMPLE_ROWS_PER_REPLICA = 300
 """Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
 
+_COARSE, _FINE = 3, 12
+_NUM_FINE = 4
+"""Times that a sample fills the replicas: for all layouts, then for the best of them."""
+
 _TIE = 0.01
 """Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
 
@@ -117,8 +121,11 @@ def choose(
     asked = list(enumerate_layouts(model, cluster) if layouts is None else layouts)
     if not asked:
         raise MemoryPlanError("no layout is left to choose from: allow more of them")
-    candidates = [evaluate(model, cluster, workload, engine, layout) for layout in asked]
-    candidates.sort(key=lambda c: (c.seconds, -c.account.num_kv_tokens, str(c.layout)))
+    candidates = [evaluate(model, cluster, workload, engine, x, _COARSE) for x in asked]
+    candidates.sort(key=_by_time)
+    for index, candidate in enumerate(candidates[:_NUM_FINE]):
+        candidates[index] = evaluate(model, cluster, workload, engine, candidate.layout)
+    candidates.sort(key=_by_time)
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return Choice(tuple(candidates), None, "no layout fits")
@@ -133,15 +140,16 @@ def evaluate(
     workload: Workload,
     engine: EngineLimits,
     layout: Layout,
+    depth: int = _FINE,
 ) -> Candidate:
-    """One layout on one job."""
+    """One layout on one job; ``depth`` as for ``job_seconds``."""
     account = account_layout(model, layout, cluster.device.usable_bytes, engine)
     limits = replica_limits(account, engine)
     longest = limits.row_tokens(workload.longest_row)
     if longest > limits.num_kv_tokens:
         needed = (longest + account.block_tokens) * account.kv_bytes_per_token
         return Candidate(layout, account, missing_bytes=needed - account.kv_bytes)
-    seconds = job_seconds(model, cluster, workload, layout, limits)
+    seconds = job_seconds(model, cluster, workload, layout, limits, depth)
     rows = min(engine.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
     rate = workload.num_output_tokens / seconds
     return Candidate(layout, account, rows, seconds, rate)
@@ -153,11 +161,12 @@ def job_seconds(
     workload: Workload,
     layout: Layout,
     limits: ReplicaLimits,
+    depth: int = _FINE,
 ) -> float:
     """Predicted seconds of a job. All rows of a short one are simulated.
 
     Of a long one two samples are, one twice as large as the other: what the larger adds is the pace
-    of the rest. Of many replicas those of one group are.
+    of the rest. The larger fills the replicas ``depth`` times. Of many replicas one group is timed.
     """
     times = pool_times(model, cluster, layout)
     replicas = layout.num_replicas
@@ -169,7 +178,7 @@ def job_seconds(
         return simulate_job(times, limits, rows, replicas, policy_of(layout)).seconds
 
     at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
-    sample = replicas * max(SAMPLE_ROWS_PER_REPLICA, 3 * at_once)
+    sample = replicas * max(SAMPLE_ROWS_PER_REPLICA, depth * at_once)
     step = -(-workload.num_rows // sample)
     if step == 1:
         return seconds(workload)
@@ -221,6 +230,10 @@ def policy_of(layout: Layout) -> Policy:
 def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes:
     cost = CostModel(model, cluster, layout.tensor_parallel)
     return PoolTimes(cost, layout.num_ranks, layout.num_slots)
+
+
+def _by_time(candidate: Candidate) -> tuple[float, int, str]:
+    return candidate.seconds, -candidate.account.num_kv_tokens, str(candidate.layout)
 
 
 def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:

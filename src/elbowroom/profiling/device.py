@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional
 
 HIDDEN, WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 2048, 5632, 64, 32, 8
-MATRICES = 4
+MATRICES = 12
 """As many of 23 MB as do not stay in a cache, as a model's layers do not."""
 
 MATMUL_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024)

@@ -1,0 +1,66 @@
+"""Claim: planning takes seconds: 2 for 8 devices, 30 for 1,024; a job of 100,000 rows under 60.
+
+python -m bench.planning_time [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from bench.common import ROOT, write_result
+from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
+from elbowroom.core.model import read_model
+from elbowroom.core.plan import Layout
+from elbowroom.core.workload import parse_lengths
+from elbowroom.planning import modes
+from elbowroom.planning.job import ReplicaLimits, simulate_job
+from elbowroom.planning.search import EngineLimits, choose, policy_of, pool_times
+
+NUM_ROWS = 100_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    model = read_model(ROOT / "tests" / "data" / "models" / "Llama-3.1-70B")
+    h200 = read_cluster("h200-8")
+    job = parse_lengths(f"512-4096:64-1024x{NUM_ROWS}").longest_first()
+    layout = Layout(1, 8, 1, "streamed", 7, ships=True)
+
+    def search(cluster: Cluster) -> None:
+        modes._link_share.cache_clear()
+        choose(model, cluster, job, EngineLimits(1024))
+
+    def simulate() -> None:
+        times = pool_times(model, h200, layout)
+        simulate_job(times, ReplicaLimits(220_000), job, 8, policy_of(layout))
+
+    result = {
+        "search_seconds_8_devices": seconds(lambda: search(h200), args.repeats),
+        "search_seconds_1024_devices": seconds(lambda: search(larger(h200, 1024)), args.repeats),
+        "simulate_seconds_100000_rows": seconds(simulate, args.repeats),
+    }
+    write_result("planning_time", result)
+
+
+def larger(cluster: Cluster, num_devices: int) -> Cluster:
+    far = Link("network", num_devices, Rate(50e9, 0.8), 1.5e-5)
+    return replace(cluster, num_devices=num_devices, links=(*cluster.links, far))
+
+
+def seconds(work: Callable[[], None], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
