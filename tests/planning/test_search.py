@@ -129,4 +129,4 @@ def test_samples_stand_for_long_jobs() -> None:
     guessed = job_seconds(facts, H200, rows, layout, limits)
     times = pool_times(facts, H200, layout)
     exact = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout)).seconds
-    assert guessed == pytest.approx(exact, rel=0.05)
+    assert guessed == pytest.approx(exact, rel=0.1)

@@ -20,14 +20,15 @@ from elbowroom.planning.pool import plan_shares
 SAMPLE_ROWS_PER_REPLICA = 300
 """Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
 
-_COARSE, _FINE = 3, 12
-_NUM_FINE = 4
-"""Times that a sample fills the replicas: for all layouts, then for the best of them."""
+_COARSE, _FINE = 2, 8
+_NUM_FINE, _MOST_REPLICAS = 2, 16
+"""Times that a sample fills the replicas: for all layouts, then for the best of them.
+
+Of more replicas than ``_MOST_REPLICAS``, one group stands for all also in a short job.
+"""
 
 _TIE = 0.01
 """Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
-
-_MOST_REPLICAS = 16
 
 
 @dataclass(frozen=True)
@@ -165,27 +166,27 @@ def job_seconds(
 ) -> float:
     """Predicted seconds of a job. All rows of a short one are simulated.
 
-    Of a long one two samples are, one twice as large as the other: what the larger adds is the pace
-    of the rest. The larger fills the replicas ``depth`` times. Of many replicas one group is timed.
+    Of a long one two samples are, on one group of replicas, one twice as large as the other: what
+    the larger adds is the pace of the rest. The larger fills the replicas ``depth`` times.
     """
-    times = pool_times(model, cluster, layout)
-    replicas = layout.num_replicas
-    if replicas > _MOST_REPLICAS:
-        workload = workload.every(layout.num_groups)
-        replicas = layout.num_ranks
+    times, policy = pool_times(model, cluster, layout), policy_of(layout)
 
-    def seconds(rows: Workload) -> float:
-        return simulate_job(times, limits, rows, replicas, policy_of(layout)).seconds
+    def seconds(rows: Workload, replicas: int) -> float:
+        return simulate_job(times, limits, rows, replicas, policy).seconds
 
     at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
-    sample = replicas * max(SAMPLE_ROWS_PER_REPLICA, depth * at_once)
-    step = -(-workload.num_rows // sample)
+    sample = max(SAMPLE_ROWS_PER_REPLICA, depth * at_once)
+    is_short = workload.num_rows <= sample * layout.num_replicas
+    if is_short and layout.num_replicas <= _MOST_REPLICAS:
+        return seconds(workload, layout.num_replicas)
+    of_group = workload.every(layout.num_groups)
+    step = -(-of_group.num_rows // (sample * layout.num_ranks))
     if step == 1:
-        return seconds(workload)
-    whole, half = workload.every(step), workload.every(2 * step)
-    of_whole = seconds(whole)
-    pace = (of_whole - seconds(half)) / (whole.num_rows - half.num_rows)
-    return of_whole + pace * (workload.num_rows - whole.num_rows)
+        return seconds(of_group, layout.num_ranks)
+    whole, half = of_group.every(step), of_group.every(2 * step)
+    of_whole = seconds(whole, layout.num_ranks)
+    pace = (of_whole - seconds(half, layout.num_ranks)) / (whole.num_rows - half.num_rows)
+    return of_whole + pace * (of_group.num_rows - whole.num_rows)
 
 
 def account_layout(
