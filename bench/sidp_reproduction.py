@@ -45,6 +45,7 @@ def main() -> None:
         "share_streamed": share_streamed(qwen),
         "hiding_tokens": hiding_tokens(),
         "pool_over_none": pool_over_none(qwen),
+        "pool_over_none_when_tight": pool_over_none_when_tight(qwen),
         "slots_and_copies": slots_and_copies(qwen),
         "mode_choice": mode_choice(qwen),
         "links": links(qwen),
@@ -168,6 +169,17 @@ def pool_over_none(facts: ModelFacts) -> dict[str, Any]:
     label(ax, "Qwen3-32B, TP2/DP4: with the pool over without", "", "times as fast")
     ax.legend(fontsize=7)
     save(figure, "pool-over-none")
+    return ratios
+
+
+def pool_over_none_when_tight(facts: ModelFacts) -> dict[str, float]:
+    """One device per replica, 0.6 of its memory: full copies leave few rows."""
+    small = replace(H200, device=replace(H200.device, memory_fraction=0.6))
+    ratios = {}
+    for lengths in ("4096:256-768x1000", "512:3072-4096x1000"):
+        alone = run(facts, small, Layout(1, 1, 8, "none"), "local", rows(lengths))
+        pool = run(facts, small, Layout(1, 8, 1, "streamed", 7), "per-replica", rows(lengths))
+        ratios[lengths] = alone.seconds / pool.seconds
     return ratios
 
 

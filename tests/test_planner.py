@@ -81,7 +81,7 @@ def test_simulate_agrees_with_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     prediction = RunPlan.from_json(json.loads(path.read_text())).prediction
     assert prediction is not None
     capsys.readouterr()
-    assert cli.main(["simulate", "--plan", str(path), "--cluster", "h200-8"]) == 0
+    assert cli.main(["simulate", "--plan", str(path)]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("seconds"))
     assert float(line.split()[-1]) == pytest.approx(prediction.seconds, rel=0.1)
 
@@ -136,6 +136,18 @@ def test_plans_that_cannot_be_run_yet(tmp_path: Path, flags: tuple[str, ...], wo
         path.write_text(json.dumps(data))
     with pytest.raises(InputError, match=words):
         read_run_plan(path)
+
+
+def test_a_plan_for_a_file_s_cluster_is_simulated_with_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, cluster = tmp_path / "plan.json", tmp_path / "mine.toml"
+    cluster.write_text(replace(CPU, name="mine").to_toml())
+    flags = ("--lengths", "64:64x10", "--cluster", str(cluster), "--json", str(path))
+    assert plan("--model", str(MODELS / "Llama-3.1-8B"), *flags, "--memory", "20GB") == 0
+    assert cli.main(["simulate", "--plan", str(path)]) == 2
+    assert "'mine' of a file: give it as --cluster" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["simulate", "--plan", str(path), "--cluster", str(cluster)]) == 0
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"layout": {}}', "nonsense"])

@@ -42,7 +42,11 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     job = plan.add_mutually_exclusive_group(required=True)
     job.add_argument("--input", type=Path, help="OpenAI batch lines")
     job.add_argument("--lengths", help="PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 64-512:99x50")
-    _add_cluster(plan)
+    plan.add_argument(
+        "--cluster",
+        default=THIS_MACHINE,
+        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
+    )
     plan.add_argument(
         "--memory", type=size, help="for the engine on each device (default: its own)"
     )
@@ -71,20 +75,12 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
     simulate = add("simulate", _simulate, "replay a plan's job row by row, and its iterations")
     simulate.add_argument("--plan", type=Path, required=True, help="of `elbowroom plan --json`")
-    _add_cluster(simulate)
+    simulate.add_argument("--cluster", help="as for plan (default: the plan's)")
     job = simulate.add_mutually_exclusive_group()
     job.add_argument("--input", type=Path, help="OpenAI batch lines")
     job.add_argument("--lengths", help="as for plan (default: rows of the plan's mean length)")
     simulate.add_argument("--trace", type=Path, metavar="FILE", help="write a trace for Perfetto")
     add_limits(simulate)
-
-
-def _add_cluster(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--cluster",
-        default=THIS_MACHINE,
-        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
-    )
 
 
 def _plan(args: argparse.Namespace, console: Console) -> int:

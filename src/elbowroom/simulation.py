@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.plan import Layout, RunPlan
@@ -28,10 +29,13 @@ _TRACE_ITERATIONS = 3
 
 @dataclass(frozen=True)
 class SimulationSettings:
-    """What ``elbowroom simulate`` is told. Without a job, the plan's own mean row is repeated."""
+    """What ``elbowroom simulate`` is told. Without a job, the plan's own mean row is repeated.
+
+    Without a cluster, the one that the plan was made for is taken, if its name says which.
+    """
 
     plan: RunPlan
-    cluster: str = THIS_MACHINE
+    cluster: str | None = None
     input: Path | None = None
     lengths: str | None = None
     limits: RowLimits = field(default_factory=RowLimits)
@@ -66,7 +70,7 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     plan, layout = settings.plan, settings.plan.layout
     assert layout is not None
     model = _model(plan)
-    cluster = find_cluster(settings.cluster, plan.cores)
+    cluster = find_cluster(settings.cluster or _planned_for(plan), plan.cores)
     limits = replica_limits(plan.account, _engine(plan))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)
@@ -110,6 +114,13 @@ def _model(plan: RunPlan) -> ModelFacts:
     extra = plan.engine.extra
     kv_dtype = extra[extra.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in extra else None
     return replace(read_model(Path(plan.model_dir), plan.engine.dtype), kv_dtype=kv_dtype)
+
+
+def _planned_for(plan: RunPlan) -> str:
+    name = plan.prediction.cluster if plan.prediction else THIS_MACHINE
+    if name in (*PRESETS, THIS_MACHINE):
+        return name
+    raise InputError(f"the plan was made for a cluster '{name}' of a file: give it as --cluster")
 
 
 def _engine(plan: RunPlan) -> EngineLimits:

@@ -21,8 +21,10 @@ from elbowroom.jobs.dispatcher import (
 
 
 def _row(index: int = 0, **body: Any) -> Row:
+    """A chat with its text as a prompt would hold it: without max_tokens it has no limit."""
     body.setdefault("prompt", "x" * 40)
-    return Row(index, index + 1, f"id-{index}", "/v1/completions", body, index)
+    url = "/v1/embeddings" if "input" in body else "/v1/chat/completions"
+    return Row(index, index + 1, f"id-{index}", url, body, index)
 
 
 def _rejected(index: int) -> RejectedRow:

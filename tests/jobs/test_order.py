@@ -39,7 +39,7 @@ _JSON = st.recursive(
 
 
 def _row(body: dict[str, Any]) -> Row:
-    return Row(0, 1, "id", "/v1/completions", body, 0)
+    return Row(0, 1, "id", "/v1/chat/completions", body, 0)
 
 
 def _order(rows: Rows) -> list[int]:

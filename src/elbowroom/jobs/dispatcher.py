@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from elbowroom.jobs.batch_file import RejectedRow, Row
+from elbowroom.jobs.prompts import output_limit
 
 _BYTES_PER_TOKEN = 4.0  # English text; corrected by what finished rows report
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
-_MOST_TOKENS = 10**9  # of one row; a limit beyond is as good as none
 _SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
 
 
@@ -37,7 +37,7 @@ class RowEstimator:
 
         Before any row has finished, a row is believed to use all the output it asks for.
         """
-        limit = output_limit(row.body)
+        limit = output_limit(row)
         guess = self._output_tokens + self._deviation
         if self._num_learned == 0:
             guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
@@ -211,14 +211,3 @@ def _prompt_bytes(row: Row) -> int:
 
 def _is_token_ids(prompt: list[Any]) -> bool:
     return bool(prompt) and isinstance(prompt[0], int)
-
-
-def output_limit(body: dict[str, Any]) -> float:
-    """Most output tokens the row asks for, over all its choices; without a limit, infinite."""
-    if "input" in body:
-        return 0.0  # embeddings
-    limits = [body.get(key) for key in ("max_tokens", "max_completion_tokens")]
-    given = [max(0, min(limit, _MOST_TOKENS)) for limit in limits if isinstance(limit, int)]
-    choices = body.get("n")
-    choices = max(1, min(choices, _MOST_TOKENS)) if isinstance(choices, int) else 1
-    return min(given, default=float("inf")) * choices

@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 
 from elbowroom.jobs.batch_file import RejectedRow, Row
-from elbowroom.jobs.dispatcher import output_limit
+from elbowroom.jobs.prompts import output_limit
 
 PREFIX_BYTES = 16 * 1024
 """Of a prompt, what is compared with others."""
@@ -50,7 +50,7 @@ class OrderBuilder:
     def visit(self, row: Row | RejectedRow) -> None:
         """The next row. One that no engine will see comes last."""
         if isinstance(row, Row):
-            self.add(prompt_prefix(row.body), output_limit(row.body))
+            self.add(prompt_prefix(row.body), output_limit(row))
         else:
             self.add(b"", 0)
 

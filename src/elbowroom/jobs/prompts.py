@@ -61,6 +61,12 @@ def num_answers(row: Row) -> int:
     return max(1, num_prompts) * (choices if _is_count(choices) and choices > 0 else 1)
 
 
+def output_limit(row: Row) -> float:
+    """Most output tokens of a row over all its answers; infinite where it sets no limit."""
+    limit = max_output_tokens(row)
+    return float("inf") if limit is None else float(limit * num_answers(row))
+
+
 def kept_tokens(row: Row, num_tokens: int) -> int:
     """Tokens of a prompt that are left when a request has it cut; -1 cuts it to what fits."""
     most = row.body.get("truncate_prompt_tokens")
