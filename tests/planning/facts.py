@@ -22,6 +22,7 @@ CPU = Cluster(
         memory_bandwidth=Rate(14e9),
         attention_flops=Rate(40e9),
         attention_bandwidth=Rate(10e9),
+        elementwise_bandwidth=Rate(4e9),
         layer_seconds=2e-4,
         iteration_seconds=4e-3,
         row_seconds=1e-4,

@@ -48,13 +48,15 @@ def test_terms_by_hand() -> None:
     """Qwen3-32B on one H20, 8 rows of 1,024 tokens."""
     facts, device = model("Qwen3-32B"), H20.device
     cost = CostModel(facts, H20).iteration(Batch(8, 8 * 1024))
-    bandwidth = 4.0e12 * 0.8
+    bandwidth, bandwidth_of_others = 4.0e12 * 0.8, 4.0e12 * 0.7
     assert cost.ffn == pytest.approx(64 * 3 * 5120 * 25600 * 2 / bandwidth)
     assert cost.projections == pytest.approx(64 * 2 * 5120 * (64 + 8) * 128 * 2 / bandwidth)
     assert cost.head == pytest.approx(151936 * 5120 * 2 / bandwidth)
-    assert cost.kv_read == pytest.approx(2 * 64 * 8 * 128 * 2 * 8 * 1024 / (4.0e12 * 0.7))
+    kv_bytes = 2 * 64 * 8 * 128 * 2 * 8 * 1024
+    assert cost.kv_read == pytest.approx(kv_bytes / bandwidth_of_others)
     assert cost.collectives == 0
-    assert cost.layers == pytest.approx(64 * device.layer_seconds)
+    small = 8 * (12 * 5120 + 3 * 25600) * 2 / bandwidth_of_others
+    assert cost.layers == pytest.approx(64 * (device.layer_seconds + small))
     assert cost.engine == pytest.approx(device.iteration_seconds + 8 * device.row_seconds)
     assert cost.total == pytest.approx(sum(cost))
 

@@ -55,6 +55,7 @@ class Device:
     memory_bandwidth: Rate
     attention_flops: Rate
     attention_bandwidth: Rate
+    elementwise_bandwidth: Rate
     layer_seconds: float
     iteration_seconds: float
     row_seconds: float
@@ -175,6 +176,7 @@ class Cluster:
             memory_bandwidth=slower(device.memory_bandwidth),
             attention_flops=slower(device.attention_flops),
             attention_bandwidth=slower(device.attention_bandwidth),
+            elementwise_bandwidth=slower(device.elementwise_bandwidth),
             layer_seconds=device.layer_seconds * factor,
             iteration_seconds=device.iteration_seconds * factor,
             row_seconds=device.row_seconds * factor,
@@ -227,6 +229,7 @@ def parse_cluster(data: dict[str, Any]) -> Cluster:
             memory_bandwidth=bandwidth,
             attention_flops=_rate(device, "attention_flops", flops),
             attention_bandwidth=_rate(device, "attention_bandwidth", bandwidth),
+            elementwise_bandwidth=_rate(device, "elementwise_bandwidth", bandwidth),
             layer_seconds=_seconds(device, "layer_seconds"),
             iteration_seconds=_seconds(device, "iteration_seconds"),
             row_seconds=_seconds(device, "row_seconds"),

@@ -80,7 +80,7 @@ class CostModel:
             ffn=self.ffn_seconds(batch.num_tokens),
             head=self.head_seconds(batch.num_rows),
             collectives=self.collective_seconds(batch.num_tokens),
-            layers=self.model.num_layers * self.cluster.device.layer_seconds,
+            layers=self.model.num_layers * self.small_kernels_seconds(batch.num_tokens),
             engine=self.engine_seconds(batch.num_rows),
         )
 
@@ -111,6 +111,17 @@ class CostModel:
 
     def head_seconds(self, rows: float) -> float:
         return self._matmul(rows, self.model.head_elements(), self.model.head_elements())
+
+    def small_kernels_seconds(self, rows: float) -> float:
+        """Norms, rotary embedding, activation and residuals of one layer: launches and bytes.
+
+        Two norms read and write the hidden state and the residual (8 h), residuals and rotary
+        embedding another 4 h; the activation reads gate and up and writes their product (3 w).
+        """
+        model, device = self.model, self.cluster.device
+        elements = 12 * model.hidden_size + 3 * model.intermediate_size / self.tensor_parallel
+        num_bytes = rows * elements * model.dtype_bytes()
+        return device.layer_seconds + num_bytes / device.elementwise_bandwidth.achieved
 
     def collective_seconds(self, rows: float) -> float:
         """Two all-reduces of the hidden state per layer (Megatron), after attention and FFN."""
@@ -157,7 +168,7 @@ class CostModel:
             Term("FFN", cost.ffn, "s", f"gate, up, down, {measured}"),
             Term("head", cost.head, "s", f"vocabulary x hidden, {measured}"),
             Term("collectives", cost.collectives, "s", "2 all-reduces per layer, alpha-beta"),
-            Term("layers", cost.layers, "s", f"{model.num_layers} x layer_seconds"),
+            Term("small kernels", cost.layers, "s", f"{model.num_layers} x (launches + bytes)"),
             Term("engine", cost.engine, "s", "iteration_seconds + rows x row_seconds"),
             Term("iteration", cost.total, "s", "sum"),
         ]

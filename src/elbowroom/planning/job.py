@@ -256,7 +256,6 @@ class _Iterations:
         self._speeds = speeds
         self._context_seconds = times.cost.kv_read_seconds(1)
         self._fixed = _kept(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
-        self._ffn = _kept(times.cost.ffn_seconds)
         self._group_mode: Mode = "stream"
         self._group_looked = float("-inf")
 
@@ -288,15 +287,15 @@ class _Iterations:
         if policy == "map":
             return local + self._mapped_extra(tokens), "map"
         if policy == "mixed":
-            batch = Batch(tokens, 0)
-            mixed = [times.mixed_seconds(batch, float(seconds)) for seconds in local]
+            batch, joined = Batch(tokens, 0), self._joined_rows(replica, tokens)
+            mixed = [times.mixed_seconds(batch, float(seconds), joined) for seconds in local]
             return np.array(mixed), "mixed"
         if policy == "group":
             return self._group(replica, now, tokens, local)
         stream = self._stream(local)
         if policy == "stream":
             return stream, "stream"
-        ship = local + self._shipped_extra(tokens)
+        ship = local + self._shipped_extra(tokens, self._joined_rows(replica, tokens))
         if policy == "ship" or float(ship.sum()) < float(stream.sum()):
             return ship, "ship"
         return stream, "stream"
@@ -310,8 +309,13 @@ class _Iterations:
     def _mapped_extra(self, tokens: int) -> float:
         return self._times.mapped_seconds(Batch(tokens, 0), 0.0)
 
-    def _shipped_extra(self, tokens: int) -> float:
-        return self._times.ship_seconds(Batch(tokens, 0), 0.0)
+    def _shipped_extra(self, tokens: int, joined_rows: float) -> float:
+        return self._times.ship_seconds(Batch(tokens, 0), 0.0, joined_rows)
+
+    def _joined_rows(self, replica: int, tokens: int) -> float:
+        """With those of the group's other replicas as they are now: idle ones are skipped."""
+        others = (sum(self.rows) - self.rows[replica]) / max(1, len(self.rows) - 1)
+        return tokens + others * (self._times.num_ranks - 1)
 
     def _group(
         self, replica: int, now: float, tokens: int, local: NDArray[np.float64]
@@ -321,13 +325,14 @@ class _Iterations:
             self._group_looked = now
             mean = int(np.ceil(np.mean(self.rows)))
             of_mean = np.array([self._fixed(max(1, mean))])
-            streams = self._stream(of_mean) <= of_mean + self._shipped_extra(max(1, mean))
+            shipped = self._shipped_extra(max(1, mean), sum(self.rows))
+            streams = self._stream(of_mean) <= of_mean + shipped
             self._group_mode = "stream" if streams[0] else "ship"
         if self._group_mode == "stream":
             return self._stream(local), "stream"
         most = max(tokens, *self.rows)
         waiting = self._fixed(most) - self._fixed(tokens)
-        return local + waiting + self._shipped_extra(most), "ship"
+        return local + waiting + self._shipped_extra(most, sum(self.rows)), "ship"
 
 
 def _kept(function: Callable[[float], float]) -> Callable[[int], float]:

@@ -6,12 +6,13 @@ round trips R(B) of their activations:
 
     local   C(B)
     stream  max(C(B), F)            where copies overlap, else C(B) + F
-    ship    C(B) - FFN(B) + FFN(nB) + R(B)
+    ship    C(B) - FFN(B) + FFN(J) + R(B)
     mixed   min over the shipped share x of max(compute(x), (1 - x) F)
 
-with n the replicas that ship at once, whose rows an owner joins. B_th is the smallest batch at
-which streaming takes no longer than shipping. While F > C, that is C(B) >= F - [FFN(nB) - FFN(B) +
-R(B)]: streaming pays before the fetch is fully hidden, by as much as a ship costs.
+with J the rows that an owner joins, of all replicas that ship at once: d B, or fewer where some are
+idle. B_th is the smallest batch at which streaming takes no longer than shipping. While F > C, that
+is C(B) >= F - [FFN(J) - FFN(B) + R(B)]: streaming pays before the fetch is fully hidden, by as much
+as a ship costs.
 """
 
 from __future__ import annotations
@@ -43,13 +44,12 @@ class PoolTimes:
     """Iteration times of a replica in a pool of ``num_ranks`` replicas, in steady state.
 
     ``num_slots`` decides which share of its link a reader gets; None takes the whole link.
-    ``shipping_ranks`` replicas ship at the same time; None is all of them.
+    Where rows are shipped, ``joined_rows`` None is the rows of this replica times all ranks.
     """
 
     cost: CostModel
     num_ranks: int
     num_slots: int | None = None
-    shipping_ranks: int | None = None
 
     def times(self, batch: Batch) -> ModeTimes:
         local = self.cost.iteration(batch).total
@@ -74,23 +74,28 @@ class PoolTimes:
             return max(local_seconds, self.fetch_seconds)
         return local_seconds + self.fetch_seconds
 
-    def ship_seconds(self, batch: Batch, local_seconds: float) -> float:
+    def ship_seconds(
+        self, batch: Batch, local_seconds: float, joined_rows: float | None = None
+    ) -> float:
         """Round trips of borrowed layers, and owners that run the rows of all who ship at once."""
         if self.num_ranks == 1:
             return local_seconds
-        return local_seconds + self._ship_extra_seconds(batch.num_tokens)
+        return local_seconds + self._ship_extra_seconds(batch.num_tokens, joined_rows)
 
-    def mixed_seconds(self, batch: Batch, local_seconds: float) -> float:
+    def mixed_seconds(
+        self, batch: Batch, local_seconds: float, joined_rows: float | None = None
+    ) -> float:
         """Ship the share x of borrowed layers whose fetch the rest cannot hide.
 
         compute(x) grows in x and (1 - x) F falls, so the best x is where they meet.
         """
         fetch = self.fetch_seconds
         if self.num_ranks == 1 or not self.cost.cluster.device.copies_overlap:
-            return min(self.stream_seconds(local_seconds), self.ship_seconds(batch, local_seconds))
+            shipped = self.ship_seconds(batch, local_seconds, joined_rows)
+            return min(self.stream_seconds(local_seconds), shipped)
         if local_seconds >= fetch:
             return local_seconds
-        extra = self._ship_extra_seconds(batch.num_tokens)
+        extra = self._ship_extra_seconds(batch.num_tokens, joined_rows)
         share = min(1.0, (fetch - local_seconds) / (fetch + extra))
         return max(local_seconds + share * extra, (1 - share) * fetch)
 
@@ -128,8 +133,8 @@ class PoolTimes:
         """Share of the layers that other ranks own."""
         return (self.num_ranks - 1) / self.num_ranks
 
-    def _ship_extra_seconds(self, rows: float) -> float:
-        joined = rows * (self.shipping_ranks or self.num_ranks)
+    def _ship_extra_seconds(self, rows: float, joined_rows: float | None) -> float:
+        joined = rows * self.num_ranks if joined_rows is None else max(rows, joined_rows)
         waiting = self.cost.ffn_seconds(joined) - self.cost.ffn_seconds(rows)
         trips = self.cost.model.num_layers * self.cost.round_trip_seconds(rows, self.num_ranks)
         return waiting + trips * self._borrowed

@@ -19,14 +19,15 @@ import torch
 from torch.nn import functional
 
 HIDDEN, WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 2048, 5632, 64, 32, 8
-MATRICES = 12
-"""As many of 23 MB as do not stay in a cache, as a model's layers do not."""
+MATRICES = 32
+"""Of 23 MB, or what else is measured: as many as do not stay in a large cache, as layers do not."""
 
 MATMUL_ROWS = (1, 4, 8, 16, 32, 64, 256, 1024)
 COPY_BYTES = 64 * 1024**2
 CONTEXT = 512
 DECODE_ROWS = 16
 PREFILL_TOKENS = 512
+ELEMENTWISE_ROWS = 256
 _LEAST_SECONDS = 0.25
 _LEAST_REPEATS = 5
 
@@ -40,7 +41,8 @@ def main() -> None:
         "copy": copy_bytes_per_second,
         "decode": decode_bytes_per_second,
         "prefill": prefill_flops_per_second,
-        "layer": layer_seconds,
+        "launch": lambda: small_kernels_seconds(1),
+        "elementwise": elementwise_bytes_per_second,
     }
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -49,9 +51,8 @@ def main() -> None:
 
 def matmul_rates() -> list[tuple[int, float]]:
     """Weight elements per second by rows, of bf16 matrices that are packed once."""
-    weights = [
-        torch.ops.mkldnn._reorder_linear_weight(_random(WIDTH, HIDDEN), 16) for _ in range(MATRICES)
-    ]
+    weight = _random(WIDTH, HIDDEN)
+    weights = [torch.ops.mkldnn._reorder_linear_weight(weight, 16) for _ in range(MATRICES)]
     rates = []
     for rows in MATMUL_ROWS:
         x = _random(rows, HIDDEN)
@@ -102,19 +103,24 @@ def prefill_flops_per_second() -> float:
     return flops / _median_seconds(attend)
 
 
-def layer_seconds() -> float:
-    """The small kernels of a decoder layer: norms, rotary embedding, activation, residuals."""
-    x, gate = _random(DECODE_ROWS, HIDDEN), _random(DECODE_ROWS, WIDTH)
-    norm = _random(HIDDEN)
+def small_kernels_seconds(rows: int) -> float:
+    """Norms with residuals, rotary embedding and activation of one decoder layer."""
+    x, gate_and_up, norm = _random(rows, HIDDEN), _random(rows, 2 * WIDTH), _random(HIDDEN)
 
     def layer(_: int) -> None:
         for _part in range(2):
-            functional.rms_norm(x, (HIDDEN,), norm)
-            x + x
-        torch.cat([x[:, ::2] * 2 - x[:, 1::2], x[:, 1::2] * 2 + x[:, ::2]], dim=1)
-        functional.silu(gate) * gate
+            functional.rms_norm(x + x, (HIDDEN,), norm)
+        half = HIDDEN // 2
+        torch.cat([x[:, :half] - x[:, half:], x[:, half:] + x[:, :half]], dim=1)
+        functional.silu(gate_and_up[:, :WIDTH]) * gate_and_up[:, WIDTH:]
 
     return _median_seconds(layer)
+
+
+def elementwise_bytes_per_second() -> float:
+    """Of the same kernels, with more rows than a cache holds; bytes as the cost model counts."""
+    num_bytes = ELEMENTWISE_ROWS * (12 * HIDDEN + 3 * WIDTH) * 2
+    return num_bytes / small_kernels_seconds(ELEMENTWISE_ROWS)
 
 
 def _random(*shape: int) -> torch.Tensor:

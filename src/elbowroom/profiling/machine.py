@@ -13,18 +13,18 @@ from typing import Any
 from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
 from elbowroom.core.errors import ElbowroomError
 
-MEASUREMENTS = ("matmul", "copy", "decode", "prefill", "layer")
+MEASUREMENTS = ("matmul", "copy", "decode", "prefill", "launch", "elementwise")
 MEMORY_FRACTION = 0.8
 """Of the machine's memory, for all engines together: the rest is for the system and processes."""
 
 ITERATION_SECONDS = 1.6e-3
 ROW_SECONDS = 5e-5
-ENGINE_LAYER_SECONDS = 2e-4
+ENGINE_LAYER_SECONDS = 3.5e-4
 """What vLLM itself takes of an iteration, of each of its rows and of each layer: eager Python.
 
 Measured with vLLM 0.32 on one core per replica, of an AMD EPYC, by models that are too small to
 take time (hidden size 64): 1.67 and 2.64 ms for 4 and 16 rows of one layer, 8.7 and 10.1 ms of 17
-layers, of which ``profile`` sees the kernels.
+layers, less what ``profile`` sees: the kernels.
 """
 
 UNCERTAINTY = 0.15
@@ -35,8 +35,8 @@ _SOURCES = {
     "memory_bandwidth": "the same with one row: weight bytes per second",
     "attention_bandwidth": "attention of 16 rows over 512 tokens each: KV bytes per second",
     "attention_flops": "causal attention over 512 tokens",
-    "layer_seconds": "norms, rotary embedding, activation and residuals of 16 rows, and 0.2 ms of "
-    "vLLM",
+    "elementwise_bandwidth": "norms, rotary embedding, activation and residuals of 256 rows",
+    "layer_seconds": "the same of one row, and 0.35 ms of vLLM",
     "links.bandwidth": "memory-to-memory copies of 64 MiB, all devices at once",
     "iteration_seconds, row_seconds": "vLLM 0.32 on this kind of machine, by a tiny model",
 }
@@ -113,7 +113,8 @@ def _cluster(devices: Sequence[dict[str, Any]], num_cores: int) -> Cluster:
             memory_bandwidth=Rate(2 * points[0].elements_per_second),
             attention_flops=Rate(mean("prefill")),
             attention_bandwidth=Rate(mean("decode")),
-            layer_seconds=mean("layer") + ENGINE_LAYER_SECONDS,
+            elementwise_bandwidth=Rate(mean("elementwise")),
+            layer_seconds=mean("launch") + ENGINE_LAYER_SECONDS,
             iteration_seconds=ITERATION_SECONDS,
             row_seconds=ROW_SECONDS,
             copies_overlap=False,
