@@ -46,6 +46,11 @@ lint: setup
 bench: setup
 	$(BIN)/python -m bench.start_up
 	$(BIN)/python -m bench.pool_throughput
+	$(BIN)/python -m bench.prefix_order
+	$(BIN)/python -m bench.jobs_throughput
+	$(BIN)/python -m bench.prediction
+	$(BIN)/python -m bench.planning_time
+	$(BIN)/python -m bench.sidp_reproduction
 
 clean:
 	rm -rf .venv build

@@ -320,7 +320,7 @@ class _Iterations:
     def _group(
         self, replica: int, now: float, tokens: int, local: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], Mode]:
-        """One mode for all, and in ship mode all wait for the largest batch: it is lockstep."""
+        """One mode for all. Shipping is lockstep: all wait for the most rows and the slowest."""
         if now >= self._group_looked + GROUP_PERIOD_SECONDS:
             self._group_looked = now
             mean = int(np.ceil(np.mean(self.rows)))
@@ -332,7 +332,8 @@ class _Iterations:
             return self._stream(local), "stream"
         most = max(tokens, *self.rows)
         waiting = self._fixed(most) - self._fixed(tokens)
-        return local + waiting + self._shipped_extra(most, sum(self.rows)), "ship"
+        lockstep = local + waiting + self._shipped_extra(most, sum(self.rows))
+        return lockstep * (self._speeds[replica] / min(self._speeds)), "ship"
 
 
 def _kept(function: Callable[[float], float]) -> Callable[[int], float]:
