@@ -150,6 +150,20 @@ def test_a_plan_for_a_file_s_cluster_is_simulated_with_the_file(
     assert cli.main(["simulate", "--plan", str(path), "--cluster", str(cluster)]) == 0
 
 
+def test_what_if_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = ("--lengths", "1024:512x100", "--cluster", "h200-8", "--weight-dtype", "fp8")
+    assert plan("--model", QWEN, *job) == 0
+    assert plan("--model", QWEN, *job, "--json", str(tmp_path / "plan.json")) == 2
+    assert "--weight-dtype asks what if" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_number_of_slots_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    job = ("--lengths", "1024:512x100", "--cluster", "h200-8")
+    assert plan("--model", QWEN, *job, "--pool", "WaS", "--slots", "5") == 0
+    assert "t1d8 WaS 5 slots" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"layout": {}}', "nonsense"])
 def test_what_is_no_plan(tmp_path: Path, text: str) -> None:
     path = tmp_path / "plan.json"

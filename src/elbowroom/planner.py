@@ -98,8 +98,9 @@ def plan_job(settings: PlanSettings) -> Planned:
     workload = workload.longest_first()
 
     def search(model: ModelFacts, cluster: Cluster, engine: EngineLimits) -> Choice:
-        layouts = [x for x in enumerate_layouts(model, cluster) if _is_asked(x, settings)]
-        return choose(model, cluster, workload, engine, layouts)
+        layouts = enumerate_layouts(model, cluster, settings.slots)
+        asked = [layout for layout in layouts if _is_asked(layout, settings)]
+        return choose(model, cluster, workload, engine, asked)
 
     choice = search(model, cluster, settings.engine)
     changes: tuple[str, ...] = ()
@@ -109,7 +110,11 @@ def plan_job(settings: PlanSettings) -> Planned:
 
 
 def run_plan(planned: Planned, candidate: Candidate, settings: PlanSettings) -> RunPlan:
-    """The plan that carries a layout out."""
+    """The plan that carries a layout out. Raises InputError for weights that are not there."""
+    if planned.model.weight_dtype is not None:
+        raise InputError(
+            "--weight-dtype asks what if: convert the weights, and plan with what is stored then"
+        )
     layout, account = candidate.layout, candidate.account
     model, engine = planned.model, settings.engine
     names = (model.name, str(settings.model))

@@ -82,11 +82,13 @@ class Choice:
         return tuple(kept)
 
 
-def enumerate_layouts(model: ModelFacts, cluster: Cluster) -> Iterator[Layout]:
+def enumerate_layouts(
+    model: ModelFacts, cluster: Cluster, num_slots: int | None = None
+) -> Iterator[Layout]:
     """Layouts that use every device: t x d x groups, pools within the nearest links.
 
-    Tensor parallelism takes powers of two that divide the heads; a streamed pool 2 or d-1 slots,
-    as one slot hides nothing.
+    Tensor parallelism takes powers of two that divide the heads; a streamed pool 2 or d-1 slots
+    unless it is told, as one slot hides nothing.
     """
     width = 1
     while width <= cluster.node_devices:
@@ -95,14 +97,16 @@ def enumerate_layouts(model: ModelFacts, cluster: Cluster) -> Iterator[Layout]:
             yield Layout(width, 1, replicas, "none")
             for ranks in range(2, cluster.node_devices // width + 1):
                 if replicas % ranks == 0 and ranks <= model.num_layers:
-                    yield from _pools(width, ranks, replicas // ranks, cluster)
+                    yield from _pools(width, ranks, replicas // ranks, cluster, num_slots)
         width *= 2
 
 
-def _pools(width: int, ranks: int, groups: int, cluster: Cluster) -> Iterator[Layout]:
+def _pools(
+    width: int, ranks: int, groups: int, cluster: Cluster, num_slots: int | None
+) -> Iterator[Layout]:
     if cluster.device.maps_peers:
         yield Layout(width, ranks, groups, "mapped")
-    for slots in sorted({2, max(2, ranks - 1)}):
+    for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
         yield Layout(width, ranks, groups, "streamed", slots)
         if cluster.device.copies_overlap:
             yield Layout(width, ranks, groups, "streamed", slots, ships=True)
