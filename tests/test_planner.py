@@ -197,7 +197,7 @@ def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
     ]
     path.write_text("\n".join([*lines, "not json"]) + "\n")
     lengths = read_lengths(path, small, RowLimits())
-    assert lengths.workload.prompt_tokens.tolist() == [4 + 3, 4, 4, 4, 2, 1]
+    assert lengths.workload.prompt_tokens.tolist() == [3 + 5 + 3, 4, 4, 4, 2, 1]
     assert lengths.workload.output_tokens.tolist() == [ASSUMED_OUTPUT_TOKENS, 7, 7, 7, 16, 1]
     assert lengths.num_unlimited == 1
     assert "without max_tokens" in str(lengths)

@@ -24,7 +24,6 @@ from elbowroom.core.plan import (
     Layout,
     MemoryAccount,
     PoolMode,
-    Prediction,
     RunPlan,
 )
 from elbowroom.core.units import format_bytes, parse_bytes
@@ -34,7 +33,7 @@ from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
-from elbowroom.planner import THIS_MACHINE, find_cluster, predict_run, split_cores
+from elbowroom.planner import THIS_MACHINE, Predictor, find_cluster, split_cores
 from elbowroom.planning.memory import check_fits, longest_row
 from elbowroom.planning.search import EngineLimits, account_layout, layout_shares
 
@@ -209,18 +208,22 @@ async def run_settings(
     if settings.given_plan is None:
         console.print(_account_table(settings, model))
     plan = settings.plan(model)
-    plan = replace(plan, prediction=_predict(settings, model, plan, console))
+    predictor = _predictor(settings, model, plan, console)
+    hindsight = None
+    if predictor is not None:
+        plan = replace(plan, prediction=predictor.predict(predictor.workload))
+        hindsight = predictor.in_hindsight
     identity = job_identity(settings.model, plan.engine)
-    return await run_job(plan, files, settings.job, identity, console, stop, on_rows)
+    return await run_job(plan, files, settings.job, identity, console, stop, on_rows, hindsight)
 
 
 def errors_beside(output: Path) -> Path:
     return output.parent / f"{output.stem}.errors.jsonl"
 
 
-def _predict(
+def _predictor(
     settings: BatchSettings, model: ModelFacts, plan: RunPlan, console: Console
-) -> Prediction | None:
+) -> Predictor | None:
     """Of this job on this machine, whatever job and cluster a given plan was made for.
 
     None where it cannot be told: a job without rows that could be answered.
@@ -231,22 +234,19 @@ def _predict(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     cluster = find_cluster(settings.cluster, plan.cores, say)
+    engine = EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
     try:
         lengths = read_lengths(settings.input, settings.model, settings.job.limits, PREDICTION_ROWS)
         workload = lengths.workload
         if settings.job.order == "auto":
             workload = workload.longest_first()
-        limits = EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
-        prediction = predict_run(model, cluster, plan.layout, plan.account, limits, workload)
+        predictor = Predictor(model, cluster, plan.layout, plan.account, engine, workload)
+        prediction = predictor.predict(workload)
     except (InputError, MemoryPlanError) as error:
         say(f"no prediction: {error}")
         return None
-    say(
-        f"predicted for {lengths}: {prediction.seconds:.1f} s "
-        f"({prediction.low_seconds:.1f} to {prediction.high_seconds:.1f}), "
-        f"{prediction.tokens_per_second:.1f} output tokens/s"
-    )
-    return prediction
+    say(f"predicted for {lengths}: {prediction}")
+    return predictor
 
 
 def _settings(

@@ -175,17 +175,31 @@ def write_run_plan(path: Path, plan: RunPlan) -> None:
         raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from error
 
 
-def predict_run(
-    model: ModelFacts,
-    cluster: Cluster,
-    layout: Layout,
-    account: MemoryAccount,
-    engine: EngineLimits,
-    workload: Workload,
-) -> Prediction:
-    """What a run of a layout on a job should take."""
-    limits = replica_limits(account, engine)
-    return prediction_of(job_seconds(model, cluster, workload, layout, limits), workload, cluster)
+@dataclass(frozen=True)
+class Predictor:
+    """Says what a run of a layout on a job should take, before it and in hindsight."""
+
+    model: ModelFacts
+    cluster: Cluster
+    layout: Layout
+    account: MemoryAccount
+    engine: EngineLimits
+    workload: Workload
+
+    def predict(self, workload: Workload) -> Prediction:
+        limits = replica_limits(self.account, self.engine)
+        seconds = job_seconds(self.model, self.cluster, workload, self.layout, limits)
+        return prediction_of(seconds, workload, self.cluster)
+
+    def in_hindsight(self, prompt_tokens: int, output_tokens: int) -> Prediction | None:
+        """With the tokens that came out, spread over rows as they were expected to be."""
+        expected = self.workload
+        prompts = prompt_tokens / expected.num_prompt_tokens
+        came = expected.scaled(prompts, output_tokens / expected.num_output_tokens)
+        try:
+            return self.predict(came)
+        except MemoryPlanError:  # what came out is longer than what was thought to fit
+            return None
 
 
 def prediction_of(seconds: float, workload: Workload, cluster: Cluster) -> Prediction:
@@ -272,7 +286,7 @@ def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
     Raises InputError when the report has no prediction to compare with.
     """
     report = read_json(report_path)
-    predicted = (report.get("plan") or {}).get("prediction") or {}
+    predicted = report.get("hindsight") or (report.get("plan") or {}).get("prediction") or {}
     try:
         expected = predicted["output_tokens"] / predicted["seconds"]
         factor = expected / report["output_tokens_per_second"]

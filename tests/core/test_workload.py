@@ -33,6 +33,12 @@ def test_rows_have_a_prompt_and_an_output() -> None:
     assert workload([0], [0]).longest_row == 2
 
 
+def test_scaled_rows_keep_a_token_of_both() -> None:
+    rows = workload([10, 1], [100, 8]).scaled(2.0, 0.05)
+    assert rows.prompt_tokens.tolist() == [20, 2]
+    assert rows.output_tokens.tolist() == [5, 1]
+
+
 def test_sorting_and_sampling_keep_rows_together() -> None:
     rows = workload([1, 2, 3, 4], [10, 30, 20, 30])
     longest = rows.longest_first()

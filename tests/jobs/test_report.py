@@ -58,6 +58,7 @@ REPORT = JobReport(
     start_seconds=12.5,
     run_seconds=20.0,
     replicas=(REPLICA, replace(REPLICA, rank=1, num_kv_tokens=1584)),
+    hindsight=Prediction("a", 10, 500, 400, 40.0, 34.0, 46.0),
 )
 
 
@@ -102,8 +103,8 @@ def test_the_summary_names_what_a_user_asks_for() -> None:
         "tokens 500 prompt, 400 output",
         "seconds 12.5 start-up, 20.0 run",
         "output tokens/s 15.0",
-        "predicted 12.0 output tokens/s (outcome 1.25x), 40.0 s run (34.0 to 46.0) for 480 output "
-        "tokens",
+        "predicted 12.0 output tokens/s, 40.0 s (34.0 to 46.0) for 480 output tokens",
+        "predicted for what came 10.0 output tokens/s, 40.0 s (34.0 to 46.0) (outcome 1.50x)",
         "KV tokens per replica 1600, 1584 (account: 1600)",
         "weights and slots held 150 MiB, 150 MiB (account: 160 MiB)",
         "preemptions 4",

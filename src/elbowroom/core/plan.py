@@ -152,6 +152,12 @@ class Prediction:
     def tokens_per_second(self) -> float:
         return self.output_tokens / self.seconds
 
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_second:.1f} output tokens/s, {self.seconds:.1f} s "
+            f"({self.low_seconds:.1f} to {self.high_seconds:.1f})"
+        )
+
 
 @dataclass(frozen=True)
 class RunPlan:

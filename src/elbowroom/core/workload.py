@@ -47,6 +47,12 @@ class Workload:
         """Every ``step``-th row: what one of so many equal groups would take."""
         return Workload(self.prompt_tokens[::step], self.output_tokens[::step])
 
+    def scaled(self, prompt_factor: float, output_factor: float) -> Workload:
+        """As many rows, with lengths in other proportions; each keeps a token of both."""
+        prompts = np.maximum(1, np.rint(self.prompt_tokens * prompt_factor)).astype(np.int64)
+        outputs = np.maximum(1, np.rint(self.output_tokens * output_factor)).astype(np.int64)
+        return Workload(prompts, outputs)
+
     def longest_first(self) -> Workload:
         """By output length: the order in which a run takes rows, so that the end is short."""
         order = np.argsort(-self.output_tokens, kind="stable")

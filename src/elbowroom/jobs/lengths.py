@@ -20,8 +20,8 @@ ASSUMED_OUTPUT_TOKENS = 256
 """Of a row that sets no limit: nobody knows before it is answered."""
 
 _BYTES_PER_TOKEN = 4
-_TOKENS_PER_MESSAGE = 4
-"""What chat templates put around a message: its role and its ends."""
+_TOKENS_PER_MESSAGE, _TOKENS_PER_CHAT = 5, 3
+"""What ChatML puts around a message (its role, its ends) and before the answer."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def _counter(model_dir: Path) -> Callable[[str], int]:
 def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> int:
     messages = body.get("messages")
     if isinstance(messages, list):
-        return sum(_TOKENS_PER_MESSAGE + count(text) for text in _texts(messages))
+        texts = _texts(messages)
+        return sum((_TOKENS_PER_MESSAGE + count(text) for text in texts), _TOKENS_PER_CHAT)
     given = body.get("prompt", body.get("input"))
     if isinstance(given, list) and given and isinstance(given[0], int):
         return len(given)

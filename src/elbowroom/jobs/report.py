@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.core.plan import RunPlan
+from elbowroom.core.plan import Prediction, RunPlan
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import write_atomically
 
@@ -37,7 +37,8 @@ class JobReport:
     """A finished job: its plan, its rows by outcome, tokens, seconds and replicas.
 
     Rows and tokens are those of the whole job, of which ``num_resumed`` rows were finished by
-    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run.
+    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run. ``hindsight`` is what
+    would have been predicted with the lengths that came out.
     """
 
     plan: RunPlan
@@ -51,6 +52,7 @@ class JobReport:
     start_seconds: float
     run_seconds: float
     replicas: tuple[ReplicaReport, ...]
+    hindsight: Prediction | None = None
 
     @property
     def num_failed(self) -> int:
@@ -98,6 +100,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         ("seconds", f"{report.start_seconds:.1f} start-up, {report.run_seconds:.1f} run"),
         ("output tokens/s", f"{report.output_tokens_per_second:.1f}"),
         ("predicted", _predicted(report)),
+        ("predicted for what came", _in_hindsight(report)),
         ("KV tokens per replica", f"{kv_tokens} (account: {account.num_kv_tokens})"),
         (
             "weights and slots held",
@@ -119,16 +122,16 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
 
 
 def _predicted(report: JobReport) -> str:
-    """Beside the outcome. Rows may end before their limit, and some may have been finished."""
     prediction = report.plan.prediction
-    if prediction is None:
+    return f"{prediction} for {prediction.output_tokens} output tokens" if prediction else "nothing"
+
+
+def _in_hindsight(report: JobReport) -> str:
+    """Beside the outcome: rows may have ended before their limit."""
+    if report.hindsight is None:
         return "nothing"
-    ratio = report.output_tokens_per_second / prediction.tokens_per_second
-    return (
-        f"{prediction.tokens_per_second:.1f} output tokens/s (outcome {ratio:.2f}x), "
-        f"{prediction.seconds:.1f} s run ({prediction.low_seconds:.1f} to "
-        f"{prediction.high_seconds:.1f}) for {prediction.output_tokens} output tokens"
-    )
+    ratio = report.output_tokens_per_second / report.hindsight.tokens_per_second
+    return f"{report.hindsight} (outcome {ratio:.2f}x)"
 
 
 def _share(part: int, whole: int) -> str:

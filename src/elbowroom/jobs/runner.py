@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,7 +15,7 @@ from typing import Literal
 from rich.console import Console
 
 from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError
-from elbowroom.core.plan import RunPlan
+from elbowroom.core.plan import Prediction, RunPlan
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import Message
@@ -38,6 +38,9 @@ MEMORY_TOLERANCE = 0.05
 _MEMORY_SLACK_BYTES = 64 * MIB  # the interpreter's own growth, which matters to tiny models only
 
 Order = Literal["auto", "input"]
+
+Hindsight = Callable[[int, int], Prediction | None]
+"""From prompt and output tokens of a whole job."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,13 @@ async def run_job(
     console: Console,
     stop: StopRequest | None = None,
     on_rows: OnCommit | None = None,
+    hindsight: Hindsight | None = None,
     command: Sequence[str] = REPLICA_COMMAND,
 ) -> JobReport:
     """Answer every row of ``files.input`` that no earlier run has answered, and publish all.
 
-    ``identity`` is what answers depend on: a journal with another one is refused.
+    ``identity`` is what answers depend on: a journal with another one is refused. ``hindsight`` is
+    asked at the end what it would have predicted for the tokens that came out.
 
     Raises InputError for files that cannot be used, ReplicaError when a replica fails at its first
     start, OutputError when another run has the journal or it cannot be opened, JobStoppedError when
@@ -107,6 +112,9 @@ async def run_job(
             journal.commit()
             publish(journal, batch, files.output, files.errors)
             report = job.report()
+            if hindsight is not None:
+                told = hindsight(report.prompt_tokens, report.output_tokens)
+                report = replace(report, hindsight=told)
             if first is not None or not files.report.exists():
                 report.write(files.report)
         except OutputError as error:
