@@ -15,12 +15,15 @@ from rich.console import Console
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
 from elbowroom.jobs.verify import verify_results
 from tests.jobs.plans import make_plan
 
 ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo" / "model"
 STUB = [sys.executable, "-m", "tests.jobs.stub_replica"]
 
 
@@ -133,3 +136,27 @@ def test_any_file_gives_each_row_once_also_in_two_runs(
             paths = [path for path in (tmp_path / "out", tmp_path / "err") if path.exists()]
             assert verify_results(batch.scan(), paths).is_good
         assert report.num_succeeded + report.num_failed == report.num_rows
+
+
+@given(st.lists(lines, min_size=1, max_size=12).map(b"\n".join), st.sampled_from([None, 3]))
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+def test_any_file_has_lengths_or_is_refused(
+    tmp_path: Path, data: bytes, max_rows: int | None
+) -> None:
+    """What a prediction is made of must not end a run."""
+    (tmp_path / "in").write_bytes(data)
+    try:
+        lengths = read_lengths(tmp_path / "in", DEMO, RowLimits(), max_rows)
+    except InputError as error:
+        assert "no row" in str(error)
+        return
+    assert lengths.workload.num_rows >= 1
+    assert int(lengths.workload.prompt_tokens.min()) >= 1
+
+
+def test_rows_that_ask_for_too_much_are_counted_all_the_same(tmp_path: Path) -> None:
+    body = {"prompt": "\ud800" * 150_000, "n": 2**31 - 1, "max_tokens": 2**31 - 1}
+    (tmp_path / "in").write_bytes(request("a", body=body))
+    lengths = read_lengths(tmp_path / "in", DEMO, RowLimits()).workload
+    assert lengths.num_rows == 128
+    assert int(lengths.prompt_tokens[0]) == pytest.approx(150_000, rel=0.01)

@@ -20,6 +20,12 @@ ASSUMED_OUTPUT_TOKENS = 256
 """Of a row that sets no limit: nobody knows before it is answered."""
 
 _BYTES_PER_TOKEN = 4
+_COUNTED_CHARS = 100_000
+"""Of one text; the rest of a longer one is taken to be like its beginning."""
+
+_MOST_ANSWERS = 128
+"""Of one row: who asks for more is refused by its limits."""
+
 _TOKENS_PER_MESSAGE, _TOKENS_PER_CHAT = 5, 3
 """What ChatML puts around a message (its role, its ends) and before the answer."""
 
@@ -62,7 +68,7 @@ def read_lengths(
             num_counted += 1
             limit = max_output_tokens(row)
             num_unlimited += limit is None
-            answers = num_answers(row)
+            answers = min(num_answers(row), _MOST_ANSWERS)
             prompts += [_prompt_tokens(row.body, count)] * answers
             outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
     if not prompts:
@@ -76,19 +82,25 @@ def read_lengths(
 def _counter(model_dir: Path) -> Callable[[str], int]:
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        return lambda text: len(text.encode()) // _BYTES_PER_TOKEN
+        return lambda text: len(text.encode(errors="replace")) // _BYTES_PER_TOKEN
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise InputError(f"cannot load {path}: {error}") from error
-    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def count(text: str) -> int:
+        beginning = text[:_COUNTED_CHARS].encode(errors="replace").decode()
+        num_tokens = len(tokenizer.encode(beginning, add_special_tokens=False).ids)
+        return num_tokens * len(text) // max(1, len(beginning))
+
+    return count
 
 
 def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> int:
     messages = body.get("messages")
     if isinstance(messages, list):
-        texts = _texts(messages)
-        return sum((_TOKENS_PER_MESSAGE + count(text) for text in texts), _TOKENS_PER_CHAT)
+        counts = (_TOKENS_PER_MESSAGE + count(text) for text in _texts(messages))
+        return sum(counts, _TOKENS_PER_CHAT)
     given = body.get("prompt", body.get("input"))
     if isinstance(given, list) and given and isinstance(given[0], int):
         return len(given)
