@@ -82,14 +82,14 @@ def read_lengths(
 def _counter(model_dir: Path) -> Callable[[str], int]:
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        return lambda text: len(text.encode(errors="replace")) // _BYTES_PER_TOKEN
+        return lambda text: len(text.encode()) // _BYTES_PER_TOKEN
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
         raise InputError(f"cannot load {path}: {error}") from error
 
     def count(text: str) -> int:
-        beginning = text[:_COUNTED_CHARS].encode(errors="replace").decode()
+        beginning = text[:_COUNTED_CHARS]
         num_tokens = len(tokenizer.encode(beginning, add_special_tokens=False).ids)
         return num_tokens * len(text) // max(1, len(beginning))
 
