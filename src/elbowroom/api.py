@@ -208,13 +208,14 @@ async def run_settings(
     if settings.given_plan is None:
         console.print(_account_table(settings, model))
     plan = settings.plan(model)
+    job, hindsight = settings.job, None
     predictor = _predictor(settings, model, plan, console)
-    hindsight = None
     if predictor is not None:
-        plan = replace(plan, prediction=predictor.predict(predictor.workload))
+        plan = replace(plan, prediction=predictor.prediction)
+        job = replace(job, bytes_per_token=predictor.lengths.bytes_per_token)
         hindsight = predictor.in_hindsight
     identity = job_identity(settings.model, plan.engine)
-    return await run_job(plan, files, settings.job, identity, console, stop, on_rows, hindsight)
+    return await run_job(plan, files, job, identity, console, stop, on_rows, hindsight)
 
 
 def errors_beside(output: Path) -> Path:
@@ -237,11 +238,9 @@ def _predictor(
     engine = EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
     try:
         lengths = read_lengths(settings.input, settings.model, settings.job.limits, PREDICTION_ROWS)
-        workload = lengths.workload
-        if settings.job.order == "auto":
-            workload = workload.longest_first()
-        predictor = Predictor(model, cluster, plan.layout, plan.account, engine, workload)
-        prediction = predictor.predict(workload)
+        in_order = settings.job.order == "input"
+        predictor = Predictor(model, cluster, plan.layout, plan.account, engine, lengths, in_order)
+        prediction = predictor.prediction
     except (InputError, MemoryPlanError) as error:
         say(f"no prediction: {error}")
         return None

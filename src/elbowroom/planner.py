@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from elbowroom.core.plan import (
 )
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
-from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.lengths import FileLengths, read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.cost import Batch, Term
 from elbowroom.planning.memory import check_fits, longest_row
@@ -177,27 +178,41 @@ def write_run_plan(path: Path, plan: RunPlan) -> None:
 
 @dataclass(frozen=True)
 class Predictor:
-    """Says what a run of a layout on a job should take, before it and in hindsight."""
+    """Says what a run of a layout on a job should take, before it and in hindsight.
+
+    ``in_order`` takes the job's rows as they come in its file, else those of long outputs first.
+    """
 
     model: ModelFacts
     cluster: Cluster
     layout: Layout
     account: MemoryAccount
     engine: EngineLimits
-    workload: Workload
+    lengths: FileLengths
+    in_order: bool = False
 
-    def predict(self, workload: Workload) -> Prediction:
+    @cached_property
+    def prediction(self) -> Prediction:
+        """Of the job as it is expected. Raises MemoryPlanError when a row cannot fit."""
+        return self._predict(self._workload)
+
+    @property
+    def _workload(self) -> Workload:
+        workload = self.lengths.workload
+        return workload if self.in_order else workload.longest_first()
+
+    def _predict(self, workload: Workload) -> Prediction:
         limits = replica_limits(self.account, self.engine)
         seconds = job_seconds(self.model, self.cluster, workload, self.layout, limits)
         return prediction_of(seconds, workload, self.cluster)
 
     def in_hindsight(self, prompt_tokens: int, output_tokens: int) -> Prediction | None:
         """With the tokens that came out, spread over rows as they were expected to be."""
-        expected = self.workload
+        expected = self._workload
         prompts = prompt_tokens / expected.num_prompt_tokens
         came = expected.scaled(prompts, output_tokens / expected.num_output_tokens)
         try:
-            return self.predict(came)
+            return self._predict(came)
         except MemoryPlanError:  # what came out is longer than what was thought to fit
             return None
 
@@ -263,7 +278,7 @@ def find_cluster(
     path = cache_path(groups)
     if path.exists():
         return read_cluster(path)
-    say(f"measuring this machine once, about ten seconds; kept in {path}")
+    say(f"measuring this machine once, about twenty seconds; kept in {path}")
     cluster = measure_machine(groups)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

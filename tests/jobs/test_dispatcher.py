@@ -152,6 +152,11 @@ def test_estimator_learns_bytes_per_token() -> None:
     assert estimator.num_tokens(long) == pytest.approx(4000, rel=0.05)
 
 
+def test_estimator_begins_with_what_it_is_told() -> None:
+    told = RowEstimator(bytes_per_token=8.0)
+    assert told.num_tokens(_row(prompt="x" * 4000, max_tokens=1)) == pytest.approx(500, rel=0.05)
+
+
 def test_estimator_is_cautious_when_outputs_vary() -> None:
     steady, varied = RowEstimator(), RowEstimator()
     for number in range(100):

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from elbowroom.jobs.batch_file import RejectedRow, Row
-from elbowroom.jobs.prompts import output_limit
+from elbowroom.jobs.prompts import BYTES_PER_TOKEN, output_limit, prompt_bytes
 
-_BYTES_PER_TOKEN = 4.0  # English text; corrected by what finished rows report
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
 _SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
 
@@ -24,11 +22,14 @@ class TokenUsage(NamedTuple):
 
 
 class RowEstimator:
-    """How many tokens of KV cache a row will need at its end. Learns from finished rows."""
+    """How many tokens of KV cache a row will need at its end. Learns from finished rows.
 
-    def __init__(self) -> None:
+    ``bytes_per_token`` is what prompts have until some have finished.
+    """
+
+    def __init__(self, bytes_per_token: float = BYTES_PER_TOKEN) -> None:
         self._num_learned = 0
-        self._bytes_per_token = _BYTES_PER_TOKEN
+        self._bytes_per_token = bytes_per_token
         self._output_tokens = 0.0
         self._deviation = 0.0
 
@@ -41,12 +42,12 @@ class RowEstimator:
         guess = self._output_tokens + self._deviation
         if self._num_learned == 0:
             guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
-        return int(_prompt_bytes(row) / self._bytes_per_token + min(guess, limit)) + 1
+        return int(prompt_bytes(row) / self._bytes_per_token + min(guess, limit)) + 1
 
     def learn(self, row: Row, usage: TokenUsage) -> None:
         self._num_learned += 1
         rate = max(_SLOWEST_LEARNING_RATE, 1 / self._num_learned)
-        ratio = _prompt_bytes(row) / max(1, usage.prompt_tokens)
+        ratio = prompt_bytes(row) / max(1, usage.prompt_tokens)
         error = usage.output_tokens - self._output_tokens
         self._bytes_per_token += rate * (max(0.25, ratio) - self._bytes_per_token)
         self._output_tokens += rate * error
@@ -93,10 +94,12 @@ class Dispatcher:
     two deaths by one row, others prove that replicas work.
     """
 
-    def __init__(self, rows: Iterable[Row | RejectedRow]) -> None:
+    def __init__(
+        self, rows: Iterable[Row | RejectedRow], bytes_per_token: float = BYTES_PER_TOKEN
+    ) -> None:
         self._rows = iter(rows)
         self._intakes: dict[int, Intake] = {}
-        self._estimator = RowEstimator()
+        self._estimator = RowEstimator(bytes_per_token)
         self._waiting: Row | None = None
         self._cohorts: deque[deque[Row]] = deque()
         self._is_exhausted = False
@@ -199,15 +202,3 @@ def token_usage(body: Any) -> TokenUsage | None:
     if not isinstance(usage, dict):
         return None
     return TokenUsage(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
-
-
-def _prompt_bytes(row: Row) -> int:
-    """Size of what becomes the prompt: messages, tools, text; not the sampling parameters."""
-    parts = [row.body[key] for key in ("messages", "tools", "prompt", "input") if key in row.body]
-    if len(parts) == 1 and isinstance(parts[0], list) and _is_token_ids(parts[0]):
-        return int(len(parts[0]) * _BYTES_PER_TOKEN)
-    return len(json.dumps(parts, ensure_ascii=False))
-
-
-def _is_token_ids(prompt: list[Any]) -> bool:
-    return bool(prompt) and isinstance(prompt[0], int)

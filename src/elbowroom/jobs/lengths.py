@@ -14,12 +14,16 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.batch_file import BatchFile, Row
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.prompts import max_output_tokens, num_answers
+from elbowroom.jobs.prompts import (
+    BYTES_PER_TOKEN,
+    max_output_tokens,
+    num_answers,
+    prompt_bytes,
+)
 
 ASSUMED_OUTPUT_TOKENS = 256
 """Of a row that sets no limit: nobody knows before it is answered."""
 
-_BYTES_PER_TOKEN = 4
 _COUNTED_CHARS = 100_000
 """Of one text; the rest of a longer one is taken to be like its beginning."""
 
@@ -32,11 +36,15 @@ _TOKENS_PER_MESSAGE, _TOKENS_PER_CHAT = 5, 3
 
 @dataclass(frozen=True)
 class FileLengths:
-    """Lengths of a file's rows in its order; of ``num_counted`` rows if it is larger than asked."""
+    """Lengths of a file's rows in its order; of ``num_counted`` rows if it is larger than asked.
+
+    ``bytes_per_token`` is what prompts have as ``jobs.prompts.prompt_bytes`` measures them.
+    """
 
     workload: Workload
     num_counted: int
     num_unlimited: int
+    bytes_per_token: float
 
     def __str__(self) -> str:
         text = str(self.workload)
@@ -58,7 +66,7 @@ def read_lengths(
     count = _counter(model_dir)
     prompts: list[int] = []
     outputs: list[int] = []
-    num_counted = num_unlimited = 0
+    num_counted = num_unlimited = num_bytes = num_tokens = 0
     with BatchFile(path, limits) as batch:
         num_rows = batch.scan().num_rows
         step = max(1, -(-num_rows // max_rows)) if max_rows else 1
@@ -69,20 +77,28 @@ def read_lengths(
             limit = max_output_tokens(row)
             num_unlimited += limit is None
             answers = min(num_answers(row), _MOST_ANSWERS)
-            prompts += [_prompt_tokens(row.body, count)] * answers
+            of_prompts = _prompt_tokens(row.body, count)
+            num_tokens += sum(of_prompts)
+            num_bytes += prompt_bytes(row)
+            prompts += [sum(of_prompts) // max(1, len(of_prompts))] * answers
             outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
     if not prompts:
         raise InputError(f"{path} has no row that could be answered: see `elbowroom check`")
     wanted = len(prompts) if step == 1 else round(len(prompts) * num_rows / num_counted)
     order = np.arange(wanted) % len(prompts)
     counted = workload(np.array(prompts)[order], np.array(outputs)[order])
-    return FileLengths(counted, num_counted if step > 1 else num_rows, num_unlimited)
+    return FileLengths(
+        workload=counted,
+        num_counted=num_counted if step > 1 else num_rows,
+        num_unlimited=num_unlimited,
+        bytes_per_token=num_bytes / max(1, num_tokens),
+    )
 
 
 def _counter(model_dir: Path) -> Callable[[str], int]:
     path = model_dir / "tokenizer.json"
     if not path.exists():
-        return lambda text: len(text.encode()) // _BYTES_PER_TOKEN
+        return lambda text: int(len(text.encode()) / BYTES_PER_TOKEN)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more special
@@ -96,16 +112,16 @@ def _counter(model_dir: Path) -> Callable[[str], int]:
     return count
 
 
-def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> int:
+def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> list[int]:
+    """Tokens of each prompt of a row."""
     messages = body.get("messages")
     if isinstance(messages, list):
         counts = (_TOKENS_PER_MESSAGE + count(text) for text in _texts(messages))
-        return sum(counts, _TOKENS_PER_CHAT)
+        return [sum(counts, _TOKENS_PER_CHAT)]
     given = body.get("prompt", body.get("input"))
     if isinstance(given, list) and given and isinstance(given[0], int):
-        return len(given)
-    texts = list(_texts(given))
-    return sum(map(count, texts)) // max(1, len(texts))
+        return [len(given)]
+    return [count(text) for text in _texts(given)]
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -9,6 +9,9 @@ from elbowroom.jobs.batch_file import Row
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
+BYTES_PER_TOKEN = 4.0
+"""Of English text."""
+
 _DEFAULT_COMPLETION_TOKENS = 16
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 
@@ -51,6 +54,14 @@ def max_output_tokens(row: Row) -> int | None:
     if given is None and row.url == COMPLETIONS:
         return _DEFAULT_COMPLETION_TOKENS
     return given if _is_count(given) else None
+
+
+def prompt_bytes(row: Row) -> int:
+    """Size of what becomes the prompt: messages, tools, text; not the sampling parameters."""
+    parts = [row.body[key] for key in ("messages", "tools", "prompt", "input") if key in row.body]
+    if len(parts) == 1 and _is_list_of(parts[0], int) and parts[0]:
+        return int(len(parts[0]) * BYTES_PER_TOKEN)
+    return len(json.dumps(parts, ensure_ascii=False))
 
 
 def num_answers(row: Row) -> int:

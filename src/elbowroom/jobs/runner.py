@@ -26,6 +26,7 @@ from elbowroom.jobs.journal import FinishedRow, Journal, OnCommit
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import JobSnapshot, ProgressView, ReplicaStats
+from elbowroom.jobs.prompts import BYTES_PER_TOKEN
 from elbowroom.jobs.report import JobReport, ReplicaReport
 from elbowroom.jobs.restarts import RestartPolicy
 from elbowroom.jobs.results import error_line, publish, request_id, response_line
@@ -56,13 +57,18 @@ class JobFiles:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How a job goes about its rows. ``restart`` drops what earlier runs have finished."""
+    """How a job goes about its rows. ``restart`` drops what earlier runs have finished.
+
+    ``bytes_per_token`` is what prompts are believed to have before any has finished: with a good
+    guess, replicas are as full as they can be from the start.
+    """
 
     limits: RowLimits = field(default_factory=RowLimits)
     order: Order = "auto"
     max_restarts: int = 3
     grace_seconds: float = 30.0
     restart: bool = False
+    bytes_per_token: float = BYTES_PER_TOKEN
 
 
 class StopRequest:
@@ -197,7 +203,7 @@ class _Job:
     async def answer(self, rows: Iterator[Row | RejectedRow], group: ReplicaGroup) -> None:
         """Start the replicas and keep each as full as it can be until the last row is answered."""
         self._group = group
-        self._dispatcher = Dispatcher(rows)
+        self._dispatcher = Dispatcher(rows, self._options.bytes_per_token)
         self._note()
         for replica in self._replicas:
             await group.start(replica.rank)

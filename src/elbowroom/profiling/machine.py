@@ -13,57 +13,57 @@ from typing import Any
 from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
 from elbowroom.core.errors import ElbowroomError
 
-MEASUREMENTS = ("matmul", "copy", "decode", "prefill", "launch", "elementwise")
 MEMORY_FRACTION = 0.8
 """Of the machine's memory, for all engines together: the rest is for the system and processes."""
 
 ITERATION_SECONDS = 1.6e-3
 ROW_SECONDS = 5e-5
-ENGINE_LAYER_SECONDS = 3.5e-4
+ENGINE_LAYER_SECONDS = 7.5e-4
 """What vLLM itself takes of an iteration, of each of its rows and of each layer: eager Python.
 
-Measured with vLLM 0.32 on one core per replica, of an AMD EPYC, by models that are too small to
-take time (hidden size 64): 1.67 and 2.64 ms for 4 and 16 rows of one layer, 8.7 and 10.1 ms of 17
-layers, less what ``profile`` sees: the kernels.
+Measured with vLLM 0.32 on one core per replica, of an AMD EPYC. Iterations and rows by models that
+are too small to take time (hidden size 64): 1.67 and 2.64 ms for 4 and 16 rows of one layer. Layers
+by one of 8 layers and hidden size 2048, whose weights push the interpreter out of the caches: 44 ms
+of an engine's thread for 4 rows, of which 34.5 are what ``profile`` sees. (17 tiny layers: 0.35 ms
+each.)
 """
 
 UNCERTAINTY = 0.15
 """Of times made of these measurements, against whole runs: ``bench/prediction.py``."""
 
 _SOURCES = {
-    "matmul": "bf16 products with packed 2048 x 5632 matrices, all devices at once; median",
+    "matmul": "bf16 products in decoder layers (hidden 2048, FFN 5632), all devices; median",
     "memory_bandwidth": "the same with one row: weight bytes per second",
-    "attention_bandwidth": "attention of 16 rows over 512 tokens each: KV bytes per second",
+    "attention_bandwidth": "attention of 24 rows over 512 tokens each: KV bytes per second",
     "attention_flops": "causal attention over 512 tokens",
-    "elementwise_bandwidth": "norms, rotary embedding, activation and residuals of 256 rows",
-    "layer_seconds": "the same of one row, and 0.35 ms of vLLM",
+    "elementwise_bandwidth": "norms, rotary embedding, activation and residuals of 1,024 rows",
+    "layer_seconds": "the same of one row, and 0.75 ms of vLLM",
     "links.bandwidth": "memory-to-memory copies of 64 MiB, all devices at once",
     "iteration_seconds, row_seconds": "vLLM 0.32 on this kind of machine, by a tiny model",
 }
 
 
 def measure_machine(cores: Sequence[Sequence[int]]) -> Cluster:
-    """A cluster with one device per group of cores. Takes about ten seconds.
+    """A cluster with one device per group of cores. Takes about twenty seconds.
 
     Raises ElbowroomError when a measuring process fails.
     """
-    workers = [_start(group) for group in cores]
+    workers = [_start(group, 1 / len(cores)) for group in cores]
     try:
         for worker in workers:
             _answer(worker)
-        measured = [_measure(workers, name) for name in MEASUREMENTS]
+        layers, copies = _measure(workers, "layers"), _measure(workers, "copy")
     finally:
         for worker in workers:
             worker.kill()
             worker.communicate()
-    devices = [
-        dict(zip(MEASUREMENTS, values, strict=True)) for values in zip(*measured, strict=True)
-    ]
+    devices = [{**rates, "copy": rate} for rates, rate in zip(layers, copies, strict=True)]
     return _cluster(devices, len(cores[0]))
 
 
-def _start(cores: Sequence[int]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "elbowroom.profiling.device", ",".join(map(str, cores))]
+def _start(cores: Sequence[int], share: float) -> subprocess.Popen[str]:
+    device = [",".join(map(str, cores)), str(share)]
+    command = [sys.executable, "-m", "elbowroom.profiling.device", *device]
     return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
