@@ -51,6 +51,8 @@ bench: setup
 	$(BIN)/python -m bench.prediction
 	$(BIN)/python -m bench.planning_time
 	$(BIN)/python -m bench.sidp_reproduction
+	$(BIN)/python -m bench.shipping
+	$(BIN)/python -m bench.tail
 
 clean:
 	rm -rf .venv build

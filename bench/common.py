@@ -80,13 +80,13 @@ def write_requests(path: Path, num_rows: int, seed: int = 0) -> Path:
 
 
 def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -> dict[str, Any]:
-    """One ``elbowroom run`` with two replicas. Returns its report."""
+    """One ``elbowroom run`` with two replicas, without shipping. Returns its report."""
     output = BUILD / "elbowroom.jsonl"
     command = [
         *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(bench_model())),
         *("--input", str(requests), "--output", str(output), "--replicas", "2"),
         *("--memory", str(memory_bytes), "--pool", pool, "--served-model-name", "bench"),
-        "--restart",
+        *("--restart", "--no-ship"),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), *options),
     ]

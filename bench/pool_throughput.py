@@ -130,8 +130,8 @@ def summarise(report: dict[str, Any]) -> dict[str, Any]:
         "output_tokens": report["output_tokens"],
         "kv_tokens": report["replicas"][0]["num_kv_tokens"],
         "preemptions": sum(replica["num_preemptions"] for replica in report["replicas"]),
-        "streamed_bytes": [replica["streamed_bytes"] for replica in report["replicas"]],
-        "wait_seconds": [replica["wait_seconds"] for replica in report["replicas"]],
+        "streamed_bytes": [replica["pool"]["streamed_bytes"] for replica in report["replicas"]],
+        "wait_seconds": [replica["pool"]["wait_seconds"] for replica in report["replicas"]],
     }
 
 

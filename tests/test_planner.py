@@ -121,10 +121,6 @@ def test_run_takes_a_plan(
     ("flags", "words"),
     [
         (("--tensor-parallel", "2"), "does not run replicas of several devices"),
-        (
-            ("--pool", "WaS+CaS", "--tensor-parallel", "1"),
-            "does not run activations that are shipped",
-        ),
         (("--pool", "WaS", "--tensor-parallel", "1", "--slots", "2"), "several groups"),
     ],
 )

@@ -35,7 +35,7 @@ from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.planner import THIS_MACHINE, Predictor, find_cluster, split_cores
 from elbowroom.planning.memory import check_fits, longest_row
-from elbowroom.planning.search import EngineLimits, account_layout, layout_shares
+from elbowroom.planning.search import EngineLimits, account_layout, engine_limits, layout_shares
 
 PREDICTION_ROWS = 1000
 """Rows of the input that are counted for a prediction."""
@@ -48,7 +48,8 @@ class BatchSettings:
     """What ``elbowroom run`` is told. ``memory_bytes`` is the device memory of one replica.
 
     ``errors`` and ``report`` lie beside the output unless they are named. ``max_model_len`` None
-    is the longest row that fits, ``slots`` None one less than there are replicas. ``cluster`` is
+    is the longest row that fits, ``slots`` None one less than there are replicas. ``ship`` lets a
+    streamed pool ship the rows of small batches, as the prediction advises. ``cluster`` is
     where predictions come from. ``given_plan`` says all that is asked of layout and engine.
     """
 
@@ -63,6 +64,7 @@ class BatchSettings:
     pool: PoolMode = "mapped"
     slots: int | None = None
     fetch_order: FetchOrder = "peak-shift"
+    ship: bool = True
     dtype: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -90,7 +92,9 @@ class BatchSettings:
         if mode == "none":
             return Layout(1, 1, self.replicas, mode)
         slots = max(1, self.replicas - 1) if self.slots is None else self.slots
-        return Layout(1, self.replicas, 1, mode, slots if mode == "streamed" else 0)
+        if mode == "mapped":
+            return Layout(1, self.replicas, 1, mode)
+        return Layout(1, self.replicas, 1, mode, slots, ships=self.ship and self.replicas > 1)
 
     @property
     def engine_limits(self) -> EngineLimits:
@@ -212,6 +216,8 @@ async def run_settings(
     predictor = _predictor(settings, model, plan, console)
     if predictor is not None:
         plan = replace(plan, prediction=predictor.prediction)
+        if settings.given_plan is None:
+            plan = plan.shipping_below(predictor.ship_below_rows)
         job = replace(job, bytes_per_token=predictor.lengths.bytes_per_token)
         hindsight = predictor.in_hindsight
     identity = job_identity(settings.model, plan.engine)
@@ -235,7 +241,7 @@ def _predictor(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     cluster = find_cluster(settings.cluster, plan.cores, say)
-    engine = EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
+    engine = engine_limits(plan.engine)
     try:
         lengths = read_lengths(settings.input, settings.model, settings.job.limits, PREDICTION_ROWS)
         in_order = settings.job.order == "input"

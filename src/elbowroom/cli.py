@@ -25,7 +25,7 @@ from elbowroom.core.errors import (
     OutputError,
 )
 from elbowroom.core.model import DTYPE_BYTES
-from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES
+from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES, RunPlan
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.journal import JournalReader
@@ -46,8 +46,8 @@ exit codes:
 """
 
 _PLANNED = (
-    *("model", "memory", "replicas", "pool", "slots", "fetch_order", "dtype", "max_model_len"),
-    *("max_num_seqs", "max_num_batched_tokens", "served_model_name", "seed"),
+    *("model", "memory", "replicas", "pool", "slots", "fetch_order", "ship", "dtype"),
+    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "served_model_name", "seed"),
     "no_prefix_caching",
 )
 """Flags of ``run`` that a plan stands for."""
@@ -213,6 +213,12 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
         help="how a replica uses layers that others own (default mapped; none: full copies)",
     )
     layout.add_argument("--slots", type=count, help="buffers for streamed layers (default d-1)")
+    layout.add_argument(
+        "--ship",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with a streamed pool: ship rows of small batches to owners (default: where it pays)",
+    )
     layout.add_argument("--fetch-order", choices=FETCH_ORDERS, default=FETCH_ORDERS[0])
     engine = run.add_argument_group("engine")
     engine.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto")
@@ -261,14 +267,14 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         grace_seconds=args.grace,
         restart=args.restart,
     )
-    if args.plan is not None:
-        return _planned_settings(args, job)
-    for name in ("model", "memory"):
-        if getattr(args, name) is None:
-            raise InputError(f"give --{name}, or a --plan that says it")
+    plan = None if args.plan is None else _plan_alone(args)
+    if plan is None:
+        for name in ("model", "memory"):
+            if getattr(args, name) is None:
+                raise InputError(f"give --{name}, or a --plan that says it")
     return BatchSettings(
-        model=args.model,
-        memory_bytes=args.memory,
+        model=Path(plan.model_dir) if plan else args.model,
+        memory_bytes=plan.account.memory_bytes if plan else args.memory,
         input=args.input,
         output=args.output,
         errors=args.errors,
@@ -278,7 +284,8 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         pool=args.pool,
         slots=args.slots,
         fetch_order=args.fetch_order,
-        dtype=args.dtype,
+        ship=args.ship,
+        dtype=plan.engine.dtype if plan else args.dtype,
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
@@ -288,11 +295,12 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         vllm_options=tuple(args.vllm),
         job=job,
         cluster=args.cluster,
+        given_plan=plan,
     )
 
 
-def _planned_settings(args: argparse.Namespace, job: JobOptions) -> BatchSettings:
-    """What a plan says is not said again beside it."""
+def _plan_alone(args: argparse.Namespace) -> RunPlan:
+    """The plan. What it says is not said again beside it."""
     parser = argparse.ArgumentParser()
     _add_run_flags(parser)
     for name in _PLANNED:
@@ -301,20 +309,7 @@ def _planned_settings(args: argparse.Namespace, job: JobOptions) -> BatchSetting
             raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
     if args.vllm:
         raise InputError("options for vLLM cannot be given beside a --plan")
-    plan = read_run_plan(args.plan)
-    return BatchSettings(
-        model=Path(plan.model_dir),
-        memory_bytes=plan.account.memory_bytes,
-        input=args.input,
-        output=args.output,
-        errors=args.errors,
-        report=args.report,
-        logs=args.logs,
-        dtype=plan.engine.dtype,
-        job=job,
-        cluster=args.cluster,
-        given_plan=plan,
-    )
+    return read_run_plan(args.plan)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from rich.table import Table
 
 from elbowroom.cli_flags import add_limits, count, limits_of, size
 from elbowroom.core.cluster import PRESETS
-from elbowroom.core.errors import InputError, OutputError
+from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bytes
+from elbowroom.jobs.results import write_atomically
 from elbowroom.planner import (
     THIS_MACHINE,
     Planned,
@@ -119,10 +120,7 @@ def _profile(args: argparse.Namespace, console: Console) -> int:
     if num_devices > len(os.sched_getaffinity(0)):
         raise InputError(f"{num_devices} devices need as many cores: lower --replicas")
     cluster = measure_machine(split_cores(num_devices))
-    try:
-        args.out.write_text(cluster.to_toml())
-    except OSError as error:
-        raise OutputError(f"cannot write {args.out}: {error.strerror}") from error
+    write_atomically(args.out, iter([cluster.to_toml().encode()]))
     console.print(f"{num_devices} devices measured: use --cluster {args.out}", highlight=False)
     return 0
 

@@ -25,6 +25,7 @@ from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.lengths import FileLengths, read_lengths
 from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.results import write_atomically
 from elbowroom.planning.cost import Batch, Term
 from elbowroom.planning.memory import check_fits, longest_row
 from elbowroom.planning.search import (
@@ -37,6 +38,7 @@ from elbowroom.planning.search import (
     layout_shares,
     pool_times,
     replica_limits,
+    ship_threshold,
 )
 from elbowroom.profiling.machine import measure_machine
 
@@ -95,7 +97,9 @@ def plan_job(settings: PlanSettings) -> Planned:
         cluster = cluster.with_memory(settings.memory_bytes)
     if settings.calibrate is not None:
         cluster = calibrated(cluster, settings.calibrate)
-    workload, about = _workload(settings)
+    workload, about = read_workload(
+        settings.lengths, settings.input, settings.model, settings.limits
+    )
     workload = workload.longest_first()
 
     def search(model: ModelFacts, cluster: Cluster, engine: EngineLimits) -> Choice:
@@ -120,10 +124,11 @@ def run_plan(planned: Planned, candidate: Candidate, settings: PlanSettings) -> 
     model, engine = planned.model, settings.engine
     names = (model.name, str(settings.model))
     extra = ("--kv-cache-dtype", model.kv_dtype) if model.kv_dtype else ()
+    threshold = ship_threshold(model, planned.cluster, layout, planned.workload.mean_context)
     return RunPlan(
         model_dir=str(settings.model),
         account=account,
-        shares=layout_shares(model, layout) * layout.num_groups,
+        shares=layout_shares(model, layout, ship_below_rows=threshold) * layout.num_groups,
         cores=split_cores(layout.num_replicas),
         engine=EngineOptions(
             dtype=model.dtype,
@@ -158,8 +163,6 @@ def read_run_plan(path: Path) -> RunPlan:
     why = None
     if layout.tensor_parallel > 1:
         why = "replicas of several devices"
-    elif layout.ships:
-        why = "activations that are shipped (plan with --pool WaS)"
     elif layout.num_groups > 1 and layout.pool != "none":
         why = "several groups that each share a pool"
     if why:
@@ -170,10 +173,8 @@ def read_run_plan(path: Path) -> RunPlan:
 
 def write_run_plan(path: Path, plan: RunPlan) -> None:
     """Raises OutputError."""
-    try:
-        path.write_text(json.dumps(plan.to_json(), indent=2) + "\n")
-    except OSError as error:
-        raise OutputError(f"cannot write the plan to {path}: {error.strerror}") from error
+    text = json.dumps(plan.to_json(), indent=2) + "\n"
+    write_atomically(path, iter([text.encode()]))
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,11 @@ class Predictor:
     def prediction(self) -> Prediction:
         """Of the job as it is expected. Raises MemoryPlanError when a row cannot fit."""
         return self._predict(self._workload)
+
+    @property
+    def ship_below_rows(self) -> int:
+        context = self.lengths.workload.mean_context
+        return ship_threshold(self.model, self.cluster, self.layout, context)
 
     @property
     def _workload(self) -> Workload:
@@ -234,9 +240,7 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     account, layout = candidate.account, candidate.layout
     times = pool_times(planned.model, planned.cluster, layout)
     rows = candidate.rows_at_once
-    context = planned.workload.mean_row / 2 + planned.workload.num_prompt_tokens / (
-        2 * planned.workload.num_rows
-    )
+    context = planned.workload.mean_context
     terms = [
         Term("memory", account.memory_bytes, "B", "what the engine may use of one device"),
         Term("- replicated", account.replicated_bytes, "B", "W_rest / t"),
@@ -262,6 +266,22 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     return terms
 
 
+def read_workload(
+    lengths: str | None, path: Path | None, model_dir: Path, limits: RowLimits
+) -> tuple[Workload, str]:
+    """A job, and a line about it, from text for ``parse_lengths`` or from a batch file.
+
+    Raises InputError for what cannot be read, and without either.
+    """
+    if lengths is not None:
+        workload = parse_lengths(lengths)
+        return workload, str(workload)
+    if path is None:
+        raise InputError("a plan needs to know the job: give --input or --lengths")
+    of_file = read_lengths(path, model_dir, limits)
+    return of_file.workload, str(of_file)
+
+
 def find_cluster(
     name: str,
     cores: Sequence[Sequence[int]] | None = None,
@@ -282,8 +302,8 @@ def find_cluster(
     cluster = measure_machine(groups)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(cluster.to_toml())
-    except OSError as error:
+        write_atomically(path, iter([cluster.to_toml().encode()]))
+    except (OSError, OutputError) as error:
         say(f"cannot keep the measurement: {error}")
     return cluster
 
@@ -321,16 +341,6 @@ def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
         return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
     bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
     return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
-
-
-def _workload(settings: PlanSettings) -> tuple[Workload, str]:
-    if settings.lengths is not None:
-        workload = parse_lengths(settings.lengths)
-        return workload, str(workload)
-    if settings.input is None:
-        raise InputError("a plan needs to know the job: give --input or --lengths")
-    lengths = read_lengths(settings.input, settings.model, settings.limits)
-    return lengths.workload, str(lengths)
 
 
 def _is_asked(layout: Layout, settings: PlanSettings) -> bool:

@@ -15,13 +15,12 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.plan import Layout, RunPlan
 from elbowroom.core.trace import Count, Span
-from elbowroom.core.workload import Workload, parse_lengths, workload
-from elbowroom.jobs.lengths import read_lengths
+from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.planner import THIS_MACHINE, find_cluster
+from elbowroom.planner import THIS_MACHINE, find_cluster, read_workload
 from elbowroom.planning.cost import Batch
 from elbowroom.planning.job import JobOutcome, simulate_job
-from elbowroom.planning.search import EngineLimits, policy_of, pool_times, replica_limits
+from elbowroom.planning.search import engine_limits, policy_of, pool_times, replica_limits
 from elbowroom.planning.simulate import PoolTimeline, simulate_pool
 
 _TRACE_ITERATIONS = 3
@@ -71,13 +70,12 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     assert layout is not None
     model = _model(plan)
     cluster = find_cluster(settings.cluster or _planned_for(plan), plan.cores)
-    limits = replica_limits(plan.account, _engine(plan))
+    limits = replica_limits(plan.account, engine_limits(plan.engine))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)
     job = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout))
-    at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(rows.mean_row))
-    context = (rows.num_prompt_tokens + rows.num_output_tokens / 2) / rows.num_rows
-    batch = Batch(at_once, at_once * context)
+    at_once = limits.rows_at_once(rows)
+    batch = Batch(at_once, at_once * rows.mean_context)
     shares = plan.shares[: layout.num_ranks]
     pool = simulate_pool(
         times.cost, shares, [batch] * len(shares), num_iterations=_TRACE_ITERATIONS
@@ -123,17 +121,10 @@ def _planned_for(plan: RunPlan) -> str:
     raise InputError(f"the plan was made for a cluster '{name}' of a file: give it as --cluster")
 
 
-def _engine(plan: RunPlan) -> EngineLimits:
-    return EngineLimits(plan.engine.max_num_seqs, plan.engine.max_num_batched_tokens)
-
-
 def _workload(settings: SimulationSettings) -> Workload:
-    if settings.lengths is not None:
-        return parse_lengths(settings.lengths)
-    if settings.input is not None:
-        model = Path(settings.plan.model_dir)
-        return read_lengths(settings.input, model, settings.limits).workload
-    predicted = settings.plan.prediction
+    model, predicted = Path(settings.plan.model_dir), settings.plan.prediction
+    if settings.lengths is not None or settings.input is not None:
+        return read_workload(settings.lengths, settings.input, model, settings.limits)[0]
     if predicted is None:
         raise InputError("the plan was made for no job: give --input or --lengths")
     rows = predicted.num_rows

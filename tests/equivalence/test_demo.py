@@ -50,8 +50,8 @@ def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_
     )
     for replica in report["replicas"]:
         assert replica["num_kv_tokens"] == pytest.approx(expected, rel=0.01)
-        assert (replica["streamed_bytes"] > 0) == (pool == "streamed")
-        assert (replica["mapped_bytes"] > 0) == (pool == "mapped")
+        assert (replica["pool"]["streamed_bytes"] > 0) == (pool == "streamed")
+        assert (replica["pool"]["mapped_bytes"] > 0) == (pool == "mapped")
 
 
 def _answers(output: Path) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from elbowroom.core.errors import OutputError
 from elbowroom.core.plan import EngineOptions, Layout, MemoryAccount, PoolShare, Prediction, RunPlan
+from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import GIB, MIB
 from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
 
@@ -42,9 +43,14 @@ REPLICA = ReplicaReport(
     num_preemptions=2,
     prefix_query_tokens=200,
     prefix_hit_tokens=50,
-    mapped_bytes=3 * MIB,
-    streamed_bytes=7 * MIB,
-    wait_seconds=0.25,
+    pool=PoolStats(
+        mapped_bytes=3 * MIB,
+        streamed_bytes=7 * MIB,
+        streamed_iterations=5,
+        shipped_iterations=3,
+        shipped_rows=23,
+        wait_seconds=0.25,
+    ),
 )
 REPORT = JobReport(
     plan=PLAN,
@@ -87,7 +93,10 @@ def test_the_file_holds_everything_and_its_plan_can_run_again(tmp_path: Path) ->
     assert (data["num_rows"], data["num_succeeded"], data["num_failed"]) == (10, 7, 3)
     assert (data["start_seconds"], data["run_seconds"]) == (12.5, 20.0)
     assert data["output_tokens_per_second"] == 15.0
-    assert [ReplicaReport(**replica) for replica in data["replicas"]] == list(REPORT.replicas)
+    assert [
+        ReplicaReport(**{**replica, "pool": PoolStats(**replica["pool"])})
+        for replica in data["replicas"]
+    ] == list(REPORT.replicas)
     assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
 
@@ -111,6 +120,7 @@ def test_the_summary_names_what_a_user_asks_for() -> None:
         "restarts 2",
         "prompt tokens in the prefix cache 100 of 400 (25%)",
         "weights mapped, streamed 6 MiB, 14 MiB",
+        "iterations streamed, shipped 10, 6 with 46 rows",
         "seconds compute waited 0.5",
     ]
 

@@ -116,7 +116,7 @@ def test_every_row_once_in_input_order(job: Job, num_replicas: int) -> None:
     assert (report.num_rows, report.num_succeeded, report.num_failed) == (40, 40, 0)
     assert (report.prompt_tokens, report.output_tokens) == (160, 80)
     assert [replica.num_kv_tokens for replica in report.replicas] == [1000] * num_replicas
-    assert [replica.wait_seconds for replica in report.replicas] == [0.25] * num_replicas
+    assert [replica.pool.wait_seconds for replica in report.replicas] == [0.25] * num_replicas
     assert not job.files.errors.exists()
     assert json.loads(job.files.report.read_text())["num_succeeded"] == 40
     job.check_nothing_is_left(published=True)

@@ -74,7 +74,7 @@ def test_layouts_use_every_device() -> None:
     assert {layout.pool_name for layout in layouts} == {"none", "WaS", "WaS+CaS"}
     assert Layout(8, 1, 1, "none") in layouts
     on_cpu = list(enumerate_layouts(model("Llama-3.1-8B"), CPU))
-    assert {layout.pool_name for layout in on_cpu} == {"none", "mapped", "WaS"}
+    assert {layout.pool_name for layout in on_cpu} == {"none", "mapped", "WaS", "WaS+CaS"}
 
 
 def many_devices(num_devices: int) -> Cluster:

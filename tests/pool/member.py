@@ -3,6 +3,7 @@
     python -m tests.pool.member publish RUN_DIR RANK LAYER NUM_BYTES   then waits for a line
     python -m tests.pool.member allocate RUN_DIR RANK LAYER NUM_BYTES  the same, unpublished
     python -m tests.pool.member run-dir ROOT                           then waits for a line
+    python -m tests.pool.member serve RUN_DIR RANK                     the same, runs shipped rows
 
 Prints one line when it has done it.
 """
@@ -24,6 +25,12 @@ def main(verb: str, folder: str, *numbers: str) -> None:
     if verb == "run-dir":
         with run_directory(Path(folder)) as path:
             _tell_and_wait(str(path))
+        return
+    if verb == "serve":
+        from tests.pool.test_shipping import server
+
+        with server(Path(folder), int(numbers[0])):
+            _tell_and_wait("done")
         return
     import torch
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from elbowroom.core.plan import FetchOrder, PoolMode, PoolShare
 from elbowroom.planning.pool import plan_shares
 from elbowroom.pool.ffn import find_ffn
 from elbowroom.pool.pool import Pool
+from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalHub, LocalStore
 from tests.pool.hf import CONFIGS, blocks_of, make_model
 
@@ -29,19 +31,35 @@ def _logits(model: nn.Module) -> torch.Tensor:
 
 
 def _shares(
-    num_ranks: int, mode: PoolMode, slots: int | None = None, order: FetchOrder = "peak-shift"
+    num_ranks: int,
+    mode: PoolMode,
+    slots: int | None = None,
+    order: FetchOrder = "peak-shift",
+    ship_below_rows: int = 0,
 ) -> tuple[PoolShare, ...]:
-    return plan_shares((1,) * NUM_LAYERS, num_ranks, mode, slots, order)
+    ship_bytes = 16 * 32 * 4 if ship_below_rows else 0  # 16 rows
+    return plan_shares(
+        (1,) * NUM_LAYERS,
+        num_ranks,
+        mode,
+        slots,
+        order,
+        ship_bytes=ship_bytes,
+        ship_below_rows=ship_below_rows,
+    )
 
 
 @contextmanager
 def _group(
-    shares: tuple[PoolShare, ...], name: str = "llama"
+    shares: tuple[PoolShare, ...], name: str = "llama", run_dir: Path | None = None
 ) -> Iterator[tuple[list[nn.Module], list[Pool]]]:
-    """One model per rank, pooled and started."""
+    """One model per rank, pooled and started; in shared memory if a run directory is given."""
     hub = LocalHub()
     models = [make_model(name, NUM_LAYERS) for _ in shares]
-    pools = [Pool(s, LocalStore(hub), None, 5, stream_timeout_seconds=5) for s in shares]
+    pools = []
+    for share in shares:
+        store = SharedMemoryStore(run_dir, share.rank) if run_dir else LocalStore(hub)
+        pools.append(Pool(share, store, None, 5, stream_timeout_seconds=5, run_dir=run_dir))
     with ExitStack() as stack:
         for model, pool in zip(models, pools, strict=True):
             for block in blocks_of(model):
@@ -81,6 +99,57 @@ def test_streamed_equals_plain(num_ranks: int, slots: int | None, order: FetchOr
             for model, pool in zip(models, pools, strict=True):
                 assert torch.equal(_logits(model), plain)
                 pool.check_integrity()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_shipped_equals_plain_within_rounding(tmp_path: Path, num_ranks: int) -> None:
+    """All ranks at once; PyTorch's fp32 products round a row as the size of its batch has it."""
+    expected = _logits(make_model("llama", NUM_LAYERS))
+    with _group(_shares(num_ranks, "streamed", ship_below_rows=100), run_dir=tmp_path) as group:
+        models, pools = group
+        outputs: list[torch.Tensor] = []
+        for _ in range(5):
+            _all_at_once([lambda m=model: outputs.append(_logits(m)) for model in models])
+        for out in outputs:
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+        for pool in pools:
+            pool.check_integrity()
+            stats, borrowed = pool.stats(), NUM_LAYERS - len(pool._owned)
+            assert (stats.shipped_iterations, stats.streamed_iterations) == (5, 0)
+            assert stats.shipped_rows == 5 * borrowed * TOKENS.numel()
+        served = sum(pool.stats().served_rows for pool in pools)
+        assert served == sum(pool.stats().shipped_rows for pool in pools)
+
+
+def test_modes_follow_the_batch_and_leave_slots_whole(tmp_path: Path) -> None:
+    """16 rows fit the buffer: batches beyond it stream, and streaming ends without a trace."""
+    model = make_model("llama", NUM_LAYERS)
+    inputs = [torch.arange(rows).reshape(1, rows) for rows in (40, 4, 40, 4, 4)]
+    with torch.inference_mode():
+        expected = [model(tokens).logits for tokens in inputs for _ in range(25)]
+    with _group(_shares(2, "streamed", 1, ship_below_rows=12), run_dir=tmp_path) as group:
+        models, pools = group
+        with torch.inference_mode():
+            outputs = [models[0](tokens).logits for tokens in inputs for _ in range(25)]
+        for out, plain in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-5)
+        pools[0].check_integrity()
+        stats = pools[0].stats()
+        assert stats.streamed_iterations >= 50
+        assert stats.shipped_iterations >= 70
+        assert stats.streamed_iterations + stats.shipped_iterations == 125
+
+
+def test_a_dead_owner_is_read_instead(tmp_path: Path) -> None:
+    """Its weights outlive it in shared memory: nobody waits, and results stay."""
+    expected = _logits(make_model("llama", NUM_LAYERS))
+    with _group(_shares(2, "streamed", ship_below_rows=100), run_dir=tmp_path) as (models, pools):
+        torch.testing.assert_close(_logits(models[0]), expected, rtol=1e-4, atol=1e-5)
+        before = pools[0].stats().shipped_rows
+        pools[1].close()
+        for _ in range(3):
+            torch.testing.assert_close(_logits(models[0]), expected, rtol=1e-4, atol=1e-5)
+        assert pools[0].stats().shipped_rows == before
 
 
 def test_layers_in_many_slices() -> None:

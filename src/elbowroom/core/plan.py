@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from elbowroom.core.action import Fetch
@@ -57,6 +57,9 @@ class PoolShare:
     owners[l] is the rank that keeps layer l. A pool of one rank owns every layer: that is what
     ``mode`` "none" means. ``fetches`` is one forward pass' worth of copies, in order; it is empty
     unless ``mode`` is "streamed".
+
+    A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
+    has no more than ``ship_bytes``, the size of a buffer; 0 never ships.
     """
 
     mode: PoolMode
@@ -65,6 +68,8 @@ class PoolShare:
     owners: tuple[int, ...]
     num_slots: int = 0
     fetches: tuple[Fetch, ...] = ()
+    ship_below_rows: int = 0
+    ship_bytes: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -174,6 +179,11 @@ class RunPlan:
     @property
     def num_replicas(self) -> int:
         return len(self.shares)
+
+    def shipping_below(self, num_rows: int) -> RunPlan:
+        """The same plan with another threshold between shipping and streaming."""
+        shares = tuple(replace(share, ship_below_rows=num_rows) for share in self.shares)
+        return replace(self, shares=shares)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "shares": [share.to_json() for share in self.shares]}

@@ -43,6 +43,11 @@ class Workload:
     def mean_row(self) -> float:
         return (self.num_prompt_tokens + self.num_output_tokens) / self.num_rows
 
+    @property
+    def mean_context(self) -> float:
+        """Tokens that a row being decoded reads: its prompt and, on average, half its output."""
+        return (self.num_prompt_tokens + self.num_output_tokens / 2) / self.num_rows
+
     def every(self, step: int) -> Workload:
         """Every ``step``-th row: what one of so many equal groups would take."""
         return Workload(self.prompt_tokens[::step], self.output_tokens[::step])

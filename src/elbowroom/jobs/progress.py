@@ -5,13 +5,16 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from elbowroom.core.pool_stats import PoolStats
+from elbowroom.core.units import format_bytes
 
 WINDOW_SECONDS = 10.0
 DRAW_SECONDS = 0.25
@@ -32,8 +35,7 @@ class ReplicaStats:
     num_preemptions: int = 0
     prefix_query_tokens: int = 0
     prefix_hit_tokens: int = 0
-    mapped_bytes: int = 0
-    streamed_bytes: int = 0
+    pool: PoolStats = field(default_factory=PoolStats)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class ProgressView:
 
     def _screen(self, snapshot: JobSnapshot) -> Group:
         table = Table(box=None)
-        for name in ("replica", "state", "running", "waiting", "KV use", "output tokens"):
+        for name in ("replica", "state", "running", "waiting", "KV use", "output tokens", "pool"):
             table.add_column(name, justify="right")
         for replica in snapshot.replicas:
             table.add_row(
@@ -143,6 +145,7 @@ class ProgressView:
                 str(replica.num_waiting),
                 f"{replica.kv_usage:.0%}",
                 str(replica.generation_tokens),
+                _describe_pool(replica.pool),
             )
         return Group(Text(self._headline(snapshot)), table)
 
@@ -167,10 +170,25 @@ def _per_second(before: _Tokens, after: _Tokens, seconds: float) -> _Tokens:
 def _describe(replica: ReplicaStats) -> str:
     if replica.state != "running":
         return f"{replica.replica} {replica.state}"
+    pool = _describe_pool(replica.pool)
     return (
         f"{replica.replica}: {replica.num_running} running, {replica.num_waiting} waiting, "
-        f"KV {replica.kv_usage:.0%}"
+        f"KV {replica.kv_usage:.0%}" + (f", {pool}" if pool else "")
     )
+
+
+def _describe_pool(stats: PoolStats) -> str:
+    """What moved so far, and how long compute waited for it."""
+    parts = []
+    if stats.streamed_iterations:
+        parts.append(f"{stats.streamed_iterations} iterations streamed")
+    if stats.shipped_iterations:
+        parts.append(f"{stats.shipped_iterations} shipped with {stats.shipped_rows} rows")
+    if stats.streamed_bytes:
+        parts.append(f"{format_bytes(stats.streamed_bytes)} streamed")
+    if parts:
+        parts.append(f"waited {stats.wait_seconds:.1f} s")
+    return ", ".join(parts)
 
 
 def _eta(snapshot: JobSnapshot) -> str:

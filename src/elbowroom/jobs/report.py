@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.core.plan import Prediction, RunPlan
+from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import write_atomically
 
@@ -27,9 +28,7 @@ class ReplicaReport:
     num_preemptions: int
     prefix_query_tokens: int
     prefix_hit_tokens: int
-    mapped_bytes: int
-    streamed_bytes: int
-    wait_seconds: float
+    pool: PoolStats
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,12 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
     account = report.plan.account
     held = ", ".join(format_bytes(replica.resident_bytes) for replica in report.replicas)
     hits = sum(replica.prefix_hit_tokens for replica in report.replicas)
+    pools = [replica.pool for replica in report.replicas]
+    mapped = sum(pool.mapped_bytes for pool in pools)
+    streamed = sum(pool.streamed_bytes for pool in pools)
+    num_streamed = sum(pool.streamed_iterations for pool in pools)
+    num_shipped = sum(pool.shipped_iterations for pool in pools)
+    rows_shipped = sum(pool.shipped_rows for pool in pools)
     queries = sum(replica.prefix_query_tokens for replica in report.replicas)
     return [
         ("rows", rows + (f"; failed: {failures}" if failures else "")),
@@ -109,15 +114,9 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         ("preemptions", str(sum(replica.num_preemptions for replica in report.replicas))),
         ("restarts", str(sum(replica.num_restarts for replica in report.replicas))),
         ("prompt tokens in the prefix cache", _share(hits, queries)),
-        (
-            "weights mapped, streamed",
-            f"{format_bytes(sum(replica.mapped_bytes for replica in report.replicas))}, "
-            f"{format_bytes(sum(replica.streamed_bytes for replica in report.replicas))}",
-        ),
-        (
-            "seconds compute waited",
-            f"{sum(replica.wait_seconds for replica in report.replicas):.1f}",
-        ),
+        ("weights mapped, streamed", f"{format_bytes(mapped)}, {format_bytes(streamed)}"),
+        ("iterations streamed, shipped", f"{num_streamed}, {num_shipped} with {rows_shipped} rows"),
+        ("seconds compute waited", f"{sum(pool.wait_seconds for pool in pools):.1f}"),
     ]
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.plan import Prediction, RunPlan
+from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import Message
@@ -154,7 +155,6 @@ class _Replica:
     num_kv_tokens: int = 0
     resident_bytes: int = 0
     start_seconds: float = 0.0
-    wait_seconds: float = 0.0
 
     @property
     def is_lost(self) -> bool:
@@ -247,9 +247,7 @@ class _Job:
                     num_preemptions=replica.stats.num_preemptions,
                     prefix_query_tokens=replica.stats.prefix_query_tokens,
                     prefix_hit_tokens=replica.stats.prefix_hit_tokens,
-                    mapped_bytes=replica.stats.mapped_bytes,
-                    streamed_bytes=replica.stats.streamed_bytes,
-                    wait_seconds=replica.wait_seconds,
+                    pool=replica.stats.pool,
                 )
                 for replica in self._replicas
             ),
@@ -296,8 +294,7 @@ class _Job:
         elif kind == "died":
             self._died(replica, message["reason"])
         elif kind in ("stats", "stopped"):
-            before, pool = replica.before, message["pool"]
-            replica.wait_seconds = pool["wait_seconds"]
+            before = replica.before
             replica.stats = ReplicaStats(
                 replica=replica.rank,
                 state="running" if kind == "stats" else "stopped",
@@ -309,8 +306,7 @@ class _Job:
                 num_preemptions=before.num_preemptions + message["num_preemptions"],
                 prefix_query_tokens=before.prefix_query_tokens + message["prefix_query_tokens"],
                 prefix_hit_tokens=before.prefix_hit_tokens + message["prefix_hit_tokens"],
-                mapped_bytes=pool["mapped_bytes"],
-                streamed_bytes=before.streamed_bytes + pool["streamed_bytes"],
+                pool=PoolStats(**message["pool"]).after(before.pool),
             )
 
     def _is_ready(self, replica: _Replica, message: Message) -> None:

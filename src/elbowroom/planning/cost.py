@@ -137,10 +137,21 @@ class CostModel:
         device = self.cluster.device
         return device.iteration_seconds + rows * device.row_seconds
 
+    def peer_link(self, num_ranks: int) -> Link:
+        """What joins the devices of ``num_ranks`` replicas."""
+        return self.cluster.link(num_ranks * self.tensor_parallel)
+
+    def ffn_layer_bytes(self, layer: int) -> float:
+        """One device's part of a layer's feed-forward weights."""
+        return self.model.ffn_bytes()[layer] / self.tensor_parallel
+
+    def hidden_bytes(self, rows: float) -> float:
+        """One device's part of the hidden state of ``rows`` rows."""
+        return rows * self.model.hidden_size * self.model.dtype_bytes() / self.tensor_parallel
+
     def fetch_layer_seconds(self, layer: int, num_ranks: int) -> float:
         """Pulling one device's part of a layer from its owner, alone on the link."""
-        num_bytes = self.model.ffn_bytes()[layer] / self.tensor_parallel
-        return self._peer_link(num_ranks).transfer_seconds(num_bytes)
+        return self.peer_link(num_ranks).transfer_seconds(self.ffn_layer_bytes(layer))
 
     def fetch_seconds(self, num_ranks: int) -> float:
         """All layers that a rank of ``num_ranks`` borrows, one after the other: (d-1)/d of all."""
@@ -153,8 +164,7 @@ class CostModel:
 
     def round_trip_seconds(self, rows: float, num_ranks: int) -> float:
         """Shipping the FFN's input rows of one layer to the owner, and its output rows back."""
-        num_bytes = rows * self.model.hidden_size * self.model.dtype_bytes() / self.tensor_parallel
-        return 2 * self._peer_link(num_ranks).transfer_seconds(num_bytes)
+        return 2 * self.peer_link(num_ranks).transfer_seconds(self.hidden_bytes(rows))
 
     def explain(self, batch: Batch) -> list[Term]:
         """Every term of an iteration with its unit and where it comes from."""
@@ -177,9 +187,6 @@ class CostModel:
         ranks = self.tensor_parallel
         element_bytes = self.model.weight_element_bytes()
         return self.cluster.device.matmul_seconds(rows, read / ranks, active / ranks, element_bytes)
-
-    def _peer_link(self, num_ranks: int) -> Link:
-        return self.cluster.link(num_ranks * self.tensor_parallel)
 
     @cached_property
     def _layer_kinds(self) -> tuple[tuple[int, int], ...]:

@@ -72,10 +72,11 @@ def simulate(tasks: Sequence[Task], num_resources: int) -> Timeline:
 
     Raises ValueError when tasks wait for each other, or for one listed later.
     """
-    followers = _followers(tasks)
+    predecessors = _predecessors(tasks)
+    followers = _followers(predecessors)
     state = _State(
         remaining=[task.seconds for task in tasks],
-        missing=[len(before) for before in _predecessors(tasks)],
+        missing=[len(before) for before in predecessors],
         starts=[0.0] * len(tasks),
         ends=[-1.0] * len(tasks),
         busy=[0.0] * num_resources,
@@ -122,9 +123,9 @@ def _predecessors(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
     return result
 
 
-def _followers(tasks: Sequence[Task]) -> list[list[int]]:
-    followers: list[list[int]] = [[] for _ in tasks]
-    for number, before in enumerate(_predecessors(tasks)):
+def _followers(predecessors: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    followers: list[list[int]] = [[] for _ in predecessors]
+    for number, before in enumerate(predecessors):
         for other in before:
             followers[other].append(number)
     return followers

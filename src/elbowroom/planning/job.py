@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from math import ceil
 from typing import Literal, NamedTuple
 
@@ -43,6 +43,10 @@ class ReplicaLimits:
     def row_tokens(self, num_tokens: float) -> int:
         """KV tokens that a row of this length takes, in whole blocks."""
         return ceil(num_tokens / self.block_tokens) * self.block_tokens
+
+    def rows_at_once(self, workload: Workload) -> int:
+        """Of a workload's mean length."""
+        return min(self.max_num_seqs, self.num_kv_tokens // self.row_tokens(workload.mean_row))
 
 
 class Segment(NamedTuple):
@@ -255,7 +259,7 @@ class _Iterations:
         self._policy = policy
         self._speeds = speeds
         self._context_seconds = times.cost.kv_read_seconds(1)
-        self._fixed = _kept(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
+        self._fixed = cache(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
         self._group_mode: Mode = "stream"
         self._group_looked = float("-inf")
 
@@ -292,19 +296,13 @@ class _Iterations:
             return np.array(mixed), "mixed"
         if policy == "group":
             return self._group(replica, now, tokens, local)
-        stream = self._stream(local)
+        stream = times.stream_seconds(local)
         if policy == "stream":
             return stream, "stream"
         ship = local + self._shipped_extra(tokens, self._joined_rows(replica, tokens))
         if policy == "ship" or float(ship.sum()) < float(stream.sum()):
             return ship, "ship"
         return stream, "stream"
-
-    def _stream(self, local: NDArray[np.float64]) -> NDArray[np.float64]:
-        fetch = self._times.fetch_seconds
-        if self._times.cost.cluster.device.copies_overlap:
-            return np.maximum(local, fetch)
-        return local + fetch
 
     def _mapped_extra(self, tokens: int) -> float:
         return self._times.mapped_seconds(Batch(tokens, 0), 0.0)
@@ -326,23 +324,11 @@ class _Iterations:
             mean = int(np.ceil(np.mean(self.rows)))
             of_mean = np.array([self._fixed(max(1, mean))])
             shipped = self._shipped_extra(max(1, mean), sum(self.rows))
-            streams = self._stream(of_mean) <= of_mean + shipped
+            streams = self._times.stream_seconds(of_mean) <= of_mean + shipped
             self._group_mode = "stream" if streams[0] else "ship"
         if self._group_mode == "stream":
-            return self._stream(local), "stream"
+            return self._times.stream_seconds(local), "stream"
         most = max(tokens, *self.rows)
         waiting = self._fixed(most) - self._fixed(tokens)
         lockstep = local + waiting + self._shipped_extra(most, sum(self.rows))
         return lockstep * (self._speeds[replica] / min(self._speeds)), "ship"
-
-
-def _kept(function: Callable[[float], float]) -> Callable[[int], float]:
-    """A function of a number of tokens whose values are kept."""
-    values: dict[int, float] = {}
-
-    def kept(tokens: int) -> float:
-        if tokens not in values:
-            values[tokens] = function(tokens)
-        return values[tokens]
-
-    return kept

@@ -27,7 +27,8 @@ def account_memory(
 ) -> MemoryAccount:
     """The account of one device of the replica with the most weights; the rest is KV cache.
 
-    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace
+    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace,
+    and less what is needed to ship, which counts as slots
     (SiDP, section 3, with t devices per replica and d replicas that share a pool).
 
     ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known.
@@ -36,6 +37,7 @@ def account_memory(
     ffn_bytes = model.ffn_bytes()
     owned = -(-max(_owned_bytes(share, ffn_bytes) for share in shares) // tensor_parallel)
     slots = max(share.num_slots for share in shares) * -(-max(ffn_bytes) // tensor_parallel)
+    slots += max(_ship_bytes(model, share, tensor_parallel) for share in shares)
     replicated = -(-model.replicated_bytes() // tensor_parallel)
     workspace = activation_bytes
     if workspace is None:
@@ -87,6 +89,18 @@ def check_fits(account: MemoryAccount, max_model_len: int) -> None:
         f"Give --memory at least {format_bytes(fixed + least)}, or lower --max-model-len, "
         f"--max-num-batched-tokens or --max-num-seqs, or use more --replicas with a pool"
     )
+
+
+def _ship_bytes(model: ModelFacts, share: PoolShare, tensor_parallel: int) -> int:
+    """Mailboxes for each peer, rows joined from all, and what the owner computes on them.
+
+    A mailbox holds rows in and out, and counts for the borrower; the widest layer has gate, up and
+    their product at once.
+    """
+    peers = share.num_ranks - 1
+    rows = peers * share.ship_bytes // (model.hidden_size * model.dtype_bytes())
+    widest = 3 * model.intermediate_size // tensor_parallel * model.dtype_bytes()
+    return 2 * peers * share.ship_bytes + share.num_ranks * share.ship_bytes + rows * widest
 
 
 def _owned_bytes(share: PoolShare, ffn_bytes: Sequence[int]) -> int:

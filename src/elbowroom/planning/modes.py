@@ -17,15 +17,20 @@ as a ship costs.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.simulate import link_share
 
 Mode = Literal["own", "map", "stream", "ship", "mixed"]
+Seconds = TypeVar("Seconds", float, NDArray[np.float64])
 _MAX_BATCH = 1 << 17
 
 
@@ -68,10 +73,11 @@ class PoolTimes:
         ffn = self.cost.ffn_seconds(batch.num_tokens) * self._borrowed
         return local_seconds - ffn + max(ffn, self.fetch_seconds)
 
-    def stream_seconds(self, local_seconds: float) -> float:
+    def stream_seconds(self, local_seconds: Seconds) -> Seconds:
         """Compute, and the fetch where it is not hidden (SiDP section 4.2)."""
         if self.cost.cluster.device.copies_overlap:
-            return max(local_seconds, self.fetch_seconds)
+            hidden: Seconds = np.maximum(local_seconds, self.fetch_seconds)
+            return hidden
         return local_seconds + self.fetch_seconds
 
     def ship_seconds(
@@ -151,11 +157,4 @@ def smallest(holds: Callable[[int], bool]) -> int | None:
     """The smallest batch for which ``holds``, if it holds from there on; None beyond the limit."""
     if not holds(_MAX_BATCH):
         return None
-    low, high = 0, _MAX_BATCH
-    while high - low > 1:
-        middle = (low + high) // 2
-        if holds(middle):
-            high = middle
-        else:
-            low = middle
-    return high
+    return 1 + bisect_left(range(1, _MAX_BATCH), True, key=holds)

@@ -8,6 +8,9 @@ from elbowroom.core.action import Fetch
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.plan import FetchOrder, PoolMode, PoolShare
 
+SHIP_ROWS = 256
+"""Rows of the largest batch that is shipped: what the buffers are made for."""
+
 SLICE_BYTES = 2 * 1024**2
 """Size of one slice of a sliced fetch (NVIDIA DWDP pulls 2 MiB slices)."""
 
@@ -91,6 +94,8 @@ def plan_shares(
     num_slots: int | None = None,
     order: FetchOrder = "peak-shift",
     slice_bytes: int = SLICE_BYTES,
+    ship_bytes: int = 0,
+    ship_below_rows: int = 0,
 ) -> tuple[PoolShare, ...]:
     """The share of every replica. Replicas of mode "none" are pools of one rank each.
 
@@ -113,6 +118,8 @@ def plan_shares(
             owners,
             slots if num_ranks > 1 else 0,
             fetch_order(owners, ffn_bytes, rank, num_ranks, slots, order, slice_bytes),
+            ship_below_rows if num_ranks > 1 else 0,
+            ship_bytes if num_ranks > 1 else 0,
         )
         for rank in range(num_ranks)
     )

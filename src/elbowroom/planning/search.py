@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
-from elbowroom.core.plan import FetchOrder, Layout, MemoryAccount, PoolShare
+from elbowroom.core.plan import EngineOptions, FetchOrder, Layout, MemoryAccount, PoolShare
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.job import Policy, ReplicaLimits, simulate_job
 from elbowroom.planning.memory import account_memory
 from elbowroom.planning.modes import PoolTimes
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool import SHIP_ROWS, plan_shares
 
 SAMPLE_ROWS_PER_REPLICA = 300
 """Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
@@ -108,8 +108,7 @@ def _pools(
         yield Layout(width, ranks, groups, "mapped")
     for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
         yield Layout(width, ranks, groups, "streamed", slots)
-        if cluster.device.copies_overlap:
-            yield Layout(width, ranks, groups, "streamed", slots, ships=True)
+        yield Layout(width, ranks, groups, "streamed", slots, ships=True)
 
 
 def choose(
@@ -155,9 +154,8 @@ def evaluate(
         needed = (longest + account.block_tokens) * account.kv_bytes_per_token
         return Candidate(layout, account, missing_bytes=needed - account.kv_bytes)
     seconds = job_seconds(model, cluster, workload, layout, limits, depth)
-    rows = min(engine.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
     rate = workload.num_output_tokens / seconds
-    return Candidate(layout, account, rows, seconds, rate)
+    return Candidate(layout, account, limits.rows_at_once(workload), seconds, rate)
 
 
 def job_seconds(
@@ -178,8 +176,7 @@ def job_seconds(
     def seconds(rows: Workload, replicas: int) -> float:
         return simulate_job(times, limits, rows, replicas, policy).seconds
 
-    at_once = min(limits.max_num_seqs, limits.num_kv_tokens // limits.row_tokens(workload.mean_row))
-    sample = max(SAMPLE_ROWS_PER_REPLICA, depth * at_once)
+    sample = max(SAMPLE_ROWS_PER_REPLICA, depth * limits.rows_at_once(workload))
     is_short = workload.num_rows <= sample * layout.num_replicas
     if is_short and layout.num_replicas <= _MOST_REPLICAS:
         return seconds(workload, layout.num_replicas)
@@ -209,11 +206,35 @@ def account_layout(
 
 
 def layout_shares(
-    model: ModelFacts, layout: Layout, order: FetchOrder = "peak-shift"
+    model: ModelFacts,
+    layout: Layout,
+    order: FetchOrder = "peak-shift",
+    ship_below_rows: int = 0,
 ) -> tuple[PoolShare, ...]:
-    """The shares of one group's replicas."""
-    slots = layout.num_slots or None
-    return plan_shares(model.ffn_bytes(), layout.num_ranks, layout.pool, slots, order)
+    """The shares of one group's replicas; the last argument is for layouts that ship."""
+    return plan_shares(
+        model.ffn_bytes(),
+        layout.num_ranks,
+        layout.pool,
+        layout.num_slots or None,
+        order,
+        ship_bytes=SHIP_ROWS * model.hidden_size * model.dtype_bytes() if layout.ships else 0,
+        ship_below_rows=ship_below_rows,
+    )
+
+
+def ship_threshold(
+    model: ModelFacts, cluster: Cluster, layout: Layout, context_tokens: float
+) -> int:
+    """B_th for layouts that ship, 0 for others: what ``PoolShare.ship_below_rows`` is made for."""
+    if not layout.ships or layout.num_ranks == 1:
+        return 0
+    times = pool_times(model, cluster, layout)
+    return times.threshold_batch(context_tokens) or SHIP_ROWS
+
+
+def engine_limits(options: EngineOptions) -> EngineLimits:
+    return EngineLimits(options.max_num_seqs, options.max_num_batched_tokens)
 
 
 def replica_limits(account: MemoryAccount, engine: EngineLimits) -> ReplicaLimits:

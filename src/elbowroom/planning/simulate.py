@@ -21,7 +21,6 @@ from elbowroom.planning.pool import plan_shares
 RESOURCES = ("compute", "out", "in")
 """Of each rank: its device, and the two directions of its link."""
 
-
 _LINK_CYCLES = 2
 
 
@@ -266,8 +265,8 @@ class _Lowering:
     def _fetch(self, rank: int, fetch: Fetch, after: tuple[int, ...]) -> None:
         """Bytes over the link; both ends' links are used, and compute if it does the copying."""
         owner = self._shares[rank].owners[fetch.layer]
-        link = self._cost.cluster.link(len(self._shares) * self._cost.tensor_parallel)
-        layer_bytes = self._cost.model.ffn_bytes()[fetch.layer] / self._cost.tensor_parallel
+        link = self._cost.peer_link(len(self._shares))
+        layer_bytes = self._cost.ffn_layer_bytes(fetch.layer)
         uses = [(self._resource(owner, "out"), 1.0), (self._resource(rank, "in"), 1.0)]
         if not self._cost.cluster.device.copies_overlap:
             uses.append((self._resource(rank, "compute"), 1.0))
@@ -298,11 +297,11 @@ class _Lowering:
 
     def _ship(self, rank: int, action: Action) -> None:
         """Rows go to the owner; it runs them; they come back, and compute goes on."""
-        sent = self._transfer(f"{action} out", rank, self._owner(rank, action), len(self.tasks) - 1)
+        owner, rows = self._owner(rank, action), self._batches[rank].num_tokens
+        sent = self._transfer(f"{action} out", rank, owner, rows, len(self.tasks) - 1)
         if self._joined:
             self._waiting.setdefault(action.layer, []).append((rank, sent))
             return
-        owner = self._owner(rank, action)
         seconds = self._parts[rank][1][action.layer]
         uses = ((self._resource(owner, "compute"), 1.0),)
         served = self._add(f"{action} for {rank}", None, seconds, uses, (sent,))
@@ -323,15 +322,14 @@ class _Lowering:
             self._answer(rank, Ship(layer), served)
 
     def _answer(self, rank: int, action: Action, served: int) -> None:
-        back = self._transfer(f"{action} back", self._owner(rank, action), rank, served, rank)
+        owner, rows = self._owner(rank, action), self._batches[rank].num_tokens
+        back = self._transfer(f"{action} back", owner, rank, rows, served)
         self._add(str(action), rank, 0.0, after=(back,))
 
-    def _transfer(self, name: str, source: int, target: int, after: int, rows_of: int = -1) -> int:
-        """Hidden states of a batch over the link between two ranks."""
-        batch = self._batches[source if rows_of < 0 else rows_of]
-        model, link = self._cost.model, self._cost.cluster.link(len(self._shares))
-        num_bytes = batch.num_tokens * model.hidden_size * model.dtype_bytes()
-        seconds = num_bytes / self._cost.tensor_parallel / link.bandwidth.achieved
+    def _transfer(self, name: str, source: int, target: int, rows: float, after: int) -> int:
+        """Hidden states of ``rows`` rows over the link between two ranks."""
+        link = self._cost.peer_link(len(self._shares))
+        seconds = self._cost.hidden_bytes(rows) / link.bandwidth.achieved
         uses = ((self._resource(source, "out"), 1.0), (self._resource(target, "in"), 1.0))
         return self._add(name, None, seconds, uses, (after,), link.latency_seconds)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,16 +18,22 @@ class Housekeeper:
 
     Copies are one-sided and release the interpreter lock. The thread waits for free slots
     (signalled by ``Slots.release``) and signals ready ones; any error goes to whoever waits.
+    ``bytes_per_second`` holds copies back, to see how a pool would do on a slower link.
     """
 
     def __init__(
-        self, fetches: Sequence[Fetch], sources: Mapping[int, torch.Tensor], slots: Slots
+        self,
+        fetches: Sequence[Fetch],
+        sources: Mapping[int, torch.Tensor],
+        slots: Slots,
+        bytes_per_second: float = float("inf"),
     ) -> None:
         self._fetches = tuple(fetches)
         self._sources = {layer: source.numpy() for layer, source in sources.items()}
         self._slots = slots
         self._targets = [buffer.numpy() for buffer in slots.buffers]
         self._thread = threading.Thread(target=self._run, name="elbowroom-pool", daemon=True)
+        self._bytes_per_second = bytes_per_second
         self._is_closing = False
         self.streamed_bytes = 0
 
@@ -66,5 +73,9 @@ class Housekeeper:
         source = self._sources[fetch.layer]
         piece_bytes = -(-source.size // fetch.num_pieces)
         part = slice(fetch.piece * piece_bytes, min((fetch.piece + 1) * piece_bytes, source.size))
+        begin, num_bytes = time.perf_counter(), part.stop - part.start
         np.copyto(self._targets[slot.index][part], source[part])
-        self.streamed_bytes += part.stop - part.start
+        early = num_bytes / self._bytes_per_second - (time.perf_counter() - begin)
+        if early > 0:
+            time.sleep(early)
+        self.streamed_bytes += num_bytes

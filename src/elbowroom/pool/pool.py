@@ -2,7 +2,8 @@
 
 Life: ``add_block`` for every block in order, load weights, ``attach`` (publishes what this rank
 owns, opens what its peers own), ``start``, forward passes, ``close``. The forward passes need no
-change: hooks on each feed-forward module take the lease before it runs and give it back after.
+change: each feed-forward module's ``forward`` is replaced by one that takes the lease on its
+weights, runs the original and gives the lease back; or that ships the rows to the owner.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from elbowroom.core.errors import PoolError, UnsupportedModelError
+from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
+from elbowroom.core.pool_stats import PoolStats
+from elbowroom.pool.choice import Chooser
 from elbowroom.pool.ffn import Ffn, find_ffn
 from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS, Forward, Shipper, ShipServer
 from elbowroom.pool.slots import Slot, Slots
 from elbowroom.pool.store import Store
 
@@ -28,23 +34,19 @@ PEER_TIMEOUT_SECONDS = 600.0
 STREAM_TIMEOUT_SECONDS = 60.0
 """How long compute waits for one streamed layer before it gives up."""
 
+LOST_SECONDS = 5.0
+"""How long an owner that died is not asked again; its layers are read where they lie."""
+
 Pack = Callable[[torch.Tensor], torch.Tensor]
 """Brings a matrix into the form its kernel wants; same shape, dtype and bytes."""
 
 
-@dataclass(frozen=True)
-class PoolStats:
-    """Counters since the start. Bytes mapped are counted once, bytes streamed at every copy."""
-
-    owned_bytes: int
-    mapped_bytes: int
-    slot_bytes: int
-    streamed_bytes: int
-    wait_seconds: float
-
-
 class Pool:
-    """One rank's view of the pool. Not thread-safe: one thread computes."""
+    """One rank's view of the pool. Not thread-safe: one thread computes.
+
+    ``run_dir`` is where rows are shipped through, if the share says that they may be.
+    ``link_bytes_per_second`` holds streaming back, see ``Housekeeper``.
+    """
 
     def __init__(
         self,
@@ -53,12 +55,18 @@ class Pool:
         pack: Pack | None = None,
         peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS,
         stream_timeout_seconds: float = STREAM_TIMEOUT_SECONDS,
+        ship_timeout_seconds: float = SHIP_TIMEOUT_SECONDS,
+        run_dir: Path | None = None,
+        link_bytes_per_second: float = float("inf"),
     ) -> None:
         self.share = share
         self._store = store
         self._pack = pack
         self._peer_timeout_seconds = peer_timeout_seconds
         self._stream_timeout_seconds = stream_timeout_seconds
+        self._ship_timeout_seconds = ship_timeout_seconds
+        self._run_dir = run_dir
+        self._link_bytes_per_second = link_bytes_per_second
         self._ffns: list[Ffn] = []
         self._owned: dict[int, torch.Tensor] = {}
         self._reopened: dict[int, torch.Tensor] = {}
@@ -69,8 +77,16 @@ class Pool:
         self._next_streamed = 0
         self._lease: int | None = None
         self._slot: Slot | None = None
+        self._opened: dict[int, torch.Tensor] = {}
+        self._forwards: list[Forward] = []
+        self._shipper: Shipper | None = None
+        self._server: ShipServer | None = None
+        self._iteration: _Iteration | None = None
+        self._chooser: Chooser | None = None
+        self._lost_until: dict[int, float] = {}
         self._mapped_bytes = 0
         self._wait_seconds = 0.0
+        self._streamed_iterations = self._shipped_iterations = self._shipped_rows = 0
 
     def owns(self, layer: int) -> bool:
         return self.share.owners[layer] == self.share.rank
@@ -111,8 +127,8 @@ class Pool:
                 span.linear.weight = _frozen(
                     torch.empty(span.shape, dtype=span.dtype, device="meta")
                 )
-        ffn.module.register_forward_pre_hook(partial(self._before, layer))
-        ffn.module.register_forward_hook(partial(self._after, layer), always_call=True)
+        self._forwards.append(ffn.module.forward)
+        ffn.module.forward = partial(self._forward, layer)
         return ffn
 
     def attach(self) -> None:
@@ -137,15 +153,20 @@ class Pool:
             for layer, ffn in enumerate(self._ffns)
             if not self.owns(layer)
         }
+        self._opened = opened
         if self.share.mode == "streamed":
             self._prepare_streaming(opened)
         else:
             self._map(opened)
+        if self.share.ship_bytes and self._run_dir is not None:
+            self._prepare_shipping(self._run_dir)
 
     def start(self) -> None:
-        """Begin to stream, if this rank streams: from here on slots fill ahead of compute."""
+        """Begin to stream and to serve: from here on slots fill ahead of compute."""
         if self._housekeeper is not None:
             self._housekeeper.start()
+        if self._server is not None:
+            self._server.start()
 
     def acquire(self, layer: int) -> None:
         """Take the lease on a layer: its matrices are usable until ``release``.
@@ -178,6 +199,10 @@ class Pool:
             slot_bytes=sum(b.numel() for b in self._slots.buffers) if self._slots else 0,
             streamed_bytes=self._housekeeper.streamed_bytes if self._housekeeper else 0,
             wait_seconds=self._wait_seconds,
+            streamed_iterations=self._streamed_iterations,
+            shipped_iterations=self._shipped_iterations,
+            shipped_rows=self._shipped_rows,
+            served_rows=self._server.served_rows if self._server else 0,
         )
 
     def check_integrity(self) -> None:
@@ -188,10 +213,11 @@ class Pool:
             self._slots.check_integrity()
 
     def close(self) -> None:
-        """Stop streaming and leave the group. Peers that mapped our layers keep them."""
-        if self._housekeeper is not None:
-            self._housekeeper.close()
-            self._housekeeper = None
+        """Stop streaming and serving, and leave the group. Peers keep what they have mapped."""
+        for part in (self._housekeeper, self._server, self._shipper):
+            if part is not None:
+                part.close()
+        self._housekeeper = self._server = self._shipper = None
         self._store.close()
 
     def _map(self, opened: dict[int, torch.Tensor]) -> None:
@@ -218,7 +244,21 @@ class Pool:
                 self._slot_weights[index, layer] = [
                     _frozen(span.view(buffer)) for span in self._ffns[layer].spans
                 ]
-        self._housekeeper = Housekeeper(self.share.fetches, opened, self._slots)
+        self._housekeeper = Housekeeper(
+            self.share.fetches, opened, self._slots, self._link_bytes_per_second
+        )
+
+    def _prepare_shipping(self, run_dir: Path) -> None:
+        share = self.share
+        served = {
+            layer: (self._forwards[layer], self._ffns[layer].spans[0].dtype)
+            for layer in self._owned
+        }
+        self._server = ShipServer(run_dir, share.rank, share.num_ranks, share.ship_bytes, served)
+        if self._slots is not None:
+            self._shipper = Shipper(
+                run_dir, share.rank, share.ship_bytes, self._ship_timeout_seconds
+            )
 
     def _wait_for_slot(self, layer: int, slots: Slots) -> Slot:
         if layer != self._streamed_layers[self._next_streamed]:
@@ -235,12 +275,97 @@ class Pool:
         self._next_streamed = (self._next_streamed + 1) % len(self._streamed_layers)
         return slot
 
-    def _before(self, layer: int, *_: object) -> None:
-        self.acquire(layer)
+    def _forward(self, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What a pooled module runs in place of its own ``forward``."""
+        if layer == 0:
+            self._begin_iteration(x)
+        iteration, run = self._iteration, partial(self._forwards[layer], x, *args, **kwargs)
+        if iteration is None or not (iteration.ships or self.owns(layer)):
+            return self._run_leased(layer, run)
+        if self.owns(layer):
+            begin = time.perf_counter()
+            out = self._run_leased(layer, run)
+            iteration.add_own(time.perf_counter() - begin)
+            return out
+        # What a module is given beside its rows stays here, and so does its pass.
+        shipped = None if args or kwargs else self._ship(layer, x, iteration)
+        if shipped is not None:
+            return shipped
+        self._use(layer, self._opened[layer])
+        return run()
 
-    def _after(self, layer: int, *_: object) -> None:
-        if self._lease == layer:  # not so when ``acquire`` itself raised
+    def _run_leased(self, layer: int, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        self.acquire(layer)
+        try:
+            return run()
+        finally:
             self.release(layer)
+
+    def _begin_iteration(self, x: torch.Tensor) -> None:
+        """Choose its mode, after the chooser was told how the last one went."""
+        if self._shipper is None or self._slots is None:
+            return
+        rows = x.flatten(0, -2)
+        if self._chooser is None:
+            most_rows = self.share.ship_bytes // rows[0].nbytes
+            self._chooser = Chooser(self.share.ship_below_rows, most_rows)
+        last = self._iteration
+        if last is not None and last.ships:
+            self._chooser.shipped(last.num_rows, last.ship_extra_seconds)
+        elif last is not None:
+            self._chooser.streamed(self._wait_seconds - last.waited_before)
+        ships = self._chooser.choose(len(rows)) == "ship"
+        if ships != (last is not None and last.ships):
+            self._next_streamed = 0
+            self._slots.pause() if ships else self._slots.resume()
+        self._iteration = _Iteration(ships, len(rows), self._wait_seconds)
+        self._shipped_iterations += ships
+        self._streamed_iterations += not ships
+
+    def _ship(self, layer: int, x: torch.Tensor, iteration: _Iteration) -> torch.Tensor | None:
+        """What the owner made of ``x``. None where it died: its weights can still be read."""
+        assert self._shipper is not None
+        owner = self.share.owners[layer]
+        begin = time.perf_counter()
+        if begin < self._lost_until.get(owner, 0.0):
+            return None
+        try:
+            out = self._shipper.wait(self._shipper.start(owner, layer, x.flatten(0, -2)))
+        except PeerLostError:
+            self._lost_until[owner] = time.perf_counter() + LOST_SECONDS
+            return None
+        seconds = time.perf_counter() - begin
+        self._wait_seconds += seconds
+        iteration.add_shipped(seconds)
+        self._shipped_rows += iteration.num_rows
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+
+@dataclass
+class _Iteration:
+    """What is known of the iteration under way, for the chooser."""
+
+    ships: bool
+    num_rows: int
+    waited_before: float
+    own_seconds: float = 0.0
+    num_own: int = 0
+    shipped_seconds: float = 0.0
+    num_shipped: int = 0
+
+    def add_own(self, seconds: float) -> None:
+        self.own_seconds += seconds
+        self.num_own += 1
+
+    def add_shipped(self, seconds: float) -> None:
+        self.shipped_seconds += seconds
+        self.num_shipped += 1
+
+    @property
+    def ship_extra_seconds(self) -> float:
+        """What shipping took beyond running as many layers here, as those of our own took."""
+        here = self.own_seconds / max(1, self.num_own)
+        return self.shipped_seconds - self.num_shipped * here
 
 
 def _frozen(weight: torch.Tensor) -> nn.Parameter:

@@ -32,7 +32,7 @@ class SharedMemoryStore:
     def __init__(self, run_dir: Path, rank: int, grace_seconds: float = GRACE_SECONDS) -> None:
         self._run_dir = run_dir
         self._grace_seconds = grace_seconds
-        self._alive = hold_lock(_alive_path(run_dir, rank))
+        self._alive = hold_lock(alive_path(run_dir, rank))
 
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
         path = self._part_path(layer)
@@ -69,7 +69,7 @@ class SharedMemoryStore:
         last_seen = None  # an owner that has not been seen yet has all the time there is
         while not path.exists():
             now = time.monotonic()
-            if is_held(_alive_path(self._run_dir, owner)):
+            if is_held(alive_path(self._run_dir, owner)):
                 last_seen = now
             is_lost = last_seen is not None and now - last_seen > self._grace_seconds
             if is_lost or not self._run_dir.exists():
@@ -112,5 +112,5 @@ def _layer_path(run_dir: Path, layer: int) -> Path:
     return run_dir / f"layer-{layer:04d}"
 
 
-def _alive_path(run_dir: Path, rank: int) -> Path:
+def alive_path(run_dir: Path, rank: int) -> Path:
     return run_dir / f"rank-{rank}.lock"

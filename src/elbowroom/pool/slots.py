@@ -43,6 +43,7 @@ class Slots:
         self._changed = threading.Condition()
         self._epoch = 0
         self._failure: BaseException | None = None
+        self._is_paused = False
         self._is_closed = False
 
     @property
@@ -61,7 +62,10 @@ class Slots:
         """
         with self._changed:
             self._changed.wait_for(
-                lambda: self._is_stale(epoch) or self._free_slot(layer) is not None
+                lambda: (
+                    self._is_stale(epoch)
+                    or (not self._is_paused and self._free_slot(layer) is not None)
+                )
             )
             slot = None if self._is_stale(epoch) else self._free_slot(layer)
             if slot is not None:
@@ -110,10 +114,18 @@ class Slots:
     def restart(self) -> None:
         """Compute: the next layer wanted is the first again. What was fetched ahead is dropped."""
         with self._changed:
-            self._epoch += 1
-            for slot in self._slots:
-                if slot.state is SlotState.READY:
-                    slot.state, slot.layer = SlotState.FREE, None
+            self._restart()
+
+    def pause(self) -> None:
+        """Compute: no streamed layer is wanted until ``resume``. What was fetched is dropped."""
+        with self._changed:
+            self._is_paused = True
+            self._restart()
+
+    def resume(self) -> None:
+        """Compute: from the first layer on."""
+        with self._changed:
+            self._is_paused = False
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -128,6 +140,13 @@ class Slots:
             torn = [s for s in self._slots if (s.layer is None) != (s.state is SlotState.FREE)]
             if torn or len(layers) != len(set(layers)):
                 raise PoolError(f"slots are inconsistent: {self._describe()}")
+
+    def _restart(self) -> None:
+        self._epoch += 1
+        for slot in self._slots:
+            if slot.state is SlotState.READY:
+                slot.state, slot.layer = SlotState.FREE, None
+        self._changed.notify_all()
 
     def _is_stale(self, epoch: int) -> bool:
         return self._is_closed or epoch != self._epoch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalStore, Store
 
+LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
+"""Environment variable that holds streaming back: benchmarks try other links with it."""
+
 
 class PoolOffloader(BaseOffloader):
     """Gives every decoder layer's feed-forward weights to the pool.
@@ -27,8 +31,11 @@ class PoolOffloader(BaseOffloader):
     vLLM asks its offloader to wrap each layer right after building it, before weights are loaded.
     """
 
-    def __init__(self, share: PoolShare, store: Store) -> None:
-        self.pool = Pool(share, store, pack=pack_weight)
+    def __init__(self, share: PoolShare, store: Store, run_dir: Path | None = None) -> None:
+        throttle = float(os.environ.get(LINK_VARIABLE, "inf"))
+        self.pool = Pool(
+            share, store, pack=pack_weight, run_dir=run_dir, link_bytes_per_second=throttle
+        )
         self.resident_before_bytes = resident_bytes()
         self.resident_after_bytes = 0
         self._num_unloaded = 0
@@ -51,7 +58,8 @@ class PoolOffloader(BaseOffloader):
             )
         if share.mode == "none":
             return PoolOffloader(share, LocalStore())
-        return PoolOffloader(share, SharedMemoryStore(Path(config["run_dir"]), share.rank))
+        run_dir = Path(config["run_dir"])
+        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
 
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""

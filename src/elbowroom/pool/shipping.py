@@ -1,0 +1,316 @@
+"""Shipping: a rank's rows travel to a layer's owner, which runs the feed-forward network on them.
+
+Nobody waits for anybody who has nothing to ship. A borrower writes its rows into a mailbox, memory
+that it shares with one owner, and rings: a message of 24 bytes in the owner's pipe. The owner's
+server, a thread beside its own forward passes, takes all messages that are there, runs the rows of
+one layer in one pass, writes every slice back and rings in turn. Buffers are made once; a call
+allocates what any layer does, its activations.
+
+On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
+interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
+scheduler divides the cores between them. A server on cores of its own would idle most of the time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import struct
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.pool.run_dir import is_held
+from elbowroom.pool.shared_memory import alive_path
+
+SHIP_TIMEOUT_SECONDS = 60.0
+"""How long a borrower waits for its rows while the owner lives."""
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+_LOOK_SECONDS = 0.1
+"""Between two looks whether an owner still lives."""
+
+_MESSAGE = struct.Struct("<IIIIQ")  # short enough for a pipe to keep it whole
+_MOST_MESSAGES = 128
+_FAILED = 2**32 - 1  # as the number of columns of an answer
+_CLOSE = 2**32 - 1  # as the layer of a message to ourselves
+
+
+class _Message(NamedTuple):
+    """A call of a borrower, or the answer to it, which says the shape that comes back."""
+
+    borrower: int
+    layer: int
+    num_rows: int
+    num_columns: int
+    call: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows under way to an owner: what ``Shipper.wait`` takes."""
+
+    owner: int
+    layer: int
+    number: int
+    dtype: torch.dtype
+
+
+class Shipper:
+    """The borrower's end. One call at a time."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        buffer_bytes: int,
+        timeout_seconds: float = SHIP_TIMEOUT_SECONDS,
+    ) -> None:
+        self._run_dir = run_dir
+        self._rank = rank
+        self._buffer_bytes = buffer_bytes
+        self._timeout_seconds = timeout_seconds
+        self._answers = _open_pipe(_answers_path(run_dir, rank))
+        self._poll = select.poll()
+        self._poll.register(self._answers, select.POLLIN)
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self._bells: dict[int, _Bell] = {}
+        self._next_call = time.monotonic_ns()  # no answer to an earlier process of this rank fits
+
+    def fits(self, x: torch.Tensor) -> bool:
+        return x.nbytes <= self._buffer_bytes
+
+    def start(self, owner: int, layer: int, x: torch.Tensor) -> Call:
+        """Send ``x`` [rows, columns] to ``owner``. Raises PeerLostError if it is gone."""
+        if owner not in self._bells:
+            path = _mailbox_path(self._run_dir, self._rank, owner)
+            self._mailboxes[owner] = _Mailbox(path, self._buffer_bytes)
+            self._bells[owner] = _Bell(_calls_path(self._run_dir, owner))
+        self._mailboxes[owner].rows(x.shape, x.dtype).copy_(x)
+        self._next_call += 1
+        message = _Message(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
+        if not self._bells[owner].ring(message):
+            raise _lost(owner, layer)
+        return Call(owner, layer, self._next_call, x.dtype)
+
+    def wait(self, call: Call) -> torch.Tensor:
+        """The rows that come back, [rows, columns], in memory of their own.
+
+        Raises PeerLostError when the owner dies, PoolError when it fails or takes too long.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        while (answer := self._receive(call)) is None:
+            if not is_held(alive_path(self._run_dir, call.owner)):
+                raise _lost(call.owner, call.layer)
+            if time.monotonic() > deadline:
+                raise PoolError(
+                    f"rank {call.owner} did not run layer {call.layer} for rank {self._rank} "
+                    f"within {self._timeout_seconds:g} s: see its log"
+                )
+        if answer.num_columns == _FAILED:
+            raise PoolError(
+                f"rank {call.owner} failed to run layer {call.layer} for rank {self._rank}: "
+                f"see its log"
+            )
+        shape = torch.Size((answer.num_rows, answer.num_columns))
+        return self._mailboxes[call.owner].answers(shape, call.dtype).clone()
+
+    def close(self) -> None:
+        os.close(self._answers)
+        for bell in self._bells.values():
+            bell.close()
+
+    def _receive(self, call: Call) -> _Message | None:
+        """The answer to ``call``, if it comes soon; answers to calls given up are dropped."""
+        if not self._poll.poll(_LOOK_SECONDS * 1000):
+            return None
+        answers = _read(self._answers)
+        return next((answer for answer in answers if answer.call == call.number), None)
+
+
+class ShipServer:
+    """The owner's end: runs layers for others on a thread of its own.
+
+    ``served_rows`` and ``served_calls`` count what it ran, ``passes`` how often: calls that came
+    together ran as one.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        rank: int,
+        num_ranks: int,
+        buffer_bytes: int,
+        layers: Mapping[int, tuple[Forward, torch.dtype]],
+    ) -> None:
+        self._run_dir = run_dir
+        self._rank = rank
+        self._buffer_bytes = buffer_bytes
+        self._layers = layers
+        self._joined = torch.zeros(num_ranks * buffer_bytes, dtype=torch.uint8)
+        self._calls = _open_pipe(_calls_path(run_dir, rank), blocking=True)
+        self._mailboxes: dict[int, _Mailbox] = {}
+        self._bells: dict[int, _Bell] = {}
+        self._thread = threading.Thread(target=self._run, name="elbowroom-ship", daemon=True)
+        self.served_rows = 0
+        self.served_calls = 0
+        self.passes = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the pass under way. Calls that come later are not answered."""
+        if self._thread.ident is not None:
+            os.write(self._calls, _MESSAGE.pack(self._rank, _CLOSE, 0, 0, 0))
+            self._thread.join()
+        os.close(self._calls)
+        for bell in self._bells.values():
+            bell.close()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                of_layer: dict[int, list[_Message]] = {}
+                for call in _read(self._calls):
+                    of_layer.setdefault(call.layer, []).append(call)
+                if of_layer.pop(_CLOSE, None):
+                    return
+                for layer, calls in of_layer.items():
+                    self._serve(layer, calls)
+
+    def _serve(self, layer: int, calls: list[_Message]) -> None:
+        """One pass for all. Whatever fails in it is told to those who called, and printed."""
+        try:
+            forward, dtype = self._layers[layer]
+            inputs = [
+                self._mailbox(call.borrower).rows(torch.Size(call[2:4]), dtype) for call in calls
+            ]
+            joined = forward(self._join(inputs))
+            answers, begin = [], 0
+            for call in calls:
+                rows = joined[begin : begin + call.num_rows]
+                begin += call.num_rows
+                self._mailbox(call.borrower).answers(rows.shape, dtype).copy_(rows)
+                answers.append(call._replace(num_columns=rows.shape[1]))
+        except Exception as error:
+            print(f"elbowroom: layer {layer} failed for {calls}: {error!r}", flush=True)
+            answers = [call._replace(num_columns=_FAILED) for call in calls]
+        self.passes += 1
+        for answer in answers:
+            self.served_calls += 1
+            self.served_rows += answer.num_rows
+            self._bell(answer.borrower).ring(answer)  # a borrower that is gone hears nothing
+
+    def _join(self, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """The rows of all callers below each other; those of one stay where they are."""
+        if len(inputs) == 1:
+            return inputs[0]
+        shape = torch.Size((sum(map(len, inputs)), inputs[0].shape[1]))
+        return torch.cat(inputs, out=_view(self._joined, 0, shape, inputs[0].dtype))
+
+    def _mailbox(self, borrower: int) -> _Mailbox:
+        if borrower not in self._mailboxes:
+            path = _mailbox_path(self._run_dir, borrower, self._rank)
+            self._mailboxes[borrower] = _Mailbox(path, self._buffer_bytes)
+        return self._mailboxes[borrower]
+
+    def _bell(self, borrower: int) -> _Bell:
+        if borrower not in self._bells:
+            self._bells[borrower] = _Bell(_answers_path(self._run_dir, borrower))
+        return self._bells[borrower]
+
+
+class _Bell:
+    """The other end of a named pipe. Whoever is started again opens a new pipe of that name."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def ring(self, message: _Message) -> bool:
+        """Whether somebody hears it. Never waits."""
+        for _ in range(2):
+            try:
+                if self._descriptor < 0:
+                    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+                    self._descriptor = os.open(self._path, flags)
+                os.write(self._descriptor, _MESSAGE.pack(*message))
+                return True
+            except OSError:  # no such pipe, or nobody has it open any more
+                self.close()
+        return False
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _Mailbox:
+    """Rows of one borrower for one owner, and the answer: a file in shared memory, mapped.
+
+    It outlives both ends, so that either may be started again. An owner answers in the order of
+    calls, so an answer to a call that was given up is overwritten by the next.
+    """
+
+    def __init__(self, path: Path, buffer_bytes: int) -> None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, 2 * buffer_bytes)
+            mapping = mmap.mmap(descriptor, 2 * buffer_bytes)
+        finally:
+            os.close(descriptor)
+        self._buffer = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._buffer_bytes = buffer_bytes
+
+    def rows(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return _view(self._buffer[: self._buffer_bytes], 0, shape, dtype)
+
+    def answers(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return _view(self._buffer, self._buffer_bytes, shape, dtype)
+
+
+def _view(
+    buffer: torch.Tensor, offset_bytes: int, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    end = offset_bytes + shape.numel() * dtype.itemsize
+    return buffer[offset_bytes:end].view(dtype).view(shape)
+
+
+def _read(descriptor: int) -> list[_Message]:
+    """All messages that are there; waits for one where the pipe blocks."""
+    data = os.read(descriptor, _MOST_MESSAGES * _MESSAGE.size)
+    return [_Message(*fields) for fields in _MESSAGE.iter_unpack(data)]
+
+
+def _open_pipe(path: Path, blocking: bool = False) -> int:
+    """Our end of a named pipe, without what was left in it. We hold both ends: it never breaks."""
+    path.unlink(missing_ok=True)
+    os.mkfifo(path, 0o600)
+    flags = os.O_RDWR | os.O_CLOEXEC | (0 if blocking else os.O_NONBLOCK)
+    return os.open(path, flags)
+
+
+def _lost(owner: int, layer: int) -> PeerLostError:
+    return PeerLostError(f"rank {owner} died before it ran layer {layer}: see its log")
+
+
+def _calls_path(run_dir: Path, owner: int) -> Path:
+    return run_dir / f"calls-{owner}"
+
+
+def _answers_path(run_dir: Path, borrower: int) -> Path:
+    return run_dir / f"answers-{borrower}"
+
+
+def _mailbox_path(run_dir: Path, borrower: int, owner: int) -> Path:
+    return run_dir / f"mail-{borrower}-{owner}"
