@@ -120,7 +120,7 @@ def test_run_takes_a_plan(
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--tensor-parallel", "2"), "does not run replicas of several devices"),
+        (("--tensor-parallel", "2", "--pool", "WaS+CaS"), "activations shipped between replicas"),
         (("--pool", "WaS", "--tensor-parallel", "1", "--slots", "2"), "several groups"),
     ],
 )

@@ -45,7 +45,9 @@ _QUEUE_ROWS = 1000
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What ``elbowroom run`` is told. ``memory_bytes`` is the device memory of one replica.
+    """What ``elbowroom run`` is told. ``memory_bytes`` is the memory of one device.
+
+    A replica has ``tensor_parallel`` devices, each of which pools with its like in other replicas.
 
     ``errors`` and ``report`` lie beside the output unless they are named. ``max_model_len`` None
     is the longest row that fits, ``slots`` None one less than there are replicas. ``ship`` lets a
@@ -61,6 +63,7 @@ class BatchSettings:
     report: Path | None = None
     logs: Path | None = None
     replicas: int = 1
+    tensor_parallel: int = 1
     pool: PoolMode = "mapped"
     slots: int | None = None
     fetch_order: FetchOrder = "peak-shift"
@@ -89,12 +92,14 @@ class BatchSettings:
 
     def layout(self, mode: PoolMode) -> Layout:
         """Replicas without a pool are groups of one."""
+        width = self.tensor_parallel
         if mode == "none":
-            return Layout(1, 1, self.replicas, mode)
+            return Layout(width, 1, self.replicas, mode)
         slots = max(1, self.replicas - 1) if self.slots is None else self.slots
         if mode == "mapped":
-            return Layout(1, self.replicas, 1, mode)
-        return Layout(1, self.replicas, 1, mode, slots, ships=self.ship and self.replicas > 1)
+            return Layout(width, self.replicas, 1, mode)
+        ships = self.ship and self.replicas > 1 and width == 1
+        return Layout(width, self.replicas, 1, mode, slots, ships)
 
     @property
     def engine_limits(self) -> EngineLimits:
@@ -106,6 +111,11 @@ class BatchSettings:
     def plan(self, model: ModelFacts) -> RunPlan:
         """What these settings ask for, or ``given_plan``. Raises MemoryPlanError if no row fits."""
         check_runnable(model)
+        if model.num_heads % self.tensor_parallel:
+            raise InputError(
+                f"--tensor-parallel {self.tensor_parallel} does not divide the {model.num_heads} "
+                f"attention heads of {model.name}: lower it"
+            )
         if self.given_plan is not None:
             return replace(self.given_plan, cores=split_cores(self.given_plan.num_replicas))
         layout, account = self.layout(self.pool), self.account(model, self.pool)
@@ -268,7 +278,8 @@ def _settings(
 def _account_table(settings: BatchSettings, model: ModelFacts) -> Table:
     """Where one replica's memory goes, for the layout asked for and for the others."""
     memory = format_bytes(settings.memory_bytes)
-    title = f"{model.name}: {settings.replicas} x {memory} ({model.dtype})"
+    num_devices = settings.replicas * settings.tensor_parallel
+    title = f"{model.name}: {num_devices} x {memory} ({model.dtype})"
     table = Table(title=title, title_justify="left", box=None)
     for column in ("pool", "replicated", "own FFN", "slots", "workspace", "KV", "KV tokens"):
         table.add_column(column, justify="right")

@@ -46,9 +46,9 @@ exit codes:
 """
 
 _PLANNED = (
-    *("model", "memory", "replicas", "pool", "slots", "fetch_order", "ship", "dtype"),
-    *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "served_model_name", "seed"),
-    "no_prefix_caching",
+    *("model", "memory", "replicas", "tensor_parallel", "pool", "slots", "fetch_order", "ship"),
+    *("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "served_model_name"),
+    *("seed", "no_prefix_caching"),
 )
 """Flags of ``run`` that a plan stands for."""
 
@@ -205,7 +205,10 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
     )
     layout.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
     layout.add_argument("--replicas", type=count, default=1, help="engines (default 1)")
-    layout.add_argument("--memory", type=size, help="device memory of one replica, such as 2GiB")
+    layout.add_argument(
+        "--tensor-parallel", type=count, default=1, help="devices of one replica (default 1)"
+    )
+    layout.add_argument("--memory", type=size, help="memory of one device, such as 2GiB")
     layout.add_argument(
         "--pool",
         choices=POOL_MODES,
@@ -281,6 +284,7 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         report=args.report,
         logs=args.logs,
         replicas=args.replicas,
+        tensor_parallel=args.tensor_parallel,
         pool=args.pool,
         slots=args.slots,
         fetch_order=args.fetch_order,

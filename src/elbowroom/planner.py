@@ -161,8 +161,8 @@ def read_run_plan(path: Path) -> RunPlan:
     layout = plan.layout
     assert layout is not None
     why = None
-    if layout.tensor_parallel > 1:
-        why = "replicas of several devices"
+    if layout.tensor_parallel > 1 and layout.ships:
+        why = "activations shipped between replicas of several devices (plan with --pool WaS)"
     elif layout.num_groups > 1 and layout.pool != "none":
         why = "several groups that each share a pool"
     if why:

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+from vllm.model_executor.offloader.base import get_offloader
 
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 130)]
 
@@ -38,6 +39,9 @@ def answer(case: dict[str, Any]) -> list[Any]:
     ]
     prompts = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
     outputs = llm.generate(prompts, params, use_tqdm=False)
+    pool = get_offloader().pool
+    share, stats = pool.share, pool.stats()
+    assert (stats.shipped_rows > 0) == (share.ship_bytes > 0), "as the case says"
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()

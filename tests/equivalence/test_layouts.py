@@ -16,7 +16,7 @@ from elbowroom.core.model import read_model
 from elbowroom.core.plan import PoolShare
 from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool import SHIP_ROWS, plan_shares
 from elbowroom.pool.run_dir import run_directory
 
 pytestmark = pytest.mark.vllm
@@ -25,11 +25,12 @@ NUM_LAYERS = 5  # divisible by neither 2 nor 3
 ROOT = Path(__file__).parents[2]
 
 
-# Mode, slots and fetch order.
-LAYOUTS: list[tuple[str, int | None, str]] = [
-    ("mapped", None, "peak-shift"),
-    ("streamed", None, "peak-shift"),
-    ("streamed", 1, "sliced"),
+# Mode, slots, fetch order, and the batch below which rows are shipped.
+LAYOUTS: list[tuple[str, int | None, str, int]] = [
+    ("mapped", None, "peak-shift", 0),
+    ("streamed", None, "peak-shift", 0),
+    ("streamed", 1, "sliced", 0),
+    ("streamed", 1, "peak-shift", 10**6),
 ]
 
 
@@ -54,8 +55,17 @@ def test_pooled_equals_plain(
     cases: list[list[dict[str, Any]]] = [[] for _ in range(num_ranks)]
     expected: list[Any] = []
     for name, path in models.items():
-        for mode, slots, order in LAYOUTS:
-            shares = plan_shares(_ffn_bytes(path), num_ranks, mode, slots, order)
+        for mode, slots, order, below in LAYOUTS:
+            buffer = SHIP_ROWS * read_model(path).hidden_size * 2 if below else 0
+            shares = plan_shares(
+                _ffn_bytes(path),
+                num_ranks,
+                mode,
+                slots,
+                order,
+                ship_bytes=buffer,
+                ship_below_rows=below,
+            )
             for rank, share in enumerate(shares):
                 cases[rank].append(_case(path, share))
             expected.append(plain[name])

@@ -35,7 +35,8 @@ def register() -> None:
             return original(offload_config)
         from elbowroom.engine.vllm_seam.worker import PoolOffloader
 
-        return PoolOffloader.from_config(wanted, config.parallel_config.world_size)
+        parallel = config.parallel_config
+        return PoolOffloader.from_config(wanted, parallel.world_size, parallel.tensor_parallel_size)
 
     if REPLICA_MARK in os.environ:
         from elbowroom.engine.vllm_seam.single_rank import keep_off_network

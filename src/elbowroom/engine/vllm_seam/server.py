@@ -63,6 +63,8 @@ class Engine:
         except SystemExit as error:
             raise InputError(f"vLLM refused the options {' '.join(plan.engine.extra)}") from error
         os.environ.setdefault("VLLM_RPC_BASE_PATH", run_dir)  # its sockets are private, too
+        if args.tensor_parallel_size > 1:
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(args.tensor_parallel_size))
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         llm = AsyncLLM.from_vllm_config(config)
         tasks = await llm.get_supported_tasks()
@@ -115,12 +117,13 @@ class Engine:
         )
 
     async def pool_stats(self) -> dict[str, float]:
+        """Counters of the replica's first device; the others do the same beside it."""
         stats: dict[str, float] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
         return stats
 
     async def resident_bytes(self) -> int:
-        """Memory that loading took in the worker, measured; see ``PoolWorkerExtension``."""
-        return int((await self._llm.collective_rpc("elbowroom_resident_bytes"))[0])
+        """Memory that loading took on a device, measured; see ``PoolWorkerExtension``."""
+        return int(max(await self._llm.collective_rpc("elbowroom_resident_bytes")))
 
     async def check_health(self) -> None:
         """Raises when the engine core is gone."""
@@ -131,10 +134,18 @@ class Engine:
         self._llm.shutdown()
 
 
+def _cores(num_ranks: int) -> str:
+    """The replica's cores, divided among its ranks as vLLM writes it; with too few, shared."""
+    cores = sorted(os.sched_getaffinity(0))
+    of_ranks = [cores[rank::num_ranks] or [cores[rank % len(cores)]] for rank in range(num_ranks)]
+    return "|".join(",".join(map(str, of_rank)) for of_rank in of_ranks)
+
+
 def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
     """VLLM's command line for one replica of the plan."""
     engine = plan.engine
     pool = {"share": plan.shares[rank].to_json(), "run_dir": run_dir}
+    width = plan.layout.tensor_parallel if plan.layout else 1
     arguments = [
         *("--model", plan.model_dir),
         *("--served-model-name", *engine.served_model_names),
@@ -146,7 +157,8 @@ def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
         *("--block-size", str(plan.account.block_tokens)),
         *("--kv-cache-memory-bytes", str(plan.account.kv_bytes)),
         *("--load-format", "safetensors"),
-        *("--distributed-executor-backend", "uni"),
+        *("--tensor-parallel-size", str(width)),
+        *("--distributed-executor-backend", "uni" if width == 1 else "mp"),
         *("--worker-extension-cls", _WORKER_EXTENSION),
         *("--additional-config", json.dumps({CONFIG_KEY: pool})),
         # By default it is a hash over all settings, which differ from replica to replica.

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.offloader.base import BaseOffloader, get_offloader
 from vllm.platforms import current_platform
@@ -41,15 +42,18 @@ class PoolOffloader(BaseOffloader):
         self._num_unloaded = 0
 
     @staticmethod
-    def from_config(config: dict[str, Any], world_size: int = 1) -> PoolOffloader:
+    def from_config(
+        config: dict[str, Any], world_size: int = 1, tensor_parallel: int = 1
+    ) -> PoolOffloader:
         """The offloader that ``additional_config`` describes: a share and where the group meets.
 
-        Raises PoolError on devices that no store reaches yet, and for replicas of several ranks.
+        Each rank of a tensor-parallel replica pools with the same rank of the other replicas.
+        Raises PoolError on devices that no store reaches yet, and for other kinds of parallelism.
         """
-        if world_size != 1:
+        if world_size != tensor_parallel:
             raise PoolError(
-                f"a replica of {world_size} ranks cannot be pooled yet: leave tensor and pipeline "
-                f"parallelism at 1, or run this model with vLLM"
+                f"a replica of {world_size} ranks, {tensor_parallel} of them tensor-parallel, "
+                f"cannot be pooled: leave pipeline parallelism at 1, or run this model with vLLM"
             )
         share = PoolShare.from_json(config["share"])
         if not current_platform.is_cpu() and share.mode != "none":
@@ -59,7 +63,12 @@ class PoolOffloader(BaseOffloader):
         if share.mode == "none":
             return PoolOffloader(share, LocalStore())
         run_dir = Path(config["run_dir"])
-        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
+        if tensor_parallel == 1:
+            return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
+        # Nothing is shipped: a layer's forward ends in an all-reduce of the owner's own ranks.
+        run_dir = run_dir / f"tensor-rank-{get_tensor_model_parallel_rank()}"
+        run_dir.mkdir(mode=0o700, exist_ok=True)
+        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank))
 
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
