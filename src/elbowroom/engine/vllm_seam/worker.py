@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -99,6 +100,7 @@ class PoolOffloader(BaseOffloader):
             return_freed_memory()
             self.resident_after_bytes = resident_bytes()
             self.pool.start()
+            atexit.register(self.pool.close)  # a thread inside a kernel must not see Python end
 
 
 class PooledLinearMethod(UnquantizedLinearMethod):
