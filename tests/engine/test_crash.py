@@ -18,33 +18,60 @@ from typing import Any
 import psutil
 import pytest
 
+from elbowroom.api import BatchSettings
+from elbowroom.core.model import read_model
+from elbowroom.core.plan import RunPlan
+from elbowroom.core.units import MIB
 from elbowroom.jobs.journal import JournalReader, journal_folder
+from elbowroom.planner import write_run_plan
 from elbowroom.pool.run_dir import default_root
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # many starts of engines
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 NUM_KILLS = 5
+NUM_SHIPPING_KILLS = int(os.environ.get("ELBOWROOM_SHIPPING_KILLS", "2"))
+"""Of replicas and of cores each, while others wait for rows that they shipped."""
+
 RUN_SECONDS = 200.0
 
 
 class DemoJob:
-    """The demo with two replicas of few rows at once, so that it takes some seconds."""
+    """The demo with two replicas of few rows at once, so that it takes some seconds.
 
-    def __init__(self, folder: Path) -> None:
+    ``ships`` has a streamed pool, of which every batch that fits a buffer is shipped.
+    """
+
+    def __init__(self, folder: Path, ships: bool = False) -> None:
         folder.mkdir()
         self.output = folder / "out.jsonl"
+        self.plan = folder / "plan.json" if ships else None
         self.family: dict[int, psutil.Process] = {}
         self.run: subprocess.Popen[str]
 
     def start(self) -> None:
-        command = [
-            *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
-            *("--input", str(DEMO / "requests.jsonl"), "--output", str(self.output)),
-            *("--served-model-name", "demo", "--replicas", "2", "--memory", "64MiB"),
-            *("--max-num-seqs", "4"),
-        ]
+        files = ("--input", str(DEMO / "requests.jsonl"), "--output", str(self.output))
+        command = [sys.executable, "-m", "elbowroom.cli", "run", *files]
+        if self.plan is not None:
+            write_run_plan(self.plan, self.shipping_plan())
+            command += ["--plan", str(self.plan)]
+        else:
+            command += ["--model", str(DEMO / "model"), "--served-model-name", "demo"]
+            command += ["--replicas", "2", "--memory", "64MiB", "--max-num-seqs", "4"]
         self.run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def shipping_plan(self) -> RunPlan:
+        settings = BatchSettings(
+            model=DEMO / "model",
+            input=DEMO / "requests.jsonl",
+            output=self.output,
+            memory_bytes=64 * MIB,
+            replicas=2,
+            pool="streamed",
+            max_num_seqs=4,
+            served_model_names=("demo",),
+        )
+        return settings.plan(read_model(settings.model)).shipping_below(10**6)
 
     def look(self) -> None:
         """Take note of the processes of the run."""
@@ -163,14 +190,15 @@ def test_the_runner_is_killed(tmp_path: Path, uninterrupted: list[dict[str, Any]
     assert report["num_resumed"] == finished, "finished rows were not computed again"
 
 
+@pytest.mark.parametrize(("ships", "least_kills"), [(False, NUM_KILLS), (True, NUM_SHIPPING_KILLS)])
 def test_replicas_and_engine_cores_are_killed(
-    tmp_path: Path, uninterrupted: list[dict[str, Any]]
+    tmp_path: Path, uninterrupted: list[dict[str, Any]], ships: bool, least_kills: int
 ) -> None:
     """One of each kind in each run, the one while engines start in the first run."""
     chance = random.Random(1)
     num_kills = {"replica": 0, "core": 0}
-    while min(num_kills.values()) < NUM_KILLS:
-        job = DemoJob(tmp_path / str(sum(num_kills.values())))
+    while min(num_kills.values()) < least_kills:
+        job = DemoJob(tmp_path / str(sum(num_kills.values())), ships)
         job.start()
         for kind in sorted(num_kills, key=lambda kind: num_kills[kind]):
             is_first = not any(num_kills.values())
@@ -187,6 +215,7 @@ def test_replicas_and_engine_cores_are_killed(
         assert job.answers() == uninterrupted
         report = json.loads(job.output.with_suffix(".report.json").read_text())
         assert report["num_succeeded"] == 500
+        assert any(replica["pool"]["shipped_rows"] for replica in report["replicas"]) == ships
 
 
 def test_a_second_signal_stops_at_once_and_the_job_goes_on_later(

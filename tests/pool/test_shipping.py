@@ -134,12 +134,6 @@ def test_results_are_the_callers_own(tmp_path: Path) -> None:
         assert torch.equal(first, kept)
 
 
-def test_batches_beyond_the_buffer_do_not_fit(tmp_path: Path) -> None:
-    with shipper(tmp_path, 1) as mine:
-        assert mine.fits(torch.zeros(MOST_ROWS, COLUMNS))
-        assert not mine.fits(torch.zeros(MOST_ROWS + 1, COLUMNS))
-
-
 def test_an_owner_that_is_not_there(tmp_path: Path) -> None:
     with (
         shipper(tmp_path, 1) as mine,

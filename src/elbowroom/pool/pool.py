@@ -303,7 +303,10 @@ class Pool:
 
     def _begin_iteration(self, x: torch.Tensor) -> None:
         """Choose its mode, after the chooser was told how the last one went."""
-        if self._shipper is None or self._slots is None:
+        if self._slots is None:
+            return
+        if self._shipper is None:
+            self._streamed_iterations += 1
             return
         rows = x.flatten(0, -2)
         if self._chooser is None:

@@ -85,11 +85,11 @@ class Shipper:
         self._bells: dict[int, _Bell] = {}
         self._next_call = time.monotonic_ns()  # no answer to an earlier process of this rank fits
 
-    def fits(self, x: torch.Tensor) -> bool:
-        return x.nbytes <= self._buffer_bytes
-
     def start(self, owner: int, layer: int, x: torch.Tensor) -> Call:
-        """Send ``x`` [rows, columns] to ``owner``. Raises PeerLostError if it is gone."""
+        """Send ``x`` [rows, columns] to ``owner``. Raises PeerLostError if it is gone.
+
+        ``x`` must not be larger than the buffer.
+        """
         if owner not in self._bells:
             path = _mailbox_path(self._run_dir, self._rank, owner)
             self._mailboxes[owner] = _Mailbox(path, self._buffer_bytes)
