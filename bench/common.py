@@ -10,11 +10,14 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tools.make_model import make_model
 
+from elbowroom.core.cluster import Cluster, Rate
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.planning.memory import BLOCK_TOKENS, workspace_bytes
@@ -64,19 +67,41 @@ def write_requests(path: Path, num_rows: int, seed: int = 0) -> Path:
     generator = random.Random(seed)
     lines = []
     for index in range(num_rows):
-        words = [f"w{generator.randrange(2, 4096)}" for _ in range(generator.randint(256, 512))]
-        body = {
-            "model": "bench",
-            "messages": [{"role": "user", "content": " ".join(words)}],
-            "max_tokens": generator.randint(384, 512),
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        line = {"custom_id": f"row-{index}", "method": "POST", "url": "/v1/chat/completions"}
-        lines.append(json.dumps({**line, "body": body}))
+        prompt = random_prompt(generator, 256, 512)
+        lines.append(request_line(index, prompt, generator.randint(384, 512)))
+    return write_lines(path, lines)
+
+
+def random_prompt(generator: random.Random, least: int, most: int) -> str:
+    """So many words, each a token of the bench model."""
+    num_words = generator.randint(least, most)
+    return " ".join(f"w{generator.randrange(2, 4096)}" for _ in range(num_words))
+
+
+def request_line(index: int, prompt: str, max_tokens: int) -> str:
+    """A chat request that gives ``max_tokens`` tokens."""
+    body = {
+        "model": "bench",
+        "messages": [{"role": "user", "content": prompt}],
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+    }
+    line = {"custom_id": f"row-{index}", "method": "POST", "url": "/v1/chat/completions"}
+    return json.dumps({**line, "body": body})
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def with_link(cluster: Cluster, bytes_per_second: float) -> Cluster:
+    """The machine with another link. While a copy is held back it costs no compute."""
+    links = tuple(replace(link, bandwidth=Rate(bytes_per_second)) for link in cluster.links)
+    device = replace(cluster.device, copies_overlap=True, maps_peers=False)
+    return replace(cluster, device=device, links=links)
 
 
 def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -> dict[str, Any]:

@@ -31,8 +31,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from bench.common import bench_facts, write_result
-from elbowroom.core.cluster import Cluster, Rate
+from bench.common import bench_facts, with_link, write_result
+from elbowroom.core.cluster import Cluster
 from elbowroom.planner import split_cores
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.modes import PoolTimes
@@ -170,13 +170,10 @@ def crossover(streamed: dict[int, float], shipped: dict[int, float]) -> float | 
 
 
 def planned_threshold(machine: Cluster, bytes_per_second: float) -> int | None:
-    """B_th of layers alone: no engine around them, no head. Sleeping copies cost no compute."""
-    device = replace(machine.device, iteration_seconds=0.0, row_seconds=0.0)
-    links = machine.links
-    if bytes_per_second < float("inf"):
-        device = replace(device, copies_overlap=True)
-        links = tuple(replace(link, bandwidth=Rate(bytes_per_second)) for link in links)
-    cluster = replace(machine, device=device, links=links)
+    """B_th of layers alone: no engine around them, no head."""
+    cluster = with_link(machine, bytes_per_second) if bytes_per_second < float("inf") else machine
+    device = replace(cluster.device, iteration_seconds=0.0, row_seconds=0.0)
+    cluster = replace(cluster, device=device)
     return PoolTimes(CostModel(bench_facts(), cluster), NUM_RANKS, 1).threshold_batch(CONTEXT)
 
 

@@ -16,7 +16,7 @@ import os
 import random
 import statistics
 import time
-from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ from bench.common import (
     bench_facts,
     bench_model,
     memory_for_rows,
+    random_prompt,
+    request_line,
+    with_link,
+    write_lines,
     write_result,
 )
 from elbowroom.api import iter_batch
-from elbowroom.core.cluster import Rate
 from elbowroom.engine.vllm_seam.worker import LINK_VARIABLE
 from elbowroom.jobs.journal import COMMIT_SECONDS
 from elbowroom.jobs.runner import JobOptions
@@ -49,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ[LINK_VARIABLE] = str(BYTES_PER_SECOND)
     cluster = BUILD / "throttled.toml"
-    cluster.write_text(throttled_machine())
+    cluster.write_text(with_link(measure_machine(split_cores(2)), BYTES_PER_SECOND).to_toml())
     jobs = {
         "heavy tail": write_rows(BUILD / "tail.jsonl", heavy_tail()),
         "no tail": write_rows(BUILD / "even.jsonl", [96] * NUM_ROWS),
@@ -117,29 +120,8 @@ def heavy_tail() -> list[int]:
 
 def write_rows(path: Path, outputs: list[int]) -> Path:
     chance = random.Random(0)
-    lines = []
-    for index, output in enumerate(outputs):
-        words = " ".join(f"w{chance.randrange(2, 4096)}" for _ in range(chance.randint(32, 64)))
-        body = {
-            "model": "bench",
-            "messages": [{"role": "user", "content": words}],
-            "max_tokens": output,
-            "ignore_eos": True,
-            "temperature": 0,
-        }
-        line = {"custom_id": f"row-{index}", "method": "POST", "url": "/v1/chat/completions"}
-        lines.append(json.dumps({**line, "body": body}))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def throttled_machine() -> str:
-    """The machine with another link. While a copy is held back it costs no compute."""
-    cluster = measure_machine(split_cores(2))
-    links = tuple(replace(link, bandwidth=Rate(BYTES_PER_SECOND)) for link in cluster.links)
-    device = replace(cluster.device, copies_overlap=True, maps_peers=False)
-    return replace(cluster, device=device, links=links).to_toml()
+    prompts = (random_prompt(chance, 32, 64) for _ in outputs)
+    return write_lines(path, map(request_line, count(), prompts, outputs))
 
 
 if __name__ == "__main__":

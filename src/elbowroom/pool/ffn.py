@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import UnsupportedModelError
+from elbowroom.pool.store import tensor_in
 
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 """Attribute names of the feed-forward submodule: Llama, Qwen, Mistral, GPT-2, Falcon, Phi ..."""
@@ -30,8 +31,7 @@ class WeightSpan(NamedTuple):
 
     def view(self, buffer: torch.Tensor) -> torch.Tensor:
         """The matrix inside ``buffer`` (uint8, the layer's bytes), without a copy."""
-        end = self.offset_bytes + self.num_bytes
-        return buffer[self.offset_bytes : end].view(self.dtype).view(self.shape)
+        return tensor_in(buffer, self.offset_bytes, self.shape, self.dtype)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class SharedMemoryStore:
         try:
             # Reserves the pages now: without it a full /dev/shm kills the process with SIGBUS.
             os.posix_fallocate(descriptor, 0, num_bytes)
-            return _map(descriptor, num_bytes, mmap.PROT_READ | mmap.PROT_WRITE)
+            return map_file(descriptor, num_bytes)
         except OSError as error:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
@@ -87,7 +87,7 @@ class SharedMemoryStore:
             # A private mapping keeps PyTorch content, which wants writable memory, and makes a
             # stray write land in a copy of our own instead of in the owner's weights.
             size = os.fstat(descriptor).st_size
-            buffer = _map(descriptor, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE)
+            buffer = map_file(descriptor, size, mmap.MAP_PRIVATE)
         finally:
             os.close(descriptor)
         return check_size(buffer, layer, owner, num_bytes)
@@ -101,10 +101,13 @@ class SharedMemoryStore:
         return _layer_path(self._run_dir, layer).with_suffix(".part")
 
 
-def _map(
-    descriptor: int, num_bytes: int, protection: int, flags: int = mmap.MAP_SHARED
+def map_file(
+    descriptor: int,
+    num_bytes: int,
+    flags: int = mmap.MAP_SHARED,
 ) -> torch.Tensor:
-    mapping = mmap.mmap(descriptor, num_bytes, flags=flags, prot=protection)
+    """The first bytes of a file as a uint8 vector, which outlives the descriptor."""
+    mapping = mmap.mmap(descriptor, num_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 

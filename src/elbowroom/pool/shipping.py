@@ -13,7 +13,6 @@ scheduler divides the cores between them. A server on cores of its own would idl
 
 from __future__ import annotations
 
-import mmap
 import os
 import select
 import struct
@@ -28,7 +27,8 @@ import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
 from elbowroom.pool.run_dir import is_held
-from elbowroom.pool.shared_memory import alive_path
+from elbowroom.pool.shared_memory import alive_path, map_file
+from elbowroom.pool.store import tensor_in
 
 SHIP_TIMEOUT_SECONDS = 60.0
 """How long a borrower waits for its rows while the owner lives."""
@@ -215,7 +215,7 @@ class ShipServer:
         if len(inputs) == 1:
             return inputs[0]
         shape = torch.Size((sum(map(len, inputs)), inputs[0].shape[1]))
-        return torch.cat(inputs, out=_view(self._joined, 0, shape, inputs[0].dtype))
+        return torch.cat(inputs, out=tensor_in(self._joined, 0, shape, inputs[0].dtype))
 
     def _mailbox(self, borrower: int) -> _Mailbox:
         if borrower not in self._mailboxes:
@@ -266,24 +266,16 @@ class _Mailbox:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(descriptor, 0, 2 * buffer_bytes)
-            mapping = mmap.mmap(descriptor, 2 * buffer_bytes)
+            self._buffer = map_file(descriptor, 2 * buffer_bytes)
         finally:
             os.close(descriptor)
-        self._buffer = torch.frombuffer(mapping, dtype=torch.uint8)
         self._buffer_bytes = buffer_bytes
 
     def rows(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        return _view(self._buffer[: self._buffer_bytes], 0, shape, dtype)
+        return tensor_in(self._buffer, 0, shape, dtype)
 
     def answers(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        return _view(self._buffer, self._buffer_bytes, shape, dtype)
-
-
-def _view(
-    buffer: torch.Tensor, offset_bytes: int, shape: torch.Size, dtype: torch.dtype
-) -> torch.Tensor:
-    end = offset_bytes + shape.numel() * dtype.itemsize
-    return buffer[offset_bytes:end].view(dtype).view(shape)
+        return tensor_in(self._buffer, self._buffer_bytes, shape, dtype)
 
 
 def _read(descriptor: int) -> list[_Message]:

@@ -82,6 +82,14 @@ class LocalStore:
         self._own.clear()
 
 
+def tensor_in(
+    buffer: torch.Tensor, offset_bytes: int, shape: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor that lies in ``buffer`` (uint8), without a copy."""
+    end = offset_bytes + shape.numel() * dtype.itemsize
+    return buffer[offset_bytes:end].view(dtype).view(shape)
+
+
 def not_published(layer: int, owner: int, timeout_seconds: float) -> PeerLostError:
     return PeerLostError(
         f"rank {owner} did not publish layer {layer} within {timeout_seconds:g} s: "
