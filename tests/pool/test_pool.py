@@ -15,6 +15,7 @@ from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelErro
 from elbowroom.core.plan import FetchOrder, PoolMode, PoolShare
 from elbowroom.planning.pool import plan_shares
 from elbowroom.pool.ffn import find_ffn
+from elbowroom.pool.housekeeper import Housekeeper
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalHub, LocalStore
@@ -302,8 +303,8 @@ def test_a_rank_that_is_started_again_finds_its_layers(mode: PoolMode) -> None:
 
 def test_nothing_is_allocated_after_the_start() -> None:
     with _group(_shares(3, "streamed", 2)) as (models, pools):
-        assert pools[0]._slots is not None
-        slots = {buffer.data_ptr() for buffer in pools[0]._slots.buffers}
+        assert pools[0]._streamer is not None
+        slots = {buffer.data_ptr() for buffer in pools[0]._streamer.buffers}
         owned = {buffer.data_ptr() for buffer in pools[0]._owned.values()}
         seen: list[set[int]] = []
         for block in blocks_of(models[0]):
@@ -334,8 +335,8 @@ def test_counters() -> None:
 def test_failure_of_the_housekeeper_reaches_the_pass() -> None:
     with _group(_shares(2, "streamed", 1)) as (models, pools):
         _logits(models[0])
-        housekeeper = pools[0]._housekeeper
-        assert housekeeper is not None
+        housekeeper = pools[0]._streamer
+        assert isinstance(housekeeper, Housekeeper)
         housekeeper._sources.clear()
         with pytest.raises(PoolError, match="was not streamed") as caught:
             for _ in range(3):

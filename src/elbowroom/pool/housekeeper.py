@@ -12,33 +12,61 @@ import torch
 from elbowroom.core.action import Fetch
 from elbowroom.pool.slots import Slot, Slots
 
+STREAM_TIMEOUT_SECONDS = 60.0
+"""How long compute waits for one streamed layer before it gives up."""
+
 
 class Housekeeper:
     """Carries out one order of fetches again and again, as far ahead as the slots allow.
 
-    Copies are one-sided and release the interpreter lock. The thread waits for free slots
-    (signalled by ``Slots.release``) and signals ready ones; any error goes to whoever waits.
-    ``bytes_per_second`` holds copies back, to see how a pool would do on a slower link.
+    A ``Streamer`` of a host's memory. Copies are one-sided and release the interpreter lock. The
+    thread waits for free slots (signalled by ``Slots.release``) and signals ready ones; any error
+    goes to whoever waits. ``bytes_per_second`` holds copies back, to see how a pool would do on a
+    slower link.
     """
 
     def __init__(
         self,
         fetches: Sequence[Fetch],
         sources: Mapping[int, torch.Tensor],
-        slots: Slots,
+        num_slots: int,
+        timeout_seconds: float = STREAM_TIMEOUT_SECONDS,
         bytes_per_second: float = float("inf"),
     ) -> None:
         self._fetches = tuple(fetches)
         self._sources = {layer: source.numpy() for layer, source in sources.items()}
-        self._slots = slots
-        self._targets = [buffer.numpy() for buffer in slots.buffers]
+        self._slots = Slots(num_slots, max(source.numel() for source in sources.values()))
+        self._targets = [buffer.numpy() for buffer in self._slots.buffers]
+        self._timeout_seconds = timeout_seconds
         self._thread = threading.Thread(target=self._run, name="elbowroom-pool", daemon=True)
         self._bytes_per_second = bytes_per_second
         self._is_closing = False
         self.streamed_bytes = 0
 
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        return self._slots.buffers
+
     def start(self) -> None:
         self._thread.start()
+
+    def acquire(self, layer: int) -> Slot:
+        return self._slots.wait_ready(layer, self._timeout_seconds)
+
+    def release(self, slot: Slot) -> None:
+        self._slots.release(slot)
+
+    def restart(self) -> None:
+        self._slots.restart()
+
+    def pause(self) -> None:
+        self._slots.pause()
+
+    def resume(self) -> None:
+        self._slots.resume()
+
+    def check_integrity(self) -> None:
+        self._slots.check_integrity()
 
     def close(self) -> None:
         """Stop after the copy under way and wait for the thread."""

@@ -23,16 +23,14 @@ from elbowroom.core.plan import PoolShare
 from elbowroom.core.pool_stats import PoolStats
 from elbowroom.pool.choice import Chooser
 from elbowroom.pool.ffn import Ffn, find_ffn
-from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS, Housekeeper
 from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS, Forward, Shipper, ShipServer
-from elbowroom.pool.slots import Slot, Slots
+from elbowroom.pool.slots import Slot
 from elbowroom.pool.store import Store
+from elbowroom.pool.streamer import DeviceStreamer, Streamer
 
 PEER_TIMEOUT_SECONDS = 600.0
 """How long a rank waits for a peer to publish a layer: reading a large model takes minutes."""
-
-STREAM_TIMEOUT_SECONDS = 60.0
-"""How long compute waits for one streamed layer before it gives up."""
 
 LOST_SECONDS = 5.0
 """How long an owner that died is not asked again; its layers are read where they lie."""
@@ -70,8 +68,7 @@ class Pool:
         self._ffns: list[Ffn] = []
         self._owned: dict[int, torch.Tensor] = {}
         self._reopened: dict[int, torch.Tensor] = {}
-        self._slots: Slots | None = None
-        self._housekeeper: Housekeeper | None = None
+        self._streamer: Streamer | None = None
         self._slot_weights: dict[tuple[int, int], list[nn.Parameter]] = {}
         self._streamed_layers = sorted({fetch.layer for fetch in share.fetches})
         self._next_streamed = 0
@@ -163,8 +160,8 @@ class Pool:
 
     def start(self) -> None:
         """Begin to stream and to serve: from here on slots fill ahead of compute."""
-        if self._housekeeper is not None:
-            self._housekeeper.start()
+        if self._streamer is not None:
+            self._streamer.start()
         if self._server is not None:
             self._server.start()
 
@@ -176,8 +173,8 @@ class Pool:
         """
         if self._lease is not None:
             raise PoolError(f"layer {layer} asked for while layer {self._lease} is leased")
-        if self._slots is not None and not self.owns(layer):
-            self._slot = self._wait_for_slot(layer, self._slots)
+        if self._streamer is not None and not self.owns(layer):
+            self._slot = self._wait_for_slot(layer, self._streamer)
             weights = self._slot_weights[self._slot.index, layer]
             for span, weight in zip(self._ffns[layer].spans, weights, strict=True):
                 span.linear.weight = weight
@@ -188,16 +185,16 @@ class Pool:
         if self._lease != layer:
             raise PoolError(f"layer {layer} released, but {self._lease} is leased")
         self._lease = None
-        if self._slot is not None and self._slots is not None:
-            self._slots.release(self._slot)
+        if self._slot is not None and self._streamer is not None:
+            self._streamer.release(self._slot)
             self._slot = None
 
     def stats(self) -> PoolStats:
         return PoolStats(
             owned_bytes=sum(buffer.numel() for buffer in self._owned.values()),
             mapped_bytes=self._mapped_bytes,
-            slot_bytes=sum(b.numel() for b in self._slots.buffers) if self._slots else 0,
-            streamed_bytes=self._housekeeper.streamed_bytes if self._housekeeper else 0,
+            slot_bytes=sum(b.numel() for b in self._streamer.buffers) if self._streamer else 0,
+            streamed_bytes=self._streamer.streamed_bytes if self._streamer else 0,
             wait_seconds=self._wait_seconds,
             streamed_iterations=self._streamed_iterations,
             shipped_iterations=self._shipped_iterations,
@@ -209,15 +206,15 @@ class Pool:
         """Raise PoolError if the lease and the slots disagree."""
         if self._slot is not None and self._slot.layer != self._lease:
             raise PoolError(f"lease on {self._lease}, slot {self._slot.index} on another layer")
-        if self._slots is not None:
-            self._slots.check_integrity()
+        if self._streamer is not None:
+            self._streamer.check_integrity()
 
     def close(self) -> None:
         """Stop streaming and serving, and leave the group. Peers keep what they have mapped."""
-        for part in (self._housekeeper, self._server, self._shipper):
+        for part in (self._streamer, self._server, self._shipper):
             if part is not None:
                 part.close()
-        self._housekeeper = self._server = self._shipper = None
+        self._streamer = self._server = self._shipper = None
         self._store.close()
 
     def _map(self, opened: dict[int, torch.Tensor]) -> None:
@@ -237,40 +234,57 @@ class Pool:
             )
         if not opened:
             return
-        slot_bytes = max(buffer.numel() for buffer in opened.values())
-        self._slots = Slots(self.share.num_slots, slot_bytes)
+        self._streamer = self._make_streamer(opened)
         for layer in opened:
-            for index, buffer in enumerate(self._slots.buffers):
+            for index, buffer in enumerate(self._streamer.buffers):
                 self._slot_weights[index, layer] = [
                     _frozen(span.view(buffer)) for span in self._ffns[layer].spans
                 ]
-        self._housekeeper = Housekeeper(
-            self.share.fetches, opened, self._slots, self._link_bytes_per_second
+
+    def _make_streamer(self, opened: dict[int, torch.Tensor]) -> Streamer:
+        fetches, num_slots = self.share.fetches, self.share.num_slots
+        if self._store.device.type != "cpu":
+            return DeviceStreamer(fetches, opened, num_slots, self._store.device)
+        return Housekeeper(
+            fetches, opened, num_slots, self._stream_timeout_seconds, self._link_bytes_per_second
         )
 
     def _prepare_shipping(self, run_dir: Path) -> None:
-        share = self.share
+        share, store = self.share, self._store
         served = {
             layer: (self._forwards[layer], self._ffns[layer].spans[0].dtype)
             for layer in self._owned
         }
-        self._server = ShipServer(run_dir, share.rank, share.num_ranks, share.ship_bytes, served)
-        if self._slots is not None:
+        self._server = ShipServer(
+            run_dir,
+            share.rank,
+            share.num_ranks,
+            share.ship_bytes,
+            served,
+            store.mailbox,
+            store.device,
+        )
+        if self._streamer is not None:
             self._shipper = Shipper(
-                run_dir, share.rank, share.ship_bytes, self._ship_timeout_seconds
+                run_dir,
+                share.rank,
+                share.ship_bytes,
+                store.mailbox,
+                self._ship_timeout_seconds,
+                store.device,
             )
 
-    def _wait_for_slot(self, layer: int, slots: Slots) -> Slot:
+    def _wait_for_slot(self, layer: int, streamer: Streamer) -> Slot:
         if layer != self._streamed_layers[self._next_streamed]:
             if layer != self._streamed_layers[0]:
                 raise PoolError(
                     f"layer {layer} asked for, layer {self._streamed_layers[self._next_streamed]} "
                     f"is next: a streamed pool runs its layers in order"
                 )
-            slots.restart()  # the last pass was cut short, by an exception for instance
+            streamer.restart()  # the last pass was cut short, by an exception for instance
             self._next_streamed = 0
         start = time.perf_counter()
-        slot = slots.wait_ready(layer, self._stream_timeout_seconds)
+        slot = streamer.acquire(layer)
         self._wait_seconds += time.perf_counter() - start
         self._next_streamed = (self._next_streamed + 1) % len(self._streamed_layers)
         return slot
@@ -303,7 +317,7 @@ class Pool:
 
     def _begin_iteration(self, x: torch.Tensor) -> None:
         """Choose its mode, after the chooser was told how the last one went."""
-        if self._slots is None:
+        if self._streamer is None:
             return
         if self._shipper is None:
             self._streamed_iterations += 1
@@ -320,13 +334,13 @@ class Pool:
         ships = self._chooser.choose(len(rows)) == "ship"
         if ships != (last is not None and last.ships):
             self._next_streamed = 0
-            self._slots.pause() if ships else self._slots.resume()
+            self._streamer.pause() if ships else self._streamer.resume()
         self._iteration = _Iteration(ships, len(rows), self._wait_seconds)
         self._shipped_iterations += ships
         self._streamed_iterations += not ships
 
     def _ship(self, layer: int, x: torch.Tensor, iteration: _Iteration) -> torch.Tensor | None:
-        """What the owner made of ``x``. None where it died: its weights can still be read."""
+        """What the owner made of ``x``. None where it died and its weights can still be read."""
         assert self._shipper is not None
         owner = self.share.owners[layer]
         begin = time.perf_counter()
@@ -335,6 +349,8 @@ class Pool:
         try:
             out = self._shipper.wait(self._shipper.start(owner, layer, x.flatten(0, -2)))
         except PeerLostError:
+            if not self._store.outlives_owner:
+                raise
             self._lost_until[owner] = time.perf_counter() + LOST_SECONDS
             return None
         seconds = time.perf_counter() - begin

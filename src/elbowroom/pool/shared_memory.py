@@ -29,6 +29,9 @@ class SharedMemoryStore:
     published outlives it: the next process of that rank opens it again.
     """
 
+    device = torch.device("cpu")
+    outlives_owner = True
+
     def __init__(self, run_dir: Path, rank: int, grace_seconds: float = GRACE_SECONDS) -> None:
         self._run_dir = run_dir
         self._grace_seconds = grace_seconds
@@ -41,7 +44,7 @@ class SharedMemoryStore:
         try:
             # Reserves the pages now: without it a full /dev/shm kills the process with SIGBUS.
             os.posix_fallocate(descriptor, 0, num_bytes)
-            return map_file(descriptor, num_bytes)
+            return _map_file(descriptor, num_bytes)
         except OSError as error:
             path.unlink()
             if error.errno not in (errno.ENOSPC, errno.ENOMEM):
@@ -56,15 +59,15 @@ class SharedMemoryStore:
             os.close(descriptor)
 
     def publish(self, layer: int) -> None:
-        self._part_path(layer).rename(_layer_path(self._run_dir, layer))
+        self._part_path(layer).rename(self._path(layer))
 
     def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
-        if not _layer_path(self._run_dir, layer).exists():
+        if not self._path(layer).exists():
             return None
-        return self._open_file(layer, owner, num_bytes)
+        return self._open_published(layer, owner, num_bytes)
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
-        path = _layer_path(self._run_dir, layer)
+        path = self._path(layer)
         deadline = time.monotonic() + timeout_seconds
         last_seen = None  # an owner that has not been seen yet has all the time there is
         while not path.exists():
@@ -79,40 +82,49 @@ class SharedMemoryStore:
             if now > deadline:
                 raise not_published(layer, owner, timeout_seconds)
             time.sleep(_POLL_SECONDS)
-        return self._open_file(layer, owner, num_bytes)
+        return self._open_published(layer, owner, num_bytes)
 
-    def _open_file(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
-        descriptor = os.open(_layer_path(self._run_dir, layer), os.O_RDONLY | os.O_CLOEXEC)
+    def _open_published(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
+        descriptor = os.open(self._path(layer), os.O_RDONLY | os.O_CLOEXEC)
         try:
             # A private mapping keeps PyTorch content, which wants writable memory, and makes a
             # stray write land in a copy of our own instead of in the owner's weights.
             size = os.fstat(descriptor).st_size
-            buffer = map_file(descriptor, size, mmap.MAP_PRIVATE)
+            buffer = _map_file(descriptor, size, mmap.MAP_PRIVATE)
         finally:
             os.close(descriptor)
         return check_size(buffer, layer, owner, num_bytes)
+
+    def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
+        return shared_mailbox(self._run_dir, borrower, owner, num_bytes)
 
     def close(self) -> None:
         if self._alive >= 0:
             os.close(self._alive)
             self._alive = -1
 
+    def _path(self, layer: int) -> Path:
+        return self._run_dir / f"layer-{layer:04d}"
+
     def _part_path(self, layer: int) -> Path:
-        return _layer_path(self._run_dir, layer).with_suffix(".part")
+        return self._path(layer).with_suffix(".part")
 
 
-def map_file(
-    descriptor: int,
-    num_bytes: int,
-    flags: int = mmap.MAP_SHARED,
-) -> torch.Tensor:
+def shared_mailbox(run_dir: Path, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
+    """A mapped file, which outlives both ends, so that either may be started again."""
+    path = run_dir / f"mail-{borrower}-{owner}"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        return _map_file(descriptor, num_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _map_file(descriptor: int, num_bytes: int, flags: int = mmap.MAP_SHARED) -> torch.Tensor:
     """The first bytes of a file as a uint8 vector, which outlives the descriptor."""
     mapping = mmap.mmap(descriptor, num_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
-
-
-def _layer_path(run_dir: Path, layer: int) -> Path:
-    return run_dir / f"layer-{layer:04d}"
 
 
 def alive_path(run_dir: Path, rank: int) -> Path:

@@ -4,7 +4,8 @@ Nobody waits for anybody who has nothing to ship. A borrower writes its rows int
 that it shares with one owner, and rings: a message of 24 bytes in the owner's pipe. The owner's
 server, a thread beside its own forward passes, takes all messages that are there, runs the rows of
 one layer in one pass, writes every slice back and rings in turn. Buffers are made once; a call
-allocates what any layer does, its activations.
+allocates what any layer does, its activations. Mailboxes lie on the device that computes; before a
+bell rings, the host waits until what it announces is there.
 
 On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
 interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
@@ -27,13 +28,18 @@ import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
 from elbowroom.pool.run_dir import is_held
-from elbowroom.pool.shared_memory import alive_path, map_file
+from elbowroom.pool.shared_memory import alive_path
 from elbowroom.pool.store import tensor_in
 
 SHIP_TIMEOUT_SECONDS = 60.0
 """How long a borrower waits for its rows while the owner lives."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
+
+OpenMailbox = Callable[[int, int, int], torch.Tensor]
+"""Given a borrower, an owner and bytes: see ``Store.mailbox``."""
+
+CPU = torch.device("cpu")
 
 _LOOK_SECONDS = 0.1
 """Between two looks whether an owner still lives."""
@@ -72,10 +78,14 @@ class Shipper:
         run_dir: Path,
         rank: int,
         buffer_bytes: int,
+        open_mailbox: OpenMailbox,
         timeout_seconds: float = SHIP_TIMEOUT_SECONDS,
+        device: torch.device = CPU,
     ) -> None:
         self._run_dir = run_dir
         self._rank = rank
+        self._open_mailbox = open_mailbox
+        self._device = device
         self._buffer_bytes = buffer_bytes
         self._timeout_seconds = timeout_seconds
         self._answers = _open_pipe(_answers_path(run_dir, rank))
@@ -91,10 +101,11 @@ class Shipper:
         ``x`` must not be larger than the buffer.
         """
         if owner not in self._bells:
-            path = _mailbox_path(self._run_dir, self._rank, owner)
-            self._mailboxes[owner] = _Mailbox(path, self._buffer_bytes)
+            buffer = self._open_mailbox(self._rank, owner, 2 * self._buffer_bytes)
+            self._mailboxes[owner] = _Mailbox(buffer, self._buffer_bytes)
             self._bells[owner] = _Bell(_calls_path(self._run_dir, owner))
         self._mailboxes[owner].rows(x.shape, x.dtype).copy_(x)
+        _finish(self._device)
         self._next_call += 1
         message = _Message(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
         if not self._bells[owner].ring(message):
@@ -150,12 +161,16 @@ class ShipServer:
         num_ranks: int,
         buffer_bytes: int,
         layers: Mapping[int, tuple[Forward, torch.dtype]],
+        open_mailbox: OpenMailbox,
+        device: torch.device = CPU,
     ) -> None:
         self._run_dir = run_dir
         self._rank = rank
+        self._open_mailbox = open_mailbox
+        self._device = device
         self._buffer_bytes = buffer_bytes
         self._layers = layers
-        self._joined = torch.zeros(num_ranks * buffer_bytes, dtype=torch.uint8)
+        self._joined = torch.zeros(num_ranks * buffer_bytes, dtype=torch.uint8, device=device)
         self._calls = _open_pipe(_calls_path(run_dir, rank), blocking=True)
         self._mailboxes: dict[int, _Mailbox] = {}
         self._bells: dict[int, _Bell] = {}
@@ -177,7 +192,9 @@ class ShipServer:
             bell.close()
 
     def _run(self) -> None:
-        with torch.inference_mode():
+        module = torch.get_device_module(self._device)
+        module.set_device(self._device)
+        with torch.inference_mode(), module.stream(module.Stream()):
             while True:
                 of_layer: dict[int, list[_Message]] = {}
                 for call in _read(self._calls):
@@ -201,6 +218,7 @@ class ShipServer:
                 begin += call.num_rows
                 self._mailbox(call.borrower).answers(rows.shape, dtype).copy_(rows)
                 answers.append(call._replace(num_columns=rows.shape[1]))
+            _finish(self._device)
         except Exception as error:
             print(f"elbowroom: layer {layer} failed for {calls}: {error!r}", flush=True)
             answers = [call._replace(num_columns=_FAILED) for call in calls]
@@ -219,8 +237,8 @@ class ShipServer:
 
     def _mailbox(self, borrower: int) -> _Mailbox:
         if borrower not in self._mailboxes:
-            path = _mailbox_path(self._run_dir, borrower, self._rank)
-            self._mailboxes[borrower] = _Mailbox(path, self._buffer_bytes)
+            buffer = self._open_mailbox(borrower, self._rank, 2 * self._buffer_bytes)
+            self._mailboxes[borrower] = _Mailbox(buffer, self._buffer_bytes)
         return self._mailboxes[borrower]
 
     def _bell(self, borrower: int) -> _Bell:
@@ -255,27 +273,22 @@ class _Bell:
             self._descriptor = -1
 
 
+@dataclass(frozen=True)
 class _Mailbox:
-    """Rows of one borrower for one owner, and the answer: a file in shared memory, mapped.
+    """Rows of one borrower for one owner, and the answer.
 
-    It outlives both ends, so that either may be started again. An owner answers in the order of
-    calls, so an answer to a call that was given up is overwritten by the next.
+    An owner answers in the order of calls, so an answer to a call that was given up is overwritten
+    by the next.
     """
 
-    def __init__(self, path: Path, buffer_bytes: int) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, 2 * buffer_bytes)
-            self._buffer = map_file(descriptor, 2 * buffer_bytes)
-        finally:
-            os.close(descriptor)
-        self._buffer_bytes = buffer_bytes
+    buffer: torch.Tensor
+    answers_at: int
 
     def rows(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        return tensor_in(self._buffer, 0, shape, dtype)
+        return tensor_in(self.buffer, 0, shape, dtype)
 
     def answers(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        return tensor_in(self._buffer, self._buffer_bytes, shape, dtype)
+        return tensor_in(self.buffer, self.answers_at, shape, dtype)
 
 
 def _read(descriptor: int) -> list[_Message]:
@@ -304,5 +317,7 @@ def _answers_path(run_dir: Path, borrower: int) -> Path:
     return run_dir / f"answers-{borrower}"
 
 
-def _mailbox_path(run_dir: Path, borrower: int, owner: int) -> Path:
-    return run_dir / f"mail-{borrower}-{owner}"
+def _finish(device: torch.device) -> None:
+    """Wait until the current stream has done all. A CPU has, whenever it is asked."""
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream().synchronize()

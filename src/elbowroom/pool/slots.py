@@ -8,6 +8,7 @@ notifies the other side.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -98,7 +99,7 @@ class Slots:
             if self._failure is not None or slot is None:
                 raise PoolError(
                     f"layer {layer} was not streamed within {timeout_seconds:g} s "
-                    f"(slots: {self._describe()}; cause: {self._failure!r})"
+                    f"(slots: {_describe(self._slots)}; cause: {self._failure!r})"
                 ) from self._failure
             slot.state = SlotState.IN_USE
             return slot
@@ -134,12 +135,9 @@ class Slots:
             self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """Raise PoolError unless every slot's state and layer agree and no layer is held twice."""
+        """See ``check_slots``."""
         with self._changed:
-            layers = [slot.layer for slot in self._slots if slot.layer is not None]
-            torn = [s for s in self._slots if (s.layer is None) != (s.state is SlotState.FREE)]
-            if torn or len(layers) != len(set(layers)):
-                raise PoolError(f"slots are inconsistent: {self._describe()}")
+            check_slots(self._slots)
 
     def _restart(self) -> None:
         self._epoch += 1
@@ -162,5 +160,14 @@ class Slots:
             (s for s in self._slots if s.layer == layer and s.state is SlotState.READY), None
         )
 
-    def _describe(self) -> str:
-        return ", ".join(f"{s.index}: {s.state.value} layer {s.layer}" for s in self._slots)
+
+def check_slots(slots: Sequence[Slot]) -> None:
+    """Raise PoolError unless every slot's state and layer agree and no layer is held twice."""
+    layers = [slot.layer for slot in slots if slot.layer is not None]
+    torn = [slot for slot in slots if (slot.layer is None) != (slot.state is SlotState.FREE)]
+    if torn or len(layers) != len(set(layers)):
+        raise PoolError(f"slots are inconsistent: {_describe(slots)}")
+
+
+def _describe(slots: Sequence[Slot]) -> str:
+    return ", ".join(f"{slot.index}: {slot.state.value} layer {slot.layer}" for slot in slots)

@@ -17,6 +17,12 @@ class Store(Protocol):
     buffer are one-sided.
     """
 
+    device: torch.device
+    """Where this rank computes: its buffers and slots lie there."""
+
+    outlives_owner: bool
+    """Whether a peer's layers can still be read when it has died."""
+
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
         """A new buffer for an owned layer, private until published."""
         ...
@@ -36,6 +42,10 @@ class Store(Protocol):
         """
         ...
 
+    def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
+        """Memory that two ranks write and read, the same for both. The borrower asks first."""
+        ...
+
     def close(self) -> None:
         """Let go of everything. Buffers handed out stay valid while they are referenced."""
         ...
@@ -46,11 +56,15 @@ class LocalHub:
 
     def __init__(self) -> None:
         self.published: dict[int, torch.Tensor] = {}
+        self.mailboxes: dict[tuple[int, int], torch.Tensor] = {}
         self.changed = threading.Condition()
 
 
 class LocalStore:
     """A store within one process. Ranks that share a hub are peers."""
+
+    device = torch.device("cpu")
+    outlives_owner = True
 
     def __init__(self, hub: LocalHub | None = None) -> None:
         self._hub = hub or LocalHub()
@@ -77,6 +91,12 @@ class LocalStore:
             ):
                 raise not_published(layer, owner, timeout_seconds)
             return check_size(self._hub.published[layer], layer, owner, num_bytes)
+
+    def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
+        with self._hub.changed:
+            return self._hub.mailboxes.setdefault(
+                (borrower, owner), torch.zeros(num_bytes, dtype=torch.uint8)
+            )
 
     def close(self) -> None:
         self._own.clear()

@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any
 
 import torch.distributed
+from torch._C._distributed_c10d import HashStore
 from torch.testing._internal.distributed import fake_pg  # noqa: F401 (registers its backend)
 
 _BACKEND = "fake"  # PyTorch's own: a collective of one rank has nothing to do
@@ -14,7 +15,8 @@ _BACKEND = "fake"  # PyTorch's own: a collective of one rank has nothing to do
 def keep_off_network() -> None:
     """From now on, process groups in a world of one rank open no port. Others are as they were.
 
-    Gloo listens on a port of the loopback device for every group, whatever its size.
+    Gloo listens on a port of the loopback device for every group, whatever its size. Nor is the
+    file needed in which ranks would find each other, and which vLLM leaves behind.
     """
     original_init = torch.distributed.init_process_group
     original_new_group = torch.distributed.new_group
@@ -23,6 +25,7 @@ def keep_off_network() -> None:
     def init_process_group(backend: Any = None, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("world_size") == 1:
             backend = _BACKEND
+            kwargs |= {"init_method": None, "store": HashStore()}
         return original_init(backend, *args, **kwargs)
 
     @wraps(original_new_group)

@@ -1,0 +1,132 @@
+"""A store in the memory of NVIDIA GPUs: layers are buffers that peers open by CUDA's IPC handles.
+
+Buffers are taken from the driver, not from PyTorch's allocator: a handle names a whole allocation,
+and those of expandable segments have none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.bindings import runtime
+
+from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.core.units import format_bytes
+from elbowroom.pool.run_dir import is_held
+from elbowroom.pool.shared_memory import SharedMemoryStore, alive_path
+from elbowroom.pool.store import check_size
+
+_HANDLE_BYTES = 64
+
+
+class CudaStore(SharedMemoryStore):
+    """Layers of rank r on its device; in the run directory lie their handles, and locks.
+
+    What a rank has published ends with it. A group of which one died has to be started again.
+    """
+
+    outlives_owner = False
+
+    def __init__(self, run_dir: Path, rank: int, device: torch.device) -> None:
+        super().__init__(run_dir, rank)
+        self._rank = rank
+        self.device = device
+        self._own: dict[int, torch.Tensor] = {}
+
+    def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
+        self._own[layer] = _allocate(num_bytes, self.device, f"layer {layer}")
+        return self._own[layer]
+
+    def publish(self, layer: int) -> None:
+        torch.cuda.synchronize(self.device)  # whoever opens it must see all of it
+        _write_handle(self._part_path(layer), self._own[layer])
+        super().publish(layer)
+
+    def reopen(self, layer: int, owner: int, num_bytes: int) -> None:
+        """Nothing is left of an earlier process of this rank."""
+
+    def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
+        """Memory of the borrower's."""
+        path = self._run_dir / f"mail-{borrower}-{owner}"
+        if borrower != self._rank:
+            return _open(path, self.device)
+        buffer = _allocate(num_bytes, self.device, f"a mailbox for rank {owner}")
+        _write_handle(path, buffer)
+        return buffer
+
+    def close(self) -> None:
+        self._own.clear()
+        super().close()
+
+    def _open_published(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
+        if not is_held(alive_path(self._run_dir, owner)):
+            raise PeerLostError(f"rank {owner} died, and layer {layer} with it: see its log")
+        return check_size(_open(self._path(layer), self.device), layer, owner, num_bytes)
+
+
+class _DeviceMemory:
+    """Bytes at an address. ``free`` gives them back when no tensor uses them any more."""
+
+    def __init__(self, address: int, num_bytes: int, free: Any) -> None:
+        self._address = address
+        self._free = free
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
+
+    def __del__(self) -> None:
+        self._free(self._address)
+
+
+def _allocate(num_bytes: int, device: torch.device, what: str) -> torch.Tensor:
+    _check(runtime.cudaSetDevice(device.index or 0))
+    error, address = runtime.cudaMalloc(num_bytes)
+    if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
+        free, _ = torch.cuda.mem_get_info(device)
+        raise PoolError(
+            f"{what} needs {format_bytes(num_bytes)} on {device}, {format_bytes(free)} is free: "
+            f"lower --memory, or use --pool none"
+        )
+    _check((error,))
+    return _tensor(_DeviceMemory(address, num_bytes, runtime.cudaFree), address)
+
+
+def _write_handle(path: Path, buffer: torch.Tensor) -> None:
+    """The handle, and the size in bytes as text."""
+    (handle,) = _check(runtime.cudaIpcGetMemHandle(buffer.data_ptr()))
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(bytes(handle.reserved) + str(buffer.numel()).encode())
+
+
+def _open(path: Path, device: torch.device) -> torch.Tensor:
+    """What a peer has written the handle of. Readable and writable, and as fast as the link."""
+    data = path.read_bytes()
+    handle = runtime.cudaIpcMemHandle_t()
+    handle.reserved = data[:_HANDLE_BYTES]
+    _check(runtime.cudaSetDevice(device.index or 0))
+    flags = runtime.cudaIpcMemLazyEnablePeerAccess
+    (address,) = _check(runtime.cudaIpcOpenMemHandle(handle, flags))
+    memory = _DeviceMemory(address, int(data[_HANDLE_BYTES:]), runtime.cudaIpcCloseMemHandle)
+    return _tensor(memory, address)
+
+
+def _tensor(memory: _DeviceMemory, address: int) -> torch.Tensor:
+    """On the device where the bytes are: naming another would copy them."""
+    (attributes,) = _check(runtime.cudaPointerGetAttributes(address))
+    return torch.as_tensor(memory, device=torch.device("cuda", attributes.device))
+
+
+def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What a call of the runtime gave. Raises PoolError if it failed."""
+    error, *values = result
+    if error != runtime.cudaError_t.cudaSuccess:
+        _, text = runtime.cudaGetErrorString(error)
+        raise PoolError(f"CUDA refused to share memory between processes: {text.decode()}")
+    return tuple(values)

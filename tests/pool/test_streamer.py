@@ -1,0 +1,73 @@
+"""Streaming with a device's streams and events. On a CPU these do nothing: the order is tested.
+
+Whether copies and compute wait for each other is tested on a GPU, in tests/gpu.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elbowroom.core.action import Fetch
+from elbowroom.pool.slots import Slot
+from elbowroom.pool.streamer import DeviceStreamer
+
+CPU = torch.device("cpu")
+LAYERS = (1, 2, 4, 5, 7)  # those that a rank borrows
+NUM_BYTES = {layer: 100 + layer for layer in LAYERS}
+
+
+@pytest.fixture(params=[1, 2, 3, 5, 9])
+def streamer(request: pytest.FixtureRequest) -> DeviceStreamer:
+    """A streamer of layers full of their number, sliced or not, with so many slots."""
+    sources = {
+        layer: torch.full((size,), layer, dtype=torch.uint8) for layer, size in NUM_BYTES.items()
+    }
+    pieces = 2 if request.param == 3 else 1
+    fetches = [Fetch(layer, piece, pieces) for layer in LAYERS for piece in range(pieces)]
+    one = DeviceStreamer(fetches, sources, request.param, CPU)
+    one.start()
+    return one
+
+
+def _run(streamer: DeviceStreamer, layers: tuple[int, ...]) -> list[int]:
+    """Lease layers one after the other; where each lay."""
+    addresses = []
+    for layer in layers:
+        slot = streamer.acquire(layer)
+        _expect(slot, layer)
+        streamer.check_integrity()
+        addresses.append(slot.buffer.data_ptr())
+        streamer.release(slot)
+    return addresses
+
+
+def _expect(slot: Slot, layer: int) -> None:
+    assert slot.layer == layer
+    assert set(slot.buffer[: NUM_BYTES[layer]].tolist()) == {layer}
+
+
+def test_every_pass_finds_its_layers_where_the_last_one_did(streamer: DeviceStreamer) -> None:
+    first = _run(streamer, LAYERS)
+    assert _run(streamer, LAYERS) == first
+    assert set(first) == {buffer.data_ptr() for buffer in streamer.buffers}
+    per_pass = sum(NUM_BYTES.values())
+    ahead = sum(NUM_BYTES[layer] for layer in LAYERS[: len(streamer.buffers)])
+    assert streamer.streamed_bytes == 2 * per_pass + ahead
+    streamer.close()
+
+
+def test_a_pass_that_was_cut_short(streamer: DeviceStreamer) -> None:
+    for length in range(len(LAYERS)):
+        _run(streamer, LAYERS[:length])
+        streamer.restart()
+    _run(streamer, LAYERS)
+
+
+def test_passes_without_streaming_between(streamer: DeviceStreamer) -> None:
+    _run(streamer, LAYERS)
+    before = streamer.streamed_bytes
+    streamer.pause()
+    streamer.resume()
+    assert streamer.streamed_bytes == before, "what was fetched ahead is still there"
+    _run(streamer, LAYERS)
