@@ -1,0 +1,1 @@
+"""Benchmarks of the pool on a GPU, in plain torch: they need no engine."""

@@ -1,0 +1,86 @@
+"""One process of a group on a device: runs a pooled stack beside a local one and compares them.
+
+    python -m tests.gpu.member RUN_DIR RANK NUM_RANKS MODE NUM_SLOTS NUM_BATCHES DEVICE
+
+Prints "ready", waits for a line, runs so many random batches and prints what it saw; waits again,
+so that it serves others until it is told to end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from bench.blocks import Block, PackedLinear, Shape
+from bench.pool_group import ALWAYS, finish, kernel, open_store
+
+from elbowroom.planning.pool import plan_shares
+from elbowroom.pool.pool import Pool
+
+SHAPE = Shape(512, 1024, 8, 4, 64, 32)
+NUM_LAYERS, MOST_ROWS = 7, 256
+
+
+def main(
+    run_dir: Path, rank: int, num_ranks: int, mode: str, num_slots: int, batches: int, device: str
+) -> None:
+    ships = mode == "shipped"
+    share = plan_shares(
+        (1,) * NUM_LAYERS,
+        num_ranks,
+        "mapped" if mode == "mapped" else "streamed",
+        num_slots,
+        ship_bytes=MOST_ROWS * SHAPE.hidden * 2 if ships else 0,
+        ship_below_rows=ALWAYS if ships else 0,
+    )[rank]
+    local, pooled = _stack(device), _stack(device)
+    pool = Pool(share, open_store(device, run_dir, rank), kernel(device)[0], run_dir=run_dir)
+    for block in pooled:
+        pool.add_block(block)
+    for linear in (module for block in local for module in block.mlp.modules()):
+        if isinstance(linear, PackedLinear):
+            linear.weight.copy_(kernel(device)[0](linear.weight))
+    pool.attach()
+    pool.start()
+    _tell("ready")
+    errors = []
+    generator = torch.Generator(device).manual_seed(rank)
+    for _ in range(batches):
+        rows = int(torch.randint(1, MOST_ROWS + 1, (1,), generator=generator, device=device))
+        x = torch.randn(rows, SHAPE.hidden, generator=generator, device=device).to(torch.bfloat16)
+        expected, out = _run(local, x), _run(pooled, x)
+        errors.append(float((out - expected).float().norm() / expected.float().norm()))
+        pool.check_integrity()
+    finish(device)
+    _tell(json.dumps({"worst": float(torch.tensor(errors).max()), "stats": vars(pool.stats())}))
+    pool.close()
+
+
+def _stack(device: str) -> list[Block]:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    pack, linear = kernel(device)
+    size = (MOST_ROWS, SHAPE.num_kv_heads, SHAPE.context, SHAPE.head_dim)
+    kv = (torch.randn(size).to(torch.bfloat16), torch.randn(size).to(torch.bfloat16))
+    return [Block(SHAPE, linear, pack, kv) for _ in range(NUM_LAYERS)]
+
+
+def _run(blocks: list[Block], x: torch.Tensor) -> torch.Tensor:
+    for block in blocks:
+        x = block(x)
+    return x
+
+
+def _tell(line: str) -> None:
+    print(line, flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    folder, mode, device = sys.argv[1], sys.argv[4], sys.argv[7]
+    numbers = [int(sys.argv[n]) for n in (2, 3, 5, 6)]
+    torch.set_num_threads(1)  # where the device is a CPU, its cores are shared by all members
+    with torch.inference_mode(), torch.device(device):
+        main(Path(folder), numbers[0], numbers[1], mode, numbers[2], numbers[3], device)

@@ -1,0 +1,137 @@
+"""A pool between processes that share one GPU. Needs torch and cuda-bindings, no engine.
+
+Links between GPUs are not tested here: there is one device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = os.environ.get("ELBOWROOM_TEST_DEVICE", "cuda")
+"""``cpu`` tries these tests where there is no GPU."""
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        DEVICE == "cuda" and not torch.cuda.is_available(), reason="no CUDA device here"
+    ),
+]
+
+ROOT = Path(__file__).parents[2]
+BFLOAT16_ERROR = 1e-2
+"""Joined rows may take another kernel, which sums in another order."""
+
+Member = subprocess.Popen[str]
+
+
+@contextmanager
+def _members(
+    run_dir: Path, num_ranks: int, mode: str, slots: int, batches: int, **environment: str
+) -> Iterator[list[Member]]:
+    """A group whose processes are ready to compute."""
+    members = []
+    try:
+        for rank in range(num_ranks):
+            arguments = (run_dir, rank, num_ranks, mode, slots, batches, DEVICE)
+            command = [sys.executable, "-m", "tests.gpu.member", *map(str, arguments)]
+            pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+            env = {**os.environ, **environment}
+            members.append(subprocess.Popen(command, text=True, cwd=ROOT, env=env, **pipes))
+        for member in members:
+            assert _line(member) == "ready"
+        yield members
+    finally:
+        for member in members:
+            member.kill()
+            member.communicate()
+
+
+def _line(member: Member) -> str:
+    assert member.stdout is not None
+    assert member.stderr is not None
+    line = member.stdout.readline().strip()
+    assert line, f"a member died: {member.stderr.read()}"
+    return line
+
+
+def _go_on(member: Member) -> None:
+    assert member.stdin is not None
+    member.stdin.write("\n")
+    member.stdin.flush()
+
+
+def _outcomes(members: list[Member]) -> list[dict[str, Any]]:
+    """What each saw; all compute at once, and end after all have computed."""
+    for member in members:
+        _go_on(member)
+    outcomes = [json.loads(_line(member)) for member in members]
+    for member in members:
+        _go_on(member)
+    for member in members:
+        assert member.wait(60) == 0, member.communicate()
+    return outcomes
+
+
+@pytest.mark.parametrize(("num_ranks", "slots"), [(2, 1), (3, 1), (3, 2)])
+def test_streamed_equals_local(tmp_path: Path, num_ranks: int, slots: int) -> None:
+    """The same kernels on the same bytes: equal to the last bit."""
+    with _members(tmp_path, num_ranks, "streamed", slots, 100) as members:
+        for outcome in _outcomes(members):
+            assert outcome["worst"] == 0
+            assert outcome["stats"]["streamed_bytes"] > 0
+
+
+def test_mapped_equals_local(tmp_path: Path) -> None:
+    with _members(tmp_path, 2, "mapped", 0, 20) as members:
+        for outcome in _outcomes(members):
+            assert outcome["worst"] == 0
+            assert outcome["stats"]["mapped_bytes"] > 0
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_shipped_equals_local(tmp_path: Path, num_ranks: int) -> None:
+    with _members(tmp_path, num_ranks, "shipped", 1, 100) as members:
+        for outcome in _outcomes(members):
+            assert outcome["worst"] < BFLOAT16_ERROR
+            assert outcome["stats"]["shipped_rows"] > 0
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a setting of CUDA's allocator")
+def test_expandable_segments(tmp_path: Path) -> None:
+    """PyTorch's memory cannot be shared then; the pool's is the driver's."""
+    setting = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with _members(tmp_path, 2, "shipped", 1, 5, **setting) as members:
+        for outcome in _outcomes(members):
+            assert outcome["worst"] < BFLOAT16_ERROR
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="on a host, layers outlive their owner")
+def test_an_owner_that_dies(tmp_path: Path) -> None:
+    """Its layers are gone: who ships to it ends with an error that names it."""
+    with _members(tmp_path, 2, "shipped", 1, 5) as members:
+        members[1].kill()
+        members[1].wait()
+        _go_on(members[0])
+        _, errors = members[0].communicate(timeout=60)
+        assert members[0].returncode != 0
+        assert "rank 1 died before it ran layer" in errors
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="counts a device's memory")
+def test_memory_is_given_back(tmp_path: Path) -> None:
+    torch.cuda.synchronize()
+    before, _ = torch.cuda.mem_get_info()
+    with _members(tmp_path, 2, "streamed", 1, 5) as members:
+        _outcomes(members)
+    after, _ = torch.cuda.mem_get_info()
+    assert after >= before
