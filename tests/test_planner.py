@@ -70,10 +70,12 @@ def test_a_plan_is_simulated_and_traced(tmp_path: Path, capsys: pytest.CaptureFi
     command = ["simulate", "--plan", str(path), "--cluster", "h20-8", "--trace", str(trace)]
     assert cli.main(command) == 0
     out = capsys.readouterr().out
-    assert "compute waited" in out
+    assert out.count("compute waited") == 2, "of the usual batch, streamed, and of one row, shipped"
+    assert "iteration, batch 1, shipped" in out
     events = json.loads(trace.read_text())["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert {"replica 0", "iteration, replica 0", "compute", "copies 0"} <= names
+    iterations = "iteration, batch 1, shipped, replica 0"
+    assert {"replica 0", iterations, "compute", "ship", "copies 0"} <= names
 
 
 def test_simulate_agrees_with_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

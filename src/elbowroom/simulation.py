@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,15 +13,21 @@ from rich.table import Table
 from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
-from elbowroom.core.plan import Layout, RunPlan
+from elbowroom.core.plan import Layout, PoolShare, RunPlan
 from elbowroom.core.trace import Count, Span
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planner import THIS_MACHINE, find_cluster, read_workload
-from elbowroom.planning.cost import Batch
+from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.job import JobOutcome, simulate_job
-from elbowroom.planning.search import engine_limits, policy_of, pool_times, replica_limits
-from elbowroom.planning.simulate import PoolTimeline, simulate_pool
+from elbowroom.planning.search import (
+    engine_limits,
+    policy_of,
+    pool_times,
+    replica_limits,
+    ship_threshold,
+)
+from elbowroom.planning.simulate import PoolTimeline, iteration_actions, simulate_pool
 
 _TRACE_ITERATIONS = 3
 
@@ -41,16 +47,31 @@ class SimulationSettings:
 
 
 @dataclass(frozen=True)
+class Iterations:
+    """Some iterations of one group, all replicas with the same batch."""
+
+    batch: Batch
+    ships: bool
+    pool: PoolTimeline
+
+    def __str__(self) -> str:
+        shipped = ", shipped" if self.ships else ""
+        return f"iteration, batch {self.batch.decode_rows:.0f}{shipped}"
+
+
+@dataclass(frozen=True)
 class Simulated:
-    """A job as it would go, and iterations of one group at its usual batch."""
+    """A job as it would go, and iterations of one group.
+
+    At its usual batch, and where that streams and smaller ones ship, of one row each.
+    """
 
     layout: Layout
     job: JobOutcome
-    pool: PoolTimeline
-    batch: Batch
+    iterations: tuple[Iterations, ...]
 
     def trace(self) -> Iterator[Span | Count]:
-        """The job on processes ``replica r``, iterations on ``iteration, replica r``."""
+        """The job on processes ``replica r``, iterations on ``iteration ..., replica r``."""
         for segment in self.job.segments:
             process = f"replica {segment.replica}"
             name = f"{segment.mode} {segment.num_rows} rows"
@@ -61,7 +82,8 @@ class Simulated:
             }
             yield Span(process, "iterations", name, segment.start, segment.end, details)
             yield Count(process, "rows", segment.start, segment.num_rows)
-        yield from self.pool.spans()
+        for iterations in self.iterations:
+            yield from iterations.pool.spans(str(iterations))
 
 
 def simulate_plan(settings: SimulationSettings) -> Simulated:
@@ -75,16 +97,25 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     times = pool_times(model, cluster, layout)
     job = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout))
     at_once = limits.rows_at_once(rows)
-    batch = Batch(at_once, at_once * rows.mean_context)
+    batch, last = (Batch(n, n * rows.mean_context) for n in (at_once, 1))
+    ship_below = ship_threshold(model, cluster, layout, rows.mean_context)
+    ships = at_once < ship_below
     shares = plan.shares[: layout.num_ranks]
-    pool = simulate_pool(
-        times.cost, shares, [batch] * len(shares), num_iterations=_TRACE_ITERATIONS
-    )
-    return Simulated(layout, job, pool, batch)
+    iterations = [_iterate(times.cost, shares, batch, ships)]
+    if ship_below > 1 and not ships:
+        iterations.append(_iterate(times.cost, shares, last, True))
+    return Simulated(layout, job, tuple(iterations))
+
+
+def _iterate(cost: CostModel, shares: Sequence[PoolShare], batch: Batch, ships: bool) -> Iterations:
+    layers = frozenset(range(len(shares[0].owners))) if ships else frozenset[int]()
+    actions = [iteration_actions(share, layers) for share in shares]
+    pool = simulate_pool(cost, shares, [batch] * len(shares), actions, _TRACE_ITERATIONS)
+    return Iterations(batch, ships, pool)
 
 
 def print_simulation(screen: Console, simulated: Simulated) -> None:
-    job, pool = simulated.job, simulated.pool
+    job = simulated.job
     table = Table(title=str(simulated.layout), title_justify="left", show_header=False, box=None)
     table.add_row("seconds", f"{job.seconds:.1f}")
     table.add_row("output tokens/s", f"{job.tokens_per_second:.1f}")
@@ -95,17 +126,20 @@ def print_simulation(screen: Console, simulated: Simulated) -> None:
     modes = sorted({mode for replica in job.replicas for mode in replica.mode_iterations})
     shares = ", ".join(f"{mode} {job.mode_share(mode):.1%}" for mode in modes)
     table.add_row("iterations", shares)
-    table.add_row(
-        f"iteration of {simulated.batch.decode_rows:.0f} rows",
-        f"{pool.iteration_seconds * 1e3:.2f} ms",
-    )
-    busy = ", ".join(f"{name} {share:.1%}" for name, share in pool.busy_fractions().items())
-    table.add_row("busy", busy)
-    waited = np.mean(pool.waits) / pool.timeline.seconds
-    table.add_row("compute waited", f"{waited:.1%}")
-    if pool.slots:
-        table.add_row("slots held at once", str(pool.most_slots(0)))
+    for iterations in simulated.iterations:
+        _add_iterations(table, iterations)
     screen.print(table)
+
+
+def _add_iterations(table: Table, iterations: Iterations) -> None:
+    pool = iterations.pool
+    table.add_row(str(iterations), f"{pool.iteration_seconds * 1e3:.2f} ms")
+    busy = ", ".join(f"{name} {share:.1%}" for name, share in pool.busy_fractions().items())
+    table.add_row("  busy", busy)
+    waited = np.mean(pool.waits) / pool.timeline.seconds
+    table.add_row("  compute waited", f"{waited:.1%}")
+    if pool.slots:
+        table.add_row("  slots held at once", str(pool.most_slots(0)))
 
 
 def _model(plan: RunPlan) -> ModelFacts:

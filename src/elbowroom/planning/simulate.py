@@ -72,7 +72,7 @@ class PoolTimeline:
             for index, name in enumerate(RESOURCES)
         }
 
-    def spans(self) -> Iterator[Span]:
+    def spans(self, title: str = "iteration") -> Iterator[Span]:
         """Compute and copies of every rank, for a trace; transfers of shipped rows beside them."""
         timeline, num_ranks = self.timeline, len(self.ends[0])
         for task, start, end in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
@@ -85,7 +85,7 @@ class PoolTimeline:
             else:
                 rank, lane = divmod(task.stream - num_ranks, self.copies_at_once)
                 track = f"copies {lane}"
-            yield Span(f"iteration, replica {rank}", track, task.name, start, end)
+            yield Span(f"{title}, replica {rank}", track, task.name, start, end)
 
     def most_slots(self, rank: int) -> int:
         """Slots that were held at once."""
