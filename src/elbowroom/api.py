@@ -98,7 +98,7 @@ class BatchSettings:
         slots = max(1, self.replicas - 1) if self.slots is None else self.slots
         if mode == "mapped":
             return Layout(width, self.replicas, 1, mode)
-        ships = self.ship and self.replicas > 1 and width == 1
+        ships = self.ship and self.replicas > 1
         return Layout(width, self.replicas, 1, mode, slots, ships)
 
     @property

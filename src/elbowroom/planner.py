@@ -160,13 +160,11 @@ def read_run_plan(path: Path) -> RunPlan:
     plan = read_any_plan(path)
     layout = plan.layout
     assert layout is not None
-    why = None
-    if layout.tensor_parallel > 1 and layout.ships:
-        why = "activations shipped between replicas of several devices (plan with --pool WaS)"
-    elif layout.num_groups > 1 and layout.pool != "none":
-        why = "several groups that each share a pool"
-    if why:
-        raise InputError(f"{path}: {layout} can be planned, but this version does not run {why}")
+    if layout.num_groups > 1 and layout.pool != "none":
+        raise InputError(
+            f"{path}: {layout} can be planned, but this version does not run several groups that "
+            f"each share a pool"
+        )
     check_fits(plan.account, plan.engine.max_model_len)
     return plan
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -39,6 +39,17 @@ Pack = Callable[[torch.Tensor], torch.Tensor]
 """Brings a matrix into the form its kernel wants; same shape, dtype and bytes."""
 
 
+class TensorParallel(NamedTuple):
+    """How rows are shipped where a replica's ranks each hold a part of every matrix.
+
+    ``partial`` gives a feed-forward module's forward without the sum over its ranks. Its result
+    goes back to the rank that asked, and ``reduce`` sums over the ranks of that one's replica.
+    """
+
+    partial: Callable[[nn.Module], Forward]
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+
+
 class Pool:
     """One rank's view of the pool. Not thread-safe: one thread computes.
 
@@ -56,8 +67,10 @@ class Pool:
         ship_timeout_seconds: float = SHIP_TIMEOUT_SECONDS,
         run_dir: Path | None = None,
         link_bytes_per_second: float = float("inf"),
+        tensor_parallel: TensorParallel | None = None,
     ) -> None:
         self.share = share
+        self._tensor_parallel = tensor_parallel
         self._store = store
         self._pack = pack
         self._peer_timeout_seconds = peer_timeout_seconds
@@ -252,7 +265,7 @@ class Pool:
     def _prepare_shipping(self, run_dir: Path) -> None:
         share, store = self.share, self._store
         served = {
-            layer: (self._forwards[layer], self._ffns[layer].spans[0].dtype)
+            layer: (self._served_forward(layer), self._ffns[layer].spans[0].dtype)
             for layer in self._owned
         }
         self._server = ShipServer(
@@ -273,6 +286,11 @@ class Pool:
                 self._ship_timeout_seconds,
                 store.device,
             )
+
+    def _served_forward(self, layer: int) -> Forward:
+        if self._tensor_parallel is None:
+            return self._forwards[layer]
+        return self._tensor_parallel.partial(self._ffns[layer].module)
 
     def _wait_for_slot(self, layer: int, streamer: Streamer) -> Slot:
         if layer != self._streamed_layers[self._next_streamed]:
@@ -348,6 +366,8 @@ class Pool:
             return None
         try:
             out = self._shipper.wait(self._shipper.start(owner, layer, x.flatten(0, -2)))
+            if self._tensor_parallel is not None:
+                out = self._tensor_parallel.reduce(out)
         except PeerLostError:
             if not self._store.outlives_owner:
                 raise

@@ -65,6 +65,7 @@ class Engine:
         os.environ.setdefault("VLLM_RPC_BASE_PATH", run_dir)  # its sockets are private, too
         if args.tensor_parallel_size > 1:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", _cores(args.tensor_parallel_size))
+            os.environ["TMPDIR"] = run_dir  # the file in which ranks meet goes with the directory
         config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
         llm = AsyncLLM.from_vllm_config(config)
         tasks = await llm.get_supported_tasks()

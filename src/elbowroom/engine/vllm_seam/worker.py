@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import copy
+import glob
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.offloader.base import BaseOffloader, get_offloader
 from vllm.platforms import current_platform
@@ -19,12 +21,16 @@ from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
-from elbowroom.pool.pool import Pool
+from elbowroom.pool.pool import Pool, TensorParallel
 from elbowroom.pool.shared_memory import SharedMemoryStore
+from elbowroom.pool.shipping import Forward
 from elbowroom.pool.store import LocalStore, Store
 
 LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
 """Environment variable that holds streaming back: benchmarks try other links with it."""
+
+
+_SHARED_MEMORY = Path("/dev/shm")
 
 
 class PoolOffloader(BaseOffloader):
@@ -33,10 +39,20 @@ class PoolOffloader(BaseOffloader):
     vLLM asks its offloader to wrap each layer right after building it, before weights are loaded.
     """
 
-    def __init__(self, share: PoolShare, store: Store, run_dir: Path | None = None) -> None:
-        throttle = float(os.environ.get(LINK_VARIABLE, "inf"))
+    def __init__(
+        self,
+        share: PoolShare,
+        store: Store,
+        run_dir: Path | None = None,
+        tensor_parallel: TensorParallel | None = None,
+    ) -> None:
         self.pool = Pool(
-            share, store, pack=pack_weight, run_dir=run_dir, link_bytes_per_second=throttle
+            share,
+            store,
+            pack=pack_weight,
+            run_dir=run_dir,
+            link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
+            tensor_parallel=tensor_parallel,
         )
         self.resident_before_bytes = resident_bytes()
         self.resident_after_bytes = 0
@@ -66,10 +82,10 @@ class PoolOffloader(BaseOffloader):
         run_dir = Path(config["run_dir"])
         if tensor_parallel == 1:
             return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
-        # Nothing is shipped: a layer's forward ends in an all-reduce of the owner's own ranks.
         run_dir = run_dir / f"tensor-rank-{get_tensor_model_parallel_rank()}"
         run_dir.mkdir(mode=0o700, exist_ok=True)
-        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank))
+        sums = TensorParallel(partial_forward, tensor_model_parallel_all_reduce)
+        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir, sums)
 
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
@@ -100,6 +116,7 @@ class PoolOffloader(BaseOffloader):
             return_freed_memory()
             self.resident_after_bytes = resident_bytes()
             self.pool.start()
+            forget_shared_names()
             atexit.register(self.pool.close)  # a thread inside a kernel must not see Python end
 
 
@@ -141,6 +158,31 @@ class PoolWorkerExtension:
         """Memory that loading took: weights, slots. Measured, without the KV cache."""
         offloader = _offloader()
         return offloader.resident_after_bytes - offloader.resident_before_bytes
+
+
+def partial_forward(module: nn.Module) -> Forward:
+    """The forward of ``module`` without the sum over tensor-parallel ranks, on the same weights."""
+    forward: Forward = _without_sum(module).forward
+    return forward
+
+
+def _without_sum(module: nn.Module) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # the pool's, which stands for the original
+    if hasattr(twin, "reduce_results"):
+        setattr(twin, "reduce_results", False)  # noqa: B010 (an attribute nn.Module does not name)
+    twin._modules = {name: child and _without_sum(child) for name, child in module._modules.items()}
+    return twin
+
+
+def forget_shared_names() -> None:
+    """Unlink the memory that tensor-parallel ranks on a CPU share, once all of them have it.
+
+    vLLM does so when a worker ends by itself; of one that is killed, a name would stay.
+    """
+    replica = os.environ.get("VLLM_DIST_IDENT")
+    for path in _SHARED_MEMORY.glob(f"{glob.escape(replica)}-*cpushm*") if replica else ():
+        path.unlink(missing_ok=True)  # another rank may have been here
 
 
 def _offloader() -> PoolOffloader:
