@@ -1,0 +1,354 @@
+"""PipeDream's dynamic programme: which cuts to take, and how many workers each stage gets.
+
+Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels of a topology). A stage
+of layers i..j on m units takes, per minibatch,
+
+    T(i..j, m) = max( U(i..j), c (m-1)/m w(i..j) / B ) / m        or the sum of the two,
+
+U being the seconds of one unit: forward and backward of all layers on one worker at the lowest
+level, and the best pipeline on all units of the level below at the others. Between two stages
+2 a / B passes, activations one way and gradients back, undivided however often the stages are
+replicated. A component's time is that of its slowest stage or transfer. B, and the number of units,
+are the level's own.
+
+Stages are laid from the last to the first, where the papers go from the first to the last. The best
+is the same, but so the workers behind a stage are known when it is laid, and with them how many
+minibatches it keeps in flight: 1 + floor((workers - 1 - replicas before it) / replicas), which is
+ceil(workers from it on / replicas). That makes the memory limit exact.
+
+Of plans whose seconds differ by less than a part in 10^9, the one that moves the fewest bytes over
+the links of the outermost level is taken, then the one that leaves most workers idle (where they
+may be), then the one whose first cut is the earliest, and so on, and at equal cuts the one with
+more replicas in front. Then each unit settles its own level in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from math import ceil, prod
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elbowroom.core.pipeline_plan import Level, PipelineOptions
+from elbowroom.planning.cuts import Cuts, Floats, Integers
+
+TIE = 1e-9
+"""Relative difference of seconds up to which plans are equal: sums are rounded differently."""
+
+_SLACK = 1e-6
+"""Of a unit, when work is shared out: rounding must not take one away."""
+
+_NEVER = 2**62
+_WORK = 2_000_000_000
+_MOST_CUTS = 1400
+"""Combinations of a stage and what follows it that a search may look at: a few seconds."""
+
+
+class Place(NamedTuple):
+    """Where a component stands: so many copies of it, and so many workers behind all of them."""
+
+    copies: int
+    workers_behind: int
+
+
+WHOLE = Place(1, 0)
+
+
+class Group(NamedTuple):
+    """Layers between two cuts on ``num_units`` units of a level, each of which has all of them."""
+
+    start: int
+    stop: int
+    num_units: int
+    unit_place: Place
+
+
+class _Span(NamedTuple):
+    """Stages of so many units that begin at one cut and end at one of ``columns``.
+
+    ``rests`` are the numbers of units that may lie behind them.
+    """
+
+    units: int
+    rests: slice
+    columns: slice
+
+    @property
+    def totals(self) -> slice:
+        return slice(self.rests.start + self.units, self.rests.stop + self.units)
+
+
+class Chain(NamedTuple):
+    """Groups from the first layers to the last, and the seconds of the slowest of them."""
+
+    groups: tuple[Group, ...]
+    seconds: float
+
+
+def in_flight(place: Place) -> int:
+    """Minibatches that a worker keeps, if ``place`` is that of a stage and all its replicas."""
+    return 1 + -(-place.workers_behind // place.copies)
+
+
+def _depths(place: Place, span: _Span) -> Integers:
+    """[rests, 1]: what ``in_flight`` says of a stage of workers with so many of them behind it."""
+    behind = place.workers_behind + place.copies * np.arange(span.rests.start, span.rests.stop)
+    return 1 + -(-behind[:, None] // (place.copies * span.units))
+
+
+def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
+    """How many cuts can be searched in a few seconds on such a topology; at least 8.
+
+    The outermost level takes N^2/2 stages, those below N^3/3 as each may be any part of the
+    graph, and with a memory limit once for each way to stand in the level above.
+    """
+    splits = [n if options.straight else n * (n + 1) // 2 for n in (x.num_units for x in levels)]
+    most = min(_MOST_CUTS, int((2 * _WORK / splits[-1]) ** 0.5))
+    places = 1
+    for num_splits in reversed(splits[:-1]):
+        if options.memory_limit_bytes is not None:
+            places *= splits[-1]
+        most = min(most, int((3 * _WORK / (num_splits * places)) ** (1 / 3)))
+    return max(8, most)
+
+
+@dataclass(eq=False)
+class StageSearch:
+    """Finds the best stages between cuts; levels are the lowest first.
+
+    ``minimised`` "memory" looks for the least memory of a worker instead of the least time, up to
+    the limit. Plans that take more than ``most_seconds`` need not be found.
+    """
+
+    cuts: Cuts
+    levels: tuple[Level, ...]
+    options: PipelineOptions
+    minimised: Literal["seconds", "memory"] = "seconds"
+    most_seconds: float = np.inf
+    _tables: dict[tuple[int, Place], Floats] = field(default_factory=dict)
+
+    def best_chain(
+        self, level: int, place: Place, start: int, stop: int, num_units: Iterable[int]
+    ) -> Chain | None:
+        """The layers between two cuts on one of ``num_units`` units; None if they do not fit."""
+        allowed = tuple(num_units)
+        best = self._least(level, place, max(allowed), start, np.array([stop]))[:, 0]
+        seconds = float(best[list(allowed), start].min())
+        if seconds == np.inf:
+            return None
+        limit = seconds * (1 + TIE)
+        then, fewest = self._fewest_bytes(level, place, start, stop, limit, best)
+        count = min(allowed, key=lambda count: (fewest[count, start], count))
+        groups = self._walk(level, place, start, stop, count, limit, then, fewest)
+        return Chain(groups, seconds)
+
+    def least_seconds(self, num_units: Iterable[int]) -> float:
+        """Of all layers on so many units of the outermost level, or bytes; infinite if none fit."""
+        allowed, last = list(num_units), self.cuts.num_cuts - 1
+        best = self._least(len(self.levels) - 1, WHOLE, max(allowed), 0, np.array([last]))
+        return float(best[allowed, 0, 0].min())
+
+    def transfer_seconds(self, level: int) -> Floats:
+        """[num_cuts]: activations over each cut, and gradients back."""
+        return 2 * self.cuts.crossing_bytes.astype(np.float64) / self.levels[level].bandwidth
+
+    def sync_bytes(self, num_units: int, parameter_bytes: Integers) -> Integers:
+        """Moved per minibatch so that units agree on so many bytes of weights, rounded down."""
+        moved: Integers = self.options.sync_factor * (num_units - 1) * parameter_bytes // num_units
+        return moved
+
+    def replicated(
+        self, level: int, unit_seconds: Floats, num_units: int, parameter_bytes: Integers
+    ) -> Floats:
+        """T(i..j, m): seconds per minibatch on ``num_units`` units that agree on weights."""
+        factor = self.options.sync_factor * (num_units - 1) / num_units
+        sync = factor * parameter_bytes / self.levels[level].bandwidth
+        joined = unit_seconds + sync
+        if self.options.overlap == "max":
+            joined = np.maximum(unit_seconds, sync)
+        shared: Floats = joined / num_units
+        return shared
+
+    def memory_bytes(self, start: int, stops: slice | int) -> Integers:
+        """Of one minibatch in flight: weights, outputs, and what is received over the cut."""
+        cuts = self.cuts
+        held: Integers = (
+            (cuts.parameter_bytes[stops] - cuts.parameter_bytes[start])
+            + (cuts.output_bytes[stops] - cuts.output_bytes[start])
+            + cuts.crossing_bytes[start]
+        )
+        return held
+
+    def unit_place(self, level: int, place: Place, num_units: int, units_behind: int) -> Place:
+        """Of each unit of a group that has ``units_behind`` units behind it in its component."""
+        unit_workers = prod(below.num_units for below in self.levels[:level])
+        behind = place.workers_behind + place.copies * units_behind * unit_workers
+        return Place(place.copies * num_units, behind)
+
+    def _least(
+        self, level: int, place: Place, num_units: int, start: int, stops: NDArray[np.intp]
+    ) -> Floats:
+        """Float [num_units + 1, len(stops), num_cuts]: least seconds from a cut to each stop.
+
+        On exactly as many units as the first index says. ``stops`` are in order.
+        """
+        last, count = int(stops[-1]), len(stops)
+        best = np.full((num_units + 1, count, self.cuts.num_cuts), np.inf)
+        then = best.copy()
+        """The same behind a stage: the transfer to what follows it, and that."""
+        then[0, np.arange(count), stops] = 0.0
+        transfer = self._transfer(level)
+        for row in range(last - 1, start - 1, -1):
+            ahead = slice(int(np.searchsorted(stops, row, "right")), count)
+            for span in self._spans(level, num_units, row, last, self.most_seconds):
+                rest = then[span.rests, ahead, span.columns]
+                stage = self._stage_rows(level, place, span, row)
+                through = np.maximum(stage[:, None, :], rest).min(axis=2)
+                target = best[span.totals, ahead, row]
+                np.minimum(target, through, out=target)
+            then[1:, ahead, row] = np.maximum(best[1:, ahead, row], transfer[row])
+        return best
+
+    def _spans(
+        self, level: int, num_units: int, row: int, last: int, most_seconds: float
+    ) -> Iterator[_Span]:
+        """Stages that begin at cut ``row``, by their units, without those that take too long.
+
+        Work is at best shared out evenly: what lies before the cut, in a stage, and behind it needs
+        so many units at least, each within ``most_seconds``. Units of an inner level are not
+        bounded: how long they may take depends on who asks.
+        """
+        replications = min(1, num_units) if self.options.straight else num_units
+        if level < len(self.levels) - 1:
+            for units in range(1, replications + 1):
+                yield _Span(units, slice(0, num_units - units + 1), slice(row + 1, last + 1))
+            return
+        seconds = self.cuts.seconds
+        unit_seconds = most_seconds * prod(below.num_units for below in self.levels[:-1])
+        fewest = max(1, ceil((seconds[last] - seconds[row]) / unit_seconds - _SLACK))
+        most = num_units - max(0, ceil(seconds[row] / unit_seconds - _SLACK))
+        for units in range(1, min(replications, most) + 1):
+            rests = slice(max(0, fewest - units), most - units + 1)
+            in_time = seconds[row + 1 : last + 1] - seconds[row] <= unit_seconds * units
+            ends = np.flatnonzero(in_time & self._ends(row, last, units, rests.start))
+            if len(ends):
+                columns = slice(row + 1 + int(ends[0]), row + 2 + int(ends[-1]))
+                yield _Span(units, rests, columns)
+
+    def _ends(self, row: int, last: int, units: int, units_behind: int) -> NDArray[np.bool_]:
+        """Of the cuts behind ``row``: where a stage can end that has so many units or more."""
+        columns = slice(row + 1, last + 1)
+        holds = self.cuts.holds[row, columns]
+        limit = self.options.memory_limit_bytes
+        if limit is None or len(self.levels) > 1:
+            return holds
+        depth = in_flight(self.unit_place(0, WHOLE, units, units_behind))
+        fits: NDArray[np.bool_] = depth * self.memory_bytes(row, columns) <= limit
+        return holds & fits
+
+    def _fewest_bytes(
+        self, level: int, place: Place, start: int, stop: int, limit: float, best: Floats
+    ) -> tuple[Integers, Integers]:
+        """Int64 [num_units + 1, num_cuts]: fewest bytes behind a cut, with and without its own.
+
+        Of all ways whose seconds are at most ``limit``; ``best`` has the least seconds.
+        """
+        num_units = len(best) - 1
+        fewest = np.full((num_units + 1, self.cuts.num_cuts), _NEVER, np.int64)
+        then = fewest.copy()
+        then[0, stop] = 0
+        transfer = self._transfer(level)
+        for row in range(stop - 1, start - 1, -1):
+            if best[:, row].min() > limit:
+                continue
+            for span in self._spans(level, num_units, row, stop, limit):
+                if best[span.totals, row].min() > limit:
+                    continue
+                total = self._bytes_from(level, place, span, row, then, limit)
+                target = fewest[span.totals, row]
+                np.minimum(target, total.min(axis=1), out=target)
+            if transfer[row] <= limit:
+                then[1:, row] = fewest[1:, row] + 2 * self.cuts.crossing_bytes[row]
+        return then, fewest
+
+    def _bytes_from(
+        self, level: int, place: Place, span: _Span, row: int, then: Integers, limit: float
+    ) -> Integers:
+        """[rests, columns]: bytes of a stage and all behind it, _NEVER where it takes too long."""
+        fits = self._stage_rows(level, place, span, row) <= limit
+        weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]
+        total = then[span.rests, span.columns] + self.sync_bytes(span.units, weights)
+        return np.where(fits, np.minimum(total, _NEVER), _NEVER)
+
+    def _walk(
+        self,
+        level: int,
+        place: Place,
+        start: int,
+        stop: int,
+        num_units: int,
+        limit: float,
+        then: Integers,
+        fewest: Integers,
+    ) -> tuple[Group, ...]:
+        """Follow the fewest bytes from the first cut: the earliest next cut, most replicas."""
+        groups = []
+        while start != stop:
+            found = []
+            for units in range(1, 1 + (1 if self.options.straight else num_units)):
+                behind = num_units - units
+                span = _Span(units, slice(behind, behind + 1), slice(start + 1, stop + 1))
+                total = self._bytes_from(level, place, span, start, then, limit)
+                equal = np.flatnonzero(total[0] == fewest[num_units, start])
+                found += [(int(equal[0]) + start + 1, -units)] if len(equal) else []
+            next_cut, units = min(found)[0], -min(found)[1]
+            num_units -= units
+            unit_place = self.unit_place(level, place, units, num_units)
+            groups.append(Group(start, next_cut, units, unit_place))
+            start = next_cut
+        return tuple(groups)
+
+    def _transfer(self, level: int) -> Floats:
+        seconds = self.transfer_seconds(level)
+        return seconds if self.minimised == "seconds" else np.zeros_like(seconds)
+
+    def _stage_rows(self, level: int, place: Place, span: _Span, row: int) -> Floats:
+        """Seconds of the stages of a span from cut ``row``, infinite where none can be.
+
+        Float [rests, columns], or [1, columns] if what is behind makes no difference.
+        """
+        columns, limit = span.columns, self.options.memory_limit_bytes
+        is_memory = self.minimised == "memory"
+        is_placed = limit is not None or is_memory
+        if level > 0:
+            rests = range(span.rests.start, span.rests.stop)
+            places = [self.unit_place(level, place, span.units, behind) for behind in rests]
+            tables = [self._table(level - 1, x) for x in (places if is_placed else [WHOLE])]
+            of_unit = np.stack([table[row, columns] for table in tables])
+            return of_unit if is_memory else self._of_stage(level, span, row, of_unit)
+        holds = self.cuts.holds[row, columns]
+        held = self.memory_bytes(row, columns)
+        if is_memory:
+            return np.where(holds, _depths(place, span) * held, np.inf)
+        work = np.where(holds, self.cuts.seconds[columns] - self.cuts.seconds[row], np.inf)
+        seconds = self._of_stage(level, span, row, work)[None]
+        if limit is None:
+            return seconds
+        return np.where(_depths(place, span) <= limit // np.maximum(held, 1), seconds, np.inf)
+
+    def _of_stage(self, level: int, span: _Span, row: int, unit_seconds: Floats) -> Floats:
+        weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]
+        return self.replicated(level, unit_seconds, span.units, weights)
+
+    def _table(self, level: int, place: Place) -> Floats:
+        """Float [num_cuts, num_cuts]: least seconds of one component of a level between cuts."""
+        if (level, place) not in self._tables:
+            num_units, size = self.levels[level].num_units, self.cuts.num_cuts
+            best = self._least(level, place, num_units, 0, np.arange(1, size))
+            table = np.full((size, size), np.inf)
+            table[:, 1:] = best[num_units].T
+            self._tables[level, place] = table
+        return self._tables[level, place]
