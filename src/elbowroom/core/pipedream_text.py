@@ -92,9 +92,18 @@ def _layer_line(layer: Layer) -> str:
     )
     values = ", ".join(f"{key}={value}" for key, value in zip(_KEYS, numbers, strict=True))
     line = _SEPARATOR.join((layer.name, layer.description, values))
-    if line.splitlines() != [line] or len(line) > _LONGEST_LINE or _parse_layer(line) != layer:
+    if not _reads_back(line, layer):
         raise InputError(f"layer '{_shown(layer.name)}' cannot be written as a line: rename it")
     return line
+
+
+def _reads_back(line: str, layer: Layer) -> bool:
+    if line.splitlines() != [line] or len(line) > _LONGEST_LINE:
+        return False
+    try:
+        return _parse_layer(line) == layer
+    except InputError:
+        return False
 
 
 def _parse_layer(line: str) -> Layer:
@@ -146,7 +155,7 @@ def _seconds(key: str, text: str) -> float:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{Decimal(repr(float(seconds))).scaleb(3):f}"
+    return str(Decimal(repr(float(seconds))).scaleb(3))
 
 
 def _activation_bytes(text: str) -> int:

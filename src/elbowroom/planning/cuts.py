@@ -10,8 +10,10 @@ cut and a later one that holds it. A chain of n layers has n + 1 cuts; branches 
   inputs, lie in the first stage. They take no time and cross no cut: loading overlaps with
   training, and each stage can load what it reads. Nor do the authors give the planner a choice.
 - A free layer that reads one layer and is read by none (an unused element of a tuple, a view of the
-  result) goes with the layer that it reads, and its output is not kept. Neither changes any time
-  or any byte of a plan; it keeps such layers from multiplying the cuts.
+  result) goes with the layer that it reads, and its output is not kept.
+
+The last two keep such layers from multiplying the cuts. They change neither time nor bytes of the
+best plan: a stage of nothing but free layers is an idle worker, which is asked for by name.
 
 Where there are more than ``max_cuts``, some are looked at, in bounded time: layers are added one by
 one, the cheapest crossings first, and of equally many layers only so many cuts are kept. At least

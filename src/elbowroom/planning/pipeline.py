@@ -21,15 +21,8 @@ from elbowroom.core.pipeline_plan import (
 )
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.cuts import find_cuts
-from elbowroom.planning.stages import (
-    TIE,
-    WHOLE,
-    Chain,
-    Group,
-    StageSearch,
-    in_flight,
-    max_cuts,
-)
+from elbowroom.planning.stage_cost import WHOLE, in_flight
+from elbowroom.planning.stages import TIE, Chain, Group, StageSearch, max_cuts
 
 MAX_WORKERS = 1024
 _COARSE = 64

@@ -1,15 +1,9 @@
 """PipeDream's dynamic programme: which cuts to take, and how many workers each stage gets.
 
-Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels of a topology). A stage
-of layers i..j on m units takes, per minibatch,
-
-    T(i..j, m) = max( U(i..j), c (m-1)/m w(i..j) / B ) / m        or the sum of the two,
-
-U being the seconds of one unit: forward and backward of all layers on one worker at the lowest
-level, and the best pipeline on all units of the level below at the others. Between two stages
-2 a / B passes, activations one way and gradients back, undivided however often the stages are
-replicated. A component's time is that of its slowest stage or transfer. B, and the number of units,
-are the level's own.
+Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels of a topology). A
+component of a level, split into stages on its units, takes per minibatch as long as its slowest
+stage or transfer (``planning.stage_cost``); the best components of a level are the units of the
+next.
 
 Stages are laid from the last to the first, where the papers go from the first to the last. The best
 is the same, but so the workers behind a stage are known when it is laid, and with them how many
@@ -33,7 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
-from elbowroom.planning.cuts import Cuts, Floats, Integers
+from elbowroom.planning.cuts import Floats, Integers
+from elbowroom.planning.stage_cost import WHOLE, Place, StageCost, in_flight
 
 TIE = 1e-9
 """Relative difference of seconds up to which plans are equal: sums are rounded differently."""
@@ -42,19 +37,12 @@ _SLACK = 1e-6
 """Of a unit, when work is shared out: rounding must not take one away."""
 
 _NEVER = 2**62
-_WORK = 2_000_000_000
 _MOST_CUTS = 1400
-"""Combinations of a stage and what follows it that a search may look at: a few seconds."""
+_WORK, _INNER_WORK = 2_000_000_000, 1_000_000_000
+"""Combinations of a stage and what follows it that a search may look at: a few seconds.
 
-
-class Place(NamedTuple):
-    """Where a component stands: so many copies of it, and so many workers behind all of them."""
-
-    copies: int
-    workers_behind: int
-
-
-WHOLE = Place(1, 0)
+Most of those of the outermost level are left out unseen (``_spans``), of inner levels none.
+"""
 
 
 class Group(NamedTuple):
@@ -81,16 +69,18 @@ class _Span(NamedTuple):
         return slice(self.rests.start + self.units, self.rests.stop + self.units)
 
 
+class _Moved(NamedTuple):
+    """Int64 [num_units + 1, num_cuts]: fewest bytes behind a cut, without its own and with them."""
+
+    fewest: Integers
+    then: Integers
+
+
 class Chain(NamedTuple):
     """Groups from the first layers to the last, and the seconds of the slowest of them."""
 
     groups: tuple[Group, ...]
     seconds: float
-
-
-def in_flight(place: Place) -> int:
-    """Minibatches that a worker keeps, if ``place`` is that of a stage and all its replicas."""
-    return 1 + -(-place.workers_behind // place.copies)
 
 
 def _depths(place: Place, span: _Span) -> Integers:
@@ -111,21 +101,18 @@ def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
     for num_splits in reversed(splits[:-1]):
         if options.memory_limit_bytes is not None:
             places *= splits[-1]
-        most = min(most, int((3 * _WORK / (num_splits * places)) ** (1 / 3)))
+        most = min(most, int((3 * _INNER_WORK / (num_splits * places)) ** (1 / 3)))
     return max(8, most)
 
 
-@dataclass(eq=False)
-class StageSearch:
-    """Finds the best stages between cuts; levels are the lowest first.
+@dataclass(frozen=True, eq=False)
+class StageSearch(StageCost):
+    """Finds the best stages between cuts.
 
     ``minimised`` "memory" looks for the least memory of a worker instead of the least time, up to
     the limit. Plans that take more than ``most_seconds`` need not be found.
     """
 
-    cuts: Cuts
-    levels: tuple[Level, ...]
-    options: PipelineOptions
     minimised: Literal["seconds", "memory"] = "seconds"
     most_seconds: float = np.inf
     _tables: dict[tuple[int, Place], Floats] = field(default_factory=dict)
@@ -140,9 +127,9 @@ class StageSearch:
         if seconds == np.inf:
             return None
         limit = seconds * (1 + TIE)
-        then, fewest = self._fewest_bytes(level, place, start, stop, limit, best)
-        count = min(allowed, key=lambda count: (fewest[count, start], count))
-        groups = self._walk(level, place, start, stop, count, limit, then, fewest)
+        moved = self._fewest_bytes(level, place, start, stop, limit, best)
+        count = min(allowed, key=lambda count: (moved.fewest[count, start], count))
+        groups = self._walk(level, place, start, stop, count, limit, moved)
         return Chain(groups, seconds)
 
     def least_seconds(self, num_units: Iterable[int]) -> float:
@@ -150,43 +137,6 @@ class StageSearch:
         allowed, last = list(num_units), self.cuts.num_cuts - 1
         best = self._least(len(self.levels) - 1, WHOLE, max(allowed), 0, np.array([last]))
         return float(best[allowed, 0, 0].min())
-
-    def transfer_seconds(self, level: int) -> Floats:
-        """[num_cuts]: activations over each cut, and gradients back."""
-        return 2 * self.cuts.crossing_bytes.astype(np.float64) / self.levels[level].bandwidth
-
-    def sync_bytes(self, num_units: int, parameter_bytes: Integers) -> Integers:
-        """Moved per minibatch so that units agree on so many bytes of weights, rounded down."""
-        moved: Integers = self.options.sync_factor * (num_units - 1) * parameter_bytes // num_units
-        return moved
-
-    def replicated(
-        self, level: int, unit_seconds: Floats, num_units: int, parameter_bytes: Integers
-    ) -> Floats:
-        """T(i..j, m): seconds per minibatch on ``num_units`` units that agree on weights."""
-        factor = self.options.sync_factor * (num_units - 1) / num_units
-        sync = factor * parameter_bytes / self.levels[level].bandwidth
-        joined = unit_seconds + sync
-        if self.options.overlap == "max":
-            joined = np.maximum(unit_seconds, sync)
-        shared: Floats = joined / num_units
-        return shared
-
-    def memory_bytes(self, start: int, stops: slice | int) -> Integers:
-        """Of one minibatch in flight: weights, outputs, and what is received over the cut."""
-        cuts = self.cuts
-        held: Integers = (
-            (cuts.parameter_bytes[stops] - cuts.parameter_bytes[start])
-            + (cuts.output_bytes[stops] - cuts.output_bytes[start])
-            + cuts.crossing_bytes[start]
-        )
-        return held
-
-    def unit_place(self, level: int, place: Place, num_units: int, units_behind: int) -> Place:
-        """Of each unit of a group that has ``units_behind`` units behind it in its component."""
-        unit_workers = prod(below.num_units for below in self.levels[:level])
-        behind = place.workers_behind + place.copies * units_behind * unit_workers
-        return Place(place.copies * num_units, behind)
 
     def _least(
         self, level: int, place: Place, num_units: int, start: int, stops: NDArray[np.intp]
@@ -227,14 +177,15 @@ class StageSearch:
                 yield _Span(units, slice(0, num_units - units + 1), slice(row + 1, last + 1))
             return
         seconds = self.cuts.seconds
-        unit_seconds = most_seconds * prod(below.num_units for below in self.levels[:-1])
+        # Where nothing takes time, there is nothing to share out.
+        unit_seconds = (most_seconds or np.inf) * prod(x.num_units for x in self.levels[:-1])
         fewest = max(1, ceil((seconds[last] - seconds[row]) / unit_seconds - _SLACK))
         most = num_units - max(0, ceil(seconds[row] / unit_seconds - _SLACK))
         for units in range(1, min(replications, most) + 1):
             rests = slice(max(0, fewest - units), most - units + 1)
             in_time = seconds[row + 1 : last + 1] - seconds[row] <= unit_seconds * units
             ends = np.flatnonzero(in_time & self._ends(row, last, units, rests.start))
-            if len(ends):
+            if len(ends) and rests.start < rests.stop:
                 columns = slice(row + 1 + int(ends[0]), row + 2 + int(ends[-1]))
                 yield _Span(units, rests, columns)
 
@@ -251,11 +202,8 @@ class StageSearch:
 
     def _fewest_bytes(
         self, level: int, place: Place, start: int, stop: int, limit: float, best: Floats
-    ) -> tuple[Integers, Integers]:
-        """Int64 [num_units + 1, num_cuts]: fewest bytes behind a cut, with and without its own.
-
-        Of all ways whose seconds are at most ``limit``; ``best`` has the least seconds.
-        """
+    ) -> _Moved:
+        """Of all ways whose seconds are at most ``limit``; ``best`` has the least seconds."""
         num_units = len(best) - 1
         fewest = np.full((num_units + 1, self.cuts.num_cuts), _NEVER, np.int64)
         then = fewest.copy()
@@ -272,7 +220,7 @@ class StageSearch:
                 np.minimum(target, total.min(axis=1), out=target)
             if transfer[row] <= limit:
                 then[1:, row] = fewest[1:, row] + 2 * self.cuts.crossing_bytes[row]
-        return then, fewest
+        return _Moved(fewest, then)
 
     def _bytes_from(
         self, level: int, place: Place, span: _Span, row: int, then: Integers, limit: float
@@ -291,8 +239,7 @@ class StageSearch:
         stop: int,
         num_units: int,
         limit: float,
-        then: Integers,
-        fewest: Integers,
+        moved: _Moved,
     ) -> tuple[Group, ...]:
         """Follow the fewest bytes from the first cut: the earliest next cut, most replicas."""
         groups = []
@@ -301,8 +248,8 @@ class StageSearch:
             for units in range(1, 1 + (1 if self.options.straight else num_units)):
                 behind = num_units - units
                 span = _Span(units, slice(behind, behind + 1), slice(start + 1, stop + 1))
-                total = self._bytes_from(level, place, span, start, then, limit)
-                equal = np.flatnonzero(total[0] == fewest[num_units, start])
+                total = self._bytes_from(level, place, span, start, moved.then, limit)
+                equal = np.flatnonzero(total[0] == moved.fewest[num_units, start])
                 found += [(int(equal[0]) + start + 1, -units)] if len(equal) else []
             next_cut, units = min(found)[0], -min(found)[1]
             num_units -= units
