@@ -43,6 +43,19 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
+class Pieces(NamedTuple):
+    """What the planner moves: a layer with the idle outputs that go with it.
+
+    Masks have a bit for each piece, in the graph's order: what a piece reads, and who reads it.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    inputs: tuple[int, ...]
+    sources: tuple[int, ...]
+    readers: tuple[int, ...]
+    activation_bytes: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Cuts:
     """Cuts by the number of layers before them, then the earliest layers; the last holds all.
@@ -54,7 +67,8 @@ class Cuts:
     """
 
     graph: LayerGraph
-    members: tuple[frozenset[int], ...]
+    pieces: Pieces
+    masks: tuple[int, ...]
     seconds: Floats
     parameter_bytes: Integers
     output_bytes: Integers
@@ -64,7 +78,13 @@ class Cuts:
 
     @property
     def num_cuts(self) -> int:
-        return len(self.members)
+        return len(self.masks)
+
+    def members(self, index: int) -> frozenset[int]:
+        """Indices of the layers before a cut."""
+        mask = self.masks[index]
+        inside = (layer for position in _bits(mask) for layer in self.pieces.layers[position])
+        return frozenset((*self.pieces.inputs, *inside)) if mask else frozenset()
 
     def spread(self, most: int) -> Cuts:
         """At most so many of these cuts (at least 2), cheap ones all along the graph."""
@@ -74,7 +94,7 @@ class Cuts:
         """Some of these cuts, in their order. That they are fewer is not held against them."""
         return replace(
             self,
-            members=tuple(self.members[index] for index in indices),
+            masks=tuple(self.masks[index] for index in indices),
             seconds=self.seconds[indices],
             parameter_bytes=self.parameter_bytes[indices],
             output_bytes=self.output_bytes[indices],
@@ -84,21 +104,8 @@ class Cuts:
 
     def layers_between(self, start: int, stop: int) -> tuple[str, ...]:
         """Names of the layers of a stage, each after those that it reads."""
-        inside = self.members[stop] - self.members[start]
+        inside = self.members(stop) - self.members(start)
         return tuple(self.graph.layers[i].name for i in self.graph.order if i in inside)
-
-
-class _Pieces(NamedTuple):
-    """What the planner moves: a layer with the idle outputs that go with it.
-
-    Masks have a bit for each piece, in the graph's order: what a piece reads, and who reads it.
-    """
-
-    layers: tuple[tuple[int, ...], ...]
-    inputs: tuple[int, ...]
-    sources: tuple[int, ...]
-    readers: tuple[int, ...]
-    activation_bytes: tuple[int, ...]
 
 
 class _Cut(NamedTuple):
@@ -114,15 +121,15 @@ def find_cuts(graph: LayerGraph, max_cuts: int) -> Cuts:
     Raises InputError for a graph in which nothing costs anything.
     """
     pieces = _find_pieces(graph)
-    masks = _all_cuts(pieces, max_cuts)
-    is_exact = masks is not None
-    if masks is None:
+    cuts = _all_cuts(pieces, max_cuts)
+    is_exact = cuts is not None
+    if cuts is None:
         width = max(1, (max_cuts - 1) // len(pieces.layers))
-        masks = _some_cuts(pieces, width, max_cuts)
-    return _measure(graph, pieces, masks, is_exact)
+        cuts = _some_cuts(pieces, width, max_cuts)
+    return _measure(graph, pieces, cuts, is_exact)
 
 
-def _find_pieces(graph: LayerGraph) -> _Pieces:
+def _find_pieces(graph: LayerGraph) -> Pieces:
     inputs = _find_inputs(graph)
     owners = _find_owners(graph, inputs)
     kept = [i for i in graph.order if i not in inputs and owners[i] == i]
@@ -133,7 +140,7 @@ def _find_pieces(graph: LayerGraph) -> _Pieces:
     for layer in graph.order:
         if owners[layer] in members:
             members[owners[layer]].append(layer)
-    return _Pieces(
+    return Pieces(
         layers=tuple(tuple(members[layer]) for layer in kept),
         inputs=tuple(i for i in graph.order if owners[i] in inputs),
         sources=tuple(sum(bit.get(s, 0) for s in graph.sources[layer]) for layer in kept),
@@ -167,8 +174,8 @@ def _find_owners(graph: LayerGraph, inputs: set[int]) -> list[int]:
     return owners
 
 
-def _all_cuts(pieces: _Pieces, max_cuts: int) -> list[int] | None:
-    """Masks of all cuts by size; None if there are more than ``max_cuts``."""
+def _all_cuts(pieces: Pieces, max_cuts: int) -> list[_Cut] | None:
+    """All cuts by size; None if there are more than ``max_cuts``."""
     found, sizes = 1, [{0: _first(pieces)}]
     for _ in pieces.layers:
         larger: dict[int, _Cut] = {}
@@ -181,11 +188,11 @@ def _all_cuts(pieces: _Pieces, max_cuts: int) -> list[int] | None:
                         return None
         found += len(larger)
         sizes.append(larger)
-    return [mask for cuts in sizes for mask in sorted(cuts)]
+    return [cuts[mask] for cuts in sizes for mask in sorted(cuts)]
 
 
-def _some_cuts(pieces: _Pieces, width: int, max_cuts: int) -> list[int]:
-    """Masks of at most ``width`` cuts of each size, those that the fewest bytes cross."""
+def _some_cuts(pieces: Pieces, width: int, max_cuts: int) -> list[_Cut]:
+    """At most ``width`` cuts of each size, those that the fewest bytes cross."""
     kept, sizes = [_first(pieces)], [[_first(pieces)]]
     for _ in pieces.layers:
         larger: dict[int, _Cut] = {}
@@ -198,7 +205,7 @@ def _some_cuts(pieces: _Pieces, width: int, max_cuts: int) -> list[int]:
         sizes.append(kept)
     cuts = [cut for size in sizes for cut in sorted(size, key=lambda cut: cut.mask)]
     spread = _cheapest(np.array([cut.crossing_bytes for cut in cuts]), max_cuts)
-    return [cuts[index].mask for index in spread]
+    return [cuts[index] for index in spread]
 
 
 def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
@@ -213,12 +220,12 @@ def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
     return np.array([0, *inner, size - 1])
 
 
-def _first(pieces: _Pieces) -> _Cut:
+def _first(pieces: Pieces) -> _Cut:
     ready = sum(1 << position for position, sources in enumerate(pieces.sources) if not sources)
     return _Cut(0, 0, ready)
 
 
-def _extended(pieces: _Pieces, cut: _Cut, position: int) -> _Cut:
+def _extended(pieces: Pieces, cut: _Cut, position: int) -> _Cut:
     """The cut with one more piece before it."""
     mask = cut.mask | 1 << position
     readers = pieces.readers[position]
@@ -241,41 +248,30 @@ def _bits(mask: int) -> Iterator[int]:
         mask ^= lowest
 
 
-def _measure(graph: LayerGraph, pieces: _Pieces, masks: list[int], is_exact: bool) -> Cuts:
+def _measure(graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool) -> Cuts:
     num_pieces = len(pieces.layers)
     width = (num_pieces + 7) // 8
-    rows = np.frombuffer(b"".join(m.to_bytes(width, "little") for m in masks), np.uint8)
+    rows = np.frombuffer(b"".join(cut.mask.to_bytes(width, "little") for cut in cuts), np.uint8)
     inside = np.unpackbits(rows.reshape(-1, width), axis=1, count=num_pieces, bitorder="little")
     first = [graph.layers[layers[0]] for layers in pieces.layers]
     activations = np.array(pieces.activation_bytes, np.int64)
-    is_open = np.array([mask != 0 for mask in masks])
+    is_open = np.array([cut.mask != 0 for cut in cuts])
     # A piece is missing from a cut that does not hold the other: counts below 2^24 are exact.
     present = inside.astype(np.float32)
-    holds = (present @ (1 - present).T == 0) & ~np.eye(len(masks), dtype=bool)
+    holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
     whole = inside.astype(np.int64)
     return Cuts(
         graph=graph,
-        members=tuple(_members(pieces, mask) for mask in masks),
+        pieces=pieces,
+        masks=tuple(cut.mask for cut in cuts),
         seconds=whole @ np.array([layer.seconds for layer in first]),
         parameter_bytes=whole @ np.array([layer.parameter_bytes for layer in first], np.int64),
         output_bytes=whole @ activations + is_open * _input_bytes(graph, pieces),
-        crossing_bytes=np.array([_crossing_bytes(pieces, mask) for mask in masks], np.int64),
+        crossing_bytes=np.array([cut.crossing_bytes for cut in cuts], np.int64),
         holds=holds,
         is_exact=is_exact,
     )
 
 
-def _members(pieces: _Pieces, mask: int) -> frozenset[int]:
-    if not mask:
-        return frozenset()
-    inside = (layer for position in _bits(mask) for layer in pieces.layers[position])
-    return frozenset((*pieces.inputs, *inside))
-
-
-def _input_bytes(graph: LayerGraph, pieces: _Pieces) -> int:
+def _input_bytes(graph: LayerGraph, pieces: Pieces) -> int:
     return sum(graph.layers[index].activation_bytes for index in pieces.inputs)
-
-
-def _crossing_bytes(pieces: _Pieces, mask: int) -> int:
-    sizes, readers = pieces.activation_bytes, pieces.readers
-    return sum(sizes[position] for position in _bits(mask) if readers[position] & ~mask)
