@@ -21,7 +21,6 @@ from elbowroom.core.pipeline_plan import (
 )
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.cuts import find_cuts
-from elbowroom.planning.stage_cost import WHOLE, in_flight
 from elbowroom.planning.stages import TIE, Chain, Group, StageSearch, max_cuts
 
 MAX_WORKERS = 1024
@@ -82,7 +81,7 @@ def plan_on_levels(
     cuts = find_cuts(graph, max_cuts(levels, options))
     search = _narrowed(StageSearch(cuts, levels, options))
     outermost, last = len(levels) - 1, search.cuts.num_cuts - 1
-    chain = search.best_chain(outermost, WHOLE, 0, last, _allowed_units(search))
+    chain = search.best_chain(outermost, 0, 0, last, _allowed_units(search))
     if chain is None:
         raise _nothing_fits(search)
     stages, moved = _lay_out(search, chain)
@@ -174,7 +173,7 @@ def _component(
             inside = [_one_worker(search, group, replicas)]
         else:
             units = (search.levels[level - 1].num_units,)
-            chosen = search.best_chain(level - 1, group.unit_place, group.start, group.stop, units)
+            chosen = search.best_chain(level - 1, group.unit_behind, group.start, group.stop, units)
             assert chosen is not None, "a group was chosen for the time its units take"
             inside = _component(search, level - 1, chosen, replicas, moved)
         inside = _replicate(search, level, group, inside, moved)
@@ -188,7 +187,7 @@ def _component(
 def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ...]) -> Stage:
     """A stage as one worker has it, before replicas share its minibatches."""
     cuts, start, stop = search.cuts, group.start, group.stop
-    depth = in_flight(group.unit_place)
+    depth = 1 + group.unit_behind
     return Stage(
         layers=cuts.layers_between(start, stop),
         level_replicas=level_replicas,

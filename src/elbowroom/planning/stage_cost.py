@@ -8,34 +8,20 @@ takes, per minibatch,
 U being the seconds of one unit: forward and backward of all layers on one worker at the lowest
 level, and the best pipeline on all units of the level below at the others. Between two stages
 2 a / B passes, activations one way and gradients back, undivided however often the stages are
-replicated. B is the bandwidth of the level; latencies are left out.
+replicated. B is the bandwidth of the level; latencies are left out. (The authors' results would
+come out as well if a transfer were shared out among the replicas that receive it, but not among
+those that send it; undivided is what the papers write.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import numpy as np
 
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.planning.cuts import Cuts, Floats, Integers
-
-
-class Place(NamedTuple):
-    """Where a component stands: so many copies of it, and so many workers behind all of them."""
-
-    copies: int
-    workers_behind: int
-
-
-WHOLE = Place(1, 0)
-
-
-def in_flight(place: Place) -> int:
-    """Minibatches that a worker keeps, if ``place`` is that of a stage and all its replicas."""
-    return 1 + -(-place.workers_behind // place.copies)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +63,13 @@ class StageCost:
         )
         return held
 
-    def unit_place(self, level: int, place: Place, num_units: int, units_behind: int) -> Place:
-        """Of each unit of a group that has ``units_behind`` units behind it in its component."""
+    def unit_behind(self, level: int, behind: int, num_units: int, units_behind: int) -> int:
+        """Workers behind each unit of a group that has ``units_behind`` units behind it.
+
+        ``behind`` are those behind the group's component. Both are shared out among the copies that
+        take turns with minibatches, and rounded up: a worker of a stage keeps as many minibatches
+        in flight as there are then workers behind it, and one of its own. To round up at each level
+        is to round up once: ceil((x + n) / m) is ceil((ceil(x) + n) / m) for whole n and m.
+        """
         unit_workers = prod(below.num_units for below in self.levels[:level])
-        behind = place.workers_behind + place.copies * units_behind * unit_workers
-        return Place(place.copies * num_units, behind)
+        return -(-(behind + units_behind * unit_workers) // num_units)

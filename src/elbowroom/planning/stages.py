@@ -1,9 +1,8 @@
 """PipeDream's dynamic programme: which cuts to take, and how many workers each stage gets.
 
-Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels of a topology). A
-component of a level, split into stages on its units, takes per minibatch as long as its slowest
-stage or transfer (``planning.stage_cost``); the best components of a level are the units of the
-next.
+Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels). A component of a level,
+split into stages on its units, takes as long as its slowest stage or transfer
+(``planning.stage_cost``); the best components of a level are the units of the next.
 
 Stages are laid from the last to the first, where the papers go from the first to the last. The best
 is the same, but so the workers behind a stage are known when it is laid, and with them how many
@@ -28,7 +27,7 @@ from numpy.typing import NDArray
 
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.planning.cuts import Floats, Integers
-from elbowroom.planning.stage_cost import WHOLE, Place, StageCost, in_flight
+from elbowroom.planning.stage_cost import StageCost
 
 TIE = 1e-9
 """Relative difference of seconds up to which plans are equal: sums are rounded differently."""
@@ -46,12 +45,15 @@ Most of those of the outermost level are left out unseen (``_spans``), of inner 
 
 
 class Group(NamedTuple):
-    """Layers between two cuts on ``num_units`` units of a level, each of which has all of them."""
+    """Layers between two cuts on ``num_units`` units of a level, each of which has all of them.
+
+    ``unit_behind`` are the workers behind each unit, as ``StageCost.unit_behind`` counts them.
+    """
 
     start: int
     stop: int
     num_units: int
-    unit_place: Place
+    unit_behind: int
 
 
 class _Span(NamedTuple):
@@ -83,25 +85,24 @@ class Chain(NamedTuple):
     seconds: float
 
 
-def _depths(place: Place, span: _Span) -> Integers:
-    """[rests, 1]: what ``in_flight`` says of a stage of workers with so many of them behind it."""
-    behind = place.workers_behind + place.copies * np.arange(span.rests.start, span.rests.stop)
-    return 1 + -(-behind[:, None] // (place.copies * span.units))
+def _in_flight(behind: int, span: _Span) -> Integers:
+    """[rests, 1]: minibatches that each worker of a stage keeps, with so many workers behind it."""
+    rests = np.arange(span.rests.start, span.rests.stop)[:, None]
+    return 1 + -(-(behind + rests) // span.units)
 
 
 def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
     """How many cuts can be searched in a few seconds on such a topology; at least 8.
 
     The outermost level takes N^2/2 stages, those below N^3/3 as each may be any part of the
-    graph, and with a memory limit once for each way to stand in the level above.
+    graph, and with a memory limit once for each number of workers behind.
     """
     splits = [n if options.straight else n * (n + 1) // 2 for n in (x.num_units for x in levels)]
     most = min(_MOST_CUTS, int((2 * _WORK / splits[-1]) ** 0.5))
-    places = 1
-    for num_splits in reversed(splits[:-1]):
-        if options.memory_limit_bytes is not None:
-            places *= splits[-1]
-        most = min(most, int((3 * _INNER_WORK / (num_splits * places)) ** (1 / 3)))
+    is_limited = options.memory_limit_bytes is not None
+    num_places = min(splits[-1], prod(x.num_units for x in levels)) if is_limited else 1
+    for num_splits in splits[:-1]:
+        most = min(most, int((3 * _INNER_WORK / (num_splits * num_places)) ** (1 / 3)))
     return max(8, most)
 
 
@@ -115,31 +116,31 @@ class StageSearch(StageCost):
 
     minimised: Literal["seconds", "memory"] = "seconds"
     most_seconds: float = np.inf
-    _tables: dict[tuple[int, Place], Floats] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], Floats] = field(default_factory=dict)
 
     def best_chain(
-        self, level: int, place: Place, start: int, stop: int, num_units: Iterable[int]
+        self, level: int, behind: int, start: int, stop: int, num_units: Iterable[int]
     ) -> Chain | None:
         """The layers between two cuts on one of ``num_units`` units; None if they do not fit."""
         allowed = tuple(num_units)
-        best = self._least(level, place, max(allowed), start, np.array([stop]))[:, 0]
+        best = self._least(level, behind, max(allowed), start, np.array([stop]))[:, 0]
         seconds = float(best[list(allowed), start].min())
         if seconds == np.inf:
             return None
         limit = seconds * (1 + TIE)
-        moved = self._fewest_bytes(level, place, start, stop, limit, best)
+        moved = self._fewest_bytes(level, behind, start, stop, limit, best)
         count = min(allowed, key=lambda count: (moved.fewest[count, start], count))
-        groups = self._walk(level, place, start, stop, count, limit, moved)
+        groups = self._walk(level, behind, start, stop, count, limit, moved)
         return Chain(groups, seconds)
 
     def least_seconds(self, num_units: Iterable[int]) -> float:
         """Of all layers on so many units of the outermost level, or bytes; infinite if none fit."""
         allowed, last = list(num_units), self.cuts.num_cuts - 1
-        best = self._least(len(self.levels) - 1, WHOLE, max(allowed), 0, np.array([last]))
+        best = self._least(len(self.levels) - 1, 0, max(allowed), 0, np.array([last]))
         return float(best[allowed, 0, 0].min())
 
     def _least(
-        self, level: int, place: Place, num_units: int, start: int, stops: NDArray[np.intp]
+        self, level: int, behind: int, num_units: int, start: int, stops: NDArray[np.intp]
     ) -> Floats:
         """Float [num_units + 1, len(stops), num_cuts]: least seconds from a cut to each stop.
 
@@ -155,7 +156,7 @@ class StageSearch(StageCost):
             ahead = slice(int(np.searchsorted(stops, row, "right")), count)
             for span in self._spans(level, num_units, row, last, self.most_seconds):
                 rest = then[span.rests, ahead, span.columns]
-                stage = self._stage_rows(level, place, span, row)
+                stage = self._stage_rows(level, behind, span, row)
                 through = np.maximum(stage[:, None, :], rest).min(axis=2)
                 target = best[span.totals, ahead, row]
                 np.minimum(target, through, out=target)
@@ -171,7 +172,7 @@ class StageSearch(StageCost):
         so many units at least, each within ``most_seconds``. Units of an inner level are not
         bounded: how long they may take depends on who asks.
         """
-        replications = min(1, num_units) if self.options.straight else num_units
+        replications = 1 if self.options.straight else num_units
         if level < len(self.levels) - 1:
             for units in range(1, replications + 1):
                 yield _Span(units, slice(0, num_units - units + 1), slice(row + 1, last + 1))
@@ -196,12 +197,12 @@ class StageSearch(StageCost):
         limit = self.options.memory_limit_bytes
         if limit is None or len(self.levels) > 1:
             return holds
-        depth = in_flight(self.unit_place(0, WHOLE, units, units_behind))
-        fits: NDArray[np.bool_] = depth * self.memory_bytes(row, columns) <= limit
+        in_flight = 1 + self.unit_behind(0, 0, units, units_behind)
+        fits: NDArray[np.bool_] = in_flight * self.memory_bytes(row, columns) <= limit
         return holds & fits
 
     def _fewest_bytes(
-        self, level: int, place: Place, start: int, stop: int, limit: float, best: Floats
+        self, level: int, behind: int, start: int, stop: int, limit: float, best: Floats
     ) -> _Moved:
         """Of all ways whose seconds are at most ``limit``; ``best`` has the least seconds."""
         num_units = len(best) - 1
@@ -215,7 +216,7 @@ class StageSearch(StageCost):
             for span in self._spans(level, num_units, row, stop, limit):
                 if best[span.totals, row].min() > limit:
                     continue
-                total = self._bytes_from(level, place, span, row, then, limit)
+                total = self._bytes_from(level, behind, span, row, then, limit)
                 target = fewest[span.totals, row]
                 np.minimum(target, total.min(axis=1), out=target)
             if transfer[row] <= limit:
@@ -223,10 +224,10 @@ class StageSearch(StageCost):
         return _Moved(fewest, then)
 
     def _bytes_from(
-        self, level: int, place: Place, span: _Span, row: int, then: Integers, limit: float
+        self, level: int, behind: int, span: _Span, row: int, then: Integers, limit: float
     ) -> Integers:
         """[rests, columns]: bytes of a stage and all behind it, _NEVER where it takes too long."""
-        fits = self._stage_rows(level, place, span, row) <= limit
+        fits = self._stage_rows(level, behind, span, row) <= limit
         weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]
         total = then[span.rests, span.columns] + self.sync_bytes(span.units, weights)
         return np.where(fits, np.minimum(total, _NEVER), _NEVER)
@@ -234,7 +235,7 @@ class StageSearch(StageCost):
     def _walk(
         self,
         level: int,
-        place: Place,
+        behind: int,
         start: int,
         stop: int,
         num_units: int,
@@ -246,15 +247,15 @@ class StageSearch(StageCost):
         while start != stop:
             found = []
             for units in range(1, 1 + (1 if self.options.straight else num_units)):
-                behind = num_units - units
-                span = _Span(units, slice(behind, behind + 1), slice(start + 1, stop + 1))
-                total = self._bytes_from(level, place, span, start, moved.then, limit)
+                rest = num_units - units
+                span = _Span(units, slice(rest, rest + 1), slice(start + 1, stop + 1))
+                total = self._bytes_from(level, behind, span, start, moved.then, limit)
                 equal = np.flatnonzero(total[0] == moved.fewest[num_units, start])
                 found += [(int(equal[0]) + start + 1, -units)] if len(equal) else []
             next_cut, units = min(found)[0], -min(found)[1]
             num_units -= units
-            unit_place = self.unit_place(level, place, units, num_units)
-            groups.append(Group(start, next_cut, units, unit_place))
+            unit_behind = self.unit_behind(level, behind, units, num_units)
+            groups.append(Group(start, next_cut, units, unit_behind))
             start = next_cut
         return tuple(groups)
 
@@ -262,40 +263,39 @@ class StageSearch(StageCost):
         seconds = self.transfer_seconds(level)
         return seconds if self.minimised == "seconds" else np.zeros_like(seconds)
 
-    def _stage_rows(self, level: int, place: Place, span: _Span, row: int) -> Floats:
+    def _stage_rows(self, level: int, behind: int, span: _Span, row: int) -> Floats:
         """Seconds of the stages of a span from cut ``row``, infinite where none can be.
 
         Float [rests, columns], or [1, columns] if what is behind makes no difference.
         """
         columns, limit = span.columns, self.options.memory_limit_bytes
         is_memory = self.minimised == "memory"
-        is_placed = limit is not None or is_memory
         if level > 0:
-            rests = range(span.rests.start, span.rests.stop)
-            places = [self.unit_place(level, place, span.units, behind) for behind in rests]
-            tables = [self._table(level - 1, x) for x in (places if is_placed else [WHOLE])]
-            of_unit = np.stack([table[row, columns] for table in tables])
+            is_placed = is_memory or limit is not None
+            rests = range(span.rests.start, span.rests.stop) if is_placed else ()
+            places = [self.unit_behind(level, behind, span.units, rest) for rest in rests] or [0]
+            of_unit = np.stack([self._table(level - 1, place)[row, columns] for place in places])
             return of_unit if is_memory else self._of_stage(level, span, row, of_unit)
         holds = self.cuts.holds[row, columns]
         held = self.memory_bytes(row, columns)
         if is_memory:
-            return np.where(holds, _depths(place, span) * held, np.inf)
+            return np.where(holds, _in_flight(behind, span) * held, np.inf)
         work = np.where(holds, self.cuts.seconds[columns] - self.cuts.seconds[row], np.inf)
         seconds = self._of_stage(level, span, row, work)[None]
         if limit is None:
             return seconds
-        return np.where(_depths(place, span) <= limit // np.maximum(held, 1), seconds, np.inf)
+        return np.where(_in_flight(behind, span) <= limit // np.maximum(held, 1), seconds, np.inf)
 
     def _of_stage(self, level: int, span: _Span, row: int, unit_seconds: Floats) -> Floats:
         weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]
         return self.replicated(level, unit_seconds, span.units, weights)
 
-    def _table(self, level: int, place: Place) -> Floats:
+    def _table(self, level: int, behind: int) -> Floats:
         """Float [num_cuts, num_cuts]: least seconds of one component of a level between cuts."""
-        if (level, place) not in self._tables:
+        if (level, behind) not in self._tables:
             num_units, size = self.levels[level].num_units, self.cuts.num_cuts
-            best = self._least(level, place, num_units, 0, np.arange(1, size))
+            best = self._least(level, behind, num_units, 0, np.arange(1, size))
             table = np.full((size, size), np.inf)
             table[:, 1:] = best[num_units].T
-            self._tables[level, place] = table
-        return self._tables[level, place]
+            self._tables[level, behind] = table
+        return self._tables[level, behind]
