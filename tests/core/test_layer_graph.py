@@ -105,7 +105,8 @@ def test_any_text_is_read_or_refused(text: str) -> None:
         ("\tnode1 -- node2\n", "", "no edge joins node2, node3 with 'node1'"),
         ("\tnode1 -- node2", "\tnode3 -- node2", "node2 -> node3 -> node2|node3 -> node2 -> node3"),
         ("\tnode1 -- node2", "\tnode2 -- node2", "node2 -> node2: a graph"),
-        ("77070336.000", "9" * 25, "activation_bytes of all layers are"),
+        ("77070336.000", "9" * 25, "line 1: .*activation_bytes is 9+: give a whole number"),
+        ("77070336.000", "1e15", "activation_bytes of all layers are 1e.15, more than 1e.15"),
         ("node1 -- Input0", "n" * 30000, "line 1: 30.* characters"),
     ],
 )

@@ -62,9 +62,11 @@ class Layer:
                 )
         for key in ("activation_bytes", "parameter_bytes"):
             value = getattr(self, key)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not 0 <= value <= MAX_TOTAL_BYTES:
                 raise InputError(
-                    f"layer '{self.name}': {key} is {value!r}: give a whole number from 0"
+                    f"layer '{self.name}': {key} is {value!r}: give a whole number from 0 to "
+                    f"{MAX_TOTAL_BYTES:g}"
                 )
 
     @property

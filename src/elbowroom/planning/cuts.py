@@ -16,11 +16,11 @@ The last two keep such layers from multiplying the cuts. They change neither tim
 best plan: a stage of nothing but free layers is an idle worker, which is asked for by name.
 
 Where there are more than ``max_cuts``, some are looked at, in bounded time: layers are added one by
-one, the cheapest crossings first, and of equally many layers only so many cuts are kept. At least
-one cut of every size is, so all stages between two cuts can still be balanced; on a chain longer
-than ``max_cuts`` the cheapest of each window is. Every plan made of these cuts is a plan of the
-graph, and its numbers are the graph's own: only the best of the cuts left out may be missed, which
-``is_exact`` tells.
+one, the cheapest crossings first, and of equally many layers only so many cuts are kept, at least
+one; of graphs with more layers than ``max_cuts`` the cheapest cut of each window is. A plan made of
+these cuts is a plan of the graph, its numbers are the graph's own, and the one chosen is the best
+of all that are made of them. A better one may need a cut that was left out: ``is_exact`` tells when
+there are such.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -115,6 +116,15 @@ class _Cut(NamedTuple):
     """Pieces that could be added."""
 
 
+class _Step(NamedTuple):
+    """From a cut to one with one more piece; the first two say which is cheaper."""
+
+    crossing_bytes: int
+    mask: int
+    cut: _Cut
+    position: int
+
+
 def find_cuts(graph: LayerGraph, max_cuts: int) -> Cuts:
     """All cuts, or at most ``max_cuts`` (at least 2) of them.
 
@@ -195,13 +205,14 @@ def _some_cuts(pieces: Pieces, width: int, max_cuts: int) -> list[_Cut]:
     """At most ``width`` cuts of each size, those that the fewest bytes cross."""
     kept, sizes = [_first(pieces)], [[_first(pieces)]]
     for _ in pieces.layers:
-        larger: dict[int, _Cut] = {}
+        larger: dict[int, _Step] = {}
         for cut in kept:
-            for _, position in zip(range(_MOST_CANDIDATES), _bits(cut.ready), strict=False):
+            for position in islice(_bits(cut.ready), _MOST_CANDIDATES):
                 mask = cut.mask | 1 << position
                 if mask not in larger:
-                    larger[mask] = _extended(pieces, cut, position)
-        kept = heapq.nsmallest(width, larger.values())
+                    larger[mask] = _Step(_crossing_with(pieces, cut, position), mask, cut, position)
+        cheapest = heapq.nsmallest(width, larger.values())
+        kept = [_extended(pieces, step.cut, step.position) for step in cheapest]
         sizes.append(kept)
     cuts = [cut for size in sizes for cut in sorted(size, key=lambda cut: cut.mask)]
     spread = _cheapest(np.array([cut.crossing_bytes for cut in cuts]), max_cuts)
@@ -229,15 +240,22 @@ def _extended(pieces: Pieces, cut: _Cut, position: int) -> _Cut:
     """The cut with one more piece before it."""
     mask = cut.mask | 1 << position
     readers = pieces.readers[position]
-    crossing = cut.crossing_bytes + (pieces.activation_bytes[position] if readers else 0)
-    for source in _bits(pieces.sources[position]):
-        if not pieces.readers[source] & ~mask:
-            crossing -= pieces.activation_bytes[source]
     ready = cut.ready & ~(1 << position)
     for reader in _bits(readers):
         if not pieces.sources[reader] & ~mask:
             ready |= 1 << reader
-    return _Cut(crossing, mask, ready)
+    return _Cut(_crossing_with(pieces, cut, position), mask, ready)
+
+
+def _crossing_with(pieces: Pieces, cut: _Cut, position: int) -> int:
+    """Bytes that cross the cut with one more piece before it."""
+    mask = cut.mask | 1 << position
+    crossing = cut.crossing_bytes
+    crossing += pieces.activation_bytes[position] if pieces.readers[position] else 0
+    for source in _bits(pieces.sources[position]):
+        if not pieces.readers[source] & ~mask:
+            crossing -= pieces.activation_bytes[source]
+    return crossing
 
 
 def _bits(mask: int) -> Iterator[int]:

@@ -70,8 +70,9 @@ def plan_on_levels(
 ) -> PipelinePlan:
     """The best plan on all workers of a topology; ``(Level(8, 1.25e9),)`` is 8 on 10 Gbit/s.
 
-    Under 1 s for a chain of 500 layers on 64 workers, a few seconds for any graph: where there are
-    too many cuts, some are looked at (``planning.cuts``). Raises InputError for a topology or graph
+    Under 1 s for a chain of 500 layers on 64 workers, a few seconds for any graph (up to 20 for a
+    thousand workers in nested levels with too little memory): where there are too many cuts, some
+    are looked at (``planning.cuts``). Raises InputError for a topology or graph
     that cannot be planned, MemoryPlanError where nothing fits in the memory of a worker.
     """
     options = options or PipelineOptions()
@@ -100,7 +101,7 @@ def plan_on_levels(
 def _narrowed(search: StageSearch) -> StageSearch:
     """The same search without what cannot be faster than a plan made of few cuts."""
     cuts, levels = search.cuts, search.levels
-    coarse = replace(search, cuts=cuts.spread(_COARSE), _tables={})
+    coarse = replace(search, cuts=cuts.spread(_COARSE))
     seconds = coarse.least_seconds(_allowed_units(coarse))
     if not 0 < seconds < np.inf:
         return search
@@ -112,7 +113,7 @@ def _narrowed(search: StageSearch) -> StageSearch:
         copies *= levels[index].num_units
     is_quick[[0, -1]] = True
     quick = cuts.only(np.flatnonzero(is_quick))
-    return replace(search, cuts=quick, most_seconds=most, _tables={})
+    return replace(search, cuts=quick, most_seconds=most)
 
 
 def _allowed_units(search: StageSearch) -> range:
@@ -139,12 +140,12 @@ def _nothing_fits(search: StageSearch) -> InputError | MemoryPlanError:
 def _least_memory(search: StageSearch) -> int | None:
     """Bytes of a worker with which some plan fits; None if none does with any."""
     free = replace(search.options, memory_limit_bytes=None)
-    wide = replace(search, options=free, minimised="memory", most_seconds=np.inf, _tables={})
-    coarse = replace(wide, cuts=search.cuts.spread(_COARSE), _tables={})
+    wide = replace(search, options=free, minimised="memory", most_seconds=np.inf)
+    coarse = replace(wide, cuts=search.cuts.spread(_COARSE))
     bound = coarse.least_seconds(_allowed_units(coarse))
     if bound < np.inf:
         bounded = replace(free, memory_limit_bytes=int(bound))
-        wide = replace(wide, options=bounded, _tables={})
+        wide = replace(wide, options=bounded)
     least = wide.least_seconds(_allowed_units(wide))
     return int(least) if least < np.inf else None
 

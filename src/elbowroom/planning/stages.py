@@ -116,7 +116,7 @@ class StageSearch(StageCost):
 
     minimised: Literal["seconds", "memory"] = "seconds"
     most_seconds: float = np.inf
-    _tables: dict[tuple[int, int], Floats] = field(default_factory=dict)
+    _tables: dict[tuple[int, int], Floats] = field(default_factory=dict, init=False)
 
     def best_chain(
         self, level: int, behind: int, start: int, stop: int, num_units: Iterable[int]
@@ -198,8 +198,7 @@ class StageSearch(StageCost):
         if limit is None or len(self.levels) > 1:
             return holds
         in_flight = 1 + self.unit_behind(0, 0, units, units_behind)
-        fits: NDArray[np.bool_] = in_flight * self.memory_bytes(row, columns) <= limit
-        return holds & fits
+        return np.asarray(holds & (in_flight * self.memory_bytes(row, columns) <= limit))
 
     def _fewest_bytes(
         self, level: int, behind: int, start: int, stop: int, limit: float, best: Floats
