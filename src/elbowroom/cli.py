@@ -16,6 +16,7 @@ from rich.console import Console
 
 from elbowroom.api import BatchSettings, errors_beside, run_settings
 from elbowroom.cli_flags import add_limits, count, limits_of, number, seconds, size
+from elbowroom.cli_pipeline import add_pipeline_commands
 from elbowroom.cli_plan import add_plan_commands
 from elbowroom.core.errors import (
     ElbowroomError,
@@ -188,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--json", action="store_true", help="for machines")
     add_limits(verify)
     add_plan_commands(add)
+    add_pipeline_commands(add)
     return parser
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.units import parse_bytes
+from elbowroom.core.units import parse_bandwidth, parse_bytes
 from elbowroom.jobs.limits import RowLimits
 
 
@@ -50,6 +50,13 @@ def limits_of(args: argparse.Namespace) -> RowLimits:
 def size(text: str) -> int:
     try:
         return parse_bytes(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def bandwidth(text: str) -> float:
+    try:
+        return parse_bandwidth(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

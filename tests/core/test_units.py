@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.units import GIB, KIB, MIB, format_bytes, parse_bytes
+from elbowroom.core.units import (
+    GIB,
+    KIB,
+    MIB,
+    format_bandwidth,
+    format_bytes,
+    parse_bandwidth,
+    parse_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -66,3 +74,26 @@ def test_a_plain_number_is_read_exactly(num_bytes: int) -> None:
 @given(st.integers(0, 2**43))
 def test_what_is_printed_can_be_read_back_nearly(num_bytes: int) -> None:
     assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_second", "shown"),
+    [
+        ("10Gbit/s", 1.25e9, "10 Gbit/s"),
+        (" 100 Mbit/s", 1.25e7, "100 Mbit/s"),
+        ("1.25GB/s", 1.25e9, "10 Gbit/s"),
+        ("8KiB/s", 8192, "65.54 kbit/s"),
+        ("16bit/s", 2, "16 bit/s"),
+    ],
+)
+def test_bandwidths(text: str, bytes_per_second: float, shown: str) -> None:
+    assert parse_bandwidth(text) == bytes_per_second
+    assert format_bandwidth(bytes_per_second) == shown
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "10Gbit", "0Gbit/s", "-1Gbit/s", "1Gbyte/s", "1/s", "nanB/s"]
+)
+def test_what_is_no_bandwidth(text: str) -> None:
+    with pytest.raises(InputError, match="write for example 10Gbit/s"):
+        parse_bandwidth(text)

@@ -22,6 +22,7 @@ _FACTORS = {
     "gib": GIB,
     "tib": 1024**4,
 }
+_BITS_PER_SECOND = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit": 10**12}
 
 
 def parse_bytes(text: str) -> int:
@@ -43,3 +44,24 @@ def format_bytes(num_bytes: int) -> str:
             number = num_bytes / size
             return f"{number:.4g} {unit}" if abs(number) < 9999.5 else f"{number:.0f} {unit}"
     return f"{num_bytes} B"
+
+
+def parse_bandwidth(text: str) -> float:
+    """Bytes per second in a rate such as ``10Gbit/s``, ``1.25GB/s`` or ``800MiB/s``.
+
+    Raises InputError for anything else, with the accepted forms.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([A-Za-z]{1,5})/s\s*", text)
+    unit = match.group(2).lower() if match else ""
+    factor = _BITS_PER_SECOND.get(unit, 8 * _FACTORS.get(unit, 0))
+    if match is None or not factor or not float(match.group(1)):
+        raise InputError(f"'{text}' is not a bandwidth: write for example 10Gbit/s or 1.25GB/s")
+    return float(match.group(1)) * factor / 8
+
+
+def format_bandwidth(bytes_per_second: float) -> str:
+    """A rate for people, in bits as networks are sold: ``10 Gbit/s``."""
+    for unit, size in (("Gbit/s", 10**9), ("Mbit/s", 10**6), ("kbit/s", 10**3)):
+        if bytes_per_second * 8 >= size:
+            return f"{bytes_per_second * 8 / size:.4g} {unit}"
+    return f"{bytes_per_second * 8:.4g} bit/s"

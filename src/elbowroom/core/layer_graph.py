@@ -1,0 +1,270 @@
+"""Facts about the layers of a model that is trained: times, sizes, and who reads whose output."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from elbowroom.core.errors import InputError
+
+MAX_LAYERS = 10_000
+MAX_EDGES = 100_000
+MAX_FILE_BYTES = 64 * 1024**2
+MAX_TOTAL_BYTES = 10**15
+"""Of all activations, and of all parameters: sums and products stay exact in 64 bits."""
+
+MAX_TOTAL_SECONDS = 1e9
+_FORMAT, _VERSION = "elbowroom layer graph", 1
+_SHOWN = 6
+
+
+class Edge(NamedTuple):
+    """``destination`` reads what ``source`` computes. Both are names of layers."""
+
+    source: str
+    destination: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, as measured on one worker with one minibatch.
+
+    ``activation_bytes`` is the size of its output, ``parameter_bytes`` that of its weights.
+    Raises InputError for an empty name, and for numbers that are negative or not finite.
+    """
+
+    name: str
+    forward_seconds: float
+    backward_seconds: float
+    activation_bytes: int
+    parameter_bytes: int
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a layer is named {self.name!r}: give each layer a name")
+        if not isinstance(self.description, str):
+            raise InputError(f"layer '{self.name}': its description must be text")
+        for key in ("forward_seconds", "backward_seconds"):
+            value = getattr(self, key)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 <= value <= MAX_TOTAL_SECONDS:
+                raise InputError(
+                    f"layer '{self.name}': {key} is {value!r}: give seconds from 0 to "
+                    f"{MAX_TOTAL_SECONDS:g}"
+                )
+        for key in ("activation_bytes", "parameter_bytes"):
+            value = getattr(self, key)
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if not is_whole or not 0 <= value <= MAX_TOTAL_BYTES:
+                raise InputError(
+                    f"layer '{self.name}': {key} is {value!r}: give a whole number from 0 to "
+                    f"{MAX_TOTAL_BYTES:g}"
+                )
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward of one minibatch."""
+        return self.forward_seconds + self.backward_seconds
+
+    @property
+    def is_free(self) -> bool:
+        """Takes no time and has no parameters, as a view or an element of a tuple."""
+        return self.seconds == 0 and self.parameter_bytes == 0
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """Layers, in any order, and the edges between them: acyclic, and in one piece.
+
+    Raises InputError when it is not, with the names of the layers that are wrong.
+    """
+
+    layers: tuple[Layer, ...]
+    edges: tuple[Edge, ...]
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        _check_names(self)
+        stuck = len(self.layers) - len(self.order)
+        if stuck:
+            names = " -> ".join(_shortened(_find_cycle(self)))
+            raise InputError(f"layers wait for each other: {names}: a graph of layers has no cycle")
+        _check_connected(self)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Indices of layers so that each follows all it reads; the earliest listed goes first."""
+        waiting = [len(sources) for sources in self.sources]
+        ready = [index for index, count in enumerate(waiting) if not count]
+        order = []
+        while ready:
+            index = heapq.heappop(ready)
+            order.append(index)
+            for reader in self.readers[index]:
+                waiting[reader] -= 1
+                if not waiting[reader]:
+                    heapq.heappush(ready, reader)
+        return tuple(order)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Of each layer's name."""
+        return {layer.name: index for index, layer in enumerate(self.layers)}
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """readers[i]: indices of the layers that read the output of layer i."""
+        return self._neighbours([(edge.source, edge.destination) for edge in self.edges])
+
+    @cached_property
+    def sources(self) -> tuple[tuple[int, ...], ...]:
+        """sources[i]: indices of the layers whose output layer i reads."""
+        return self._neighbours([(edge.destination, edge.source) for edge in self.edges])
+
+    def _neighbours(self, pairs: Sequence[tuple[str, str]]) -> tuple[tuple[int, ...], ...]:
+        found: list[list[int]] = [[] for _ in self.layers]
+        for name, other in pairs:
+            found[self.index[name]].append(self.index[other])
+        return tuple(tuple(sorted(indices)) for indices in found)
+
+    def for_batch(self, factor: float) -> LayerGraph:
+        """The same layers with minibatches ``factor`` times as large.
+
+        Times and activations are taken to grow with the batch. Raises InputError for a factor that
+        is not positive.
+        """
+        if not 0 < factor < math.inf:
+            raise InputError(f"a batch cannot be {factor} times as large: give a positive number")
+        layers = tuple(
+            Layer(
+                layer.name,
+                layer.forward_seconds * factor,
+                layer.backward_seconds * factor,
+                round(layer.activation_bytes * factor),
+                layer.parameter_bytes,
+                layer.description,
+            )
+            for layer in self.layers
+        )
+        return LayerGraph(layers, self.edges)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "layers": [asdict(layer) for layer in self.layers],
+            "edges": [list(edge) for edge in self.edges],
+        }
+
+    @staticmethod
+    def from_json(data: Any) -> LayerGraph:
+        """Raises InputError for what ``to_json`` never writes."""
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise InputError(f"no layer graph: its \"format\" must be '{_FORMAT}'")
+        if data.get("version") != _VERSION:
+            raise InputError(
+                f"a layer graph of version {data.get('version')!r}: this version reads {_VERSION}"
+            )
+        try:
+            layers = tuple(Layer(**layer) for layer in data["layers"])
+            edges = tuple(Edge(*edge) for edge in data["edges"])
+            return LayerGraph(layers, edges)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"no layer graph: {error}") from error
+
+
+def parse_layer_graph(text: str) -> LayerGraph:
+    """Of our JSON, as text. Raises InputError."""
+    try:
+        return LayerGraph.from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not valid JSON: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A profile's text. Raises InputError if it cannot be read, is empty or too large."""
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes > MAX_FILE_BYTES:
+            raise InputError(
+                f"{path} has {num_bytes} bytes, a profile at most {MAX_FILE_BYTES}: merge layers"
+            )
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not text.strip():
+        raise InputError(f"{path} is empty: give a profile with a line for each layer")
+    return text
+
+
+def _check_sizes(graph: LayerGraph) -> None:
+    if not graph.layers:
+        raise InputError("a graph without layers cannot be planned: profile the model again")
+    for what, count, limit in (
+        ("layers", len(graph.layers), MAX_LAYERS),
+        ("edges", len(graph.edges), MAX_EDGES),
+    ):
+        if count > limit:
+            raise InputError(f"{count} {what}, at most {limit} are planned: merge layers")
+    for key, most in (
+        ("seconds", MAX_TOTAL_SECONDS),
+        ("activation_bytes", MAX_TOTAL_BYTES),
+        ("parameter_bytes", MAX_TOTAL_BYTES),
+    ):
+        total: float = sum(getattr(layer, key) for layer in graph.layers)
+        if total > most:
+            raise InputError(f"{key} of all layers are {total:g}, more than {most:g}: check units")
+
+
+def _check_names(graph: LayerGraph) -> None:
+    for name, count in Counter(layer.name for layer in graph.layers).items():
+        if count > 1:
+            raise InputError(f"{count} layers are named '{name}': give each a name of its own")
+    for edge, count in Counter(graph.edges).items():
+        for name in edge:
+            if name not in graph.index:
+                raise InputError(f"edge {' -> '.join(map(str, edge))}: no layer is named '{name}'")
+        if count > 1:
+            raise InputError(f"edge {edge.source} -> {edge.destination} is given {count} times")
+
+
+def _check_connected(graph: LayerGraph) -> None:
+    seen, queue = {0}, [0]
+    while queue:
+        index = queue.pop()
+        for other in (*graph.readers[index], *graph.sources[index]):
+            if other not in seen:
+                seen.add(other)
+                queue.append(other)
+    apart = [layer.name for index, layer in enumerate(graph.layers) if index not in seen]
+    if apart:
+        raise InputError(
+            f"no edge joins {', '.join(_shortened(apart))} with '{graph.layers[0].name}': "
+            "a model is one piece"
+        )
+
+
+def _find_cycle(graph: LayerGraph) -> list[str]:
+    """Names of the layers of one cycle, the first again at the end."""
+    stuck = set(range(len(graph.layers))) - set(graph.order)
+    path, place = [min(stuck)], {min(stuck): 0}
+    while True:
+        # Each layer that never became ready reads another such layer.
+        source = next(other for other in graph.sources[path[-1]] if other in stuck)
+        if source in place:
+            cycle = [*path[place[source] :], source]
+            return [graph.layers[index].name for index in reversed(cycle)]
+        place[source] = len(path)
+        path.append(source)
+
+
+def _shortened(names: list[str]) -> list[str]:
+    return names if len(names) <= _SHOWN else [*names[: _SHOWN - 1], "...", names[-1]]

@@ -1,0 +1,214 @@
+"""Plans of pipelines: which layers each stage trains, on how many workers, and what it takes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.units import format_bandwidth
+
+Sync = Literal["ps", "allreduce"]
+Overlap = Literal["max", "sum"]
+
+SYNCS: tuple[Sync, ...] = get_args(Sync)
+OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
+_FORMAT, _VERSION = "elbowroom pipeline plan", 1
+
+
+@dataclass(frozen=True)
+class Level:
+    """One level of a topology: ``num_units`` units of the level below, or workers at the lowest.
+
+    Each unit reaches the others with ``bandwidth`` bytes/s. Raises InputError for a level that
+    joins nothing or carries nothing.
+    """
+
+    num_units: int
+    bandwidth: float
+    name: str = "link"
+
+    def __post_init__(self) -> None:
+        if self.num_units < 1 or not 0 < self.bandwidth < float("inf"):
+            raise InputError(
+                f"a level of {self.num_units} units at {self.bandwidth} bytes/s: give at least one "
+                "unit, and a bandwidth above 0"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.num_units} x {format_bandwidth(self.bandwidth)}"
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What a plan is made for.
+
+    Args:
+        sync: how replicas agree on weights. On m workers ``ps`` costs 4(m-1)/m times the weights
+            (a parameter server, both ways: the authors' code and the 2018 form), ``allreduce``
+            2(m-1)/m (SOSP 2019).
+        overlap: whether that hides behind compute (``max``) or is added to it (``sum``).
+        memory_limit_bytes: of one worker; None does not limit.
+        straight: no stage is replicated.
+        fewer_workers: units of the outermost level may stay idle.
+
+    Raises InputError for values that are none of these.
+
+    """
+
+    sync: Sync = "ps"
+    overlap: Overlap = "max"
+    memory_limit_bytes: int | None = None
+    straight: bool = False
+    fewer_workers: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("sync", self.sync, SYNCS),
+            ("overlap", self.overlap, OVERLAPS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} '{value}' is not one of {', '.join(known)}")
+        if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
+            raise InputError(f"a worker of {self.memory_limit_bytes} bytes holds nothing")
+
+    @property
+    def sync_factor(self) -> int:
+        """Of (m-1)/m times the weights: what one of m replicas moves to agree with the others."""
+        return 4 if self.sync == "ps" else 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that are trained together.
+
+    Seconds and bytes are per minibatch of the whole pipeline: of r replicas each takes every r-th.
+
+    Args:
+        layers: names, each after those it reads.
+        level_replicas: replicas at each level, the outermost first; ``replicas`` is their product.
+        seconds: the larger, or the sum, of compute and weight sync.
+        transfer_seconds: of the cut behind this stage, forward and backward; 0 for the last.
+        in_flight: minibatches between their forward and backward, and versions of the weights.
+        warmup_forwards: forwards before the first backward.
+        memory_bytes: of one worker: weights, outputs and what is received, ``in_flight`` of each.
+        sync_bytes: moved so that replicas agree.
+        transfer_bytes: moved over the cut behind this stage, forward and backward.
+
+    """
+
+    layers: tuple[str, ...]
+    level_replicas: tuple[int, ...]
+    replicas: int
+    seconds: float
+    transfer_seconds: float
+    in_flight: int
+    warmup_forwards: int
+    memory_bytes: int
+    parameter_bytes: int
+    sync_bytes: int
+    transfer_bytes: int
+
+
+@dataclass(frozen=True)
+class LevelTraffic:
+    """Bytes per minibatch over all links of one level, and those of data parallel training."""
+
+    name: str
+    num_bytes: int
+    data_parallel_bytes: int
+
+    @property
+    def saved(self) -> float:
+        """The part of data parallel's bytes that the pipeline does not move."""
+        if not self.data_parallel_bytes:
+            return 0.0
+        return 1 - self.num_bytes / self.data_parallel_bytes
+
+
+@dataclass(frozen=True)
+class DataParallel:
+    """All layers on all workers, for comparison: time per minibatch, memory of one worker."""
+
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """Stages from the input to the loss, and the facts and options they were chosen for.
+
+    ``levels`` are the topology's, the lowest first; ``traffic`` has one entry for each. ``seconds``
+    per minibatch are those of the slowest stage or transfer. ``is_exact`` is False when only some
+    of ``num_cuts`` possible cuts were looked at (``planning.cuts`` says which).
+    """
+
+    stages: tuple[Stage, ...]
+    levels: tuple[Level, ...]
+    options: PipelineOptions
+    seconds: float
+    traffic: tuple[LevelTraffic, ...]
+    data_parallel: DataParallel
+    num_cuts: int
+    is_exact: bool
+
+    @property
+    def num_workers(self) -> int:
+        """That work: fewer than the topology's where some may stay idle."""
+        return sum(stage.replicas for stage in self.stages)
+
+    @property
+    def noam(self) -> int:
+        """Minibatches that keep the pipe full: ceil(workers / replicas of the input stage)."""
+        return -(-self.num_workers // self.stages[0].replicas)
+
+    @property
+    def is_data_parallel(self) -> bool:
+        return len(self.stages) == 1 and self.stages[0].replicas > 1
+
+    @property
+    def is_straight(self) -> bool:
+        return all(stage.replicas == 1 for stage in self.stages)
+
+    @property
+    def speedup(self) -> float:
+        """Over data parallel training on all workers."""
+        return self.data_parallel.seconds / self.seconds if self.seconds else 1.0
+
+    def __str__(self) -> str:
+        return "-".join(str(stage.replicas) for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+
+    @staticmethod
+    def from_json(data: Any) -> PipelinePlan:
+        """Raises InputError for what ``to_json`` never writes."""
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
+            raise InputError(f"no pipeline plan: its \"format\" must be '{_FORMAT}'")
+        if data.get("version") != _VERSION:
+            raise InputError(
+                f"a pipeline plan of version {data.get('version')!r}: this version reads {_VERSION}"
+            )
+        rest = {key: value for key, value in data.items() if key not in ("format", "version")}
+        try:
+            plan = PipelinePlan(
+                **{
+                    **rest,
+                    "stages": tuple(_stage(stage) for stage in data["stages"]),
+                    "levels": tuple(Level(**level) for level in data["levels"]),
+                    "options": PipelineOptions(**data["options"]),
+                    "traffic": tuple(LevelTraffic(**level) for level in data["traffic"]),
+                    "data_parallel": DataParallel(**data["data_parallel"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"no pipeline plan: {error}") from error
+        if not plan.stages:
+            raise InputError("a pipeline plan needs at least one stage")
+        return plan
+
+
+def _stage(data: dict[str, Any]) -> Stage:
+    lists = {key: tuple(data[key]) for key in ("layers", "level_replicas")}
+    return Stage(**{**data, **lists})

@@ -1,0 +1,79 @@
+"""Pipeline plans: the JSON round trip, what is derived, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.pipeline_plan import (
+    DataParallel,
+    Level,
+    LevelTraffic,
+    PipelineOptions,
+    PipelinePlan,
+    Stage,
+)
+
+FRONT = Stage(("a", "b"), (3,), 3, 0.5, 0.25, 2, 1, 100, 40, 90, 10)
+BACK = Stage(("c",), (1,), 1, 0.4, 0.0, 1, 0, 50, 60, 0, 0)
+PLAN = PipelinePlan(
+    stages=(FRONT, BACK),
+    levels=(Level(4, 1.25e9, "Ethernet"),),
+    options=PipelineOptions("allreduce", "sum", 10**9, fewer_workers=True),
+    seconds=0.5,
+    traffic=(LevelTraffic("Ethernet", 100, 400),),
+    data_parallel=DataParallel(1.0, 200),
+    num_cuts=4,
+    is_exact=True,
+)
+
+
+def test_a_plan_survives_json() -> None:
+    assert PipelinePlan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
+
+
+def test_what_is_derived() -> None:
+    assert str(PLAN) == "3-1"
+    assert (PLAN.num_workers, PLAN.noam, PLAN.speedup) == (4, 2, 2.0)
+    assert not PLAN.is_straight
+    assert not PLAN.is_data_parallel
+    assert PLAN.traffic[0].saved == 0.75
+    assert LevelTraffic("none", 0, 0).saved == 0.0
+    assert str(PLAN.levels[0]) == "4 x 10 Gbit/s"
+    assert (PLAN.options.sync_factor, PipelineOptions().sync_factor) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": "x"}, "must be 'elbowroom pipeline plan'"),
+        ({"version": 9}, "version 9"),
+        ({"stages": []}, "at least one stage"),
+        ({"stages": [{}]}, "no pipeline plan: 'layers'"),
+        ({"colour": "red"}, "colour"),
+        ({"levels": [{"num_units": 0, "bandwidth": 1.0}]}, "a level of 0 units"),
+        ({"options": {"sync": "gossip"}}, "sync 'gossip' is not one of ps, allreduce"),
+    ],
+)
+def test_what_is_no_plan(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        PipelinePlan.from_json({**PLAN.to_json(), **change})
+
+
+@pytest.mark.parametrize("data", [[], None, "plan"])
+def test_what_is_no_object(data: Any) -> None:
+    with pytest.raises(InputError, match="no pipeline plan"):
+        PipelinePlan.from_json(data)
+
+
+def test_impossible_values() -> None:
+    for bandwidth in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="bandwidth above 0"):
+            Level(2, bandwidth)
+    with pytest.raises(InputError, match="holds nothing"):
+        PipelineOptions(memory_limit_bytes=0)
+    with pytest.raises(InputError, match="overlap 'half'"):
+        PipelineOptions(overlap="half")  # type: ignore[arg-type]

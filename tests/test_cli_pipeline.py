@@ -1,0 +1,100 @@
+"""``elbowroom plan-pipeline``: what it prints and writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
+from elbowroom.core.pipedream_text import write_pipedream
+from elbowroom.core.pipeline_plan import PipelinePlan
+from tests.planning.pipelines import PROFILES, chain, profile
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Two layers that compute, and a third that has the weights."""
+    path = tmp_path / "small.txt"
+    layers = chain([(0.3, 10**6, 10**4), (0.3, 10**5, 10**4), (0.1, 10**3, 10**9)])
+    path.write_text(write_pipedream(layers))
+    return path
+
+
+def plan_of(path: Path) -> PipelinePlan:
+    return PipelinePlan.from_json(json.loads(path.read_text()))
+
+
+def test_a_plan_is_printed_and_written(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
+    assert main([*command, "--bandwidth", "1Gbit/s"]) == EXIT_GOOD
+    shown = capsys.readouterr().out
+    plan = plan_of(out)
+    assert str(plan) == "3-1"
+    assert "small.txt on 4 workers (link 1 Gbit/s), sync ps: 3-1" in shown
+    assert "2: n0 .. n1" in shown
+    assert f"{plan.seconds:.6f} s a minibatch, 2 in flight; data parallel 6.0" in shown
+    assert "link: 247.4 KiB a minibatch; data parallel 2.794 GiB: 100.0% less" in shown
+
+
+def test_flags_reach_the_planner(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
+    flags = ["--bandwidth", "1Gbit/s", "--sync", "allreduce", "--overlap", "sum", "--straight"]
+    assert main([*command, *flags, "--fewer-workers", "--memory", "4GB"]) == EXIT_GOOD
+    plan = plan_of(out)
+    assert str(plan) == "1-1-1"
+    assert (plan.options.sync, plan.options.overlap) == ("allreduce", "sum")
+    assert plan.options.memory_limit_bytes == 4 * 10**9
+    assert plan.levels[0].bandwidth == 1.25e8
+
+
+@pytest.mark.parametrize("cluster", ["h100-8", "this-machine"])
+def test_a_cluster_gives_links_and_memory(small: Path, tmp_path: Path, cluster: str) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan-pipeline", str(small), "--workers", "2", "--json", str(out)]
+    assert main([*command, "--cluster", cluster]) == EXIT_GOOD
+    plan = plan_of(out)
+    assert plan.num_workers == 2
+    assert plan.options.memory_limit_bytes is not None
+    assert plan.levels[0].name != "link"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--bandwidth", "1Gbit/s", "--memory", "1MB"], "the least that one needs is"),
+        (["--bandwidth", "1Gbit/s", "--straight", "--workers", "9"], "need as many stages"),
+        (["--bandwidth", "1Gbit/s", "--workers", "2000"], "1 to 1024"),
+        (["--cluster", "h100-8", "--workers", "9"], "no link that joins 9"),
+        (["--cluster", "nowhere"], "no cluster 'nowhere'"),
+        (["--bandwidth", "1Gbit/s", "--json", "/dev/null/plan.json"], "/dev/null"),
+    ],
+)
+def test_refused_with_the_reason(
+    small: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
+) -> None:
+    assert main(["plan-pipeline", str(small), "--workers", "2", *flags]) == EXIT_BAD_INPUT
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_file_that_is_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.txt"
+    path.write_text("node1\n")
+    command = ["plan-pipeline", str(path), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    assert main(command) == EXIT_BAD_INPUT
+    assert "line 1: 'node1' is no layer" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_authors_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    profile("vgg16")
+    path = PROFILES / "vgg16.graph.txt"
+    command = ["plan-pipeline", str(path), "--workers", "8", "--bandwidth", "10Gbit/s"]
+    assert main(command) == EXIT_GOOD
+    shown = capsys.readouterr().out
+    assert ": 7-1" in shown
+    assert "0.088874 s a minibatch, 2 in flight; data parallel 0.193701 s: 2.18x" in shown
