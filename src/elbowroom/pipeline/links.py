@@ -83,7 +83,8 @@ class Links:
             inbox.close()
 
     def _begin(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
-        works = tuple(distributed.isend(tensor, worker) for tensor in tensors)
+        begun = (distributed.isend(tensor, worker) for tensor in tensors)
+        works = tuple(work for work in begun if work is not None)
         self._sendings.append(_Sending(works, tensors))
         while self._sendings and all(work.is_completed() for work in self._sendings[0].works):
             self._finish_oldest()

@@ -118,8 +118,8 @@ class Versions:
             parameter.data = target.copy_(parameter.data)
 
     def _make_leaves(self) -> dict[str, torch.Tensor]:
-        """On the parameters' memory. Naive ones are changed under autograd's eyes, unseen."""
+        """On the parameters' memory, which autograd does not watch: ``step`` must not change it."""
         return {
-            name: (p.data if self._is_naive else p.detach()).requires_grad_(p.requires_grad)
-            for name, p in self._parameters.items()
+            name: parameter.data.requires_grad_(parameter.requires_grad)
+            for name, parameter in self._parameters.items()
         }
