@@ -17,7 +17,7 @@ from torch import distributed
 
 from elbowroom.pipeline.places import Places
 from elbowroom.pipeline.worker import StageOptions, StageWorker
-from tests.pipeline.models import (
+from tests.pipeline.cases import (
     Case,
     loss_of,
     make_optimizer,

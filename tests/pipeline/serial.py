@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.pipeline.models import (
+from tests.pipeline.cases import (
     Case,
     loss_of,
     make_optimizer,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.pipeline.models import Case, make_stages
+from tests.pipeline.cases import Case, make_stages
 from tests.pipeline.serial import Trained, train, train_flushed, warmup
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
