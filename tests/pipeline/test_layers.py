@@ -12,6 +12,8 @@ from elbowroom.core.errors import InputError, UntraceableModelError
 from elbowroom.pipeline.layers import trace_model
 from tests.pipeline.models import Pair, Residual, looks, skips, tiny_lm
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def edges_of(model: nn.Module, inputs: object) -> set[tuple[str, str]]:
     return {tuple(edge) for edge in trace_model(model, inputs).edges}

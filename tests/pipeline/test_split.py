@@ -17,6 +17,8 @@ from elbowroom.pipeline.split import split
 from tests.pipeline.models import CASES, TinyLM, evenly, plan_of, skips, tiny_lm
 from tests.pipeline.runs import assert_equal, run_model, run_stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:

@@ -21,6 +21,8 @@ from elbowroom.profiling.layers import SweepLimits, profile
 from tests.pipeline.models import CASES, ConvNet, Skips, TinyLM
 from tests.pipeline.runs import assert_equal, run_model, run_stages
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 QUICK = SweepLimits(least=2, seconds=0.0)
 
 

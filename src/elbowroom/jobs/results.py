@@ -115,6 +115,9 @@ def check_writable(paths: Iterable[Path]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path.parent} is not writable: choose another folder")
+        # Root may write anywhere, but not on a read-only disk.
+        with _explained(str(path)), tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def _is_same(one: Path, other: Path) -> bool:
