@@ -10,11 +10,11 @@ import torch
 from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
 from elbowroom.core.pipedream_text import read_layer_graph
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCRIPT = """\
 import torch
 from torch import nn
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 def make_model():
     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -70,9 +70,17 @@ def test_what_symbolic_tracing_cannot_follow_is_exported() -> None:
     assert counted == {"bn.num_batches_tracked"}
 
 
-def test_the_model_stays_as_it_was() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), Residual(4), nn.Dropout(0.5)).train()
-    model[1].bn1.eval()
+def frozen_norm(model: nn.Module) -> nn.Module:
+    """In training, but for one batch norm."""
+    next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d)).eval()
+    return model
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(nn.Conv2d(4, 4, 1), Residual(4), nn.Dropout(0.5)), Residual(4)]
+)
+def test_the_model_stays_as_it_was(model: nn.Module) -> None:
+    model = frozen_norm(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
@@ -97,6 +105,25 @@ def test_constants_do_not_stay_in_the_model() -> None:
     before = sorted(vars(model))
     trace_model(model, torch.randn(3))
     assert sorted(vars(model)) == before
+
+
+class Assigns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count = self.count + 1
+        return x * self.count
+
+
+def test_a_buffer_that_is_assigned_stays_a_buffer() -> None:
+    model = Assigns()
+    count = model.count
+    traced = trace_model(model, torch.randn(3))
+    assert model.count is count
+    assert count == 0
+    assert [name for name, _ in traced.tied] == ["count"]
 
 
 class Branches(nn.Module):

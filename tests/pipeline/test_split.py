@@ -14,7 +14,7 @@ from torch.nn import functional
 from elbowroom.core.errors import SplitError
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import split
-from tests.pipeline.models import CASES, TinyLM, evenly, plan_of, skips, tiny_lm
+from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm
 from tests.pipeline.runs import assert_equal, run_model, run_stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +50,13 @@ def test_stages_are_the_model_in_eval(name: str) -> None:
 def test_another_batch_has_other_sizes() -> None:
     model, inputs = tiny_lm()
     compare(model, inputs, 4, later=torch.randint(0, 50, (2, 7)))
+
+
+def test_a_norm_that_is_frozen_stays_frozen() -> None:
+    model, inputs = CASES["conv_net"]()
+    assert isinstance(model, ConvNet)
+    model.blocks[0].bn2.eval()
+    compare(model, inputs, 3)
 
 
 def test_dropout_draws_what_the_model_draws() -> None:

@@ -26,6 +26,7 @@ from elbowroom.core.layer_graph import Edge
 from elbowroom.pipeline.tracing import ModelGraph, find_graph, untouched
 from elbowroom.pipeline.values import Value, tensors_in, value_of
 
+_OUTPUT = "output"
 _LONGEST_DESCRIPTION = 80
 
 
@@ -86,6 +87,11 @@ class TracedModel:
     def by_name(self) -> dict[str, TracedLayer]:
         return {layer.name: layer for layer in self.layers}
 
+    @cached_property
+    def places(self) -> dict[fx.Node, int]:
+        """Of the graph's nodes, in the order in which they run."""
+        return {node: place for place, node in enumerate(self.graph.module.graph.nodes)}
+
     @property
     def edges(self) -> tuple[Edge, ...]:
         return tuple(Edge(s, layer.name) for layer in self.layers for s in layer.sources)
@@ -102,7 +108,7 @@ class TracedModel:
     def named_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
         """The tensors of a batch, by the names that stages load them by."""
         values = self.graph.placeholder_values(inputs)
-        nodes = [node for node in self.graph.module.graph.nodes if node.op == "placeholder"]
+        nodes = [node for node in self.places if node.op == "placeholder"]
         given = dict(zip(nodes, values, strict=True))
         named: dict[str, torch.Tensor] = {}
         for layer in self.layers:
@@ -166,6 +172,7 @@ class _Finder:
         self.nodes: list[fx.Node] = list(graph.module.graph.nodes)
         self.place = {node: place for place, node in enumerate(self.nodes)}
         self.names: dict[fx.Node, str] = {}
+        self.taken = {_OUTPUT}
         self.state_names = {id(p): name for name, p in model.named_parameters()}
         self.state_names |= {id(b): name for name, b in model.named_buffers()}
 
@@ -187,8 +194,7 @@ class _Finder:
         outputs = (*output.helpers, self.nodes[-1])
         unread = self._unread(layers)
         if results != unread or len(results) != 1:
-            sources = [n for n, name in self.names.items() if name in {*results, *unread}]
-            layers.append(self._output(sources))
+            layers.append(_output(self.names.values(), {*results, *unread}))
         training = self.model.training
         return TracedModel(self.model, self.graph, tuple(layers), results, outputs, training)
 
@@ -199,10 +205,10 @@ class _Finder:
         return bool(node.users) or (node.op != "placeholder" and not is_part)
 
     def _name(self, node: fx.Node) -> str:
-        taken = {*self.names.values()}
         name = str(node.target) if node.op in ("call_module", "placeholder") else node.name
-        while name in taken or name == "output":
+        while name in self.taken:
             name = f"{name}_1"
+        self.taken.add(name)
         return name
 
     def _layer(self, node: fx.Node, effects: list[fx.Node]) -> TracedLayer:
@@ -221,10 +227,6 @@ class _Finder:
             parameters=parameters,
             state=state,
         )
-
-    def _output(self, sources: list[fx.Node]) -> TracedLayer:
-        names = tuple(self.names[source] for source in sources)
-        return TracedLayer("output", "Output", None, (), names, None)
 
     def _unread(self, layers: list[TracedLayer]) -> tuple[str, ...]:
         read = {source for layer in layers for source in layer.sources}
@@ -285,6 +287,11 @@ class _Read(NamedTuple):
 
     sources: tuple[fx.Node, ...]
     helpers: tuple[fx.Node, ...]
+
+
+def _output(names: Iterable[str], read: set[str]) -> TracedLayer:
+    sources = tuple(name for name in names if name in read)
+    return TracedLayer(_OUTPUT, "Output", None, (), sources, None)
 
 
 def _tensors_of(nodes: list[fx.Node], module: fx.GraphModule) -> Iterator[torch.Tensor]:

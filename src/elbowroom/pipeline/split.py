@@ -157,8 +157,6 @@ class _Builder:
         self.root: dict[str, Any] = {}
         self._copies: dict[fx.Node, fx.Node] = {}
         self._tensors: dict[str, list[fx.Node]] = {}
-        order = traced.graph.module.graph.nodes
-        self._place = {node: place for place, node in enumerate(order)}
 
     def take(self, name: str, is_overwritten: bool) -> None:
         """A layer's output comes from outside. What is written into must be a copy.
@@ -181,7 +179,7 @@ class _Builder:
     def copy(self, nodes: Sequence[fx.Node]) -> None:
         """Runs nodes here. Those that are there already are not run twice."""
         module = self.traced.graph.module
-        for node in sorted({*nodes} - {*self._copies}, key=self._place.__getitem__):
+        for node in sorted({*nodes} - {*self._copies}, key=self.traced.places.__getitem__):
             if node.op in ("placeholder", "output"):
                 continue
             if node.op in ("call_module", "get_attr"):

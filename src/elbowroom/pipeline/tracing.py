@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import linecache
 import logging
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,7 @@ RELATIVE_ERROR = 1e-3
 """Of a graph against its model: the same kernels agree to the bit, but need not on every device."""
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
-_CONSTANT = "_tensor_constant"
+_STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
 
 
 class Call(NamedTuple):
@@ -85,19 +86,22 @@ def as_call(inputs: Any) -> Call:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back what runs change: buffers, modes of modules, and torch's random numbers."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modes = [(module, module.training) for module in model.modules()]
+    """Puts back what runs and tracers change: buffers, attributes, modes, random numbers."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     try:
         with torch.random.fork_rng(devices=sorted(devices)):
             yield
     finally:
+        for module, attributes, buffers in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
-        for module, training in modes:
-            module.training = training
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
@@ -170,27 +174,19 @@ def _sequential(model: nn.Module, call: Call) -> ModelGraph:
 
 def _symbolic(model: nn.Module, call: Call) -> ModelGraph:
     found = _traced(model, call, False)
-    training = model.training
     try:
-        model.train(not training)
-        mode_matters = _traced(model, call, False).module.code != found.module.code
+        with untouched(model):
+            model.train(not model.training)
+            mode_matters = _traced(model, call, False).module.code != found.module.code
     except Exception:  # what it does in its other mode cannot be written down
         mode_matters = True
-    finally:
-        model.train(training)
     return ModelGraph(found.module, found.keys, None, mode_matters)
 
 
 def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGraph:
     tracer = _Tracer(call, children_are_leaves)
-    before = set(vars(model))
-    try:
-        graph = tracer.trace(model)
-        module = fx.GraphModule(model, graph)
-    finally:
-        for name in set(vars(model)) - before:  # the tracer leaves constants there
-            if name.startswith(_CONSTANT):
-                delattr(model, name)
+    with untouched(model):  # tensors that the tracer finds in a forward become attributes
+        module = fx.GraphModule(model, tracer.trace(model))
     return ModelGraph(module, tuple(tracer.traced_keys), None, False)
 
 
@@ -220,7 +216,7 @@ def _called(model: nn.Module, inputs: Any) -> Any:
 
 def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> list[torch.Tensor | None]:
     """Tensors that a run gives, and gradients of the sum of their squares."""
-    with torch.random.fork_rng(), untouched(model), torch.enable_grad():
+    with untouched(model), torch.enable_grad():
         torch.manual_seed(0)
         batch = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
         outputs = tensors_in(run(batch))
@@ -265,9 +261,12 @@ def _where(error: Exception) -> str:
     """The innermost line of the user's own code."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        is_generated = not path.exists()
-        if is_generated or path.is_relative_to(_TORCH) or path.is_relative_to(_OURS):
-            continue
-        line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-        return f" ({path}:{frame.lineno}: `{line}`)"
+        if path.exists() and not _is_machinery(path):
+            line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            return f" ({path}:{frame.lineno}: `{line}`)"
     return ""
+
+
+def _is_machinery(path: Path) -> bool:
+    in_stdlib = path.is_relative_to(_STDLIB) and not path.is_relative_to(_PACKAGES)
+    return in_stdlib or path.is_relative_to(_TORCH) or path.is_relative_to(_OURS)
