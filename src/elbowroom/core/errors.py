@@ -19,6 +19,14 @@ class MemoryPlanError(ElbowroomError):
     """The layout does not fit in the memory of one replica."""
 
 
+class UntraceableModelError(InputError):
+    """A model whose forward cannot be written down as layers that follow each other."""
+
+
+class SplitError(InputError):
+    """A plan that cannot be applied to this model: of another model, or between tied weights."""
+
+
 class UnsupportedModelError(ElbowroomError):
     """No feed-forward network that we recognise, or one that the pool cannot hold."""
 
