@@ -76,5 +76,5 @@ def minibatch(case: Case, number: int) -> tuple[tuple[torch.Tensor, torch.Tensor
     return (draw(), draw()), draw()
 
 
-def loss_of(y: torch.Tensor, _: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return functional.mse_loss(y, target)
+def loss_of(outputs: tuple[torch.Tensor, torch.Tensor], target: torch.Tensor) -> torch.Tensor:
+    return functional.mse_loss(outputs[0], target)

@@ -46,7 +46,8 @@ def main(case: Case, folder: Path, number: int) -> None:
     for index in range(case.num_minibatches):
         if index in case.breaks:
             worker.drain()
-        losses.append(worker.train_step(*minibatch(case, index)))
+        inputs, target = minibatch(case, index)
+        losses.append(worker.train_step(inputs if worker.number == 0 else (), target))
     worker.drain()
     worker.close()
     seen = {

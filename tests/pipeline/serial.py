@@ -107,7 +107,7 @@ def _loss(
         key = np.random.SeedSequence((0, k, number)).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key))
         tensors = stage(*tensors)
-    return loss_of(*tensors, target)
+    return loss_of(tensors, target)
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import lcm
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import Leaves, Semantics, Versions
 
 Tensors = tuple[torch.Tensor, ...]
-LossFunction = Callable[..., torch.Tensor]
-"""Of the last stage's outputs and the targets, a mean over the minibatch."""
+LossFunction = Callable[[Any, Any], torch.Tensor]
+"""Of what the last stage gives and the targets: a mean over the minibatch."""
 
 
 class Done(NamedTuple):
@@ -75,8 +75,9 @@ class StageOptions:
 class StageWorker:
     """Worker number ``worker`` of ``places``. Needs a process group of all workers.
 
-    ``stage`` takes the tensors that the stage before it gives, and gives a tuple of them; the last
-    stage's go to ``loss_fn``. ``scheduler`` steps after every update.
+    ``stage`` takes the tensors that the stage before it gives, then its own inputs, and gives a
+    tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
+    update.
     """
 
     def __init__(
@@ -111,8 +112,9 @@ class StageWorker:
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
 
-        Only the first stage reads ``inputs``, only the last ``targets``. Gives the loss where the
-        last stage has run the minibatch, else None; with ``flush``, of the microbatches run here.
+        ``inputs`` are those of this stage, beside what it receives; only the last one reads
+        ``targets``. Gives the loss where the last stage has run the minibatch, else None; with
+        ``flush``, of the microbatches run here.
         """
         if self._options.semantics != "flush":
             return self._feed(tuple(inputs), targets)
@@ -159,7 +161,7 @@ class StageWorker:
         label = version * replicas  # so many minibatches it has learned from
         if self._before:
             message = self.links.receive(self._places.worker(self.number - 1, minibatch))
-            inputs = tuple(_as_leaf(tensor) for tensor in message.tensors)
+            inputs = (*(_as_leaf(tensor) for tensor in message.tensors), *inputs)
             if self._options.semantics == "vertical-sync":
                 label = message.label
                 version = label // replicas
@@ -168,9 +170,8 @@ class StageWorker:
         leaves = self.versions.acquire(version)
         with self._randomness(minibatch), self._autocast():
             outputs = functional_call(self.stage, dict(leaves), inputs)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             if not self._behind:
-                outputs = (self._loss_fn(*outputs, targets),)
+                outputs = (self._loss_fn(outputs, targets),)
         flight = _Flight(minibatch, version, leaves, inputs, outputs, message)
         self._flights.append(flight)
         self._note("forward", flight, begin)
