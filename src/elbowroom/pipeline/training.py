@@ -1,4 +1,4 @@
-"""``Pipeline``: a model in stages on the workers of a process group, one minibatch after another."""
+"""``Pipeline``: a model in stages on the workers of a process group, minibatch after minibatch."""
 
 from __future__ import annotations
 
