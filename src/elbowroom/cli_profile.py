@@ -17,8 +17,9 @@ from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.pipedream_text import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import check_writable, write_atomically
-from elbowroom.pipeline.layers import TracedModel, trace_model
+from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.script import load_script
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.profiling.layers import LEAST_SECONDS, SweepLimits, measure
 
 _TABLE_WIDTH = 120

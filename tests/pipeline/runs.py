@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.pipeline.layers import TracedModel
 from elbowroom.pipeline.split import Stage
+from elbowroom.pipeline.traced import TracedModel
 
 
 class Outcome(NamedTuple):

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import SplitError
 from elbowroom.core.pipeline_plan import PipelinePlan
-from elbowroom.pipeline.layers import TracedModel, attribute
+from elbowroom.pipeline.layers import attribute
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.values import Value
 
 _SHOWN = 5

@@ -30,7 +30,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError
-from elbowroom.pipeline.values import tensors_in
+from elbowroom.pipeline.values import copy_of, tensors_in
 
 RELATIVE_ERROR = 1e-3
 """Of a graph against its model: the same kernels agree to the bit, but need not on every device."""
@@ -218,8 +218,7 @@ def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> list[t
     """Tensors that a run gives, and gradients of the sum of their squares."""
     with untouched(model), torch.enable_grad():
         torch.manual_seed(0)
-        batch = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
-        outputs = tensors_in(run(batch))
+        outputs = tensors_in(run(copy_of(inputs)))
         parameters = [p for p in model.parameters() if p.requires_grad]
         losses = [x.square().sum() for x in outputs if x.requires_grad]
         if not losses or not parameters:

@@ -69,3 +69,8 @@ def value_of(name: str, value: Any) -> Value:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """In the order in which they stand."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def copy_of(value: Any) -> Any:
+    """The same in tensors of its own."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)

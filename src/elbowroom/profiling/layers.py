@@ -20,8 +20,9 @@ from torch import nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Layer, LayerGraph
-from elbowroom.pipeline.layers import TracedLayer, TracedModel, trace_model
+from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import Part, Stage, build_stage
+from elbowroom.pipeline.traced import TracedLayer, TracedModel
 from elbowroom.pipeline.tracing import untouched
 
 WARM_UP_SWEEPS = 2
