@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.core.errors import SplitError
+from elbowroom.core.errors import InputError, SplitError
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import split
 from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm
@@ -50,6 +50,21 @@ def test_stages_are_the_model_in_eval(name: str) -> None:
 def test_another_batch_has_other_sizes() -> None:
     model, inputs = tiny_lm()
     compare(model, inputs, 4, later=torch.randint(0, 50, (2, 7)))
+
+
+def test_an_exported_model_has_one_shape() -> None:
+    model, inputs = CASES["looks"]()
+    traced = trace_model(model, inputs)
+    with pytest.raises(InputError, match=r"'x' has the shape \[4, 6\], .* exported with \[5, 6\]"):
+        traced.named_inputs(torch.randn(4, 6))
+
+
+def test_shapes_and_types_of_what_travels() -> None:
+    model, inputs = skips()
+    traced = trace_model(model.double(), {name: x.double() for name, x in inputs.items()})
+    facts = traced.tensors["lstm[1]"]
+    assert facts == ("lstm[1]", (1, 3, 6), torch.float64, True, 8 * 3 * 6)
+    assert not traced.tensors["x"].needs_grad
 
 
 def test_a_norm_that_is_frozen_stays_frozen() -> None:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
+from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Edge
 from elbowroom.pipeline.tracing import ModelGraph
-from elbowroom.pipeline.values import Value
+from elbowroom.pipeline.values import TensorFacts, Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,8 +90,17 @@ class TracedModel:
                 users.setdefault(name, []).append(layer.name)
         return tuple(Tied(name, tuple(who)) for name, who in users.items() if len(who) > 1)
 
+    @cached_property
+    def tensors(self) -> dict[str, TensorFacts]:
+        """Of all layers and inputs, by name."""
+        values = [layer.value for layer in self.layers if layer.value is not None]
+        return {tensor.name: tensor for value in values for tensor in value.tensors}
+
     def named_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        """The tensors of a batch, by the names that stages load them by."""
+        """The tensors of a batch, by the names that stages load them by.
+
+        Raises InputError for another shape than the traced one, where export has fixed that.
+        """
         values = self.graph.placeholder_values(inputs)
         nodes = [node for node in self.places if node.op == "placeholder"]
         given = dict(zip(nodes, values, strict=True))
@@ -100,4 +110,11 @@ class TracedModel:
                 assert layer.node is not None and layer.value is not None
                 tensors = layer.value.flatten(given[layer.node])
                 named.update(zip(layer.value.names, tensors, strict=True))
+        for name, tensor in named.items():
+            traced = self.tensors[name].shape
+            if self.graph.is_exported and tensor.shape != traced:
+                raise InputError(
+                    f"input '{name}' has the shape {[*tensor.shape]}, and was exported with "
+                    f"{[*traced]}: give all batches that shape, or trace the model with this one"
+                )
         return named

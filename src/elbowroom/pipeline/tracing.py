@@ -4,7 +4,9 @@ Three ways, the first that works is taken:
 
 1. An ``nn.Sequential`` is its children, one after the other. What happens in them does not matter.
 2. Symbolic tracing: calls of ``torch.nn`` modules, and the functions and methods between them.
-3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's.
+3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's, its
+   shapes and its mode are those of the batch and the model that it saw. Models that ask whether
+   they are being traced may then choose other kernels, which round otherwise.
 
 Tracing can go wrong without a word: a forward that says ``torch.no_grad()``, looks at ``None`` or
 draws its own numbers is traced as something else. Hence each graph is run beside the model, forward
@@ -63,6 +65,10 @@ class ModelGraph:
     keys: tuple[int | str, ...] | None
     result: pytree.TreeSpec | None
     mode_matters: bool
+
+    @property
+    def is_exported(self) -> bool:
+        return self.keys is None
 
     def placeholder_values(self, inputs: Any) -> list[Any]:
         call = as_call(inputs)
