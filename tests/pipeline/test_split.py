@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -50,6 +51,26 @@ def test_stages_are_the_model_in_eval(name: str) -> None:
 def test_another_batch_has_other_sizes() -> None:
     model, inputs = tiny_lm()
     compare(model, inputs, 4, later=torch.randint(0, 50, (2, 7)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CASES)
+def test_plans_may_put_branches_in_any_order(name: str, seed: int) -> None:
+    """Without random numbers, which are drawn in another order then."""
+    model, inputs = CASES[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model)
+    traced = trace_model(model, inputs)
+    rng = random.Random(seed)
+    waiting = {layer.name: set(layer.sources) for layer in traced.layers}
+    order: list[str] = []
+    while waiting:
+        order.append(rng.choice([n for n, read in waiting.items() if read <= set(order)]))
+        del waiting[order[-1]]
+    stages = split(traced, evenly(order, rng.randint(2, min(6, len(order)))))
+    assert_equal(run_model(twin, inputs), run_stages(traced, stages, inputs))
 
 
 def test_an_exported_model_has_one_shape() -> None:
