@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,17 @@ def test_a_profile_is_printed_and_written(
     assert f"s taken: plan with plan-pipeline {out}" in " ".join(shown.err.split())
     plan = ["plan-pipeline", str(out), "--workers", "2", "--bandwidth", "1Gbit/s"]
     assert main(plan) == EXIT_GOOD
+
+
+def test_names_with_brackets_are_printed(
+    script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = "class Odd(nn.ReLU):\n    def __repr__(self):\n        return 'Odd[red](3)[/red]'\n\n"
+    script.write_text(
+        SCRIPT.replace("def make_model", f"{named}def make_model").replace("nn.ReLU()", "Odd()")
+    )
+    assert main(["profile-model", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
+    assert "Odd[red](3)[/red]" in capsys.readouterr().out
 
 
 def test_tied_weights_are_told(
@@ -142,3 +155,8 @@ def test_files_that_are_no_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
     other = tmp_path / "script.txt"
     other.write_text(SCRIPT)
     assert "its name must end in .py" in refused(capsys, str(other), *out)
+
+
+def test_other_commands_do_not_wait_for_torch() -> None:
+    check = "import sys, elbowroom.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -7,8 +7,8 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -17,9 +17,9 @@ from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.pipedream_text import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import check_writable, write_atomically
-from elbowroom.pipeline.layers import TracedModel, trace_model
-from elbowroom.pipeline.script import load_script
-from elbowroom.profiling.layers import LEAST_SECONDS, SweepLimits, measure
+
+if TYPE_CHECKING:
+    from elbowroom.profiling.script import ScriptProfile
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48
@@ -35,9 +35,7 @@ def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     profile.add_argument("--out", type=Path, required=True, help="a profile for plan-pipeline")
     profile.add_argument("--text", type=Path, metavar="FILE", help="and one as PipeDream's text")
-    profile.add_argument(
-        "--seconds", type=seconds, default=LEAST_SECONDS, help="of measuring (default %(default)s)"
-    )
+    profile.add_argument("--seconds", type=seconds, help="of measuring (default 1)")
     profile.add_argument("--threads", type=count, help="of torch (default: torch's own)")
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 
@@ -45,24 +43,21 @@ def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _profile_model(args: argparse.Namespace, console: Console) -> int:
     begin = time.perf_counter()
     check_writable([args.out, *([args.text] if args.text is not None else [])])
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    script = load_script(args.script)
-    model = script.make_model(args.seed)
-    inputs, targets = script.make_batch(torch.Generator().manual_seed(args.seed))
-    traced = trace_model(model.train(), inputs)
-    limits = SweepLimits(seconds=args.seconds)
-    graph = measure(traced, inputs, targets, script.loss_fn, limits)
+    # Loaded here: torch takes longer to load than most commands to run.
+    from elbowroom.profiling.script import profile_script
+
+    profile = profile_script(args.script, args.seed, args.seconds, args.threads)
+    graph = profile.graph
     # Whatever may be refused is refused before anything is written.
     texts = {args.out: json.dumps(graph.to_json(), indent=2) + "\n"}
     if args.text is not None:
         texts[args.text] = write_pipedream(graph)
     for path, text in texts.items():
         write_atomically(path, iter([text.encode()]))
-    screen = Console()
+    screen = Console(markup=False, highlight=False)  # names may have brackets
     screen.width = max(screen.width, _TABLE_WIDTH)
     _print_graph(screen, graph)
-    _print_notes(console, traced)
+    _print_notes(console, profile)
     taken = time.perf_counter() - begin
     console.print(f"{taken:.1f} s taken: plan with plan-pipeline {args.out}", highlight=False)
     return 0
@@ -75,7 +70,7 @@ def _print_graph(screen: Console, graph: LayerGraph) -> None:
         table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     for layer in graph.layers:
         table.add_row(*_row(layer))
-    screen.print(table, markup=False, highlight=False)
+    screen.print(table)
     forward = sum(layer.forward_seconds for layer in graph.layers)
     backward = sum(layer.backward_seconds for layer in graph.layers)
     outputs = sum(layer.activation_bytes for layer in graph.layers)
@@ -83,7 +78,6 @@ def _print_graph(screen: Console, graph: LayerGraph) -> None:
     screen.print(
         f"{len(graph.layers)} layers: {_milliseconds(forward)} forward, {_milliseconds(backward)} "
         f"backward, outputs {format_bytes(outputs)}, parameters {format_bytes(parameters)}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -105,8 +99,8 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
 
 
-def _print_notes(console: Console, traced: TracedModel) -> None:
-    for tied in traced.tied:
+def _print_notes(console: Console, profile: ScriptProfile) -> None:
+    for tied in profile.tied:
         console.print(
             f"'{tied.name}' is shared by {', '.join(tied.layers)}: only a plan with them in one "
             "stage can be trained",

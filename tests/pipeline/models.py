@@ -119,6 +119,22 @@ class Looks(nn.Module):
         return self.two(self.bn(x) / scale)
 
 
+class Counter(nn.Module):
+    """Counts its calls, before its first layer and behind its last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("begun", torch.zeros(()))
+        self.register_buffer("ended", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begun.add_(1)
+        x = self.two(self.one(x).relu()).tanh()
+        self.ended.add_(1)
+        return x
+
+
 class Pair(nn.Module):
     """Gives two tensors to the next block."""
 
@@ -163,6 +179,10 @@ def looks() -> Case:
     return Case(Looks(), torch.randn(5, 6))
 
 
+def counter() -> Case:
+    return Case(Counter(), torch.randn(5, 6))
+
+
 def blocks() -> Case:
     return Case(
         nn.Sequential(Pair(), Joined(), nn.Dropout(0.3), Pair(), Joined()), torch.rand(5, 6)
@@ -170,7 +190,7 @@ def blocks() -> Case:
 
 
 CASES: dict[str, Callable[[], Case]] = {
-    case.__name__: case for case in (mlp, conv_net, tiny_lm, skips, looks, blocks)
+    case.__name__: case for case in (mlp, conv_net, tiny_lm, skips, looks, counter, blocks)
 }
 
 

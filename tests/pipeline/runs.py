@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.pipeline.layers import TracedModel
 from elbowroom.pipeline.split import Stage
+from elbowroom.pipeline.traced import TracedModel
+from elbowroom.pipeline.values import TensorFacts
 
 
 class Outcome(NamedTuple):
@@ -45,8 +46,8 @@ def run_stages(traced: TracedModel, stages: list[Stage], inputs: Any) -> Outcome
         runs.append((leaves, given))
         if stage is not stages[-1]:
             assert len(given) == len(stage.passes)
-            pairs = zip(given, stage.passes_grad, strict=True)
-            received = tuple(x.detach().clone().requires_grad_(needs) for x, needs in pairs)
+            facts = [traced.tensors[name] for name in stage.passes]
+            received = tuple(map(travelled, given, facts))
     outputs = runs[-1][1]
     loss_of(outputs).backward()
     for (_, given), (behind, _) in zip(runs[-2::-1], runs[:0:-1], strict=True):
@@ -54,6 +55,12 @@ def run_stages(traced: TracedModel, stages: list[Stage], inputs: Any) -> Outcome
         back = [(x, grad) for x, grad in back if grad is not None]
         torch.autograd.backward([x for x, _ in back], [grad for _, grad in back])
     return _outcome(model, outputs)
+
+
+def travelled(tensor: torch.Tensor, facts: TensorFacts) -> torch.Tensor:
+    """As it arrives in a buffer that was made for it."""
+    buffer = torch.empty(tensor.shape, dtype=facts.dtype)
+    return buffer.copy_(tensor.detach()).requires_grad_(facts.needs_grad)
 
 
 def _outcome(model: nn.Module, outputs: Any) -> Outcome:

@@ -154,9 +154,15 @@ class Overwrites(nn.Module):
         return y + z.view(-1, 6)
 
 
+class Nothing(nn.Module):
+    def forward(self, x: torch.Tensor) -> int:
+        return 3
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        (Nothing(), "gives no tensor"),
         (Branches(), r"test_layers.py:\d+: `if x.sum\(\) > 0:`.*nn.Sequential of blocks"),
         (Draws(), "computes something else than the model"),
         (Overwrites(), "'add_' writes in place into the output of 'linear', which 'add'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.core.errors import SplitError
+from elbowroom.core.errors import InputError, SplitError
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import split
 from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm
@@ -50,6 +51,41 @@ def test_stages_are_the_model_in_eval(name: str) -> None:
 def test_another_batch_has_other_sizes() -> None:
     model, inputs = tiny_lm()
     compare(model, inputs, 4, later=torch.randint(0, 50, (2, 7)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CASES)
+def test_plans_may_put_branches_in_any_order(name: str, seed: int) -> None:
+    """Without random numbers, which are drawn in another order then."""
+    model, inputs = CASES[name]()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    twin = copy.deepcopy(model)
+    traced = trace_model(model, inputs)
+    rng = random.Random(seed)
+    waiting = {layer.name: set(layer.sources) for layer in traced.layers}
+    order: list[str] = []
+    while waiting:
+        order.append(rng.choice([n for n, read in waiting.items() if read <= set(order)]))
+        del waiting[order[-1]]
+    stages = split(traced, evenly(order, rng.randint(2, min(6, len(order)))))
+    assert_equal(run_model(twin, inputs), run_stages(traced, stages, inputs))
+
+
+def test_an_exported_model_has_one_shape() -> None:
+    model, inputs = CASES["looks"]()
+    traced = trace_model(model, inputs)
+    with pytest.raises(InputError, match=r"'x' has the shape \[4, 6\], .* exported with \[5, 6\]"):
+        traced.named_inputs(torch.randn(4, 6))
+
+
+def test_shapes_and_types_of_what_travels() -> None:
+    model, inputs = skips()
+    traced = trace_model(model.double(), {name: x.double() for name, x in inputs.items()})
+    facts = traced.tensors["lstm[1]"]
+    assert facts == ("lstm[1]", (1, 3, 6), torch.float64, True, 8 * 3 * 6)
+    assert not traced.tensors["x"].needs_grad
 
 
 def test_a_norm_that_is_frozen_stays_frozen() -> None:

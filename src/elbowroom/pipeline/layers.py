@@ -1,4 +1,4 @@
-"""A traced model as layers: what each runs, what it reads, what it hands on, whose weights it has.
+"""Finds the layers of a model in the graph of its forward.
 
 - A call of a module, a function or a method that gives tensors is a layer, and so is an input.
 - Numbers (sizes, say) are no layers: each layer that uses one works it out again from the tensor
@@ -14,109 +14,18 @@ from __future__ import annotations
 import builtins
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
 from elbowroom.core.errors import UntraceableModelError
-from elbowroom.core.layer_graph import Edge
+from elbowroom.pipeline.traced import TracedLayer, TracedModel
 from elbowroom.pipeline.tracing import ModelGraph, find_graph, untouched
-from elbowroom.pipeline.values import Value, tensors_in, value_of
+from elbowroom.pipeline.values import copy_of, tensors_in, value_of
 
 _OUTPUT = "output"
 _LONGEST_DESCRIPTION = 80
-
-
-@dataclass(frozen=True, eq=False)
-class TracedLayer:
-    """One layer.
-
-    Args:
-        name: of the module as the model names it, or of the graph's node.
-        node: that gives its output; None for ``output``.
-        nodes: that run for it, ``node`` among them, in order.
-        sources: names of the layers whose output it reads, in order.
-        value: its output; None for ``output``.
-        overwrites: names of the layers into whose output it writes.
-        parameters: names of the parameters it uses, tied ones by one name.
-        state: names of what it changes in training: those with a gradient, and running statistics.
-
-    """
-
-    name: str
-    description: str
-    node: fx.Node | None
-    nodes: tuple[fx.Node, ...]
-    sources: tuple[str, ...]
-    value: Value | None
-    overwrites: tuple[str, ...] = ()
-    parameters: tuple[str, ...] = ()
-    state: tuple[str, ...] = ()
-
-    @property
-    def is_input(self) -> bool:
-        return self.node is not None and self.node.op == "placeholder"
-
-
-class Tied(NamedTuple):
-    """A parameter, or running statistics, of several layers."""
-
-    name: str
-    layers: tuple[str, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class TracedModel:
-    """A model and its layers, each after those that it reads.
-
-    ``training`` is the mode in which it was traced; ``results`` are the layers whose outputs the
-    model returns; ``output_nodes`` run for what it returns.
-    """
-
-    model: nn.Module
-    graph: ModelGraph
-    layers: tuple[TracedLayer, ...]
-    results: tuple[str, ...]
-    output_nodes: tuple[fx.Node, ...]
-    training: bool
-
-    @cached_property
-    def by_name(self) -> dict[str, TracedLayer]:
-        return {layer.name: layer for layer in self.layers}
-
-    @cached_property
-    def places(self) -> dict[fx.Node, int]:
-        """Of the graph's nodes, in the order in which they run."""
-        return {node: place for place, node in enumerate(self.graph.module.graph.nodes)}
-
-    @property
-    def edges(self) -> tuple[Edge, ...]:
-        return tuple(Edge(s, layer.name) for layer in self.layers for s in layer.sources)
-
-    @property
-    def tied(self) -> tuple[Tied, ...]:
-        """State that several layers share."""
-        users: dict[str, list[str]] = {}
-        for layer in self.layers:
-            for name in layer.state:
-                users.setdefault(name, []).append(layer.name)
-        return tuple(Tied(name, tuple(who)) for name, who in users.items() if len(who) > 1)
-
-    def named_inputs(self, inputs: Any) -> dict[str, torch.Tensor]:
-        """The tensors of a batch, by the names that stages load them by."""
-        values = self.graph.placeholder_values(inputs)
-        nodes = [node for node in self.places if node.op == "placeholder"]
-        given = dict(zip(nodes, values, strict=True))
-        named: dict[str, torch.Tensor] = {}
-        for layer in self.layers:
-            if layer.is_input:
-                assert layer.node is not None and layer.value is not None
-                tensors = layer.value.flatten(given[layer.node])
-                named.update(zip(layer.value.names, tensors, strict=True))
-        return named
 
 
 def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
@@ -130,14 +39,10 @@ def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
     run = _Run(graph.module)
     with untouched(model), torch.enable_grad():
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        copies = [_copy(value) for value in graph.placeholder_values(inputs)]
-        run.run(*copies, enable_io_processing=False)
+        values = graph.placeholder_values(copy_of(inputs))
+        run.run(*values, enable_io_processing=False)
         changed = [n for n, b in model.named_buffers() if not torch.equal(b, before[n])]
     return _Finder(model, graph, run, frozenset(changed)).traced()
-
-
-def _copy(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)
 
 
 class _Run(fx.Interpreter):
@@ -177,8 +82,22 @@ class _Finder:
         self.state_names |= {id(b): name for name, b in model.named_buffers()}
 
     def traced(self) -> TracedModel:
+        layers = [self._layer(*found) for found in self._find()]
+        output = self._read_by([self.nodes[-1]])
+        results = tuple(self.names[node] for node in output.sources)
+        if not results:
+            raise UntraceableModelError("the forward gives no tensor of its inputs or layers")
+        outputs = (*output.helpers, self.nodes[-1])
+        unread = self._unread(layers)
+        if results != unread or len(results) != 1:
+            layers.append(_output(self.names.values(), {*results, *unread}))
+        training = self.model.training
+        return TracedModel(self.model, self.graph, tuple(layers), results, outputs, training)
+
+    def _find(self) -> list[_Found]:
+        """Nodes that are layers, which get names here."""
+        found: list[_Found] = []
         effects: list[fx.Node] = []
-        layers: list[TracedLayer] = []
         for node in self.nodes:
             if not self._is_layer(node):
                 continue
@@ -187,16 +106,11 @@ class _Finder:
                 continue
             self.names[node] = self._name(node)
             self._check_writes(node)
-            layers.append(self._layer(node, effects))
+            found.append(_Found(node, effects))
             effects = []
-        output = self._read_by([self.nodes[-1]])
-        results = tuple(self.names[node] for node in output.sources)
-        outputs = (*output.helpers, self.nodes[-1])
-        unread = self._unread(layers)
-        if results != unread or len(results) != 1:
-            layers.append(_output(self.names.values(), {*results, *unread}))
-        training = self.model.training
-        return TracedModel(self.model, self.graph, tuple(layers), results, outputs, training)
+        if found:  # what is left has no layer after it
+            found[-1].effects.extend(effects)
+        return found
 
     def _is_layer(self, node: fx.Node) -> bool:
         if node.op in ("get_attr", "output") or not tensors_in(self.run.values[node]):
@@ -280,6 +194,13 @@ class _Finder:
                         f"'{node.name}' writes in place into the output of '{other.name}', which "
                         f"'{reader.name}' reads too: use the form that is not in place"
                     )
+
+
+class _Found(NamedTuple):
+    """A node that is a layer, and what runs with it that nobody reads."""
+
+    node: fx.Node
+    effects: list[fx.Node]
 
 
 class _Read(NamedTuple):

@@ -25,7 +25,8 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import SplitError
 from elbowroom.core.pipeline_plan import PipelinePlan
-from elbowroom.pipeline.layers import TracedModel, attribute
+from elbowroom.pipeline.layers import attribute
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.values import Value
 
 _SHOWN = 5
@@ -50,10 +51,10 @@ class Stage(nn.Module):
         body: runs the layers; in its ``state_dict`` the weights have the names that the model has
             for them, whatever the stages are.
         layers: names, in the order in which they run.
-        receives: names of the tensors that the stage before passes.
+        receives: names of the tensors that the stage before passes (``TracedModel.tensors`` has
+            their shapes, and whether they need gradients).
         loads: names of the model's inputs that it reads (``TracedModel.named_inputs``).
         passes: names of the tensors that the stage behind receives; empty for the last.
-        passes_grad: for each of them, whether a gradient comes back.
         only_mode: the one mode in which it does what the model does; None if it does in both.
 
     """
@@ -65,7 +66,6 @@ class Stage(nn.Module):
         self.receives = _tensors(traced, part.receives)
         self.loads = _tensors(traced, part.loads)
         self.passes = _tensors(traced, part.passes)
-        self.passes_grad = tuple(g for n in part.passes for g in _value(traced, n).needs_grad)
         self.only_mode = traced.training if traced.graph.mode_matters else None
         # Not by train(): what the model keeps in another mode, such as a frozen norm, stays so.
         self.training = body.training = traced.training

@@ -4,7 +4,9 @@ Three ways, the first that works is taken:
 
 1. An ``nn.Sequential`` is its children, one after the other. What happens in them does not matter.
 2. Symbolic tracing: calls of ``torch.nn`` modules, and the functions and methods between them.
-3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's.
+3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's, its
+   shapes and its mode are those of the batch and the model that it saw. Models that ask whether
+   they are being traced may then choose other kernels, which round otherwise.
 
 Tracing can go wrong without a word: a forward that says ``torch.no_grad()``, looks at ``None`` or
 draws its own numbers is traced as something else. Hence each graph is run beside the model, forward
@@ -30,10 +32,13 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError
-from elbowroom.pipeline.values import tensors_in
+from elbowroom.pipeline.values import copy_of, tensors_in
 
-RELATIVE_ERROR = 1e-3
-"""Of a graph against its model: the same kernels agree to the bit, but need not on every device."""
+RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
+"""Of a graph against its model, in the norm: at most the larger of the first and so many roundings.
+
+The same kernels agree to the bit, but not on every device, and export may choose others.
+"""
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
 _STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
@@ -63,6 +68,10 @@ class ModelGraph:
     keys: tuple[int | str, ...] | None
     result: pytree.TreeSpec | None
     mode_matters: bool
+
+    @property
+    def is_exported(self) -> bool:
+        return self.keys is None
 
     def placeholder_values(self, inputs: Any) -> list[Any]:
         call = as_call(inputs)
@@ -218,8 +227,7 @@ def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> list[t
     """Tensors that a run gives, and gradients of the sum of their squares."""
     with untouched(model), torch.enable_grad():
         torch.manual_seed(0)
-        batch = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, inputs)
-        outputs = tensors_in(run(batch))
+        outputs = tensors_in(run(copy_of(inputs)))
         parameters = [p for p in model.parameters() if p.requires_grad]
         losses = [x.square().sum() for x in outputs if x.requires_grad]
         if not losses or not parameters:
@@ -240,9 +248,11 @@ def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
         return False
     if torch.equal(one, other):
         return True
-    one, other = one.detach().double(), other.detach().double()
-    scale = float(one.abs().max())
-    return torch.allclose(one, other, RELATIVE_ERROR, RELATIVE_ERROR**2 * scale, equal_nan=True)
+    if not one.is_floating_point():
+        return False
+    tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
+    one, other = (x.detach().double().nan_to_num() for x in (one, other))
+    return bool((one - other).norm() <= tolerance * one.norm())
 
 
 def _untraceable(model: nn.Module, failures: list[Exception]) -> UntraceableModelError:

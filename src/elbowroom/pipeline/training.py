@@ -10,7 +10,8 @@ from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipeline_plan import PipelinePlan
-from elbowroom.pipeline.layers import TracedModel, trace_model
+from elbowroom.pipeline.layers import trace_model
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.places import Places
 from elbowroom.pipeline.split import Stage, split
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker

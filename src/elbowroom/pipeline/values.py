@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils import _pytree as pytree
+
+
+class TensorFacts(NamedTuple):
+    """A tensor that goes from layer to layer, as it was with the batch that was traced.
+
+    ``name`` is the layer's own, or ``layer[0]``, ``layer[1]`` and so on where there may be several.
+    ``needs_grad`` says whether a gradient comes back for it.
+    """
+
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
+    needs_grad: bool
+    num_bytes: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,20 +29,27 @@ class Value:
     """How one layer's output is made of tensors, as seen with the batch that was traced.
 
     Args:
-        names: of its tensors: the layer's own name, or ``name[0]``, ``name[1]`` and so on.
-        spec: what the tensors stand in.
+        tensors: in the order in which they stand.
+        spec: what they stand in.
         leaves: of that, in order; None where a tensor stands, else what was there.
-        needs_grad: of each tensor.
-        num_bytes: of all tensors.
+        is_tensor: of each leaf.
 
     """
 
-    names: tuple[str, ...]
+    tensors: tuple[TensorFacts, ...]
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     is_tensor: tuple[bool, ...]
-    needs_grad: tuple[bool, ...]
-    num_bytes: int
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors."""
+        return tuple(tensor.name for tensor in self.tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
     def is_plain(self) -> bool:
@@ -55,17 +76,23 @@ def value_of(name: str, value: Any) -> Value:
     """Describes the output of a layer; keeps none of its tensors."""
     leaves, spec = pytree.tree_flatten(value)
     tensors = tensors_in(value)
-    is_plain = spec.is_leaf()
+    names = [name] if spec.is_leaf() else [f"{name}[{k}]" for k in range(len(tensors))]
     return Value(
-        names=(name,) if is_plain else tuple(f"{name}[{i}]" for i in range(len(tensors))),
+        tensors=tuple(
+            TensorFacts(called, tensor.shape, tensor.dtype, tensor.requires_grad, tensor.nbytes)
+            for called, tensor in zip(names, tensors, strict=True)
+        ),
         spec=spec,
         leaves=tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
         is_tensor=tuple(isinstance(leaf, torch.Tensor) for leaf in leaves),
-        needs_grad=tuple(tensor.requires_grad for tensor in tensors),
-        num_bytes=sum(tensor.nbytes for tensor in tensors),
     )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """In the order in which they stand."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def copy_of(value: Any) -> Any:
+    """The same in tensors of its own."""
+    return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)

@@ -20,8 +20,9 @@ from torch import nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Layer, LayerGraph
-from elbowroom.pipeline.layers import TracedLayer, TracedModel, trace_model
+from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import Part, Stage, build_stage
+from elbowroom.pipeline.traced import TracedLayer, TracedModel
 from elbowroom.pipeline.tracing import untouched
 
 WARM_UP_SWEEPS = 2
@@ -128,12 +129,7 @@ class _Sweeps:
         }
         names = tuple(name for name in traced.results if name in traced.by_name)
         self.loss = _Timed(build_stage(traced, Part((), names, (), ()), is_last=True), ())
-        self._needs_grad = {
-            name: needs
-            for layer in traced.layers
-            if layer.value is not None
-            for name, needs in zip(layer.value.names, layer.value.needs_grad, strict=True)
-        }
+        self._facts = traced.tensors
         self._wait = _waiter(traced.model)
 
     def forget_times(self) -> None:
@@ -164,7 +160,7 @@ class _Sweeps:
         names = self.loss.stage.receives
         if self._loss_fn is None:
             for name in names:
-                if self._needs_grad[name]:
+                if self._facts[name].needs_grad:
                     gradients[name] = torch.ones_like(tensors[name])
             return
         inputs = self._leaves(self.loss.stage, tensors)
@@ -203,7 +199,7 @@ class _Sweeps:
     def _leaves(self, stage: Stage, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """What a layer reads. Gradients are computed for what had one in the whole model."""
         names = (*stage.receives, *stage.loads)
-        return tuple(tensors[n].detach().requires_grad_(self._needs_grad[n]) for n in names)
+        return tuple(tensors[n].detach().requires_grad_(self._facts[n].needs_grad) for n in names)
 
     def _now(self) -> float:
         self._wait()
