@@ -11,9 +11,9 @@ from torch import distributed, nn
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.places import Places
 from elbowroom.pipeline.split import Stage, split
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
 
 OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
