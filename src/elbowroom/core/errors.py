@@ -37,3 +37,17 @@ class ReplicaError(ElbowroomError):
 
 class JobStoppedError(ElbowroomError):
     """A job ended before its last row. What is finished is kept; the same command goes on."""
+
+
+class ScheduleError(ElbowroomError):
+    """A schedule of a pipeline cannot be carried out, or would not train what it should.
+
+    ``worker`` and ``action`` (its text form) say where, as far as it is one place.
+    """
+
+    def __init__(self, problem: str, worker: int | None = None, action: str | None = None) -> None:
+        place = "" if worker is None else f"worker {worker}"
+        place += "" if action is None else f", {action}"
+        super().__init__(f"{place}: {problem}" if place else problem)
+        self.worker = worker
+        self.action = action
