@@ -46,8 +46,7 @@ class ScheduleError(ElbowroomError):
     """
 
     def __init__(self, problem: str, worker: int | None = None, action: str | None = None) -> None:
-        place = "" if worker is None else f"worker {worker}"
-        place += "" if action is None else f", {action}"
-        super().__init__(f"{place}: {problem}" if place else problem)
+        places = ([] if worker is None else [f"worker {worker}"]) + ([action] if action else [])
+        super().__init__(": ".join([", ".join(places), problem] if places else [problem]))
         self.worker = worker
         self.action = action
