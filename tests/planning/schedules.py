@@ -35,7 +35,8 @@ def schedules(draw: st.DrawFn, most_minibatches: int = 14) -> Schedule:
     kind = draw(st.sampled_from(KINDS))
     flush_every = None if kind == "1f1b" else draw(st.integers(1, 6))
     num_minibatches = draw(st.integers(1, most_minibatches))
-    return plan_schedule(draw(REPLICAS), num_minibatches, kind, flush_every)
+    depth = 1 if kind == "gpipe" else draw(st.integers(1, 3))
+    return plan_schedule(draw(REPLICAS), num_minibatches, kind, flush_every, depth)
 
 
 class Refused(Exception):  # noqa: N818

@@ -52,12 +52,14 @@ def test_minibatches_go_round(schedule: Schedule) -> None:
                 assert replicas[action.minibatch % len(replicas)] == worker
 
 
-@given(REPLICAS, st.integers(1, 30))
-def test_one_forward_one_backward(replicas: tuple[int, ...], num_minibatches: int) -> None:
-    schedule = plan_schedule(replicas, num_minibatches)
+@given(REPLICAS, st.integers(1, 30), st.integers(1, 3))
+def test_one_forward_one_backward(
+    replicas: tuple[int, ...], num_minibatches: int, depth: int
+) -> None:
+    schedule = plan_schedule(replicas, num_minibatches, depth=depth)
     before = 0
     for stage, count in enumerate(replicas):
-        warmup = (sum(replicas) - 1 - before) // count
+        warmup = depth * (sum(replicas) - 1 - before) // count
         before += count
         for worker in schedule.workers(stage):
             kinds = "".join(x for x in computed(schedule, worker) if x in "FB")
@@ -83,6 +85,14 @@ def test_warmup() -> None:
     assert [warmup_forwards((1, 1, 1, 1), stage) for stage in range(4)] == [3, 2, 1, 0]
     assert [warmup_forwards((15, 1), stage) for stage in range(2)] == [1, 0]
     assert [warmup_forwards((2, 3, 1), stage) for stage in range(3)] == [2, 1, 0]
+    assert [warmup_forwards((2, 3, 1), stage, 2) for stage in range(3)] == [5, 2, 0]
+
+
+def test_refuses_depth() -> None:
+    with pytest.raises(InputError, match="of depth 0"):
+        plan_schedule((1,), 4, depth=0)
+    with pytest.raises(InputError, match="'gpipe' of depth 2"):
+        plan_schedule((1,), 4, "gpipe", 2, depth=2)
 
 
 @pytest.mark.parametrize(

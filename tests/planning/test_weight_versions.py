@@ -52,6 +52,18 @@ def most(schedule: Schedule, worker: int, rule: VersionRule) -> Held:
     return Held(max(x.in_flight for x in held), max(x.versions for x in held))
 
 
+@given(st.integers(1, 5), st.integers(1, 3))
+def test_deeper_pipes_use_older_weights(num_stages: int, depth: int) -> None:
+    schedule = plan_schedule((1,) * num_stages, 6 * num_stages, depth=depth)
+    versions = forward_versions(schedule)
+    for forward, version in versions.items():
+        late = depth * (num_stages - 1 - forward.stage)
+        assert version == max(0, forward.minibatch - late)
+    for k in range(num_stages):
+        held = depth * (num_stages - 1 - k) + 1
+        assert most(schedule, k, "stash") == Held(held, held)
+
+
 @given(REPLICAS)
 def test_depth_is_what_the_planner_reckons_with(replicas: tuple[int, ...]) -> None:
     schedule = plan_schedule(replicas, 8 * sum(replicas))

@@ -8,6 +8,11 @@ with floor((workers - 1 - replicas before its stage) / r) forwards and then alte
 one backward until no forward is left. Neither ratios of replicas nor the number of minibatches need
 be even.
 
+``depth`` multiplies workers - 1 - replicas before. At 1, the papers' number, stage k of n straight
+ones has n-k minibatches in flight, and there is no time to spare: what transfers take between two
+stages is added to their loop. At 2 transfers hide behind compute. It costs memory, as nearly twice
+as many weights and activations are kept, and the weights are older by as much.
+
 Rounds: ``1f1b`` updates a straight stage after each backward, and a stage of r replicas after each
 r consecutive minibatches, one for each replica, which then average their gradients (``Reduce``). A
 last round of fewer minibatches is averaged over those that there are: replicas without one enter
@@ -18,8 +23,8 @@ fewer too.
 No schedule of these deadlocks while a send does not wait for its receive. A backward of minibatch y
 at stage s follows the forward of y + W(s) r(s) there, and that of x at s follows, over all updates
 between, backwards below x - W(s) r(s) only. As floor(a / r) r > a - r, W(s) r(s) decreases from
-stage to stage; so whatever a backward waits for, it is backwards of earlier minibatches or of
-later stages.
+stage to stage; so whatever a backward waits for, it is backwards of earlier minibatches, or of the
+same one at later stages.
 """
 
 from __future__ import annotations
@@ -52,11 +57,13 @@ def plan_schedule(
     num_minibatches: int,
     kind: Kind = "1f1b",
     flush_every: int | None = None,
+    depth: int = 1,
 ) -> Schedule:
     """Actions of every worker, for stages of so many ``replicas`` each.
 
     ``flush_every`` is the number of minibatches between two flushes: of ``gpipe`` and
-    ``1f1b-flush`` alone, where it must be given. Raises InputError for what is no schedule.
+    ``1f1b-flush`` alone, where it must be given. ``gpipe`` has no ``depth``. Raises InputError for
+    what is no schedule.
     """
     if kind not in KINDS:
         raise InputError(f"schedule '{kind}' is not one of {', '.join(KINDS)}")
@@ -67,16 +74,18 @@ def plan_schedule(
         )
     if flush_every is not None and flush_every < 1:
         raise InputError(f"a flush after {flush_every} minibatches: give at least 1")
+    if depth < 1 or (depth > 1 and kind == "gpipe"):
+        raise InputError(f"schedule '{kind}' of depth {depth}: give 1, or more to 1f1b kinds")
     empty = Schedule(replicas, num_minibatches, ((),) * sum(replicas))
-    workers = (_Worker(empty, number) for number in range(empty.num_workers))
+    workers = (_Worker(empty, number, depth) for number in range(empty.num_workers))
     return Schedule(
         replicas, num_minibatches, tuple(tuple(w.actions(kind, flush_every)) for w in workers)
     )
 
 
-def warmup_forwards(replicas: tuple[int, ...], stage: int) -> int:
+def warmup_forwards(replicas: tuple[int, ...], stage: int, depth: int = 1) -> int:
     """Forwards of each replica of a stage before its first backward, in 1F1B."""
-    return (sum(replicas) - 1 - sum(replicas[:stage])) // replicas[stage]
+    return depth * (sum(replicas) - 1 - sum(replicas[:stage])) // replicas[stage]
 
 
 @dataclass(frozen=True)
@@ -85,17 +94,22 @@ class _Worker:
 
     pipe: Schedule
     number: int
+    depth: int
 
     @property
     def stage(self) -> int:
         return self.pipe.stages[self.number]
+
+    @property
+    def warmup(self) -> int:
+        return warmup_forwards(self.pipe.replicas, self.stage, self.depth)
 
     def actions(self, kind: Kind, flush_every: int | None) -> Iterator[PipelineAction]:
         last = self.pipe.num_minibatches
         if flush_every is None:
             yield from self._rounds(last)
             return
-        warmup = flush_every if kind == "gpipe" else warmup_forwards(self.pipe.replicas, self.stage)
+        warmup = flush_every if kind == "gpipe" else self.warmup
         for start in range(0, last, flush_every):
             stop = min(start + flush_every, last)
             for step in self._alternate(start, stop, warmup):
@@ -106,7 +120,7 @@ class _Worker:
         """1F1B: an update after each round of as many minibatches as the stage has replicas."""
         replicas = self.pipe.replicas[self.stage]
         ends = iter([*range(replicas - 1, last - 1, replicas), last - 1])
-        for step in self._alternate(0, last, warmup_forwards(self.pipe.replicas, self.stage)):
+        for step in self._alternate(0, last, self.warmup):
             yield from self._with_transfers(step)
             if isinstance(step, Backward):
                 yield from self._update(next(ends))
