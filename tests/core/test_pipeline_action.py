@@ -19,6 +19,7 @@ from elbowroom.core.pipeline_action import (
     SendActivation,
     SendGradient,
     Update,
+    message_of,
     parse_action,
 )
 
@@ -116,6 +117,19 @@ def test_schedules_as_text(
 def test_refuses_other_schedules(text: str, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         Schedule.parse(text)
+
+
+@given(ACTIONS, NUMBERS)
+def test_both_ends_of_a_message(action: PipelineAction, worker: int) -> None:
+    if isinstance(action, SendActivation | SendGradient):
+        message = message_of(worker, action)
+        assert message.send == action
+        assert message_of(action.worker, message.recv) == message
+        assert message.recv.worker == worker
+    elif isinstance(action, RecvActivation | RecvGradient):
+        message = message_of(worker, action)
+        assert message.recv == action
+        assert message_of(action.worker, message.send) == message
 
 
 def test_workers_are_counted_stage_by_stage() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from elbowroom.core.errors import InputError
 
@@ -125,6 +125,38 @@ def parse_action(text: str) -> PipelineAction:
             if (peer.letters, peer.arrow) == (letters, arrow):
                 return peer(int(stage), int(minibatch), int(worker))
     raise ValueError(f"'{text}' is not an action of a pipeline such as F1.5 or SA1.5>4")
+
+
+class Message(NamedTuple):
+    """An activation or a gradient between two workers. ``stage`` is that of the sender."""
+
+    source: int
+    target: int
+    is_activation: bool
+    stage: int
+    minibatch: int
+
+    @property
+    def send(self) -> Send:
+        """What the sender has in its list."""
+        kind = SendActivation if self.is_activation else SendGradient
+        return kind(self.stage, self.minibatch, self.target)
+
+    @property
+    def recv(self) -> Recv:
+        """What the receiver has in its list."""
+        if self.is_activation:
+            return RecvActivation(self.stage + 1, self.minibatch, self.source)
+        return RecvGradient(self.stage - 1, self.minibatch, self.source)
+
+
+def message_of(worker: int, action: Send | Recv) -> Message:
+    """What ``worker`` sends or receives with an action."""
+    is_activation = isinstance(action, SendActivation | RecvActivation)
+    if isinstance(action, Send):
+        return Message(worker, action.worker, is_activation, action.stage, action.minibatch)
+    stage = action.stage - 1 if is_activation else action.stage + 1
+    return Message(action.worker, worker, is_activation, stage, action.minibatch)
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,14 @@ from elbowroom.core.errors import ScheduleError
 from elbowroom.core.pipeline_action import (
     Backward,
     Forward,
+    Message,
     PipelineAction,
     Recv,
-    RecvActivation,
     Reduce,
     Schedule,
     Send,
-    SendActivation,
-    SendGradient,
     Update,
+    message_of,
 )
 
 Sends = Literal["buffered", "rendezvous"]
@@ -48,16 +47,6 @@ class Step(NamedTuple):
 
     worker: int
     action: PipelineAction
-
-
-class Message(NamedTuple):
-    """An activation or a gradient on its way. ``stage`` is that of the sender."""
-
-    source: int
-    target: int
-    is_activation: bool
-    stage: int
-    minibatch: int
 
 
 def check_schedule(schedule: Schedule, sends: Sends = "buffered") -> None:
@@ -74,16 +63,6 @@ def execution_order(schedule: Schedule, sends: Sends = "buffered") -> Iterator[S
     _check_places(schedule)
     _check_messages(schedule)
     yield from _Execution(schedule, sends).steps()
-
-
-def message_of(worker: int, action: Send | Recv) -> Message:
-    """What ``worker`` sends or receives with an action."""
-    if isinstance(action, SendActivation | SendGradient):
-        is_activation = isinstance(action, SendActivation)
-        return Message(worker, action.worker, is_activation, action.stage, action.minibatch)
-    is_activation = isinstance(action, RecvActivation)
-    stage = action.stage - 1 if is_activation else action.stage + 1
-    return Message(action.worker, worker, is_activation, stage, action.minibatch)
 
 
 def _check_places(schedule: Schedule) -> None:
@@ -127,21 +106,14 @@ def _check_messages(schedule: Schedule) -> None:
         sends, receives = sent.get((source, target), []), received.get((source, target), [])
         for message, count in (Counter(sends) - Counter(receives)).items():
             problem = f"{count} more sent than worker {target} receives"
-            raise ScheduleError(problem, source, _text(message, at_source=True))
+            raise _error(source, message.send, problem)
         for message, count in (Counter(receives) - Counter(sends)).items():
             problem = f"{count} more received than worker {source} sends"
-            raise ScheduleError(problem, target, _text(message, at_source=False))
+            raise _error(target, message.recv, problem)
         for wanted, coming in zip(receives, sends, strict=True):
             if wanted != coming:
-                problem = f"{_text(coming, at_source=True)} of worker {source} comes before it"
-                raise ScheduleError(problem, target, _text(wanted, at_source=False))
-
-
-def _text(message: Message, at_source: bool) -> str:
-    letters = ("S" if at_source else "R") + ("A" if message.is_activation else "G")
-    step = 0 if at_source else (1 if message.is_activation else -1)
-    peer = f">{message.target}" if at_source else f"<{message.source}"
-    return f"{letters}{message.stage + step}.{message.minibatch}{peer}"
+                problem = f"{coming.send} of worker {source} comes before it"
+                raise _error(target, wanted.recv, problem)
 
 
 @dataclass
@@ -199,13 +171,13 @@ class _Execution:
         if isinstance(action, Recv):
             message = message_of(worker, action)
             if not self._channels.get((message.source, message.target)):
-                return f"{_text(message, at_source=True)} of worker {message.source}"
+                return f"{message.send} of worker {message.source}"
         elif isinstance(action, Send) and self._is_rendezvous:
             message = message_of(worker, action)
             ahead = self._workers[message.target].left
             head = ahead[0] if ahead else None
             if not isinstance(head, Recv) or message_of(message.target, head) != message:
-                return f"{_text(message, at_source=False)} of worker {message.target}"
+                return f"{message.recv} of worker {message.target}"
         elif isinstance(action, Reduce):
             for replica in self._schedule.workers(action.stage):
                 others = self._workers[replica].left
@@ -229,7 +201,9 @@ class _Execution:
             if Forward(action.stage, action.minibatch) not in state.done:
                 raise _error(worker, action, "its forward has not run on this worker")
             if state.reduced is not None:
-                raise _error(worker, action, f"it comes between M.{state.reduced} and its update")
+                raise _error(
+                    worker, action, f"it comes between a reduce of {state.reduced} and its update"
+                )
             self._use(worker, action, action.stage + 1)
             state.gathered.add(action.minibatch)
         elif isinstance(action, Update):
@@ -257,7 +231,7 @@ class _Execution:
                 problem = f"other replicas are at {action}" if len(replicas) > 1 else "no replicas"
                 raise _error(worker, state.left[0], problem)
             if state.reduced is not None:
-                raise _error(worker, action, f"the update after M.{state.reduced} is missing")
+                raise _error(worker, action, f"the update of {state.reduced} is missing")
             gathered |= state.gathered
         self._check_counted(replicas[0], action, gathered)
         for worker in replicas:
@@ -288,8 +262,7 @@ class _Execution:
                 raise _error(worker, state.left[0], f"deadlock: it waits for {waits_for}")
         for worker, state in enumerate(self._workers):
             for message in state.ready:
-                problem = "nothing uses what it received"
-                raise ScheduleError(problem, worker, _text(message, at_source=False))
+                raise _error(worker, message.recv, "nothing uses what it received")
             if state.counted != last:
                 problem = f"gradients of minibatches {state.counted + 1} to {last} update nothing"
                 raise ScheduleError(problem, worker)

@@ -17,18 +17,20 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.pipeline_action import (
     Backward,
     Forward,
+    Message,
     PipelineAction,
     Recv,
     Reduce,
     Schedule,
     Send,
     Update,
+    message_of,
 )
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.core.trace import Span
 from elbowroom.planning.events import Task, Timeline, simulate
 from elbowroom.planning.pipeline_costs import LinkModel, PipelineCosts, plan_costs
-from elbowroom.planning.schedule_check import Message, execution_order, message_of
+from elbowroom.planning.schedule_check import execution_order
 from elbowroom.planning.weight_versions import VersionRule, held_over_time
 
 _RESOURCES = ("compute", "out", "in")
