@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from math import lcm
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,16 @@ from elbowroom.planning.simulate_pipeline import PipelineTimeline, simulate_pipe
 from tests.planning.pipelines import TEN_GBIT, chain, profile
 from tests.planning.schedules import schedules
 
-NO_LIMIT = 1e30
+NO_LIMIT = (Level(64, 1e30),)
 SECONDS = st.integers(1, 9).map(lambda number: number / 8)
 """Sums are exact."""
+
+
+TEN = (Level(64, 10.0),)
+
+
+def links_of(bandwidth: float) -> tuple[Level, ...]:
+    return (Level(64, bandwidth),)
 
 
 def stage(seconds: float, crossing_bytes: int = 0, parameter_bytes: int = 0) -> StageCosts:
@@ -76,7 +84,7 @@ def test_data_parallel(sync: Sync, overlap: Overlap, bandwidth: float) -> None:
     """A round of r minibatches is a forward and a backward with c (r-1)/r w / B beside it."""
     options, replicas, weights = PipelineOptions(sync, overlap), 4, 100
     stages = (StageCosts(1.0, 2.0, weights),)
-    costs = PipelineCosts(stages, bandwidth, options)
+    costs = PipelineCosts(stages, links_of(bandwidth), (), options)
     timeline = simulate_pipeline(plan_schedule((replicas,), 40), costs)
     moved = {"ps": 4, "allreduce": 2}[sync] * (replicas - 1) / replicas * weights / bandwidth
     a_round = 1.0 + (max(2.0, moved) if overlap == "max" else 2.0 + moved)
@@ -87,7 +95,7 @@ def test_data_parallel(sync: Sync, overlap: Overlap, bandwidth: float) -> None:
 
 def test_transfers_are_hidden_only_by_minibatches_in_flight() -> None:
     """Two stages of 3 s, 1 s of transfer each way: 2 in flight share 3 + 1 + 3 + 1 s."""
-    costs = PipelineCosts((stage(3.0, 10), stage(3.0)), 10.0)
+    costs = PipelineCosts((stage(3.0, 10), stage(3.0)), TEN)
     timeline = simulate_pipeline(plan_schedule((1, 1), 24), costs)
     assert timeline.steady_seconds == pytest.approx((3 + 1 + 3 + 1) / 2)
 
@@ -112,7 +120,9 @@ def test_laws(
     bandwidth: float,
 ) -> None:
     schedule, stages = run
-    costs = PipelineCosts(stages, bandwidth, PipelineOptions(), links, overlap_compute)
+    costs = PipelineCosts(
+        stages, links_of(bandwidth), (), PipelineOptions(), links, overlap_compute
+    )
     timeline = simulate_pipeline(schedule, costs)
     check_bytes(schedule, costs, timeline)
     slack = 1e-6 * timeline.seconds
@@ -153,15 +163,17 @@ def test_less_room_is_never_faster(run: tuple[Schedule, tuple[StageCosts, ...]])
     schedule, stages = run
     floor = simulate_pipeline(schedule, PipelineCosts(stages, NO_LIMIT)).seconds
     for links in LINK_MODELS:
-        limited = simulate_pipeline(schedule, PipelineCosts(stages, 2.0, links=links)).seconds
+        limited = simulate_pipeline(
+            schedule, PipelineCosts(stages, links_of(2.0), links=links)
+        ).seconds
         assert limited >= floor * (1 - 1e-9)
 
 
 def test_transfers_that_take_compute() -> None:
     """One minibatch, two stages: nothing to overlap with, nothing lost; many: the sum of all."""
     stages = (stage(3.0, 10), stage(3.0))
-    beside = PipelineCosts(stages, 10.0)
-    instead = PipelineCosts(stages, 10.0, overlap_compute=False)
+    beside = PipelineCosts(stages, TEN)
+    instead = PipelineCosts(stages, TEN, overlap_compute=False)
     one, many = plan_schedule((1, 1), 1), plan_schedule((1, 1), 24)
     assert simulate_pipeline(one, instead).seconds == simulate_pipeline(one, beside).seconds
     timeline = simulate_pipeline(many, instead)
@@ -180,13 +192,36 @@ def test_plans_of_chains(num_workers: int, data: st.DataObject) -> None:
     check_plan(plan, simulate_plan(plan, graph, schedule_of(plan), "cut"))
 
 
-def schedule_of(plan: PipelinePlan, times: int = 12) -> Schedule:
+@settings(max_examples=25)
+@given(
+    st.sampled_from([(2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (2, 2, 2)]),
+    st.sampled_from([2e7, 1e9]),
+    st.sampled_from([1e7, 1e8]),
+    st.data(),
+)
+def test_plans_of_chains_on_levels(
+    sizes: tuple[int, ...], inner: float, outer: float, data: st.DataObject
+) -> None:
+    """Bytes over the links of each level, exactly as planned; slower than planned, or as slow."""
+    numbers = st.integers(0, 5).map(lambda number: number * 840_000)
+    layers = data.draw(st.lists(st.tuples(SECONDS, numbers, numbers), min_size=3, max_size=6))
+    levels = tuple(Level(size, outer if i else inner) for i, size in enumerate(sizes))
+    graph = chain(layers)
+    plan = plan_on_levels(graph, levels)
+    timeline = simulate_plan(plan, graph, schedule_of(plan), "cut")
+    check_plan(plan, timeline)
+    num_minibatches = timeline.schedule.num_minibatches
+    planned = tuple(num_minibatches * level.num_bytes for level in plan.traffic)
+    assert timeline.level_bytes == planned
+    beside = simulate_plan(plan, graph, timeline.schedule)
+    assert beside.level_bytes == planned
+
+
+def schedule_of(plan: PipelinePlan) -> Schedule:
     """So long that the pipe is full for a while, and of whole rounds for every stage."""
-    rounds = [stage.replicas for stage in plan.stages]
-    whole = max(rounds)
-    while any(whole % count for count in rounds):
-        whole += 1
-    return plan_schedule(tuple(rounds), -(-times * plan.num_workers // whole) * whole)
+    replicas = tuple(stage.replicas for stage in plan.stages)
+    whole = lcm(*replicas)
+    return plan_schedule(replicas, -(-12 * plan.num_workers // whole) * whole)
 
 
 def check_plan(plan: PipelinePlan, timeline: PipelineTimeline) -> None:
@@ -277,7 +312,7 @@ def test_weights_agreed_on_beside_the_backward() -> None:
 
 
 def test_trace(tmp_path: Path) -> None:
-    costs = PipelineCosts((stage(3.0, 10, 20), stage(3.0, 0, 30)), 10.0)
+    costs = PipelineCosts((stage(3.0, 10, 20), stage(3.0, 0, 30)), TEN)
     timeline = simulate_pipeline(plan_schedule((2, 1), 6), costs)
     spans = list(timeline.spans())
     for worker in range(3):
@@ -296,20 +331,17 @@ def test_trace(tmp_path: Path) -> None:
 
 
 def test_refuses() -> None:
-    costs, graph = PipelineCosts((stage(1.0),), 10.0), chain([(1.0, 1, 1), (1.0, 1, 1)])
+    costs, graph = PipelineCosts((stage(1.0),), TEN), chain([(1.0, 1, 1), (1.0, 1, 1)])
     with pytest.raises(InputError, match="costs of 1 stages for 2"):
         simulate_pipeline(plan_schedule((1, 1), 2), costs)
-    with pytest.raises(InputError, match="0 bytes/s carries nothing"):
-        PipelineCosts((stage(1.0),), 0)
     with pytest.raises(InputError, match="not one of worker, cut"):
-        PipelineCosts((stage(1.0),), 1.0, links="bus")  # type: ignore[arg-type]
+        PipelineCosts((stage(1.0),), TEN, links="bus")  # type: ignore[arg-type]
     with pytest.raises(ScheduleError, match="update nothing"):
         simulate_pipeline(Schedule.parse("1 x 1\nF0.0 B0.0"), costs)
     plan = plan_on_levels(graph, (Level(1, 1e9),))
-    with pytest.raises(InputError, match="the plan is 1"):
+    with pytest.raises(InputError, match="costs of 1 stages for 2"):
         simulate_plan(plan, graph, plan_schedule((1, 1), 2))
     with pytest.raises(InputError, match="no layer 'n1'"):
         plan_costs(plan, chain([(1.0, 1, 1)]))
-    nested = plan_on_levels(graph, (Level(2, 1e9), Level(2, 1e9)))
-    with pytest.raises(InputError, match="on 2 levels"):
-        plan_costs(nested, graph)
+    with pytest.raises(InputError, match=r"costs of \(\(1,\),\) replicas for \(2,\)"):
+        simulate_plan(plan, graph, plan_schedule((2,), 2))

@@ -1,12 +1,13 @@
 """What the actions of a pipeline cost: seconds and bytes of its stages, and the links between them.
 
-Two models of links. With ``worker`` each worker sends and receives at once at the full bandwidth,
-as a network card does; all that it sends shares its way out. With ``cut`` all activations and
-gradients between two stages share one link, as the planner reckons (2 a / B, arXiv 1806.03377).
+Two models of links. With ``worker`` each worker, and each unit of a level above the lowest, sends
+and receives at once at the full bandwidth, as a network card does; all that it sends shares its way
+out. With ``cut`` all activations and gradients between two stages share one link in each unit that
+holds both, as the planner reckons (2 a / B, arXiv 1806.03377), and weights go over others.
 
-Replicas agree on weights in the seconds of ``planning.stage_cost``. With overlap ``max`` that
-begins with the last backward before it, gradients being there layer by layer; with ``sum`` when
-that has ended. The planner's ``max`` hides it behind the forward of the round too.
+Replicas agree on weights in the seconds of ``planning.stage_cost``, level by level. With overlap
+``max`` that begins with the last backward before it, gradients being there layer by layer; with
+``sum`` when that has ended. The planner's ``max`` hides it behind the forward of the round too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Literal, get_args
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.core.pipeline_plan import PipelineOptions, PipelinePlan
+from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.cuts import find_inputs
 
 LinkModel = Literal["worker", "cut"]
@@ -41,27 +42,24 @@ class StageCosts:
 
 @dataclass(frozen=True)
 class PipelineCosts:
-    """Stages, and what joins them: ``bandwidth`` in bytes/s.
+    """Stages, and the ``levels`` of links that join them, the lowest first.
 
-    Of ``options``, ``sync`` and ``overlap`` count. Where transfers do not ``overlap_compute``, they
-    take the compute of both ends as well. Raises InputError for links that carry nothing.
+    ``level_replicas`` are those of each stage, the outermost level first; they may be left out on
+    one level. Of ``options``, ``sync`` and ``overlap`` count. Where transfers do not
+    ``overlap_compute``, they take the compute of both ends as well. Raises InputError for another
+    model of links.
     """
 
     stages: tuple[StageCosts, ...]
-    bandwidth: float
+    levels: tuple[Level, ...]
+    level_replicas: tuple[tuple[int, ...], ...] = ()
     options: PipelineOptions = field(default_factory=PipelineOptions)
     links: LinkModel = "worker"
     overlap_compute: bool = True
 
     def __post_init__(self) -> None:
-        if not self.bandwidth > 0:
-            raise InputError(f"a bandwidth of {self.bandwidth} bytes/s carries nothing")
         if self.links not in LINK_MODELS:
             raise InputError(f"links '{self.links}' is not one of {', '.join(LINK_MODELS)}")
-
-    def sync_bytes(self, stage: int, replicas: int) -> int:
-        """What all replicas of a stage move in one reduce."""
-        return self.options.sync_factor * (replicas - 1) * self.stages[stage].parameter_bytes
 
 
 def plan_costs(
@@ -72,12 +70,8 @@ def plan_costs(
 ) -> PipelineCosts:
     """Costs of a plan's stages; inputs take no time, as in the plan.
 
-    Raises InputError for a graph without the plan's layers, and for a plan on several levels, whose
-    links are not all alike.
+    Raises InputError for a graph without the plan's layers.
     """
-    used = [level for level in plan.levels if level.num_units > 1] or list(plan.levels[:1])
-    if len(used) != 1:
-        raise InputError(f"a plan on {len(used)} levels: simulate one on a single level")
     free = {graph.layers[index].name for index in find_inputs(graph)}
     stages = []
     for stage in plan.stages:
@@ -95,4 +89,7 @@ def plan_costs(
                 crossing_bytes=stage.transfer_bytes // 2,
             )
         )
-    return PipelineCosts(tuple(stages), used[0].bandwidth, plan.options, links, overlap_compute)
+    level_replicas = tuple(stage.level_replicas for stage in plan.stages)
+    return PipelineCosts(
+        tuple(stages), plan.levels, level_replicas, plan.options, links, overlap_compute
+    )

@@ -8,8 +8,9 @@ has what it costs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from statistics import linear_regression
 
 from elbowroom.core.errors import InputError
@@ -30,11 +31,9 @@ from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.core.trace import Span
 from elbowroom.planning.events import Task, Timeline, simulate
 from elbowroom.planning.pipeline_costs import LinkModel, PipelineCosts, plan_costs
+from elbowroom.planning.pipeline_places import Places, place_workers
 from elbowroom.planning.schedule_check import execution_order
 from elbowroom.planning.weight_versions import VersionRule, held_over_time
-
-_RESOURCES = ("compute", "out", "in")
-"""Of each worker; a cut behind a stage has one, after those of all workers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,7 @@ class PipelineTimeline:
         link_bytes: activations and gradients by (sender, receiver), of all minibatches.
         cut_bytes: the same over the cut behind each stage.
         sync_bytes: that replicas of each stage moved to agree.
+        level_bytes: all of these over links of each level, the lowest first.
         peak_bytes: of each worker: weight versions and what minibatches in flight keep.
 
     """
@@ -59,6 +59,7 @@ class PipelineTimeline:
     link_bytes: dict[tuple[int, int], int]
     cut_bytes: tuple[int, ...]
     sync_bytes: tuple[int, ...]
+    level_bytes: tuple[int, ...]
     peak_bytes: tuple[int, ...]
 
     @property
@@ -105,16 +106,19 @@ def simulate_pipeline(
 ) -> PipelineTimeline:
     """Time the schedule; ``rule`` says how many versions of weights are kept.
 
-    Raises ScheduleError for lists that do not fit together, InputError for costs of another number
-    of stages.
+    Raises ScheduleError for lists that do not fit together, InputError for costs of other stages or
+    replicas.
     """
     if len(costs.stages) != schedule.num_stages:
         raise InputError(f"costs of {len(costs.stages)} stages for {schedule.num_stages}")
-    lowering = _Lowering(schedule, costs)
+    level_replicas = costs.level_replicas or tuple((count,) for count in schedule.replicas)
+    if schedule.replicas != tuple(prod(counts) for counts in level_replicas):
+        raise InputError(f"costs of {level_replicas} replicas for {schedule.replicas}")
+    places = place_workers(costs.levels, level_replicas)
+    lowering = _Lowering(schedule, costs, level_replicas, places)
     for worker, action in execution_order(schedule):
         lowering.add(worker, action)
-    num_resources = len(_RESOURCES) * schedule.num_workers + schedule.num_stages
-    timeline = simulate(lowering.tasks, num_resources)
+    timeline = simulate(lowering.tasks, len(lowering.resources))
     stages = range(schedule.num_stages)
     return PipelineTimeline(
         schedule=schedule,
@@ -124,6 +128,7 @@ def simulate_pipeline(
         link_bytes=dict(lowering.link_bytes),
         cut_bytes=tuple(lowering.cut_bytes[stage] for stage in stages),
         sync_bytes=tuple(lowering.sync_bytes[stage] for stage in stages),
+        level_bytes=tuple(lowering.level_bytes[level] for level in range(len(costs.levels))),
         peak_bytes=tuple(
             _peak_bytes(schedule, worker, costs, rule) for worker in range(schedule.num_workers)
         ),
@@ -136,33 +141,35 @@ def simulate_plan(
     schedule: Schedule,
     links: LinkModel = "worker",
     overlap_compute: bool = True,
+    rule: VersionRule = "stash",
 ) -> PipelineTimeline:
-    """Time a schedule with the stages of a plan, whose ``replicas`` it must have.
+    """Time a schedule with the stages and links of a plan.
 
-    Raises InputError if it has others, and as ``plan_costs`` does.
+    Raises as ``plan_costs`` and ``simulate_pipeline`` do.
     """
-    if schedule.replicas != tuple(stage.replicas for stage in plan.stages):
-        raise InputError(f"the schedule is for {schedule.replicas} replicas, the plan is {plan}")
-    costs = plan_costs(plan, graph, links, overlap_compute)
-    return simulate_pipeline(schedule, costs)
+    return simulate_pipeline(schedule, plan_costs(plan, graph, links, overlap_compute), rule)
 
 
 @dataclass
 class _Lowering:
     """Turns actions into tasks, in an order in which each follows those that it waits for.
 
-    ``last`` is the newest task of each compute stream, ``before_backward`` the one that the newest
-    backward follows.
+    ``_last`` is the newest task of each compute stream, ``_before_backward`` the one before the
+    newest backward. ``resources`` numbers compute by worker, and links by level and unit.
     """
 
     schedule: Schedule
     costs: PipelineCosts
+    level_replicas: tuple[tuple[int, ...], ...]
+    places: Places
+    resources: dict[tuple[str, int, int], int] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
     workers: list[int] = field(default_factory=list)
     updates: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     link_bytes: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
     cut_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     sync_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    level_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     _last: dict[int, int] = field(default_factory=dict)
     _before_backward: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _sent: dict[Message, int] = field(default_factory=dict)
@@ -190,7 +197,7 @@ class _Lowering:
     def _compute(
         self, worker: int, action: PipelineAction, seconds: float, after: tuple[int, ...] = ()
     ) -> None:
-        uses = ((self._resource(worker, "compute"), 1.0),)
+        uses = self._uses([("compute", 0, worker)])
         self._last[worker] = self._add(worker, str(action), worker, seconds, uses, after)
 
     def _send(self, worker: int, action: Send) -> None:
@@ -199,33 +206,60 @@ class _Lowering:
         cut = min(action.stage, self.schedule.stages[action.worker])
         num_bytes = self.costs.stages[cut].crossing_bytes
         pair = (worker, action.worker)
+        level = self.places.level_between(*pair)
         self.link_bytes[pair] += num_bytes
         self.cut_bytes[cut] += num_bytes
+        self.level_bytes[level] += num_bytes
         stream = self._streams.setdefault(pair, self.schedule.num_workers + len(self._streams))
-        used = [self._resource(worker, "out"), self._resource(action.worker, "in")]
+        used = self._ways(pair[:1], level, "out") + self._ways(pair[1:], level, "in")
         if self.costs.links == "cut":
-            used = [len(_RESOURCES) * self.schedule.num_workers + cut]
+            used = [(f"cut {cut}", level, self.places.unit(worker, level + 1))]
         if not self.costs.overlap_compute:
-            used += [self._resource(end, "compute") for end in pair]
-        uses = tuple((resource, 1.0) for resource in used)
-        seconds = num_bytes / self.costs.bandwidth
-        after = self._newest(worker)
+            used += [("compute", 0, end) for end in pair]
+        seconds = num_bytes / self.costs.levels[level].bandwidth
+        uses, after = self._uses(used), self._newest(worker)
         self._sent[message] = self._add(worker, str(action), stream, seconds, uses, after)
 
     def _reduce(self, worker: int, action: Reduce) -> None:
-        """One task for all replicas, listed with the first of them; then each waits for it."""
+        """A task at each level for all replicas, listed with the first; each waits for them."""
         if action not in self._reduces:
             replicas = self.schedule.workers(action.stage)
             after = tuple(task for replica in replicas for task in self._gradients(replica))
-            num_bytes = self.costs.sync_bytes(action.stage, len(replicas))
-            self.sync_bytes[action.stage] += num_bytes
-            names = list(_RESOURCES if not self.costs.overlap_compute else _RESOURCES[1:])
-            uses = tuple((self._resource(r, name), 1.0) for r in replicas for name in names)
-            if self.costs.links == "cut" and self.costs.overlap_compute:
-                uses = ()
-            seconds = num_bytes / len(replicas) / self.costs.bandwidth
-            self._reduces[action] = self._add(worker, str(action), None, seconds, uses, after)
+            for level, count in enumerate(reversed(self.level_replicas[action.stage])):
+                if count > 1:
+                    after = (self._agree(worker, action, level, count, after),)
+            (self._reduces[action],) = after
         self._compute(worker, action, 0.0, (self._reduces[action],))
+
+    def _agree(
+        self, worker: int, action: Reduce, level: int, count: int, after: tuple[int, ...]
+    ) -> int:
+        """Groups of ``count`` units of a level average gradients, all groups at once.
+
+        Workers of one unit share its link, and each brings all of the stage's gradients.
+        """
+        replicas = self.schedule.workers(action.stage)
+        weights, factor = self.costs.stages[action.stage], self.costs.options.sync_factor
+        num_bytes = factor * (count - 1) * weights.parameter_bytes * (len(replicas) // count)
+        self.sync_bytes[action.stage] += num_bytes
+        self.level_bytes[level] += num_bytes
+        outgoing = self._ways(replicas, level, "out")
+        seconds = num_bytes / len(outgoing) / self.costs.levels[level].bandwidth
+        used = outgoing + self._ways(replicas, level, "in")
+        if self.costs.links == "cut":
+            used = []
+        if not self.costs.overlap_compute:
+            used += [("compute", 0, replica) for replica in replicas]
+        return self._add(worker, str(action), None, seconds, self._uses(used), after)
+
+    def _ways(self, workers: Sequence[int], level: int, way: str) -> list[tuple[str, int, int]]:
+        """Out of or into the units of a level that workers are in, each once."""
+        units = sorted({self.places.unit(worker, level) for worker in workers})
+        return [(way, level, unit) for unit in units]
+
+    def _uses(self, used: Sequence[tuple[str, int, int]]) -> tuple[tuple[int, float], ...]:
+        numbers = (self.resources.setdefault(name, len(self.resources)) for name in used)
+        return tuple((number, 1.0) for number in numbers)
 
     def _gradients(self, worker: int) -> tuple[int, ...]:
         """What a worker's part of a reduce waits for: see the head of the file."""
@@ -248,10 +282,6 @@ class _Lowering:
         self.tasks.append(Task(name, stream, seconds, uses, after))
         self.workers.append(worker)
         return len(self.tasks) - 1
-
-    @staticmethod
-    def _resource(worker: int, name: str) -> int:
-        return len(_RESOURCES) * worker + _RESOURCES.index(name)
 
 
 def _full_updates(
