@@ -3,7 +3,7 @@
 Two models of links. With ``worker`` each worker, and each unit of a level above the lowest, sends
 and receives at once at the full bandwidth, as a network card does; all that it sends shares its way
 out. With ``cut`` all activations and gradients between two stages share one link in each unit that
-holds both, as the planner reckons (2 a / B, arXiv 1806.03377), and weights go over others.
+holds both, as the planner reckons (2 a / B, arXiv 1806.03377); weights have links of their own.
 
 Replicas agree on weights in the seconds of ``planning.stage_cost``, level by level. With overlap
 ``max`` that begins with the last backward before it, gradients being there layer by layer; with

@@ -247,7 +247,7 @@ class _Lowering:
         seconds = num_bytes / len(outgoing) / self.costs.levels[level].bandwidth
         used = outgoing + self._ways(replicas, level, "in")
         if self.costs.links == "cut":
-            used = []
+            used = self._ways(replicas, level, "weights")
         if not self.costs.overlap_compute:
             used += [("compute", 0, replica) for replica in replicas]
         return self._add(worker, str(action), None, seconds, self._uses(used), after)
