@@ -217,6 +217,18 @@ def test_plans_of_chains_on_levels(
     assert beside.level_bytes == planned
 
 
+def test_stages_of_a_node_share_its_link() -> None:
+    """Two stages on each of three nodes agree on 5 bytes of weights in all over 10 bytes/s."""
+    levels = (Level(2, 1e30), Level(3, 10.0))
+    stages = (StageCosts(0.01, 0.02, 2), StageCosts(0.01, 0.02, 3))
+    moved = 4 * (3 - 1) / 3 * (2 + 3) / 10
+    for links in LINK_MODELS:
+        costs = PipelineCosts(stages, levels, ((3, 1), (3, 1)), links=links)
+        timeline = simulate_pipeline(plan_schedule((3, 3), 72), costs)
+        assert timeline.steady_seconds >= moved / 3 * (1 - 1e-9)
+        assert timeline.level_bytes == (0, 72 // 3 * 4 * (3 - 1) * (2 + 3))
+
+
 def schedule_of(plan: PipelinePlan) -> Schedule:
     """So long that the pipe is full for a while, and of whole rounds for every stage."""
     replicas = tuple(stage.replicas for stage in plan.stages)
