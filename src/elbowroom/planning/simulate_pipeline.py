@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from statistics import linear_regression
+from typing import NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
@@ -36,12 +37,19 @@ from elbowroom.planning.schedule_check import execution_order
 from elbowroom.planning.weight_versions import VersionRule, held_over_time
 
 
+class Track(NamedTuple):
+    """Who computes or sends, or the first of those who reduce; and where a trace shows it."""
+
+    worker: int
+    name: str
+
+
 @dataclass(frozen=True, eq=False)
 class PipelineTimeline:
     """A simulated run.
 
     Args:
-        workers: of each task of the timeline: who computes or sends, or the first of who reduce.
+        tracks: of each task of the timeline.
         full_updates: minibatches of the updates of the input stage that forwards still follow, and
             when the last replica did each.
         link_bytes: activations and gradients by (sender, receiver), of all minibatches.
@@ -54,7 +62,7 @@ class PipelineTimeline:
 
     schedule: Schedule
     timeline: Timeline
-    workers: tuple[int, ...]
+    tracks: tuple[Track, ...]
     full_updates: tuple[tuple[int, float], ...]
     link_bytes: dict[tuple[int, int], int]
     cut_bytes: tuple[int, ...]
@@ -90,15 +98,12 @@ class PipelineTimeline:
 
     def spans(self) -> Iterator[Span]:
         """Compute, sends and reduces of every worker, for a trace."""
-        timeline, num_workers = self.timeline, self.schedule.num_workers
-        for number, task in enumerate(timeline.tasks):
+        timeline = self.timeline
+        for number, (worker, track) in enumerate(self.tracks):
             start, end = timeline.starts[number], timeline.ends[number]
-            if end <= start:
-                continue
-            track = "reduce" if task.stream is None else "send"
-            if task.stream is not None and task.stream < num_workers:
-                track = "compute"
-            yield Span(f"pipeline, worker {self.workers[number]}", track, task.name, start, end)
+            if end > start:
+                name = timeline.tasks[number].name
+                yield Span(f"pipeline, worker {worker}", track, name, start, end)
 
 
 def simulate_pipeline(
@@ -123,7 +128,7 @@ def simulate_pipeline(
     return PipelineTimeline(
         schedule=schedule,
         timeline=timeline,
-        workers=tuple(lowering.workers),
+        tracks=tuple(lowering.tracks),
         full_updates=_full_updates(schedule, timeline, lowering.updates),
         link_bytes=dict(lowering.link_bytes),
         cut_bytes=tuple(lowering.cut_bytes[stage] for stage in stages),
@@ -164,7 +169,7 @@ class _Lowering:
     places: Places
     resources: dict[tuple[str, int, int], int] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
-    workers: list[int] = field(default_factory=list)
+    tracks: list[Track] = field(default_factory=list)
     updates: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
     link_bytes: dict[tuple[int, int], int] = field(default_factory=lambda: defaultdict(int))
     cut_bytes: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -198,7 +203,8 @@ class _Lowering:
         self, worker: int, action: PipelineAction, seconds: float, after: tuple[int, ...] = ()
     ) -> None:
         uses = self._uses([("compute", 0, worker)])
-        self._last[worker] = self._add(worker, str(action), worker, seconds, uses, after)
+        track = Track(worker, "compute")
+        self._last[worker] = self._add(track, str(action), worker, seconds, uses, after)
 
     def _send(self, worker: int, action: Send) -> None:
         """On the stream of the pair, as soon as what was listed before is computed."""
@@ -218,7 +224,8 @@ class _Lowering:
             used += [("compute", 0, end) for end in pair]
         seconds = num_bytes / self.costs.levels[level].bandwidth
         uses, after = self._uses(used), self._newest(worker)
-        self._sent[message] = self._add(worker, str(action), stream, seconds, uses, after)
+        track = Track(worker, f"to worker {action.worker}")
+        self._sent[message] = self._add(track, str(action), stream, seconds, uses, after)
 
     def _reduce(self, worker: int, action: Reduce) -> None:
         """A task at each level for all replicas, listed with the first; each waits for them."""
@@ -250,7 +257,9 @@ class _Lowering:
             used = self._ways(replicas, level, "weights")
         if not self.costs.overlap_compute:
             used += [("compute", 0, replica) for replica in replicas]
-        return self._add(worker, str(action), None, seconds, self._uses(used), after)
+        return self._add(
+            Track(worker, "reduce"), str(action), None, seconds, self._uses(used), after
+        )
 
     def _ways(self, workers: Sequence[int], level: int, way: str) -> list[tuple[str, int, int]]:
         """Out of or into the units of a level that workers are in, each once."""
@@ -272,7 +281,7 @@ class _Lowering:
 
     def _add(
         self,
-        worker: int,
+        track: Track,
         name: str,
         stream: int | None,
         seconds: float,
@@ -280,7 +289,7 @@ class _Lowering:
         after: tuple[int, ...],
     ) -> int:
         self.tasks.append(Task(name, stream, seconds, uses, after))
-        self.workers.append(worker)
+        self.tracks.append(track)
         return len(self.tasks) - 1
 
 
