@@ -158,7 +158,7 @@ def check_text(text: str) -> None:
             *(0, "M0.0", "other replicas are at M0.1"),
         ),
         (
-            "2 x 4\nF0.0 F0.2 B0.0 M0.1 B0.2 U0.1 M0.3 U0.3\nF0.1 B0.1 M0.1 U0.1 F0.3 B0.3 M0.3 U0.3",
+            "2 x 4\nF0.0 F0.2 B0.0 M0.1 B0.2 U0.1 M0.3 U0.3\nF0.1 B0.1 M0.1 F0.3 U0.1 B0.3 M0.3",
             *(0, "B0.2", "between a reduce of 1 and its update"),
         ),
         (
