@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed
 
-from elbowroom.pipeline.places import Places
+from elbowroom.core.pipe import Pipe
 from elbowroom.pipeline.worker import StageOptions, StageWorker
 from tests.pipeline.cases import (
     Case,
@@ -29,18 +29,18 @@ from tests.pipeline.cases import (
 
 def main(case: Case, folder: Path, number: int) -> None:
     torch.set_num_threads(1)
-    places = Places(case.replicas)
+    pipe = Pipe(case.replicas)
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'meet'}",
         rank=number,
-        world_size=places.num_workers,
+        world_size=pipe.num_workers,
     )
-    stage = make_stages(case)[places.stage_of(number)]
+    stage = make_stages(case)[pipe.stages[number]]
     optimizer = make_optimizer(case, stage)
     options = StageOptions(case.semantics, case.microbatches)  # type: ignore[arg-type]
     worker = StageWorker(
-        stage, places, number, optimizer, loss_of, options, make_scheduler(optimizer)
+        stage, pipe, number, optimizer, loss_of, options, make_scheduler(optimizer)
     )
     losses = []
     for index in range(case.num_minibatches):

@@ -12,6 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elbowroom.core.pipeline_action import Backward, Forward, Schedule
+from elbowroom.planning.schedule import plan_schedule
+from elbowroom.planning.weight_versions import forward_versions
 from tests.pipeline.cases import Case, make_stages
 from tests.pipeline.serial import Trained, train, train_flushed, warmup
 
@@ -33,9 +36,8 @@ def _run(case: Case, folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{n}.json").read_text()) for n in range(len(members))]
 
 
-def _same_as_serial(case: Case, folder: Path, serial: Trained) -> bool:
+def _same_as_serial(case: Case, folder: Path, seen: list[dict[str, Any]], serial: Trained) -> bool:
     """Weights of every worker; losses too, those of each minibatch where it was run."""
-    seen = _run(case, folder)
     for index in range(case.num_minibatches):
         here = [one["losses"][index] for one in seen if one["losses"][index] is not None]
         if here != [serial.losses[index]]:
@@ -48,19 +50,45 @@ def _same_as_serial(case: Case, folder: Path, serial: Trained) -> bool:
     )
 
 
+def _passes(seen: list[dict[str, Any]]) -> list[list[tuple[str, int]]]:
+    """What each worker computed, in its order."""
+    return [[(kind, i) for kind, i, _ in one["done"] if kind != "update"] for one in seen]
+
+
+def _planned_passes(schedule: Schedule) -> list[list[tuple[str, int]]]:
+    names = {Forward: "forward", Backward: "backward"}
+    return [
+        [(names[type(a)], a.minibatch) for a in actions if isinstance(a, Forward | Backward)]
+        for actions in schedule.actions
+    ]
+
+
 @pytest.mark.parametrize("replicas", [*STRAIGHT, *REPLICATED], ids=str)
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
 def test_delayed_weights(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
     optimizer = "adamw" if sum(replicas) % 2 else "sgd"
     dtype = "float64" if semantics == "stash" else "float32"
     case = Case(replicas, semantics, optimizer, dtype, dropout=0.3)
-    assert _same_as_serial(case, tmp_path, train(case))
+    seen = _run(case, tmp_path)
+    assert _same_as_serial(case, tmp_path, seen, train(case))
+    schedule = plan_schedule(replicas, case.num_minibatches)
+    assert _passes(seen) == _planned_passes(schedule)
+    used = {
+        Forward(schedule.stages[worker], i): version
+        for worker, one in enumerate(seen)
+        for kind, i, version in one["done"]
+        if kind == "forward"
+    }
+    assert used == forward_versions(schedule, "stash" if semantics == "stash" else "vertical-sync")
 
 
 @pytest.mark.parametrize("replicas", STRAIGHT, ids=str)
 def test_flush_is_gradient_accumulation(tmp_path: Path, replicas: tuple[int, ...]) -> None:
     case = Case(replicas, "flush", "adamw", num_minibatches=5, microbatches=4, dropout=0.3)
-    assert _same_as_serial(case, tmp_path, train_flushed(case))
+    seen = _run(case, tmp_path)
+    assert _same_as_serial(case, tmp_path, seen, train_flushed(case))
+    schedule = plan_schedule(replicas, 5 * 4, "1f1b-flush", 4)
+    assert _passes(seen) == _planned_passes(schedule)
 
 
 def test_flush_with_replicas(tmp_path: Path) -> None:
@@ -76,7 +104,8 @@ def test_flush_with_replicas(tmp_path: Path) -> None:
 
 def test_naive_weights_differ(tmp_path: Path) -> None:
     case = Case((1, 1, 1), "naive")
-    assert not _same_as_serial(case, tmp_path, train(case))
+    seen = _run(case, tmp_path)
+    assert not _same_as_serial(case, tmp_path, seen, train(case))
 
 
 @pytest.mark.parametrize("num_stages", [2, 3, 4])

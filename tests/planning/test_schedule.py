@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_action import Backward, Forward, Reduce, Schedule, Update
-from elbowroom.planning.schedule import Kind, plan_schedule, warmup_forwards
+from elbowroom.planning.schedule import Kind, plan_schedule
 from tests.planning.schedules import REPLICAS, schedules
 
 
@@ -82,10 +83,10 @@ def test_updates_come_in_rounds(replicas: tuple[int, ...], num_minibatches: int)
 
 
 def test_warmup() -> None:
-    assert [warmup_forwards((1, 1, 1, 1), stage) for stage in range(4)] == [3, 2, 1, 0]
-    assert [warmup_forwards((15, 1), stage) for stage in range(2)] == [1, 0]
-    assert [warmup_forwards((2, 3, 1), stage) for stage in range(3)] == [2, 1, 0]
-    assert [warmup_forwards((2, 3, 1), stage, 2) for stage in range(3)] == [5, 2, 0]
+    assert [Pipe((1, 1, 1, 1)).warmup_forwards(stage) for stage in range(4)] == [3, 2, 1, 0]
+    assert [Pipe((15, 1)).warmup_forwards(stage) for stage in range(2)] == [1, 0]
+    assert [Pipe((2, 3, 1)).warmup_forwards(stage) for stage in range(3)] == [2, 1, 0]
+    assert [Pipe((2, 3, 1)).warmup_forwards(stage, 2) for stage in range(3)] == [5, 2, 0]
 
 
 def test_refuses_depth() -> None:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate
 from typing import ClassVar, NamedTuple
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
 
 
 @dataclass(frozen=True)
@@ -160,45 +159,23 @@ def message_of(worker: int, action: Send | Recv) -> Message:
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """What every worker of a pipeline does for ``num_minibatches`` minibatches.
+class Schedule(Pipe):
+    """What every worker of a pipe does for ``num_minibatches`` minibatches.
 
-    ``replicas`` has the workers of each stage, ``actions`` a list for each worker. Whether the
-    lists fit together is what ``planning.schedule_check`` proves. Raises InputError for stages
-    without workers, no minibatch, or another number of lists than of workers.
+    ``actions`` has a list for each worker. Whether the lists fit together is what
+    ``planning.schedule_check`` proves. Raises InputError for stages without workers, no minibatch,
+    or another number of lists than of workers.
     """
 
-    replicas: tuple[int, ...]
     num_minibatches: int
     actions: tuple[tuple[PipelineAction, ...], ...]
 
     def __post_init__(self) -> None:
-        if not self.replicas or min(self.replicas) < 1:
-            raise InputError(f"stages of {self.replicas} workers: give each stage at least one")
+        super().__post_init__()
         if self.num_minibatches < 1:
             raise InputError(f"{self.num_minibatches} minibatches train nothing: give at least 1")
         if len(self.actions) != self.num_workers:
             raise InputError(f"{len(self.actions)} lists for {self.num_workers} workers")
-
-    @property
-    def num_workers(self) -> int:
-        return sum(self.replicas)
-
-    @property
-    def num_stages(self) -> int:
-        return len(self.replicas)
-
-    @cached_property
-    def stages(self) -> tuple[int, ...]:
-        """Of each worker."""
-        return tuple(stage for stage, count in enumerate(self.replicas) for _ in range(count))
-
-    def workers(self, stage: int) -> range:
-        """The replicas of a stage; none for a number that no stage has."""
-        if not 0 <= stage < self.num_stages:
-            return range(0)
-        first = (0, *accumulate(self.replicas))[stage]
-        return range(first, first + self.replicas[stage])
 
     def __str__(self) -> str:
         """The stages and the number of minibatches, then a line for each worker."""

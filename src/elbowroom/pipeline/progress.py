@@ -50,12 +50,12 @@ def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
     busy = sum(done.end - done.begin for done in pipeline.done)
     sent = sum(pipeline.sent_bytes.values())
     mine = torch.tensor([busy, float(sent)], dtype=torch.float64)
-    gathered = [torch.empty_like(mine) for _ in range(pipeline.places.num_workers)]
+    gathered = [torch.empty_like(mine) for _ in range(pipeline.pipe.num_workers)]
     distributed.all_gather(gathered, mine)
     lines = [f"{num_steps} minibatches in {seconds:.1f} s"]
     for number, (busy_seconds, sent_bytes) in enumerate(one.tolist() for one in gathered):
         lines.append(
-            f"worker {number}, stage {pipeline.places.stage_of(number)}: "
+            f"worker {number}, stage {pipeline.pipe.stages[number]}: "
             f"{1 - busy_seconds / seconds:.1%} of the time idle, "
             f"{format_bytes(round(sent_bytes / num_steps))} sent a minibatch"
         )
@@ -69,7 +69,7 @@ def spans_of_all(pipeline: Pipeline) -> list[Span]:
         for done in pipeline.done
     ]
     mine = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(pipeline.places.num_workers)]
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(pipeline.pipe.num_workers)]
     distributed.all_gather(counts, torch.tensor([len(rows)]))
     most = int(max(counts))
     padded = torch.zeros(most, 5, dtype=torch.float64)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import distributed
 
-from elbowroom.pipeline.places import Places
+from elbowroom.core.pipe import Pipe
 
 
 class Replicas:
@@ -16,10 +16,10 @@ class Replicas:
     Raises what ``torch.distributed`` raises where there is no process group.
     """
 
-    def __init__(self, places: Places, stage: int) -> None:
+    def __init__(self, pipe: Pipe, stage: int) -> None:
         groups = [
-            distributed.new_group(list(places.workers(number))) if replicas > 1 else None
-            for number, replicas in enumerate(places.replicas)
+            distributed.new_group(list(pipe.workers(number))) if replicas > 1 else None
+            for number, replicas in enumerate(pipe.replicas)
         ]
         self._group = groups[stage]
 

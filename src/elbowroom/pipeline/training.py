@@ -9,9 +9,9 @@ import torch
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.places import Places
 from elbowroom.pipeline.split import Stage, split
 from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
@@ -54,7 +54,7 @@ class Pipeline:
                 f"the plan {plan} is for {plan.num_workers} workers, and there are {size}: start "
                 f"as many (torchrun --nproc-per-node), or plan again"
             )
-        self.places = Places(tuple(stage.replicas for stage in plan.stages))
+        self.pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
         self.number = distributed.get_rank()
         self._model = model
         self._plan = plan
@@ -68,7 +68,7 @@ class Pipeline:
 
     @property
     def stage_number(self) -> int:
-        return self.places.stage_of(self.number)
+        return self.pipe.stages[self.number]
 
     @property
     def stage(self) -> Stage:
@@ -119,7 +119,7 @@ class Pipeline:
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
         return StageWorker(
             self._stage,
-            self.places,
+            self.pipe,
             self.number,
             optimizer,
             self._loss_fn,

@@ -22,8 +22,8 @@ from torch import nn
 from torch.func import functional_call
 
 from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.pipe import Pipe
 from elbowroom.pipeline.links import Links, Message
-from elbowroom.pipeline.places import Places
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import Leaves, Semantics, Versions
 
@@ -73,7 +73,7 @@ class StageOptions:
 
 
 class StageWorker:
-    """Worker number ``worker`` of ``places``. Needs a process group of all workers.
+    """Worker number ``worker`` of ``pipe``. Needs a process group of all workers.
 
     ``stage`` takes the tensors that the stage before it gives, then its own inputs, and gives a
     tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
@@ -83,7 +83,7 @@ class StageWorker:
     def __init__(
         self,
         stage: nn.Module,
-        places: Places,
+        pipe: Pipe,
         worker: int,
         optimizer: torch.optim.Optimizer,
         loss_fn: LossFunction,
@@ -91,19 +91,19 @@ class StageWorker:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     ) -> None:
         self.stage = stage
-        self.number = places.stage_of(worker)
+        self.number = pipe.stages[worker]
         self.done: list[Done] = []
-        self._places = places
-        self._replica = worker - places.first_worker(self.number)
+        self._pipe = pipe
+        self._replica = worker - pipe.workers(self.number)[0]
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._loss_fn = loss_fn
         self._options = options or StageOptions()
         self.versions = Versions(stage, self._options.semantics)
-        self._before = tuple(places.workers(self.number - 1))
-        self._behind = tuple(places.workers(self.number + 1))
+        self._before = tuple(pipe.workers(self.number - 1))
+        self._behind = tuple(pipe.workers(self.number + 1))
         self.links = Links((*self._before, *self._behind))
-        self._replicas = Replicas(places, self.number)
+        self._replicas = Replicas(pipe, self.number)
         self._flights: deque[_Flight] = deque()
         self._gradients: dict[str, torch.Tensor] = {}
         self._num_fed = 0
@@ -130,11 +130,11 @@ class StageWorker:
     def drain(self) -> None:
         """Let all minibatches come back. Every worker must call it; then training may go on."""
         self._bring_back()
-        replicas = self._places.replicas[self.number]
+        replicas = self._pipe.replicas[self.number]
         begun = self._num_fed // replicas * replicas
         if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
             self._update(0)  # the others of the last round wait for us
-        whole = lcm(*self._places.replicas)
+        whole = lcm(*self._pipe.replicas)
         self._num_fed = -(-self._num_fed // whole) * whole  # all begin their next rounds together
 
     def close(self) -> None:
@@ -144,10 +144,10 @@ class StageWorker:
     def _feed(self, inputs: Tensors, targets: object) -> float | None:
         minibatch = self._num_fed
         self._num_fed += 1
-        if minibatch % self._places.replicas[self.number] != self._replica:
+        if minibatch % self._pipe.replicas[self.number] != self._replica:
             return None
         loss = self._forward(minibatch, inputs, targets)
-        if len(self._flights) > self._places.warmup_forwards(self.number):
+        if len(self._flights) > self._pipe.warmup_forwards(self.number):
             self._backward(self._flights.popleft())
         return loss
 
@@ -157,10 +157,10 @@ class StageWorker:
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
         version, message = self.versions.newest, None
-        replicas = self._places.replicas[self.number]
+        replicas = self._pipe.replicas[self.number]
         label = version * replicas  # so many minibatches it has learned from
         if self._before:
-            message = self.links.receive(self._places.worker(self.number - 1, minibatch))
+            message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
             inputs = (*(_as_leaf(tensor) for tensor in message.tensors), *inputs)
             if self._options.semantics == "vertical-sync":
                 label = message.label
@@ -176,7 +176,7 @@ class StageWorker:
         self._flights.append(flight)
         self._note("forward", flight, begin)
         if self._behind:
-            self.links.send(self._places.worker(self.number + 1, minibatch), label, outputs)
+            self.links.send(self._pipe.worker(self.number + 1, minibatch), label, outputs)
             return None
         return float(outputs[0].detach())
 
@@ -185,7 +185,7 @@ class StageWorker:
         message = None
         outputs = [tensor for tensor in flight.outputs if tensor.is_floating_point()]
         if self._behind:
-            message = self.links.receive(self._places.worker(self.number + 1, flight.minibatch))
+            message = self.links.receive(self._pipe.worker(self.number + 1, flight.minibatch))
             given = list(message.tensors)
         else:
             given = [torch.full_like(outputs[0], 1 / self._options.microbatches)]
@@ -204,7 +204,7 @@ class StageWorker:
                 torch.zeros_like(tensor) if grad is None else grad
                 for tensor, grad in zip(inputs, found, strict=False)
             ]
-            worker = self._places.worker(self.number - 1, flight.minibatch)
+            worker = self._pipe.worker(self.number - 1, flight.minibatch)
             self.links.send(worker, flight.version, back)
         self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
@@ -218,12 +218,12 @@ class StageWorker:
     ) -> None:
         """Memory of what was received, unless a gradient that is still needed lies in it."""
         if flight.message is not None:
-            source = self._places.worker(self.number - 1, flight.minibatch)
+            source = self._pipe.worker(self.number - 1, flight.minibatch)
             self.links.give_back(source, flight.message)
         if message is not None:
             used = {grad.untyped_storage().data_ptr() for grad in found if grad is not None}
             if used.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in message.tensors):
-                source = self._places.worker(self.number + 1, flight.minibatch)
+                source = self._pipe.worker(self.number + 1, flight.minibatch)
                 self.links.give_back(source, message)
 
     def _add(self, gradients: dict[str, torch.Tensor | None]) -> None:

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_action import (
     Backward,
     Compute,
@@ -76,24 +77,20 @@ def plan_schedule(
         raise InputError(f"a flush after {flush_every} minibatches: give at least 1")
     if depth < 1 or (depth > 1 and kind == "gpipe"):
         raise InputError(f"schedule '{kind}' of depth {depth}: give 1, or more to 1f1b kinds")
-    empty = Schedule(replicas, num_minibatches, ((),) * sum(replicas))
-    workers = (_Worker(empty, number, depth) for number in range(empty.num_workers))
+    pipe = Pipe(replicas)
+    workers = (_Worker(pipe, number, num_minibatches, depth) for number in range(pipe.num_workers))
     return Schedule(
         replicas, num_minibatches, tuple(tuple(w.actions(kind, flush_every)) for w in workers)
     )
 
 
-def warmup_forwards(replicas: tuple[int, ...], stage: int, depth: int = 1) -> int:
-    """Forwards of each replica of a stage before its first backward, in 1F1B."""
-    return depth * (sum(replicas) - 1 - sum(replicas[:stage])) // replicas[stage]
-
-
 @dataclass(frozen=True)
 class _Worker:
-    """Writes the list of one worker; ``pipe`` tells who else there is."""
+    """Writes the list of one worker."""
 
-    pipe: Schedule
+    pipe: Pipe
     number: int
+    num_minibatches: int
     depth: int
 
     @property
@@ -102,10 +99,10 @@ class _Worker:
 
     @property
     def warmup(self) -> int:
-        return warmup_forwards(self.pipe.replicas, self.stage, self.depth)
+        return self.pipe.warmup_forwards(self.stage, self.depth)
 
     def actions(self, kind: Kind, flush_every: int | None) -> Iterator[PipelineAction]:
-        last = self.pipe.num_minibatches
+        last = self.num_minibatches
         if flush_every is None:
             yield from self._rounds(last)
             return
@@ -132,7 +129,7 @@ class _Worker:
 
         The backward of a minibatch follows the forward of the ``warmup``-th after it.
         """
-        own = [i for i in range(start, stop) if self._worker_of(self.stage, i) == self.number]
+        own = [i for i in range(start, stop) if self.pipe.worker(self.stage, i) == self.number]
         for position, minibatch in enumerate(own):
             yield Forward(self.stage, minibatch)
             if position >= warmup:
@@ -143,8 +140,10 @@ class _Worker:
     def _with_transfers(self, step: Compute) -> Iterator[PipelineAction]:
         """What it takes from one neighbour before, and gives to the other after it."""
         stage, minibatch = step.stage, step.minibatch
-        before = self._worker_of(stage - 1, minibatch) if stage > 0 else None
-        behind = self._worker_of(stage + 1, minibatch) if stage + 1 < self.pipe.num_stages else None
+        before = self.pipe.worker(stage - 1, minibatch) if stage > 0 else None
+        behind = (
+            self.pipe.worker(stage + 1, minibatch) if stage + 1 < self.pipe.num_stages else None
+        )
         if isinstance(step, Forward):
             if before is not None:
                 yield RecvActivation(stage, minibatch, before)
@@ -162,7 +161,3 @@ class _Worker:
         if self.pipe.replicas[self.stage] > 1:
             yield Reduce(self.stage, minibatch)
         yield Update(self.stage, minibatch)
-
-    def _worker_of(self, stage: int, minibatch: int) -> int:
-        workers = self.pipe.workers(stage)
-        return workers[minibatch % len(workers)]
