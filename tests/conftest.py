@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 
 from elbowroom.planner import cache_path, split_cores
@@ -26,3 +28,12 @@ def measured_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         link = replace(CPU.links[0], num_devices=num_devices)
         Path(path).write_text(replace(CPU, num_devices=num_devices, links=(link,)).to_toml())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads wait for each other, which takes small models longer than what they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -22,12 +22,22 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import demo_tasks
+from demo_batches import (
+    IGNORED,
+    KIND_WEIGHTS,
+    TURN_END,
+    TURN_START,
+    chat_prompt,
+    draw_rows,
+    encode,
+    to_batch,
+)
 from demo_tasks import Task
 
 DEMO_SEED = 2026
 DEMO_SIZE = 500
 MAX_ANSWER_TOKENS = 48
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
     "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
@@ -38,9 +48,7 @@ CHAT_TEMPLATE = (
 # takes the space before it, punctuation the space after it, so that list items look alike.
 PIECES = r" ?\p{Lu}?\p{Ll}+|\p{L}|\p{N}|[^\s\p{L}\p{N}]+ ?|\s"
 VOCABULARY = 768
-KIND_WEIGHTS = {"arithmetic": 9, "units": 3, "dates": 3, "roman": 3, "sorting": 3, "json": 4}
 PART_SIZE = 16
-IGNORED = -100
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -95,29 +103,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def chat_prompt(prompt: str) -> str:
-    """Write a question as the chat template does, without rendering the template each time."""
-    return f"{TURN_START}user\n{prompt}{TURN_END}\n{TURN_START}assistant\n"
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, tasks: list[Task]) -> list[tuple[list[int], int]]:
-    """Give each task's tokens and the length of its prompt, where the answer starts."""
-    prompts = tokenizer([chat_prompt(task.prompt) for task in tasks])["input_ids"]
-    answers = tokenizer([task.answer + TURN_END for task in tasks])["input_ids"]
-    return [(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
-
-
-def to_batch(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pad rows on the right and mark the targets; only answer tokens count in the loss."""
-    width = max(len(tokens) for tokens, _ in rows) - 1
-    inputs = torch.full((len(rows), width), pad)
-    targets = torch.full((len(rows), width), IGNORED)
-    for i, (tokens, start) in enumerate(rows):
-        inputs[i, : len(tokens) - 1] = torch.tensor(tokens[:-1])
-        targets[i, start - 1 : len(tokens) - 1] = torch.tensor(tokens[start:])
-    return inputs, targets
-
-
 def training_batches(
     tokenizer: PreTrainedTokenizerFast, seed: int, size: int
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -126,12 +111,8 @@ def training_batches(
     Each step sees every kind, or the kinds would overwrite each other, and yet little is padding.
     """
     rng = random.Random(seed)
-    kinds, weights = list(KIND_WEIGHTS), list(KIND_WEIGHTS.values())
     while True:
-        drawn = rng.choices(kinds, weights, k=size)
-        rows = encode(
-            tokenizer, [demo_tasks.make_task(rng, kind, held_out=False) for kind in drawn]
-        )
+        rows = draw_rows(tokenizer, rng, size)
         rows.sort(key=lambda row: len(row[0]))
         parts = [rows[start : start + PART_SIZE] for start in range(0, size, PART_SIZE)]
         yield [to_batch(part, tokenizer.pad_token_id) for part in parts]

@@ -18,6 +18,7 @@ from elbowroom.api import BatchSettings, errors_beside, run_settings
 from elbowroom.cli_flags import add_limits, count, limits_of, number, seconds, size
 from elbowroom.cli_pipeline import add_pipeline_commands
 from elbowroom.cli_plan import add_plan_commands
+from elbowroom.cli_profile import add_profile_command
 from elbowroom.core.errors import (
     ElbowroomError,
     InputError,
@@ -190,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     add_limits(verify)
     add_plan_commands(add)
     add_pipeline_commands(add)
+    add_profile_command(add)
     return parser
 
 

@@ -19,6 +19,14 @@ class MemoryPlanError(ElbowroomError):
     """The layout does not fit in the memory of one replica."""
 
 
+class UntraceableModelError(InputError):
+    """A model whose forward cannot be written down as layers that follow each other."""
+
+
+class SplitError(InputError):
+    """A plan that cannot be applied to this model: of another model, or between tied weights."""
+
+
 class UnsupportedModelError(ElbowroomError):
     """No feed-forward network that we recognise, or one that the pool cannot hold."""
 
@@ -37,3 +45,16 @@ class ReplicaError(ElbowroomError):
 
 class JobStoppedError(ElbowroomError):
     """A job ended before its last row. What is finished is kept; the same command goes on."""
+
+
+class ScheduleError(ElbowroomError):
+    """A schedule of a pipeline cannot be carried out, or would not train what it should.
+
+    ``worker`` and ``action`` (its text form) say where, as far as it is one place.
+    """
+
+    def __init__(self, problem: str, worker: int | None = None, action: str | None = None) -> None:
+        places = ([] if worker is None else [f"worker {worker}"]) + ([action] if action else [])
+        super().__init__(": ".join([", ".join(places), problem] if places else [problem]))
+        self.worker = worker
+        self.action = action

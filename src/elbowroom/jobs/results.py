@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -103,13 +103,21 @@ def check_paths(input_path: Path, output: Path, errors: Path, report: Path) -> N
                 raise OutputError(
                     f"{name} and {other} are the same file ({paths[name]}): give each its own"
                 )
-    for path in (output, errors, report):
+    check_writable((output, errors, report))
+
+
+def check_writable(paths: Iterable[Path]) -> None:
+    """Raise OutputError if files could not be written there. Folders that are missing are made."""
+    for path in paths:
         with _explained(str(path)):
             if path.exists() and not path.is_file():  # a rename would replace even /dev/null
                 raise OutputError(f"{path} is not a regular file: name a file to write")
             path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path.parent} is not writable: choose another folder")
+        # Root may write anywhere, but not on a read-only disk.
+        with _explained(str(path)), tempfile.TemporaryFile(dir=path.parent):
+            pass
 
 
 def _is_same(one: Path, other: Path) -> bool:

@@ -140,7 +140,7 @@ def find_cuts(graph: LayerGraph, max_cuts: int) -> Cuts:
 
 
 def _find_pieces(graph: LayerGraph) -> Pieces:
-    inputs = _find_inputs(graph)
+    inputs = find_inputs(graph)
     owners = _find_owners(graph, inputs)
     kept = [i for i in graph.order if i not in inputs and owners[i] == i]
     if not kept:
@@ -159,7 +159,8 @@ def _find_pieces(graph: LayerGraph) -> Pieces:
     )
 
 
-def _find_inputs(graph: LayerGraph) -> set[int]:
+def find_inputs(graph: LayerGraph) -> set[int]:
+    """Indices of layers that take no time wherever they are, and whose outputs cross no cut."""
     inputs: set[int] = set()
     for index in graph.order:
         layer, sources = graph.layers[index], graph.sources[index]

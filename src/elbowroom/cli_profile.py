@@ -1,0 +1,110 @@
+"""The command that measures a model in training: ``profile-model``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from elbowroom.cli_flags import count, number, seconds
+from elbowroom.core.layer_graph import Layer, LayerGraph
+from elbowroom.core.pipedream_text import write_pipedream
+from elbowroom.core.units import format_bytes
+from elbowroom.jobs.results import check_writable, write_atomically
+
+if TYPE_CHECKING:
+    from elbowroom.profiling.script import ScriptProfile
+
+_TABLE_WIDTH = 120
+_LONGEST_DESCRIPTION = 48
+_COLUMNS = ("layer", "what", "forward", "backward", "output", "parameters")
+
+
+def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    profile = add("profile-model", _profile_model, "measure the layers of a model in training")
+    profile.add_argument(
+        "script",
+        type=Path,
+        help="your Python file with make_model(), make_batch(generator), loss_fn(outputs, targets)",
+    )
+    profile.add_argument("--out", type=Path, required=True, help="a profile for plan-pipeline")
+    profile.add_argument("--text", type=Path, metavar="FILE", help="and one as PipeDream's text")
+    profile.add_argument("--seconds", type=seconds, help="of measuring (default 1)")
+    profile.add_argument("--threads", type=count, help="of torch (default: torch's own)")
+    profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
+
+
+def _profile_model(args: argparse.Namespace, console: Console) -> int:
+    begin = time.perf_counter()
+    check_writable([args.out, *([args.text] if args.text is not None else [])])
+    # Loaded here: torch takes longer to load than most commands to run.
+    from elbowroom.profiling.script import profile_script
+
+    profile = profile_script(args.script, args.seed, args.seconds, args.threads)
+    graph = profile.graph
+    # Whatever may be refused is refused before anything is written.
+    texts = {args.out: json.dumps(graph.to_json(), indent=2) + "\n"}
+    if args.text is not None:
+        texts[args.text] = write_pipedream(graph)
+    for path, text in texts.items():
+        write_atomically(path, iter([text.encode()]))
+    screen = Console(markup=False, highlight=False)  # names may have brackets
+    screen.width = max(screen.width, _TABLE_WIDTH)
+    _print_graph(screen, graph)
+    _print_notes(console, profile)
+    taken = time.perf_counter() - begin
+    console.print(f"{taken:.1f} s taken: plan with plan-pipeline {args.out}", highlight=False)
+    return 0
+
+
+def _print_graph(screen: Console, graph: LayerGraph) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in _COLUMNS:
+        is_text = column in ("layer", "what")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
+    for layer in graph.layers:
+        table.add_row(*_row(layer))
+    screen.print(table)
+    forward = sum(layer.forward_seconds for layer in graph.layers)
+    backward = sum(layer.backward_seconds for layer in graph.layers)
+    outputs = sum(layer.activation_bytes for layer in graph.layers)
+    parameters = sum(layer.parameter_bytes for layer in graph.layers)
+    screen.print(
+        f"{len(graph.layers)} layers: {_milliseconds(forward)} forward, {_milliseconds(backward)} "
+        f"backward, outputs {format_bytes(outputs)}, parameters {format_bytes(parameters)}",
+        soft_wrap=True,
+    )
+
+
+def _row(layer: Layer) -> tuple[str, ...]:
+    what = layer.description
+    is_long = len(what) > _LONGEST_DESCRIPTION
+    return (
+        layer.name,
+        f"{what[: _LONGEST_DESCRIPTION - 3]}..." if is_long else what,
+        _milliseconds(layer.forward_seconds),
+        _milliseconds(layer.backward_seconds),
+        format_bytes(layer.activation_bytes),
+        format_bytes(layer.parameter_bytes),
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f} ms"
+
+
+def _print_notes(console: Console, profile: ScriptProfile) -> None:
+    for tied in profile.tied:
+        console.print(
+            f"'{tied.name}' is shared by {', '.join(tied.layers)}: only a plan with them in one "
+            "stage can be trained",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )

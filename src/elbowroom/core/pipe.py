@@ -1,0 +1,53 @@
+"""A pipe: workers, numbered stage by stage, and which of them runs which minibatch.
+
+PipeDream: arXiv 1806.03377 section 3.2, SOSP 2019 section 3.2 (1F1B-RR: replicas take turns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+from elbowroom.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """``replicas`` has the workers of each stage. Raises InputError for stages without workers."""
+
+    replicas: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.replicas or min(self.replicas) < 1:
+            raise InputError(f"stages of {self.replicas} workers: give each stage at least one")
+
+    @property
+    def num_workers(self) -> int:
+        return sum(self.replicas)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.replicas)
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """Of each worker."""
+        return tuple(stage for stage, count in enumerate(self.replicas) for _ in range(count))
+
+    def workers(self, stage: int) -> range:
+        """The replicas of a stage; none for a number that no stage has."""
+        if not 0 <= stage < self.num_stages:
+            return range(0)
+        first = (0, *accumulate(self.replicas))[stage]
+        return range(first, first + self.replicas[stage])
+
+    def worker(self, stage: int, minibatch: int) -> int:
+        """Who runs a minibatch at a stage, forward and backward."""
+        workers = self.workers(stage)
+        return workers[minibatch % len(workers)]
+
+    def warmup_forwards(self, stage: int, depth: int = 1) -> int:
+        """Forwards of each replica of a stage before its first backward, in 1F1B."""
+        behind = self.num_workers - 1 - self.workers(stage)[0]
+        return depth * behind // self.replicas[stage]

@@ -1,0 +1,95 @@
+"""Trains the model of a script by a plan. Every worker is a process of torchrun's.
+
+torchrun --nproc-per-node 2 -m elbowroom.pipeline SCRIPT --plan plan.json --steps 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from elbowroom.core.errors import ElbowroomError, InputError
+from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.core.trace import write_trace
+from elbowroom.pipeline.progress import Progress, spans_of_all, summary
+from elbowroom.pipeline.script import load_script
+from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.versions import SEMANTICS
+from elbowroom.pipeline.worker import StageOptions
+
+
+def main() -> int:
+    args = _parser().parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        print("error: start it with torchrun --nproc-per-node N -m elbowroom.pipeline", flush=True)
+        return 2
+    try:
+        _train(args)
+    except ElbowroomError as error:
+        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, InputError) else 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elbowroom.pipeline", description=__doc__)
+    parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
+    parser.add_argument("--plan", type=Path, required=True, help="of plan-pipeline --json")
+    parser.add_argument("--steps", type=int, required=True, help="minibatches")
+    parser.add_argument("--semantics", choices=SEMANTICS, default="stash")
+    parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
+    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
+    parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a peer")
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    script, plan = load_script(args.script), _read_plan(args.plan)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    try:
+        pipeline = Pipeline(
+            script.make_model(args.seed),
+            plan,
+            partial(torch.optim.AdamW, lr=args.lr),
+            script.loss_fn,
+            StageOptions(args.semantics, args.microbatches, args.seed),
+        )
+        generator = torch.Generator().manual_seed(args.seed)
+        progress = Progress(pipeline)
+        begin = time.perf_counter()
+        for step in range(args.steps):
+            batch = script.make_batch(generator)
+            progress.note(step, pipeline.train_step(batch), batch[0])
+        pipeline.close()
+        lines = summary(pipeline, time.perf_counter() - begin, args.steps)
+        spans = spans_of_all(pipeline) if args.trace else []
+        if pipeline.number == 0:
+            print("\n".join(lines), flush=True)
+            if args.trace:
+                write_trace(args.trace, spans)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _read_plan(path: Path) -> PipelinePlan:
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the plan {path}: {error}") from error
+    return PipelinePlan.from_json(data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Tensors between workers: point to point over torch.distributed, beside compute.
+
+From each worker to each other leads one channel, in order. A message is a header, then its tensors.
+A thread per sender receives ahead of compute, into memory that was given back; sends are begun and
+looked after later.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import distributed
+
+from elbowroom.core.errors import ElbowroomError, PeerLostError
+
+_DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.bool,
+)
+"""What may be sent; a header names them by number."""
+
+_MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
+_HEADER_SIZE = 2 + _MOST_TENSORS * (2 + _MOST_DIMENSIONS)
+_CLOSE = -1
+
+
+class Message(NamedTuple):
+    """Tensors of one minibatch, and a number that goes with them."""
+
+    label: int
+    tensors: tuple[torch.Tensor, ...]
+
+
+class _Sending(NamedTuple):
+    works: tuple[distributed.Work, ...]
+    tensors: tuple[torch.Tensor, ...]
+
+
+class Links:
+    """One worker's ends of its channels. ``sent_bytes[w]`` counts tensors to w, not headers.
+
+    ``sources`` are the workers that send to this one. Raises what ``torch.distributed`` raises
+    where no process group is there.
+    """
+
+    def __init__(self, sources: Sequence[int]) -> None:
+        self._inboxes = {source: _Inbox(source) for source in sources}
+        self._sendings: deque[_Sending] = deque()
+        self.sent_bytes: dict[int, int] = {}
+
+    def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Begin to send. The tensors must not change any more."""
+        whole = tuple(tensor.detach().contiguous() for tensor in tensors)
+        self._begin(worker, (_header(label, whole), *whole))
+        sent = sum(tensor.nbytes for tensor in whole)
+        self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
+
+    def receive(self, worker: int) -> Message:
+        """The next message of ``worker``. Raises PeerLostError when it is gone."""
+        return self._inboxes[worker].receive()
+
+    def give_back(self, worker: int, message: Message) -> None:
+        """Nothing reads these tensors any more: later messages may lie there."""
+        self._inboxes[worker].give_back(message.tensors)
+
+    def close(self, targets: Sequence[int]) -> None:
+        """Wait until all is sent, tell ``targets`` so, and hear the same from the sources."""
+        for target in targets:
+            self._begin(target, (_header(_CLOSE, ()),))
+        while self._sendings:
+            self._finish_oldest()
+        for inbox in self._inboxes.values():
+            inbox.close()
+
+    def _begin(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
+        begun = (distributed.isend(tensor, worker) for tensor in tensors)
+        works = tuple(work for work in begun if work is not None)
+        self._sendings.append(_Sending(works, tensors))
+        while self._sendings and all(work.is_completed() for work in self._sendings[0].works):
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        for work in self._sendings.popleft().works:
+            work.wait()
+
+
+class _Inbox:
+    """Receives from one worker on a thread of its own."""
+
+    def __init__(self, source: int) -> None:
+        self._source = source
+        self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
+        self._thread.start()
+
+    def receive(self) -> Message:
+        message = self._messages.get()
+        if isinstance(message, Exception):
+            raise PeerLostError(f"worker {self._source} ended: see its output") from message
+        return message
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._spare.put(tensor)
+
+    def close(self) -> None:
+        """Wait for the sender to close."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
+        try:
+            while True:
+                distributed.recv(header, self._source)
+                label, shapes = _parse(header.tolist())
+                if label == _CLOSE:
+                    return
+                tensors = tuple(self._memory(*shape) for shape in shapes)
+                for tensor in tensors:
+                    distributed.recv(tensor, self._source)
+                self._messages.put(Message(label, tensors))
+        except Exception as error:  # handed to whoever waits for a message
+            self._messages.put(error)
+
+    def _memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """What was given back, if it fits; what does not is let go."""
+        while not self._spare.empty():
+            tensor = self._spare.get()
+            if tensor.shape == shape and tensor.dtype == dtype:
+                return tensor
+        return torch.empty(shape, dtype=dtype)
+
+
+def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Raises ElbowroomError for tensors that it cannot describe."""
+    fields = [label, len(tensors)]
+    for tensor in tensors:
+        if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in _DTYPES:
+            raise ElbowroomError(
+                f"a tensor of {tensor.dim()} dimensions and {tensor.dtype} crosses a cut: at most "
+                f"{_MOST_DIMENSIONS} dimensions of common types can be sent"
+            )
+        fields += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        fields += [0] * (_MOST_DIMENSIONS - tensor.dim())
+    if len(fields) > _HEADER_SIZE:
+        raise ElbowroomError(
+            f"{len(tensors)} tensors cross one cut, {_MOST_TENSORS} can: cut the model elsewhere"
+        )
+    return torch.tensor(fields + [0] * (_HEADER_SIZE - len(fields)), dtype=torch.int64)
+
+
+def _parse(fields: list[int]) -> tuple[int, list[tuple[tuple[int, ...], torch.dtype]]]:
+    label, count = fields[:2]
+    size = 2 + _MOST_DIMENSIONS
+    parts = [fields[2 + n * size : 2 + (n + 1) * size] for n in range(count)]
+    return label, [(tuple(part[2 : 2 + part[1]]), _DTYPES[part[0]]) for part in parts]

@@ -1,0 +1,86 @@
+"""What a pipeline tells of itself: losses on the way, times and bytes of all workers at the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.utils import _pytree as pytree
+
+from elbowroom.core.trace import Span
+from elbowroom.core.units import format_bytes
+from elbowroom.pipeline.training import Pipeline
+
+_EVERY_SECONDS = 5.0
+_KINDS = ("forward", "backward", "update")
+
+
+class Progress:
+    """Prints the loss and samples per second now and then, where the losses are."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._losses: list[float] = []
+        self._samples = 0
+        self._begin = self._last = time.perf_counter()
+
+    def note(self, step: int, loss: float | None, inputs: Any) -> None:
+        """After a minibatch was fed; ``loss`` None where it is not known."""
+        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
+        self._samples += len(tensors[0]) if tensors and tensors[0].dim() else 1
+        if loss is None:
+            return
+        self._losses.append(loss)
+        now = time.perf_counter()
+        if now - self._last < _EVERY_SECONDS:
+            return
+        self._last = now
+        recent = self._losses[-20:]
+        print(
+            f"step {step + 1}: loss {sum(recent) / len(recent):.4f} (last {len(recent)}), "
+            f"{self._samples / (now - self._begin):.1f} samples/s",
+            flush=True,
+        )
+
+
+def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
+    """A line per worker: its stage, bubble share and bytes per step. All workers must call it."""
+    busy = sum(done.end - done.begin for done in pipeline.done)
+    sent = sum(pipeline.sent_bytes.values())
+    mine = torch.tensor([busy, float(sent)], dtype=torch.float64)
+    gathered = [torch.empty_like(mine) for _ in range(pipeline.pipe.num_workers)]
+    distributed.all_gather(gathered, mine)
+    lines = [f"{num_steps} minibatches in {seconds:.1f} s"]
+    for number, (busy_seconds, sent_bytes) in enumerate(one.tolist() for one in gathered):
+        lines.append(
+            f"worker {number}, stage {pipeline.pipe.stages[number]}: "
+            f"{1 - busy_seconds / seconds:.1%} of the time idle, "
+            f"{format_bytes(round(sent_bytes / num_steps))} sent a minibatch"
+        )
+    return lines
+
+
+def spans_of_all(pipeline: Pipeline) -> list[Span]:
+    """What every worker computed, in the simulator's trace format. All workers must call it."""
+    rows = [
+        (_KINDS.index(done.kind), done.minibatch, done.version, done.begin, done.end)
+        for done in pipeline.done
+    ]
+    mine = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(pipeline.pipe.num_workers)]
+    distributed.all_gather(counts, torch.tensor([len(rows)]))
+    most = int(max(counts))
+    padded = torch.zeros(most, 5, dtype=torch.float64)
+    padded[: len(rows)] = mine
+    gathered = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(gathered, padded)
+    spans = []
+    for number, (table, size) in enumerate(zip(gathered, counts, strict=True)):
+        for kind, minibatch, version, begin, end in table[: int(size)].tolist():
+            name = f"{_KINDS[int(kind)]} {minibatch:.0f}"
+            details = {"version": int(version)}
+            spans.append(Span(f"worker {number}", "compute", name, begin, end, details))
+    first = min((span.start for span in spans), default=0.0)
+    return [span._replace(start=span.start - first, end=span.end - first) for span in spans]

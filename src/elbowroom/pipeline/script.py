@@ -1,0 +1,97 @@
+"""Training scripts: the user's own Python file, which defines a model and its data.
+
+A script has three functions, by these names::
+
+    def make_model() -> nn.Module: ...
+    def make_batch(generator: torch.Generator) -> tuple[inputs, targets]: ...
+    def loss_fn(outputs, targets) -> torch.Tensor: ...
+
+``make_model`` draws its weights with torch's random numbers, which are seeded before.
+``make_batch`` gives one minibatch; all that is random in it comes from ``generator``. ``inputs``
+are a tensor, a tuple of positional or a dict of named arguments of the model. ``loss_fn`` gives a
+tensor of one number. The file is run because its user names it, as ``python SCRIPT`` would: with
+its own folder among those that it imports from.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elbowroom.core.errors import InputError
+
+_FUNCTIONS = ("make_model", "make_batch", "loss_fn")
+
+
+@dataclass(frozen=True)
+class TrainingScript:
+    """The functions of a script, and errors that name it."""
+
+    path: Path
+    functions: dict[str, Callable[..., Any]]
+
+    def make_model(self, seed: int) -> nn.Module:
+        """Raises InputError if the script fails, or gives something else."""
+        torch.manual_seed(seed)
+        model = self._call("make_model")
+        if not isinstance(model, nn.Module):
+            raise InputError(f"{self.path}: make_model must return a module, not {model!r}")
+        return model
+
+    def make_batch(self, generator: torch.Generator) -> tuple[Any, Any]:
+        """Inputs and targets. Raises InputError as ``make_model`` does."""
+        batch = self._call("make_batch", generator)
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            raise InputError(f"{self.path}: make_batch must return a tuple (inputs, targets)")
+        return batch
+
+    def loss_fn(self, outputs: Any, targets: Any) -> torch.Tensor:
+        """The script's own, whatever it gives."""
+        loss: torch.Tensor = self.functions["loss_fn"](outputs, targets)
+        return loss
+
+    def _call(self, name: str, *args: Any) -> Any:
+        try:
+            return self.functions[name](*args)
+        except Exception as error:
+            raise InputError(f"{self.path}: {name} failed: {_told(error, self.path)}") from error
+
+
+def load_script(path: Path) -> TrainingScript:
+    """Runs a file. Raises InputError if it cannot be read, fails, or lacks a function."""
+    if not path.is_file():
+        raise InputError(f"there is no script {path}: give a Python file")
+    name = f"elbowroom_script_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{path} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    # It stays: functions may import what lies beside the script when they are called.
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise InputError(f"{path} failed: {_told(error, path)}") from error
+    missing = [name for name in _FUNCTIONS if not callable(getattr(module, name, None))]
+    if missing:
+        raise InputError(
+            f"{path} defines no {', '.join(missing)}: a training script has the functions "
+            "make_model(), make_batch(generator) and loss_fn(outputs, targets)"
+        )
+    return TrainingScript(path, {name: getattr(module, name) for name in _FUNCTIONS})
+
+
+def _told(error: BaseException, path: Path) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    where = f"line {lines[-1]}: " if lines else ""
+    return f"{where}{type(error).__name__}: {error}"

@@ -1,0 +1,282 @@
+"""Writes a model's forward down as a torch.fx graph, and makes sure that it computes the same.
+
+Three ways, the first that works is taken:
+
+1. An ``nn.Sequential`` is its children, one after the other. What happens in them does not matter.
+2. Symbolic tracing: calls of ``torch.nn`` modules, and the functions and methods between them.
+3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's, its
+   shapes and its mode are those of the batch and the model that it saw. Models that ask whether
+   they are being traced may then choose other kernels, which round otherwise.
+
+Tracing can go wrong without a word: a forward that says ``torch.no_grad()``, looks at ``None`` or
+draws its own numbers is traced as something else. Hence each graph is run beside the model, forward
+and backward, and is only taken if they agree.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import logging
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from elbowroom.core.errors import InputError, UntraceableModelError
+from elbowroom.pipeline.values import copy_of, tensors_in
+
+RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
+"""Of a graph against its model, in the norm: at most the larger of the first and so many roundings.
+
+The same kernels agree to the bit, but not on every device, and export may choose others.
+"""
+
+_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
+_STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
+
+
+class Call(NamedTuple):
+    """A model's arguments."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class ModelGraph:
+    """A forward as a graph, whose modules and parameters are the model's own.
+
+    Args:
+        module: the graph; called by ``run`` only.
+        keys: for each placeholder its position or name in the call; None of an exported graph,
+            which has a placeholder for each leaf of the arguments.
+        result: what the leaves that an exported graph returns stand in.
+        mode_matters: the graph would be another one in ``eval()``, or in ``train()``.
+
+    """
+
+    module: fx.GraphModule
+    keys: tuple[int | str, ...] | None
+    result: pytree.TreeSpec | None
+    mode_matters: bool
+
+    @property
+    def is_exported(self) -> bool:
+        return self.keys is None
+
+    def placeholder_values(self, inputs: Any) -> list[Any]:
+        call = as_call(inputs)
+        if self.keys is None:
+            return list(pytree.tree_leaves(tuple(call)))
+        return [call.kwargs[k] if isinstance(k, str) else call.args[k] for k in self.keys]
+
+    def run(self, inputs: Any) -> Any:
+        values = self.placeholder_values(inputs)
+        return fx.Interpreter(self.module).run(*values, enable_io_processing=False)
+
+
+def as_call(inputs: Any) -> Call:
+    """A tuple holds positional arguments, a dict named ones; all else is the only argument."""
+    if isinstance(inputs, tuple):
+        return Call(inputs, {})
+    if isinstance(inputs, dict):
+        return Call((), dict(sorted(inputs.items())))
+    return Call((inputs,), {})
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Puts back what runs and tracers change: buffers, attributes, modes, random numbers."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        for module, attributes, buffers in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
+    """In the mode that the model is in. Leaves the model as it was.
+
+    Raises InputError if the model does not run on the batch, UntraceableModelError if no graph of
+    it computes the same.
+    """
+    with untouched(model):
+        try:
+            reference = _outcome(model, lambda batch: _called(model, batch), inputs)
+        except Exception as error:
+            message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
+            raise InputError(f"{message}{_where(error)}: change make_batch or the model") from error
+    ways: list[Callable[[nn.Module, Call], ModelGraph]] = [_symbolic, _exported]
+    if type(model).forward is nn.Sequential.forward:
+        ways = [_sequential]
+    failures: list[Exception] = []
+    for way in ways:
+        try:
+            with untouched(model):
+                graph = way(model, as_call(inputs))
+                outcome = _outcome(model, graph.run, inputs)
+        except Exception as error:
+            failures.append(error)
+            continue
+        if _agree(reference, outcome):
+            return graph
+        failures.append(ValueError("what was traced computes something else than the model"))
+    raise _untraceable(model, failures)
+
+
+class _Tracer(fx.Tracer):
+    """Takes the arguments that a batch has, and leaves the others at their defaults."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, call: Call, children_are_leaves: bool) -> None:
+        super().__init__()
+        self.call, self.children_are_leaves = call, children_are_leaves
+        self.traced_keys: list[int | str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.children_are_leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        names = _positional_names(root_fn, len(self.call.args))
+        args = [self._argument(k, names[k], v) for k, v in enumerate(self.call.args)]
+        kwargs = {k: self._argument(k, k, v) for k, v in self.call.kwargs.items()}
+        return partial(root_fn, **kwargs), [self.root, *args]
+
+    def _argument(self, key: int | str, name: str, value: Any) -> Any:
+        if not tensors_in(value):
+            return value
+        self.traced_keys.append(key)
+        return self.create_proxy("placeholder", name, (), {})
+
+
+def _positional_names(forward: Callable[..., Any], count: int) -> list[str]:
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    return [names[k] if k < len(names) else f"input_{k}" for k in range(count)]
+
+
+def _sequential(model: nn.Module, call: Call) -> ModelGraph:
+    return _traced(model, call, True)
+
+
+def _symbolic(model: nn.Module, call: Call) -> ModelGraph:
+    found = _traced(model, call, False)
+    try:
+        with untouched(model):
+            model.train(not model.training)
+            mode_matters = _traced(model, call, False).module.code != found.module.code
+    except Exception:  # what it does in its other mode cannot be written down
+        mode_matters = True
+    return ModelGraph(found.module, found.keys, None, mode_matters)
+
+
+def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGraph:
+    tracer = _Tracer(call, children_are_leaves)
+    with untouched(model):  # tensors that the tracer finds in a forward become attributes
+        module = fx.GraphModule(model, tracer.trace(model))
+    return ModelGraph(module, tuple(tracer.traced_keys), None, False)
+
+
+def _exported(model: nn.Module, call: Call) -> ModelGraph:
+    with _quiet():
+        program = torch.export.export(model, call.args, call.kwargs)
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return ModelGraph(module, None, program.call_spec.out_spec, True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What export logs of a failure is in its error, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    call = as_call(inputs)
+    return model(*call.args, **call.kwargs)
+
+
+def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> list[torch.Tensor | None]:
+    """Tensors that a run gives, and gradients of the sum of their squares."""
+    with untouched(model), torch.enable_grad():
+        torch.manual_seed(0)
+        outputs = tensors_in(run(copy_of(inputs)))
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        losses = [x.square().sum() for x in outputs if x.requires_grad]
+        if not losses or not parameters:
+            return [*outputs]
+        total = torch.stack([loss.double() for loss in losses]).sum()
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        return [*(x.detach() for x in outputs), *gradients]
+
+
+def _agree(one: list[torch.Tensor | None], other: list[torch.Tensor | None]) -> bool:
+    return len(one) == len(other) and all(map(_is_close, one, other))
+
+
+def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not one.is_floating_point():
+        return False
+    tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
+    one, other = (x.detach().double().nan_to_num() for x in (one, other))
+    return bool((one - other).norm() <= tolerance * one.norm())
+
+
+def _untraceable(model: nn.Module, failures: list[Exception]) -> UntraceableModelError:
+    reasons = "; then ".join(f"{_first_line(error)}{_where(error)}" for error in failures)
+    return UntraceableModelError(
+        f"the forward of {type(model).__name__} cannot be traced: {reasons}. Build the model as "
+        "nn.Sequential of blocks, each of which is then one layer, or write the forward without it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _where(error: Exception) -> str:
+    """The innermost line of the user's own code."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.exists() and not _is_machinery(path):
+            line = linecache.getline(frame.filename, frame.lineno or 0).strip()
+            return f" ({path}:{frame.lineno}: `{line}`)"
+    return ""
+
+
+def _is_machinery(path: Path) -> bool:
+    in_stdlib = path.is_relative_to(_STDLIB) and not path.is_relative_to(_PACKAGES)
+    return in_stdlib or path.is_relative_to(_TORCH) or path.is_relative_to(_OURS)

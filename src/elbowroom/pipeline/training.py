@@ -1,0 +1,128 @@
+"""``Pipeline``: a model in stages on the workers of a process group, minibatch after minibatch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
+from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.pipeline.layers import trace_model
+from elbowroom.pipeline.split import Stage, split
+from elbowroom.pipeline.traced import TracedModel
+from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
+
+OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+
+
+class Pipeline:
+    """A worker's part of a pipeline: that of its rank in the default process group.
+
+    All workers give the same model, with the same weights. It is taken over: each keeps the weights
+    of its own stage, which are trained, and lets those of the others go.
+
+    Args:
+        model: what ``torch.fx`` or ``torch.export`` can trace, or an ``nn.Sequential``.
+        plan: as many workers as the process group has, stages of this model's layers.
+        optimizer_fn: of the parameters of a stage, such as ``partial(torch.optim.AdamW, lr=1e-3)``.
+        loss_fn: of the model's outputs and the targets, a mean over a minibatch.
+        options: see ``StageOptions``.
+        scheduler_fn: of the optimizer; it steps after every update of the stage.
+
+    Raises InputError for a plan of another number of workers; the first ``train_step`` raises
+    SplitError for one of another model, and UntraceableModelError.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PipelinePlan,
+        optimizer_fn: OptimizerFunction,
+        loss_fn: LossFunction,
+        options: StageOptions | None = None,
+        scheduler_fn: SchedulerFunction | None = None,
+    ) -> None:
+        size = distributed.get_world_size()
+        if size != plan.num_workers:
+            raise InputError(
+                f"the plan {plan} is for {plan.num_workers} workers, and there are {size}: start "
+                f"as many (torchrun --nproc-per-node), or plan again"
+            )
+        self.pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
+        self.number = distributed.get_rank()
+        self._model = model
+        self._plan = plan
+        self._optimizer_fn = optimizer_fn
+        self._scheduler_fn = scheduler_fn
+        self._loss_fn = loss_fn
+        self._options = options
+        self._traced: TracedModel
+        self._stage: Stage
+        self._worker: StageWorker | None = None
+
+    @property
+    def stage_number(self) -> int:
+        return self.pipe.stages[self.number]
+
+    @property
+    def stage(self) -> Stage:
+        """The module that this worker trains. Made by the first ``train_step``."""
+        return self._stage
+
+    @property
+    def done(self) -> list[Done]:
+        """What this worker has computed so far, and when."""
+        return self._worker.done if self._worker else []
+
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        """Of tensors, to each other worker; without what replicas sent to agree on gradients."""
+        return self._worker.links.sent_bytes if self._worker else {}
+
+    def train_step(self, batch: tuple[Any, Any]) -> float | None:
+        """Feed inputs and targets; every worker is given every minibatch, in the same order.
+
+        The loss where this worker has it, else None: the last stage, of the minibatches it ran.
+        Weights follow as ``StageOptions.semantics`` says.
+        """
+        inputs, targets = batch
+        if self._worker is None:
+            self._worker = self._start(inputs)
+        loaded = self._traced.named_inputs(inputs) if self._stage.loads else {}
+        return self._worker.train_step([loaded[name] for name in self._stage.loads], targets)
+
+    def drain(self) -> None:
+        """Let all minibatches come back; every worker must call it. Then training may go on."""
+        if self._worker is not None:
+            self._worker.drain()
+
+    def close(self) -> None:
+        """Drain and end; every worker must call it."""
+        self.drain()
+        if self._worker is not None:
+            self._worker.close()
+
+    def _start(self, inputs: Any) -> StageWorker:
+        self._traced = trace_model(self._model.train(), inputs)
+        self._stage = split(self._traced, self._plan)[self.stage_number]
+        kept = set(self._stage.parameters())
+        for parameter in self._model.parameters():
+            if parameter not in kept:
+                parameter.data = parameter.data.new_empty(0)
+        optimizer = self._optimizer_fn(list(self._stage.parameters()))
+        scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
+        return StageWorker(
+            self._stage,
+            self.pipe,
+            self.number,
+            optimizer,
+            self._loss_fn,
+            self._options,
+            scheduler,
+        )

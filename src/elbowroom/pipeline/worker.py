@@ -1,0 +1,285 @@
+"""One worker of a pipeline: runs its stage on minibatch after minibatch, one forward, one backward.
+
+PipeDream: arXiv 1806.03377 section 3; SOSP 2019 section 3. Every worker is told of every minibatch
+and does what is its own: with ``stash``, ``vertical-sync`` and ``naive`` weights a call of
+``train_step`` feeds one minibatch into the pipe and none waits for it to come back; ``drain`` lets
+all come back. With ``flush``, each call feeds microbatches, drains the pipe and updates once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.pipe import Pipe
+from elbowroom.pipeline.links import Links, Message
+from elbowroom.pipeline.replicas import Replicas
+from elbowroom.pipeline.versions import Leaves, Semantics, Versions
+
+Tensors = tuple[torch.Tensor, ...]
+LossFunction = Callable[[Any, Any], torch.Tensor]
+"""Of what the last stage gives and the targets: a mean over the minibatch."""
+
+
+class Done(NamedTuple):
+    """One pass, as it was: seconds on ``time.perf_counter``, the weights by their number."""
+
+    kind: Literal["forward", "backward", "update"]
+    minibatch: int
+    version: int
+    begin: float
+    end: float
+
+
+@dataclass
+class _Flight:
+    """A minibatch between its forward and its backward."""
+
+    minibatch: int
+    version: int
+    leaves: Leaves
+    inputs: Tensors
+    outputs: Tensors
+    message: Message | None
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a pipeline trains.
+
+    Args:
+        semantics: of the weights' versions, see ``versions``.
+        microbatches: of which a minibatch is made with ``flush``; 1 otherwise.
+        seed: of dropout and other randomness, with the stage and the minibatch.
+        autocast: compute in this type where ``torch.autocast`` does.
+
+    """
+
+    semantics: Semantics = "stash"
+    microbatches: int = 1
+    seed: int = 0
+    autocast: torch.dtype | None = None
+
+
+class StageWorker:
+    """Worker number ``worker`` of ``pipe``. Needs a process group of all workers.
+
+    ``stage`` takes the tensors that the stage before it gives, then its own inputs, and gives a
+    tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
+    update.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        pipe: Pipe,
+        worker: int,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: LossFunction,
+        options: StageOptions | None = None,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.stage = stage
+        self.number = pipe.stages[worker]
+        self.done: list[Done] = []
+        self._pipe = pipe
+        self._replica = worker - pipe.workers(self.number)[0]
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._loss_fn = loss_fn
+        self._options = options or StageOptions()
+        self.versions = Versions(stage, self._options.semantics)
+        self._before = tuple(pipe.workers(self.number - 1))
+        self._behind = tuple(pipe.workers(self.number + 1))
+        self.links = Links((*self._before, *self._behind))
+        self._replicas = Replicas(pipe, self.number)
+        self._flights: deque[_Flight] = deque()
+        self._gradients: dict[str, torch.Tensor] = {}
+        self._num_fed = 0
+        self._last_used = 0
+
+    def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
+        """Feed one minibatch; every worker must be called with every one, in the same order.
+
+        ``inputs`` are those of this stage, beside what it receives; only the last one reads
+        ``targets``. Gives the loss where the last stage has run the minibatch, else None; with
+        ``flush``, of the microbatches run here.
+        """
+        if self._options.semantics != "flush":
+            return self._feed(tuple(inputs), targets)
+        count = self._options.microbatches
+        parts = [_split(tensor, count) for tensor in inputs]
+        aims = _split(targets, count) if isinstance(targets, torch.Tensor) else [targets] * count
+        losses = [self._feed(tuple(part[n] for part in parts), aims[n]) for n in range(count)]
+        self._bring_back()
+        self._update(None)
+        here = [loss for loss in losses if loss is not None]
+        return sum(here) / len(here) if here else None
+
+    def drain(self) -> None:
+        """Let all minibatches come back. Every worker must call it; then training may go on."""
+        self._bring_back()
+        replicas = self._pipe.replicas[self.number]
+        begun = self._num_fed // replicas * replicas
+        if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
+            self._update(0)  # the others of the last round wait for us
+        whole = lcm(*self._pipe.replicas)
+        self._num_fed = -(-self._num_fed // whole) * whole  # all begin their next rounds together
+
+    def close(self) -> None:
+        """End the channels, after ``drain``. Every worker must call it."""
+        self.links.close((*self._before, *self._behind))
+
+    def _feed(self, inputs: Tensors, targets: object) -> float | None:
+        minibatch = self._num_fed
+        self._num_fed += 1
+        if minibatch % self._pipe.replicas[self.number] != self._replica:
+            return None
+        loss = self._forward(minibatch, inputs, targets)
+        if len(self._flights) > self._pipe.warmup_forwards(self.number):
+            self._backward(self._flights.popleft())
+        return loss
+
+    def _bring_back(self) -> None:
+        while self._flights:
+            self._backward(self._flights.popleft())
+
+    def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
+        version, message = self.versions.newest, None
+        replicas = self._pipe.replicas[self.number]
+        label = version * replicas  # so many minibatches it has learned from
+        if self._before:
+            message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
+            inputs = (*(_as_leaf(tensor) for tensor in message.tensors), *inputs)
+            if self._options.semantics == "vertical-sync":
+                label = message.label
+                version = label // replicas
+        begin = time.perf_counter()
+        self._last_used = version
+        leaves = self.versions.acquire(version)
+        with self._randomness(minibatch), self._autocast():
+            outputs = functional_call(self.stage, dict(leaves), inputs)
+            if not self._behind:
+                outputs = (self._loss_fn(outputs, targets),)
+        flight = _Flight(minibatch, version, leaves, inputs, outputs, message)
+        self._flights.append(flight)
+        self._note("forward", flight, begin)
+        if self._behind:
+            self.links.send(self._pipe.worker(self.number + 1, minibatch), label, outputs)
+            return None
+        return float(outputs[0].detach())
+
+    def _backward(self, flight: _Flight) -> None:
+        """Gradients of a minibatch: its inputs' go to the stage before, its weights' are kept."""
+        message = None
+        outputs = [tensor for tensor in flight.outputs if tensor.is_floating_point()]
+        if self._behind:
+            message = self.links.receive(self._pipe.worker(self.number + 1, flight.minibatch))
+            given = list(message.tensors)
+        else:
+            given = [torch.full_like(outputs[0], 1 / self._options.microbatches)]
+        begin = time.perf_counter()
+        inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
+        leaves = {name: flight.leaves[name] for name in self.versions.trained}
+        pairs = [(out, grad) for out, grad in zip(outputs, given, strict=True) if out.requires_grad]
+        found = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [*inputs, *leaves.values()],
+            [grad for _, grad in pairs],
+            allow_unused=True,
+        )
+        if self._before:
+            back = [
+                torch.zeros_like(tensor) if grad is None else grad
+                for tensor, grad in zip(inputs, found, strict=False)
+            ]
+            worker = self._pipe.worker(self.number - 1, flight.minibatch)
+            self.links.send(worker, flight.version, back)
+        self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
+        self.versions.release(flight.version)
+        self._note("backward", flight, begin)
+        self._give_back(flight, message, found)
+        if self._options.semantics != "flush":
+            self._update(1)
+
+    def _give_back(
+        self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Memory of what was received, unless a gradient that is still needed lies in it."""
+        if flight.message is not None:
+            source = self._pipe.worker(self.number - 1, flight.minibatch)
+            self.links.give_back(source, flight.message)
+        if message is not None:
+            used = {grad.untyped_storage().data_ptr() for grad in found if grad is not None}
+            if used.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in message.tensors):
+                source = self._pipe.worker(self.number + 1, flight.minibatch)
+                self.links.give_back(source, message)
+
+    def _add(self, gradients: dict[str, torch.Tensor | None]) -> None:
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            if name in self._gradients:
+                self._gradients[name] = self._gradients[name] + gradient
+            else:
+                self._gradients[name] = gradient
+
+    def _update(self, num_minibatches: int | None) -> None:
+        """A new version, from what was gathered here and by the other replicas of the stage.
+
+        Means over so many minibatches here and those of the others; None for parts of one.
+        """
+        begin = time.perf_counter()
+        gathered, self._gradients = self._gradients, {}
+        gradients = self._replicas.add_up(gathered, self.versions.trained, num_minibatches)
+        # No minibatch yet to come asks for an older version than the last one did.
+        is_synced = self._options.semantics == "vertical-sync"
+        self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)
+        if self._scheduler is not None:
+            self._scheduler.step()
+        version = self.versions.newest
+        self.done.append(Done("update", self._num_fed, version, begin, time.perf_counter()))
+
+    @contextmanager
+    def _randomness(self, minibatch: int) -> Iterator[None]:
+        """The same for a stage and a minibatch wherever and whenever they meet."""
+        state = torch.get_rng_state()
+        key = np.random.SeedSequence((self._options.seed, self.number, minibatch))
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self._options.autocast
+        return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
+    def _note(self, kind: Literal["forward", "backward"], flight: _Flight, begin: float) -> None:
+        end = time.perf_counter()
+        self.done.append(Done(kind, flight.minibatch, flight.version, begin, end))
+
+
+def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_(tensor.is_floating_point())
+
+
+def _split(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Raises ElbowroomError where a minibatch cannot be cut into equal microbatches."""
+    if len(tensor) % count:
+        raise ElbowroomError(
+            f"a minibatch of {len(tensor)} is not {count} equal microbatches: drop the last, or "
+            f"choose another number"
+        )
+    return list(tensor.chunk(count))

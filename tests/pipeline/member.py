@@ -1,0 +1,65 @@
+"""One worker of a pipeline, for tests.
+
+    python -m tests.pipeline.member CASE FOLDER WORKER
+
+Writes its weights and what it saw to ``FOLDER/WORKER.safetensors`` and ``.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import distributed
+
+from elbowroom.core.pipe import Pipe
+from elbowroom.pipeline.worker import StageOptions, StageWorker
+from tests.pipeline.cases import (
+    Case,
+    loss_of,
+    make_optimizer,
+    make_scheduler,
+    make_stages,
+    minibatch,
+)
+
+
+def main(case: Case, folder: Path, number: int) -> None:
+    torch.set_num_threads(1)
+    pipe = Pipe(case.replicas)
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meet'}",
+        rank=number,
+        world_size=pipe.num_workers,
+    )
+    stage = make_stages(case)[pipe.stages[number]]
+    optimizer = make_optimizer(case, stage)
+    options = StageOptions(case.semantics, case.microbatches)  # type: ignore[arg-type]
+    worker = StageWorker(
+        stage, pipe, number, optimizer, loss_of, options, make_scheduler(optimizer)
+    )
+    losses = []
+    for index in range(case.num_minibatches):
+        if index in case.breaks:
+            worker.drain()
+        inputs, target = minibatch(case, index)
+        losses.append(worker.train_step(inputs if worker.number == 0 else (), target))
+    worker.drain()
+    worker.close()
+    seen = {
+        "losses": losses,
+        "done": [done[:3] for done in worker.done],
+        "most_held": worker.versions.most_held,
+        "sent_bytes": worker.links.sent_bytes,
+    }
+    save_file(dict(stage.named_parameters()), folder / f"{number}.safetensors")
+    (folder / f"{number}.json").write_text(json.dumps(seen))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Case.from_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,127 @@
+"""What a pipeline must compute, by PipeDream's rule in one process: weights delayed by formula.
+
+Stage k keeps every version of its weights. Minibatch i runs forward and backward with one of them;
+its gradients, averaged over the minibatches of its round, make the next (arXiv 1806.03377 section
+3.3). Without replicas that is w(t+1) = w(t) - lr grad f(w1(t-n+1), ..., wn(t)).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from tests.pipeline.cases import (
+    Case,
+    loss_of,
+    make_optimizer,
+    make_scheduler,
+    make_stages,
+    minibatch,
+)
+
+
+class Trained(NamedTuple):
+    """Losses by minibatch, weights by stage."""
+
+    losses: list[float]
+    stages: list[nn.Module]
+
+
+def warmup(replicas: tuple[int, ...], stage: int) -> int:
+    return (sum(replicas) - 1 - sum(replicas[:stage])) // replicas[stage]
+
+
+def version_used(case: Case, stage: int, number: int) -> int:
+    """Rounds that the stage has learned from when the minibatch reaches it; at most all before."""
+    source = 0 if case.semantics == "vertical-sync" else stage
+    count = case.replicas[source]
+    rounds = max(0, number // count - warmup(case.replicas, source))
+    return rounds * count // case.replicas[stage]
+
+
+def train(case: Case) -> Trained:
+    """Minibatch after minibatch, each to its end. For ``stash`` and ``vertical-sync``."""
+    masters = make_stages(case)
+    optimizers = [make_optimizer(case, stage) for stage in masters]
+    schedulers = [make_scheduler(optimizer) for optimizer in optimizers]
+    versions = [[copy.deepcopy(stage)] for stage in masters]
+    rounds: list[list[list[torch.Tensor]]] = [[] for _ in masters]
+    losses = []
+    for number in range(case.num_minibatches):
+        stages = [
+            copy.deepcopy(versions[k][version_used(case, k, number)]) for k in range(len(masters))
+        ]
+        losses.append(_run(case, stages, number))
+        for k, stage in enumerate(stages):
+            rounds[k].append([_gradient(parameter) for parameter in stage.parameters()])
+            is_last = number == case.num_minibatches - 1
+            if len(rounds[k]) == case.replicas[k] or is_last:
+                _update(masters[k], optimizers[k], rounds[k])
+                schedulers[k].step()
+                rounds[k] = []
+                versions[k].append(copy.deepcopy(masters[k]))
+    return Trained(losses, masters)
+
+
+def train_flushed(case: Case) -> Trained:
+    """Plain training: gradients of all microbatches add up to one step."""
+    stages = make_stages(case)
+    optimizers = [make_optimizer(case, stage) for stage in stages]
+    schedulers = [make_scheduler(optimizer) for optimizer in optimizers]
+    losses = []
+    for number in range(case.num_minibatches):
+        (x, first), target = minibatch(case, number)
+        parts = zip(*(t.chunk(case.microbatches) for t in (x, first, target)), strict=True)
+        total = 0.0
+        for part, (one, two, aim) in enumerate(parts):
+            loss = _loss(case, stages, number * case.microbatches + part, (one, two), aim)
+            (loss / case.microbatches).backward()
+            total += loss.item()
+        losses.append(total / case.microbatches)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+    return Trained(losses, stages)
+
+
+def _run(case: Case, stages: list[nn.Module], number: int) -> float:
+    inputs, target = minibatch(case, number)
+    loss = _loss(case, stages, number, inputs, target)
+    loss.backward()
+    return loss.item()
+
+
+def _loss(
+    case: Case,
+    stages: list[nn.Module],
+    number: int,
+    tensors: tuple[torch.Tensor, torch.Tensor],
+    target: torch.Tensor,
+) -> torch.Tensor:
+    for k, stage in enumerate(stages):
+        key = np.random.SeedSequence((0, k, number)).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(key))
+        tensors = stage(*tensors)
+    return loss_of(tensors, target)
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _update(
+    master: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[list[torch.Tensor]]
+) -> None:
+    for index, parameter in enumerate(master.parameters()):
+        total = gradients[0][index]
+        for other in gradients[1:]:
+            total = total + other[index]
+        parameter.grad = total / len(gradients)
+    optimizer.step()
+    optimizer.zero_grad()
