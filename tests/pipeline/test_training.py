@@ -67,6 +67,8 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     process = _start(files, 3, "plan3.json", *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
+    first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)
+    assert float(last) < 0.5 * float(first)
     assert "150 minibatches in" in said
     assert len(re.findall(r"worker \d, stage \d: .* idle, .* sent a minibatch", said)) == 3
     events = json.loads(trace.read_text())["traceEvents"]
@@ -75,18 +77,6 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     for kind in ("forward", "backward"):
         assert sum(name.startswith(kind) for name in drawn) == 3 * 150 * parts
     assert sum(name.startswith("update") for name in drawn) == 3 * 150
-
-
-def test_the_loss_falls(files: Path) -> None:
-    """Of many steps, so that a loss is printed before and after."""
-    process = _start(files, 2, "plan2.json", "--steps", "12000", "--lr", "0.003")
-    assert process.stdout is not None
-    losses = []
-    for line in process.stdout:
-        found = re.search(r"loss ([\d.]+)", line)
-        losses += [float(found[1])] if found else []
-    assert process.wait(120) == 0
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_what_cannot_be_run(files: Path) -> None:
@@ -106,15 +96,13 @@ def test_what_cannot_be_run(files: Path) -> None:
 def test_a_worker_that_dies(files: Path) -> None:
     """The others end within seconds, and say who it was."""
     process = _start(files, 3, "plan3.json", "--steps", "1000000", "--trace", str(files / "t"))
-    children: list[psutil.Process] = []
-    while len(children) < 3:
-        children = psutil.Process(process.pid).children()
-        time.sleep(0.1)
-    time.sleep(8)
-    ranks = {child.environ()["RANK"]: child for child in children}
-    ranks["1"].send_signal(signal.SIGKILL)
+    assert process.stdout is not None
+    while "loss" not in process.stdout.readline():
+        assert process.poll() is None
+    children = psutil.Process(process.pid).children()
+    next(one for one in children if one.environ()["RANK"] == "1").send_signal(signal.SIGKILL)
     killed = time.monotonic()
     said, _ = process.communicate(timeout=60)
     assert time.monotonic() - killed < 40
     assert process.returncode != 0
-    assert "worker 1 ended" in said or "rank: 1" in said or "rank      : 1" in said
+    assert re.search(r"worker 1 ended|rank *: 1", said), said

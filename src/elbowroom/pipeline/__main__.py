@@ -73,6 +73,7 @@ def _train(args: argparse.Namespace) -> None:
             batch = script.make_batch(generator)
             progress.note(step, pipeline.train_step(batch), batch[0])
         pipeline.close()
+        progress.end()
         lines = summary(pipeline, time.perf_counter() - begin, args.steps)
         spans = spans_of_all(pipeline) if args.trace else []
         if pipeline.number == 0:

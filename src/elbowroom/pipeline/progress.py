@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.training import Pipeline
 
 _EVERY_SECONDS = 5.0
+_MEAN_OF = 20
 _KINDS = ("forward", "backward", "update")
 
 
@@ -37,12 +39,19 @@ class Progress:
         if now - self._last < _EVERY_SECONDS:
             return
         self._last = now
-        recent = self._losses[-20:]
-        print(
-            f"step {step + 1}: loss {sum(recent) / len(recent):.4f} (last {len(recent)}), "
-            f"{self._samples / (now - self._begin):.1f} samples/s",
-            flush=True,
-        )
+        rate = self._samples / (now - self._begin)
+        recent = _mean(self._losses[-_MEAN_OF:])
+        print(f"step {step + 1}: loss {recent}, {rate:.1f} samples/s", flush=True)
+
+    def end(self) -> None:
+        """Where the losses are: the first and the last of them."""
+        if self._losses:
+            first, last = self._losses[:_MEAN_OF], self._losses[-_MEAN_OF:]
+            print(f"loss: {_mean(first)} at first, {_mean(last)} at last", flush=True)
+
+
+def _mean(losses: Sequence[float]) -> str:
+    return f"{sum(losses) / len(losses):.4f} (mean of {len(losses)})"
 
 
 def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
