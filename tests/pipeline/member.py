@@ -38,7 +38,7 @@ def main(case: Case, folder: Path, number: int) -> None:
     )
     stage = make_stages(case)[pipe.stages[number]]
     optimizer = make_optimizer(case, stage)
-    options = StageOptions(case.semantics, case.microbatches)  # type: ignore[arg-type]
+    options = StageOptions(case.semantics, case.microbatches, keeps_record=True)  # type: ignore[arg-type]
     worker = StageWorker(
         stage, pipe, number, optimizer, loss_of, options, make_scheduler(optimizer)
     )

@@ -36,7 +36,10 @@ def warmup(replicas: tuple[int, ...], stage: int) -> int:
 
 
 def version_used(case: Case, stage: int, number: int) -> int:
-    """Rounds that the stage has learned from when the minibatch reaches it; at most all before."""
+    """Rounds that the stage has learned from when the minibatch reaches it; at most all before.
+
+    ``number`` counts from the last drain, and so do the rounds.
+    """
     source = 0 if case.semantics == "vertical-sync" else stage
     count = case.replicas[source]
     rounds = max(0, number // count - warmup(case.replicas, source))
@@ -50,15 +53,18 @@ def train(case: Case) -> Trained:
     schedulers = [make_scheduler(optimizer) for optimizer in optimizers]
     versions = [[copy.deepcopy(stage)] for stage in masters]
     rounds: list[list[list[torch.Tensor]]] = [[] for _ in masters]
-    losses = []
+    losses, begin = [], 0
     for number in range(case.num_minibatches):
+        if number in case.breaks:
+            versions, begin = [[of_stage[-1]] for of_stage in versions], number
         stages = [
-            copy.deepcopy(versions[k][version_used(case, k, number)]) for k in range(len(masters))
+            copy.deepcopy(versions[k][version_used(case, k, number - begin)])
+            for k in range(len(masters))
         ]
         losses.append(_run(case, stages, number))
         for k, stage in enumerate(stages):
             rounds[k].append([_gradient(parameter) for parameter in stage.parameters()])
-            is_last = number == case.num_minibatches - 1
+            is_last = number + 1 in (*case.breaks, case.num_minibatches)
             if len(rounds[k]) == case.replicas[k] or is_last:
                 _update(masters[k], optimizers[k], rounds[k])
                 schedulers[k].step()

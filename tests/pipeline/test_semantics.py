@@ -16,7 +16,7 @@ from elbowroom.core.pipeline_action import Backward, Forward, Schedule
 from elbowroom.planning.schedule import plan_schedule
 from elbowroom.planning.weight_versions import forward_versions
 from tests.pipeline.cases import Case, make_stages
-from tests.pipeline.serial import Trained, train, train_flushed, warmup
+from tests.pipeline.serial import Trained, train, train_flushed
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
 REPLICATED = [(2, 1), (1, 2), (2, 2), (2, 1, 1)]
@@ -128,14 +128,12 @@ def test_bytes_between_stages(tmp_path: Path) -> None:
     assert sent == [{"1": crossing}, {"2": crossing, "0": crossing}, {"1": crossing}]
 
 
-def test_drained_between(tmp_path: Path) -> None:
-    """After a drain nothing is on its way: the weights are those of all minibatches before."""
-    case = Case((1, 1, 1), "stash", breaks=(4,))
-    for k, seen in enumerate(_run(case, tmp_path)):
-        used = [version for name, _, version in seen["done"] if name == "forward"]
-        delay = warmup(case.replicas, k)
-        before = [max(0, i - delay) for i in range(4)]
-        assert used == before + [4 + max(0, i - delay) for i in range(case.num_minibatches - 4)]
+@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 2)], ids=str)
+def test_drained_between(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
+    """After a drain nothing is on its way, also where it cuts a round short."""
+    case = Case(replicas, semantics, breaks=(3, 8))
+    assert _same_as_serial(case, tmp_path, _run(case, tmp_path), train(case))
 
 
 def test_stages_are_different() -> None:

@@ -64,7 +64,12 @@ def _train(args: argparse.Namespace) -> None:
             plan,
             partial(torch.optim.AdamW, lr=args.lr),
             script.loss_fn,
-            StageOptions(args.semantics, args.microbatches, args.seed),
+            StageOptions(
+                args.semantics,
+                args.microbatches,
+                args.seed,
+                keeps_record=args.trace is not None,
+            ),
         )
         generator = torch.Generator().manual_seed(args.seed)
         progress = Progress(pipeline)

@@ -56,9 +56,8 @@ def _mean(losses: Sequence[float]) -> str:
 
 def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
     """A line per worker: its stage, bubble share and bytes per step. All workers must call it."""
-    busy = sum(done.end - done.begin for done in pipeline.done)
     sent = sum(pipeline.sent_bytes.values())
-    mine = torch.tensor([busy, float(sent)], dtype=torch.float64)
+    mine = torch.tensor([pipeline.busy_seconds, float(sent)], dtype=torch.float64)
     gathered = [torch.empty_like(mine) for _ in range(pipeline.pipe.num_workers)]
     distributed.all_gather(gathered, mine)
     lines = [f"{num_steps} minibatches in {seconds:.1f} s"]
@@ -72,7 +71,10 @@ def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
 
 
 def spans_of_all(pipeline: Pipeline) -> list[Span]:
-    """What every worker computed, in the simulator's trace format. All workers must call it."""
+    """What every worker computed, as the simulator's trace has it; workers must keep a record.
+
+    All workers must call it.
+    """
     rows = [
         (_KINDS.index(done.kind), done.minibatch, done.version, done.begin, done.end)
         for done in pipeline.done

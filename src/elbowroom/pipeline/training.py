@@ -77,8 +77,13 @@ class Pipeline:
 
     @property
     def done(self) -> list[Done]:
-        """What this worker has computed so far, and when."""
+        """What this worker has computed so far, and when, if ``StageOptions`` keep a record."""
         return self._worker.done if self._worker else []
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of computing, without what it waited for others."""
+        return self._worker.busy_seconds if self._worker else 0.0
 
     @property
     def sent_bytes(self) -> dict[int, int]:

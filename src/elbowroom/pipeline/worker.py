@@ -63,6 +63,7 @@ class StageOptions:
         microbatches: of which a minibatch is made with ``flush``; 1 otherwise.
         seed: of dropout and other randomness, with the stage and the minibatch.
         autocast: compute in this type where ``torch.autocast`` does.
+        keeps_record: of every pass, in ``StageWorker.done``.
 
     """
 
@@ -70,6 +71,7 @@ class StageOptions:
     microbatches: int = 1
     seed: int = 0
     autocast: torch.dtype | None = None
+    keeps_record: bool = False
 
 
 class StageWorker:
@@ -93,6 +95,7 @@ class StageWorker:
         self.stage = stage
         self.number = pipe.stages[worker]
         self.done: list[Done] = []
+        self.busy_seconds = 0.0
         self._pipe = pipe
         self._replica = worker - pipe.workers(self.number)[0]
         self._optimizer = optimizer
@@ -108,6 +111,7 @@ class StageWorker:
         self._gradients: dict[str, torch.Tensor] = {}
         self._num_fed = 0
         self._last_used = 0
+        self._drained_at = 0
 
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
@@ -134,6 +138,7 @@ class StageWorker:
         begun = self._num_fed // replicas * replicas
         if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
             self._update(0)  # the others of the last round wait for us
+        self._drained_at = self.versions.newest
         whole = lcm(*self._pipe.replicas)
         self._num_fed = -(-self._num_fed // whole) * whole  # all begin their next rounds together
 
@@ -158,13 +163,13 @@ class StageWorker:
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
         version, message = self.versions.newest, None
         replicas = self._pipe.replicas[self.number]
-        label = version * replicas  # so many minibatches it has learned from
+        label = (version - self._drained_at) * replicas  # minibatches it has learned from since
         if self._before:
             message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
             inputs = (*(_as_leaf(tensor) for tensor in message.tensors), *inputs)
             if self._options.semantics == "vertical-sync":
                 label = message.label
-                version = label // replicas
+                version = self._drained_at + label // replicas
         begin = time.perf_counter()
         self._last_used = version
         leaves = self.versions.acquire(version)
@@ -174,7 +179,7 @@ class StageWorker:
                 outputs = (self._loss_fn(outputs, targets),)
         flight = _Flight(minibatch, version, leaves, inputs, outputs, message)
         self._flights.append(flight)
-        self._note("forward", flight, begin)
+        self._note(Done("forward", minibatch, version, begin, time.perf_counter()))
         if self._behind:
             self.links.send(self._pipe.worker(self.number + 1, minibatch), label, outputs)
             return None
@@ -208,7 +213,8 @@ class StageWorker:
             self.links.send(worker, flight.version, back)
         self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
-        self._note("backward", flight, begin)
+        end = time.perf_counter()
+        self._note(Done("backward", flight.minibatch, flight.version, begin, end))
         self._give_back(flight, message, found)
         if self._options.semantics != "flush":
             self._update(1)
@@ -248,8 +254,7 @@ class StageWorker:
         self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)
         if self._scheduler is not None:
             self._scheduler.step()
-        version = self.versions.newest
-        self.done.append(Done("update", self._num_fed, version, begin, time.perf_counter()))
+        self._note(Done("update", self._num_fed, self.versions.newest, begin, time.perf_counter()))
 
     @contextmanager
     def _randomness(self, minibatch: int) -> Iterator[None]:
@@ -266,9 +271,10 @@ class StageWorker:
         dtype = self._options.autocast
         return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def _note(self, kind: Literal["forward", "backward"], flight: _Flight, begin: float) -> None:
-        end = time.perf_counter()
-        self.done.append(Done(kind, flight.minibatch, flight.version, begin, end))
+    def _note(self, done: Done) -> None:
+        self.busy_seconds += done.end - done.begin
+        if self._options.keeps_record:
+            self.done.append(done)
 
 
 def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
