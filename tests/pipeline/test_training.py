@@ -50,9 +50,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _start(folder: Path, workers: int, plan: str, *flags: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, workers: int, plan: str, *flags: str, torchrun: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     run = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(workers))
-    command = (*run, "-m", "elbowroom.pipeline", str(folder / "train.py"), "--plan")
+    command = (*run, *torchrun, "-m", "elbowroom.pipeline", str(folder / "train.py"), "--plan")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen(
@@ -64,7 +66,7 @@ def _start(folder: Path, workers: int, plan: str, *flags: str) -> subprocess.Pop
 def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, ...]) -> None:
     trace = tmp_path / "trace.json"
     flags = ("--steps", "150", "--semantics", *semantics, "--lr", "0.01", "--trace", str(trace))
-    process = _start(files, 3, "plan3.json", *flags)
+    process = start(files, 3, "plan3.json", *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)
@@ -80,14 +82,14 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
 
 
 def test_what_cannot_be_run(files: Path) -> None:
-    wrong_number = _start(files, 3, "plan2.json", "--steps", "3")
+    wrong_number = start(files, 3, "plan2.json", "--steps", "3")
     said, _ = wrong_number.communicate(timeout=120)
     assert wrong_number.returncode != 0
     assert "is for 2 workers, and there are 3" in said
     plan = json.loads((files / "plan2.json").read_text())
     plan["stages"][0]["layers"] = ["nowhere"]
     (files / "other.json").write_text(json.dumps(plan))
-    other = _start(files, 2, "other.json", "--steps", "3")
+    other = start(files, 2, "other.json", "--steps", "3")
     said, _ = other.communicate(timeout=120)
     assert other.returncode != 0
     assert "plan again with a profile of this model" in said
@@ -95,7 +97,7 @@ def test_what_cannot_be_run(files: Path) -> None:
 
 def test_a_worker_that_dies(files: Path) -> None:
     """The others end within seconds, and say who it was."""
-    process = _start(files, 3, "plan3.json", "--steps", "1000000", "--trace", str(files / "t"))
+    process = start(files, 3, "plan3.json", "--steps", "1000000", "--trace", str(files / "t"))
     assert process.stdout is not None
     while "loss" not in process.stdout.readline():
         assert process.poll() is None

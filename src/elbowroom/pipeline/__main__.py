@@ -50,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
+    parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the newest")
+    parser.add_argument("--every", type=int, default=100, help="minibatches to a checkpoint")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a peer")
     return parser
 
@@ -73,13 +75,20 @@ def _train(args: argparse.Namespace) -> None:
         )
         generator = torch.Generator().manual_seed(args.seed)
         progress = Progress(pipeline)
+        first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
+        if first >= args.steps:
+            raise InputError(f"{args.checkpoints} has learned from {first} already: raise --steps")
         begin = time.perf_counter()
         for step in range(args.steps):
             batch = script.make_batch(generator)
+            if step < first:
+                continue  # learned from before the checkpoint
             progress.note(step, pipeline.train_step(batch), batch[0])
+            if args.checkpoints and (step + 1) % args.every == 0:
+                pipeline.save(args.checkpoints)
         pipeline.close()
         progress.end()
-        lines = summary(pipeline, time.perf_counter() - begin, args.steps)
+        lines = summary(pipeline, time.perf_counter() - begin, args.steps - first)
         spans = spans_of_all(pipeline) if args.trace else []
         if pipeline.number == 0:
             print("\n".join(lines), flush=True)

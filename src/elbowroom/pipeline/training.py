@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import distributed, nn
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import Stage, split
 from elbowroom.pipeline.traced import TracedModel
@@ -64,7 +66,11 @@ class Pipeline:
         self._options = options
         self._traced: TracedModel
         self._stage: Stage
+        self._optimizer: torch.optim.Optimizer
+        self._scheduler: torch.optim.lr_scheduler.LRScheduler | None
         self._worker: StageWorker | None = None
+        self._resumed: Checkpoint | None = None
+        self._num_steps = 0
 
     @property
     def stage_number(self) -> int:
@@ -99,6 +105,7 @@ class Pipeline:
         inputs, targets = batch
         if self._worker is None:
             self._worker = self._start(inputs)
+        self._num_steps += 1
         loaded = self._traced.named_inputs(inputs) if self._stage.loads else {}
         return self._worker.train_step([loaded[name] for name in self._stage.loads], targets)
 
@@ -106,6 +113,35 @@ class Pipeline:
         """Let all minibatches come back; every worker must call it. Then training may go on."""
         if self._worker is not None:
             self._worker.drain()
+
+    def restore(self, folder: Path) -> int:
+        """Go on from the newest whole checkpoint of a folder, before the first ``train_step``.
+
+        The number of minibatches that it has learned from; 0 if there is none. It may be of another
+        number of stages. Raises InputError, here or with the first step, if it does not fit.
+        """
+        self._resumed = newest_checkpoint(folder)
+        self._num_steps = self._resumed.index.steps if self._resumed else 0
+        return self._num_steps
+
+    def save(self, folder: Path) -> Path:
+        """Drain, and write a checkpoint of all stages; every worker must call it.
+
+        Raises OutputError, and InputError before the first step.
+        """
+        if self._worker is None:
+            raise InputError("there is nothing to save before the first train_step")
+        self._worker.drain()
+        return save(
+            folder,
+            self._stage.body,
+            self.stage_number,
+            self._optimizer,
+            self._scheduler,
+            self._num_steps,
+            self._worker.next_minibatch,
+            is_writer=self.number == self.pipe.workers(self.stage_number)[0],
+        )
 
     def close(self) -> None:
         """Drain and end; every worker must call it."""
@@ -120,14 +156,21 @@ class Pipeline:
         for parameter in self._model.parameters():
             if parameter not in kept:
                 parameter.data = parameter.data.new_empty(0)
-        optimizer = self._optimizer_fn(list(self._stage.parameters()))
-        scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
+        self._optimizer = self._optimizer_fn(list(self._stage.parameters()))
+        self._scheduler = self._scheduler_fn(self._optimizer) if self._scheduler_fn else None
+        next_minibatch = 0
+        if self._resumed is not None:
+            self._resumed.restore(self._stage.body, self._optimizer)
+            next_minibatch = self._resumed.index.next_minibatch
+            if self._scheduler is not None:
+                self._scheduler.load_state_dict(self._resumed.index.settings["scheduler"])
         return StageWorker(
             self._stage,
             self.pipe,
             self.number,
-            optimizer,
+            self._optimizer,
             self._loss_fn,
             self._options,
-            scheduler,
+            self._scheduler,
+            next_minibatch,
         )

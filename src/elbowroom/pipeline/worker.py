@@ -79,7 +79,7 @@ class StageWorker:
 
     ``stage`` takes the tensors that the stage before it gives, then its own inputs, and gives a
     tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
-    update.
+    update. Minibatches are numbered from ``next_minibatch``.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class StageWorker:
         loss_fn: LossFunction,
         options: StageOptions | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+        next_minibatch: int = 0,
     ) -> None:
         self.stage = stage
         self.number = pipe.stages[worker]
@@ -109,9 +110,14 @@ class StageWorker:
         self._replicas = Replicas(pipe, self.number)
         self._flights: deque[_Flight] = deque()
         self._gradients: dict[str, torch.Tensor] = {}
-        self._num_fed = 0
+        self._num_fed = next_minibatch
         self._last_used = 0
-        self._drained_at = 0
+        self._begin_rounds()
+
+    @property
+    def next_minibatch(self) -> int:
+        """The number of the next one to be fed, by which randomness is keyed."""
+        return self._num_fed
 
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
@@ -138,13 +144,17 @@ class StageWorker:
         begun = self._num_fed // replicas * replicas
         if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
             self._update(0)  # the others of the last round wait for us
-        self._drained_at = self.versions.newest
-        whole = lcm(*self._pipe.replicas)
-        self._num_fed = -(-self._num_fed // whole) * whole  # all begin their next rounds together
+        self._begin_rounds()
 
     def close(self) -> None:
         """End the channels, after ``drain``. Every worker must call it."""
         self.links.close((*self._before, *self._behind))
+
+    def _begin_rounds(self) -> None:
+        """Nothing is on its way: all stages begin their next rounds with the same minibatch."""
+        self._drained_at = self.versions.newest
+        whole = lcm(*self._pipe.replicas)
+        self._num_fed = -(-self._num_fed // whole) * whole
 
     def _feed(self, inputs: Tensors, targets: object) -> float | None:
         minibatch = self._num_fed

@@ -1,0 +1,95 @@
+"""Checkpoints: whole or not at all, the same weights as without a stop, on any number of stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.pipeline.test_training import files, start
+
+__all__ = ["files"]
+
+STEPS = ("--every", "20", "--lr", "0.01")
+
+
+def _train(folder: Path, checkpoints: Path, workers: int, steps: int, *torchrun: str) -> str:
+    flags = ("--steps", str(steps), "--checkpoints", str(checkpoints), *STEPS)
+    process = start(folder, workers, f"plan{workers}.json", *flags, torchrun=torchrun)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def _weights(checkpoint: Path) -> dict[str, bytes]:
+    """Of all stages, and the optimizer's state, bit by bit."""
+    tensors = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= {name: one.numpy().tobytes() for name, one in load_file(path).items()}
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def whole(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of 60 steps on three workers without a stop: the last two."""
+    folder = tmp_path_factory.mktemp("whole")
+    _train(files, folder, 3, 60)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000040", "step-00000060"]
+    return folder
+
+
+def test_a_run_that_goes_on_gives_what_it_would_have_given(
+    files: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "step-00000040", tmp_path / "step-00000040")
+    said = _train(files, tmp_path, 3, 60)
+    assert "20 minibatches in" in said
+    assert _weights(tmp_path / "step-00000060") == _weights(whole / "step-00000060")
+
+
+def test_on_another_number_of_stages(files: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole / "step-00000060", tmp_path / "step-00000060")
+    _train(files, tmp_path, 2, 80)
+    before, after = (_weights(tmp_path / f"step-000000{n}") for n in (60, 80))
+    assert set(before) == set(after)
+    assert before != after
+    assert len(list((tmp_path / "step-00000080").glob("*.safetensors"))) == 2
+
+
+def test_a_worker_dies_and_torchrun_starts_again(files: Path, whole: Path, tmp_path: Path) -> None:
+    """What was being written is not taken for a checkpoint."""
+    (tmp_path / "step-00000050.part").mkdir()
+    shutil.copytree(whole / "step-00000040", tmp_path / "step-00000040")
+    flags = ("--steps", "60", "--checkpoints", str(tmp_path), *STEPS)
+    restarts = ("--max-restarts", "1")
+    process = start(files, 3, "plan3.json", *flags, torchrun=restarts)
+    children: list[psutil.Process] = []
+    while len(children) < 3:
+        children = psutil.Process(process.pid).children()
+    children[1].send_signal(signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert _weights(tmp_path / "step-00000060") == _weights(whole / "step-00000060")
+
+
+def test_what_does_not_fit(files: Path, whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "step-00000040"
+    shutil.copytree(whole / "step-00000040", path)
+    index = json.loads((path / "index.json").read_text())
+    lost = next(name for name in index["files"] if name.startswith("model."))
+    del index["files"][lost]
+    (path / "index.json").write_text(json.dumps(index))
+    flags = ("--steps", "60", "--checkpoints", str(tmp_path))
+    process = start(files, 3, "plan3.json", *flags)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"has no tensor '{lost}'" in said
+    finished = start(files, 3, "plan3.json", "--steps", "40", "--checkpoints", str(whole))
+    said, _ = finished.communicate(timeout=120)
+    assert finished.returncode != 0
+    assert "has learned from 60 already" in said
