@@ -57,6 +57,7 @@ bench: setup
 	$(BIN)/python -m bench.sidp_reproduction
 	$(BIN)/python -m bench.shipping
 	$(BIN)/python -m bench.tail
+	$(BIN)/python -m bench.training
 
 clean:
 	rm -rf .venv build

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from elbowroom.core.errors import InputError
 from elbowroom.core.pipeline_action import Backward, Forward, Schedule
+from elbowroom.pipeline.worker import StageOptions
 from elbowroom.planning.schedule import plan_schedule
 from elbowroom.planning.weight_versions import forward_versions
 from tests.pipeline.cases import Case, make_stages
@@ -134,6 +136,11 @@ def test_drained_between(tmp_path: Path, replicas: tuple[int, ...], semantics: s
     """After a drain nothing is on its way, also where it cuts a round short."""
     case = Case(replicas, semantics, breaks=(3, 8))
     assert _same_as_serial(case, tmp_path, _run(case, tmp_path), train(case))
+
+
+def test_microbatches_without_a_flush() -> None:
+    with pytest.raises(InputError, match="4 microbatches with semantics 'stash'"):
+        StageOptions("stash", 4)
 
 
 def test_stages_are_different() -> None:

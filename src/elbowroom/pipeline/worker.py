@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import Pipe
 from elbowroom.pipeline.links import Links, Message
 from elbowroom.pipeline.replicas import Replicas
@@ -65,6 +65,8 @@ class StageOptions:
         autocast: compute in this type where ``torch.autocast`` does.
         keeps_record: of every pass, in ``StageWorker.done``.
 
+    Raises InputError for microbatches where a minibatch is not made of any.
+
     """
 
     semantics: Semantics = "stash"
@@ -72,6 +74,13 @@ class StageOptions:
     seed: int = 0
     autocast: torch.dtype | None = None
     keeps_record: bool = False
+
+    def __post_init__(self) -> None:
+        if self.microbatches < 1 or (self.microbatches > 1 and self.semantics != "flush"):
+            raise InputError(
+                f"{self.microbatches} microbatches with semantics '{self.semantics}': give 1, or "
+                f"more with 'flush'"
+            )
 
 
 class StageWorker:
@@ -126,8 +135,9 @@ class StageWorker:
         ``targets``. Gives the loss where the last stage has run the minibatch, else None; with
         ``flush``, of the microbatches run here.
         """
+        inputs = tuple(tensor.detach() for tensor in inputs)
         if self._options.semantics != "flush":
-            return self._feed(tuple(inputs), targets)
+            return self._feed(inputs, targets)
         count = self._options.microbatches
         parts = [_split(tensor, count) for tensor in inputs]
         aims = _split(targets, count) if isinstance(targets, torch.Tensor) else [targets] * count
@@ -176,7 +186,7 @@ class StageWorker:
         label = (version - self._drained_at) * replicas  # minibatches it has learned from since
         if self._before:
             message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
-            inputs = (*(_as_leaf(tensor) for tensor in message.tensors), *inputs)
+            inputs = (*map(_as_leaf, message.tensors), *inputs)
             if self._options.semantics == "vertical-sync":
                 label = message.label
                 version = self._drained_at + label // replicas
@@ -292,9 +302,9 @@ def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _split(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Raises ElbowroomError where a minibatch cannot be cut into equal microbatches."""
+    """Raises InputError where a minibatch cannot be cut into equal microbatches."""
     if len(tensor) % count:
-        raise ElbowroomError(
+        raise InputError(
             f"a minibatch of {len(tensor)} is not {count} equal microbatches: drop the last, or "
             f"choose another number"
         )
