@@ -1,12 +1,22 @@
-"""Flags that commands share: kinds of values, and the limits of a row."""
+"""Flags that commands share: kinds of values, the cluster, and the limits of a row."""
 
 from __future__ import annotations
 
 import argparse
 
+from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.units import parse_bandwidth, parse_bytes
 from elbowroom.jobs.limits import RowLimits
+from elbowroom.planner import THIS_MACHINE
+
+
+def add_cluster(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cluster",
+        default=THIS_MACHINE,
+        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
+    )
 
 
 def add_limits(parser: argparse.ArgumentParser) -> None:

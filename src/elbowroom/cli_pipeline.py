@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.cli_flags import bandwidth, count, size
-from elbowroom.core.cluster import PRESETS
+from elbowroom.cli_flags import add_cluster, bandwidth, count, size
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import (
     OVERLAPS,
@@ -35,11 +34,7 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument("profile", type=Path, help="a layer graph: our JSON, or PipeDream's text")
     plan.add_argument("--workers", type=count, required=True, help="devices to train on")
     links = plan.add_mutually_exclusive_group()
-    links.add_argument(
-        "--cluster",
-        default=THIS_MACHINE,
-        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
-    )
+    add_cluster(links)
     links.add_argument(
         "--bandwidth", type=bandwidth, help="between any two workers, such as 10Gbit/s"
     )

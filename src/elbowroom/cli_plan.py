@@ -10,15 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.cli_flags import add_limits, count, limits_of, size
-from elbowroom.core.cluster import PRESETS
+from elbowroom.cli_flags import add_cluster, add_limits, count, limits_of, size
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import write_atomically
 from elbowroom.planner import (
-    THIS_MACHINE,
     Planned,
     PlanSettings,
     check_possible,
@@ -43,11 +41,7 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     job = plan.add_mutually_exclusive_group(required=True)
     job.add_argument("--input", type=Path, help="OpenAI batch lines")
     job.add_argument("--lengths", help="PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 64-512:99x50")
-    plan.add_argument(
-        "--cluster",
-        default=THIS_MACHINE,
-        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
-    )
+    add_cluster(plan)
     plan.add_argument(
         "--memory", type=size, help="for the engine on each device (default: its own)"
     )

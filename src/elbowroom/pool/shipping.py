@@ -9,7 +9,7 @@ bell rings, the host waits until what it announces is there.
 
 On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
 interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
-scheduler divides the cores between them: an FFN of the owner's takes at most twice as long
+scheduler divides the cores between them: 19 of 20 FFNs of the owner's take at most twice as long
 (``bench/shipping.py``). A server on cores of its own would idle most of the time.
 """
 
