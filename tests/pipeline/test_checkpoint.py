@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import distributed, nn
 
+from elbowroom.core.errors import InputError
+from elbowroom.pipeline.checkpoint import Checkpoint
+from elbowroom.pipeline.training import Pipeline
+from tests.pipeline.models import plan_of
 from tests.pipeline.test_training import files, start
 
 __all__ = ["files"]
@@ -93,3 +101,41 @@ def test_what_does_not_fit(files: Path, whole: Path, tmp_path: Path) -> None:
     said, _ = finished.communicate(timeout=120)
     assert finished.returncode != 0
     assert "has learned from 60 already" in said
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process only."""
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+def _trained(num_steps: int) -> tuple[nn.Module, Pipeline]:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimizer_fn = partial(torch.optim.SGD, lr=0.1)
+    plan = plan_of([["input", "0", "1", "2"]])
+    pipeline = Pipeline(model, plan, optimizer_fn, nn.functional.mse_loss)
+    for _ in range(num_steps):
+        pipeline.train_step((torch.randn(8, 3), torch.randn(8, 1)))
+    return model, pipeline
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_for_a_plain_model(tmp_path: Path) -> None:
+    model, pipeline = _trained(3)
+    other, _ = _trained(0)
+    Checkpoint(pipeline.save(tmp_path)).load_weights(other)
+    assert not torch.equal(model[0].weight, _trained(0)[0][0].weight)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_folder_of_another_run(tmp_path: Path) -> None:
+    """Which has come further: neither its checkpoints are lost, nor ours at once."""
+    _trained(5)[1].save(tmp_path)
+    with pytest.raises(InputError, match="beyond step 3, of another run"):
+        _trained(3)[1].save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from elbowroom import cli
+from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.pipeline.script import load_script
 
 SCRIPT = """
 import torch
@@ -79,6 +83,41 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     for kind in ("forward", "backward"):
         assert sum(name.startswith(kind) for name in drawn) == 3 * 150 * parts
     assert sum(name.startswith("update") for name in drawn) == 3 * 150
+
+
+SCHEDULE = """
+
+from functools import partial
+
+make_optimizer = partial(torch.optim.SGD, lr=0.5)
+
+
+def make_scheduler(optimizer, num_steps):
+    print(f"{num_steps} updates to come")
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step >= num_steps))
+"""
+
+
+def test_a_script_with_an_optimizer_and_a_schedule(files: Path, tmp_path: Path) -> None:
+    """The rate is 0 until all updates are done: nothing is learned, at each stage."""
+    (tmp_path / "train.py").write_text(SCRIPT + SCHEDULE)
+    shutil.copy(files / "plan2.json", tmp_path)
+    checkpoints = ("--checkpoints", str(tmp_path / "checkpoints"))
+    process = start(tmp_path, 2, "plan2.json", "--steps", "5", *checkpoints)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert said.count("5 updates to come") == 2
+    script = load_script(tmp_path / "train.py")
+    trained, fresh = script.make_model(1), script.make_model(0)
+    newest = newest_checkpoint(tmp_path / "checkpoints")
+    assert newest is not None and newest.index.steps == 5
+    newest.load_weights(trained)
+    assert all(map(torch.equal, trained.parameters(), fresh.parameters()))
+    assert newest.index.settings["optimizer"][0]["lr"] == 0.5
+    refused = start(tmp_path, 2, "plan2.json", "--steps", "5", "--lr", "0.1")
+    said, _ = refused.communicate(timeout=120)
+    assert refused.returncode != 0
+    assert "makes its own optimizer" in said
 
 
 def test_what_cannot_be_run(files: Path) -> None:

@@ -21,8 +21,8 @@ from elbowroom.core.errors import ElbowroomError, InputError
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
-from elbowroom.pipeline.script import load_script
-from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.script import TrainingScript, load_script
+from elbowroom.pipeline.training import OptimizerFunction, Pipeline, SchedulerFunction
 from elbowroom.pipeline.versions import SEMANTICS
 from elbowroom.pipeline.worker import StageOptions
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, required=True, help="minibatches")
     parser.add_argument("--semantics", choices=SEMANTICS, default="stash")
     parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of AdamW (default %(default)s)")
+    parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the newest")
@@ -64,7 +64,7 @@ def _train(args: argparse.Namespace) -> None:
         pipeline = Pipeline(
             script.make_model(args.seed),
             plan,
-            partial(torch.optim.AdamW, lr=args.lr),
+            _optimizer_fn(script, args.lr),
             script.loss_fn,
             StageOptions(
                 args.semantics,
@@ -72,6 +72,7 @@ def _train(args: argparse.Namespace) -> None:
                 args.seed,
                 keeps_record=args.trace is not None,
             ),
+            _scheduler_fn(script, args, plan),
         )
         generator = torch.Generator().manual_seed(args.seed)
         progress = Progress(pipeline)
@@ -84,7 +85,8 @@ def _train(args: argparse.Namespace) -> None:
             if step < first:
                 continue  # learned from before the checkpoint
             progress.note(step, pipeline.train_step(batch), batch[0])
-            if args.checkpoints and (step + 1) % args.every == 0:
+            is_due = (step + 1) % args.every == 0 or step + 1 == args.steps
+            if args.checkpoints and is_due:
                 pipeline.save(args.checkpoints)
         pipeline.close()
         progress.end()
@@ -96,6 +98,26 @@ def _train(args: argparse.Namespace) -> None:
                 write_trace(args.trace, spans)
     finally:
         distributed.destroy_process_group()
+
+
+def _optimizer_fn(script: TrainingScript, lr: float | None) -> OptimizerFunction:
+    """The script's own, or AdamW. Raises InputError for a learning rate that it would not see."""
+    if not script.has_optimizer:
+        return partial(torch.optim.AdamW, lr=1e-3 if lr is None else lr)
+    if lr is not None:
+        raise InputError(f"{script.path} makes its own optimizer: set the learning rate there")
+    return script.make_optimizer
+
+
+def _scheduler_fn(
+    script: TrainingScript, args: argparse.Namespace, plan: PipelinePlan
+) -> SchedulerFunction | None:
+    """The script's own, told of the updates of this worker's stage: one a round of its replicas."""
+    if not script.has_scheduler:
+        return None
+    replicas = [stage.replicas for stage in plan.stages for _ in range(stage.replicas)]
+    a_round = 1 if args.semantics == "flush" else replicas[distributed.get_rank()]
+    return partial(script.make_scheduler, num_steps=-(-args.steps // a_round))
 
 
 def _read_plan(path: Path) -> PipelinePlan:

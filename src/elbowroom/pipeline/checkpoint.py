@@ -53,13 +53,20 @@ class Checkpoint:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"cannot read the checkpoint {path}: {error}") from error
 
+    def load_weights(self, module: nn.Module) -> None:
+        """Put weights and buffers into a stage, or into the whole model.
+
+        Raises InputError if the checkpoint is of another model, or damaged.
+        """
+        for name, tensor in _weights(module).items():
+            tensor.copy_(self._read(f"model.{name}", tensor))
+
     def restore(self, stage: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Put weights, buffers and optimizer state in their places.
 
         Raises InputError if the checkpoint is of another model or optimizer, or damaged.
         """
-        for name, tensor in _weights(stage).items():
-            tensor.copy_(self._read(f"model.{name}", tensor))
+        self.load_weights(stage)
         names = {parameter: name for name, parameter in stage.named_parameters()}
         settings = self.index.settings["optimizer"]
         for group, saved in zip(optimizer.param_groups, settings, strict=True):
@@ -106,9 +113,15 @@ def save(
 ) -> Path:
     """Write what all stages have now; every worker must call it, of each stage one ``is_writer``.
 
-    Older ones than the last two are removed. Raises OutputError.
+    Older ones than the last two are removed. Raises OutputError, and InputError for a folder of
+    another run, which has come further.
     """
     path = folder / f"step-{steps:08d}"
+    if any(other.name > path.name for other in _whole(folder)):
+        raise InputError(
+            f"{folder} has checkpoints beyond step {steps}, of another run: give each run a folder "
+            f"of its own, or restore to go on from there"
+        )
     part = path.with_suffix(".part")
     is_first = distributed.get_rank() == 0
     try:

@@ -1,16 +1,21 @@
 """Training scripts: the user's own Python file, which defines a model and its data.
 
-A script has three functions, by these names::
+A script has three functions, by these names, and may have two more::
 
     def make_model() -> nn.Module: ...
     def make_batch(generator: torch.Generator) -> tuple[inputs, targets]: ...
     def loss_fn(outputs, targets) -> torch.Tensor: ...
+    def make_optimizer(parameters) -> torch.optim.Optimizer: ...
+    def make_scheduler(optimizer, num_steps: int) -> LRScheduler: ...
 
 ``make_model`` draws its weights with torch's random numbers, which are seeded before.
 ``make_batch`` gives one minibatch; all that is random in it comes from ``generator``. ``inputs``
 are a tensor, a tuple of positional or a dict of named arguments of the model. ``loss_fn`` gives a
-tensor of one number. The file is run because its user names it, as ``python SCRIPT`` would: with
-its own folder among those that it imports from.
+tensor of one number. ``make_optimizer`` is given the parameters of one stage; ``make_scheduler``
+its optimizer, and the number of updates to come: it steps after each.
+
+The file is run because its user names it, as ``python SCRIPT`` would: with its own folder among
+those that it imports from.
 """
 
 from __future__ import annotations
@@ -18,17 +23,21 @@ from __future__ import annotations
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from elbowroom.core.errors import InputError
 
 _FUNCTIONS = ("make_model", "make_batch", "loss_fn")
+_MORE_FUNCTIONS = ("make_optimizer", "make_scheduler")
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,7 @@ class TrainingScript:
     def make_model(self, seed: int) -> nn.Module:
         """Raises InputError if the script fails, or gives something else."""
         torch.manual_seed(seed)
-        model = self._call("make_model")
-        if not isinstance(model, nn.Module):
-            raise InputError(f"{self.path}: make_model must return a module, not {model!r}")
-        return model
+        return self._made("make_model", nn.Module)
 
     def make_batch(self, generator: torch.Generator) -> tuple[Any, Any]:
         """Inputs and targets. Raises InputError as ``make_model`` does."""
@@ -57,6 +63,28 @@ class TrainingScript:
         """The script's own, whatever it gives."""
         loss: torch.Tensor = self.functions["loss_fn"](outputs, targets)
         return loss
+
+    @property
+    def has_optimizer(self) -> bool:
+        return "make_optimizer" in self.functions
+
+    @property
+    def has_scheduler(self) -> bool:
+        return "make_scheduler" in self.functions
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """Raises InputError as ``make_model`` does."""
+        return self._made("make_optimizer", torch.optim.Optimizer, parameters)
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
+        """Raises InputError as ``make_model`` does."""
+        return self._made("make_scheduler", LRScheduler, optimizer, num_steps)
+
+    def _made(self, name: str, kind: type[Made], *args: Any) -> Made:
+        made = self._call(name, *args)
+        if not isinstance(made, kind):
+            raise InputError(f"{self.path}: {name} must return {kind.__name__}, not {made!r}")
+        return made
 
     def _call(self, name: str, *args: Any) -> Any:
         try:
@@ -87,7 +115,8 @@ def load_script(path: Path) -> TrainingScript:
             f"{path} defines no {', '.join(missing)}: a training script has the functions "
             "make_model(), make_batch(generator) and loss_fn(outputs, targets)"
         )
-    return TrainingScript(path, {name: getattr(module, name) for name in _FUNCTIONS})
+    more = [name for name in _MORE_FUNCTIONS if hasattr(module, name)]
+    return TrainingScript(path, {name: getattr(module, name) for name in (*_FUNCTIONS, *more)})
 
 
 def _told(error: BaseException, path: Path) -> str:

@@ -1,0 +1,1 @@
+"""Models that peers train as well: modules with the functions of a training script."""
