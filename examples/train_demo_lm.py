@@ -1,9 +1,13 @@
 """The demo model in plain PyTorch, and the tasks that it learns: a script to profile and train.
 
     elbowroom profile-model examples/train_demo_lm.py --out lm.profile.json
-    elbowroom plan-pipeline lm.profile.json --workers 2
+    elbowroom plan-pipeline lm.profile.json --workers 2 --json plan.json
+    torchrun --nproc-per-node 2 -m elbowroom.pipeline examples/train_demo_lm.py --plan plan.json \\
+        --steps 2000 --checkpoints weights
+    python examples/train_demo_lm.py weights
 
-A script of yours needs the same three functions: ``make_model``, ``make_batch`` and ``loss_fn``.
+The last line asks tasks that no training has seen. A script of yours needs ``make_model``,
+``make_batch`` and ``loss_fn``; ``make_optimizer`` and ``make_scheduler`` are as you like.
 
 The architecture is that of ``examples/demo/model`` (a small Qwen3), with one difference: there the
 head's weights are those of the embedding, and here they are its own. Weights that the first and the
@@ -15,18 +19,23 @@ from __future__ import annotations
 import random
 import sys
 from collections import OrderedDict
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
+
+from elbowroom.pipeline.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))
 
-from demo_batches import IGNORED, draw_rows, to_batch  # noqa: E402
+import demo_tasks  # noqa: E402
+from demo_batches import IGNORED, draw_rows, encode, to_batch  # noqa: E402
 
 VOCABULARY, HIDDEN, INNER, NUM_BLOCKS = 768, 192, 576, 6
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
@@ -34,6 +43,9 @@ LONGEST, ROPE_THETA, EPSILON, INITIAL_SCALE = 1024, 10_000.0, 1e-6, 0.02
 
 ROWS, WIDTH = 32, 64
 """Of a minibatch. All are equally wide, so that stages know what they receive."""
+
+PEAK_RATE, WARM_UP, FALLING, BETAS, DECAY = 1.5e-3, 100, 0.4, (0.9, 0.98), 0.05
+NUM_ASKED, ASKED_SEED = 600, 2027
 
 
 class Attention(nn.Module):
@@ -127,6 +139,49 @@ def loss_fn(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
+def make_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """Decay the matrices only; norms are left free."""
+    matrices, others = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else others).append(parameter)
+    groups = [{"params": matrices, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=PEAK_RATE, betas=BETAS)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
+    """Warm up, hold, and fall in a line over the last part of the steps."""
+    return LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / WARM_UP, (num_steps - step) / (FALLING * num_steps)),
+    )
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module) -> float:
+    """The share of held-out tasks of which a model finds each token most likely.
+
+    Greedy decoding gives exactly those answers, so one pass over the whole text is enough.
+    """
+    tokenizer = _tokenizer()
+    rows = encode(tokenizer, demo_tasks.generate(ASKED_SEED, NUM_ASKED))
+    inputs, targets = to_batch(rows, tokenizer.pad_token_id)
+    found = torch.cat([model(part).argmax(-1) for part in inputs.split(ROWS)])
+    return ((found == targets) | (targets == IGNORED)).all(dim=1).float().mean().item()
+
+
 @cache
 def _tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(ROOT / "examples" / "demo" / "model")
+
+
+def main() -> None:
+    newest = newest_checkpoint(Path(sys.argv[1])) if len(sys.argv) == 2 else None
+    if newest is None:
+        sys.exit(f"usage: {sys.argv[0]} CHECKPOINTS, a folder with at least one")
+    model = make_model()
+    newest.load_weights(model)
+    print(f"after {newest.index.steps} minibatches: {accuracy(model):.1%} of {NUM_ASKED} right")
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,14 @@ def script() -> TrainingScript:
     return load_script(EXAMPLES / "train_demo_lm.py")
 
 
+@pytest.fixture(scope="module")
+def accuracy(script: TrainingScript) -> Callable[[nn.Module], float]:
+    measure: Callable[[nn.Module], float] = sys.modules[
+        script.functions["loss_fn"].__module__
+    ].accuracy
+    return measure
+
+
 def shipped_weights() -> dict[str, torch.Tensor]:
     """By the example's names."""
     named = {"model.embed_tokens.weight": "embed.weight", "model.norm.weight": "norm.weight"}
@@ -37,7 +47,9 @@ def shipped_weights() -> dict[str, torch.Tensor]:
     return {**weights, "head.weight": weights["embed.weight"]}
 
 
-def test_it_is_the_shipped_model(script: TrainingScript) -> None:
+def test_it_is_the_shipped_model(
+    script: TrainingScript, accuracy: Callable[[nn.Module], float]
+) -> None:
     model = script.make_model(0)
     model.load_state_dict(shipped_weights())
     shipped = Qwen3ForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
@@ -45,6 +57,7 @@ def test_it_is_the_shipped_model(script: TrainingScript) -> None:
     with torch.no_grad():
         logits = model(inputs)
         torch.testing.assert_close(logits, shipped(inputs).logits, rtol=1e-3, atol=1e-3)
+        assert accuracy(model) > 0.99
         # It knows the answers to these tasks: batch and loss are what it was trained with.
         assert script.loss_fn(logits, targets) < 0.1 < script.loss_fn(logits.roll(1, 0), targets)
 
