@@ -15,9 +15,9 @@ from tempfile import TemporaryDirectory
 
 from bench.common import write_result
 from bench.models import digits
-from bench.network import LOCAL, run_workers
-from bench.peers import plan_of
+from bench.two_workers import LOCAL, plan_two_stages, run_workers
 
+GIGABIT = 125e6
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.97, 0.98)
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
     args = parser.parse_args()
-    _, plan = plan_of("digits")
+    _, plan = plan_two_stages(digits, GIGABIT)
     methods = {"stash": ("ours", "--plan", str(plan)), "data parallel": ("data-parallel",)}
     curves = {
         name: [curve(seed, args.epochs, *method) for seed in range(args.seeds)]

@@ -20,7 +20,7 @@ from torch import distributed, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
 
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.core.pipeline_plan import read_pipeline_plan
 from elbowroom.pipeline.checkpoint import Checkpoint
 from elbowroom.pipeline.training import Pipeline
 
@@ -69,7 +69,7 @@ def ours(
     module: ModuleType, model: nn.Module, batches: Batches, args: argparse.Namespace
 ) -> Iterator[Weights]:
     """1F1B with stashed weights; at each yield the last stage is done with a minibatch."""
-    plan = PipelinePlan.from_json(json.loads(args.plan.read_text()))
+    plan = read_pipeline_plan(args.plan)
     pipeline = Pipeline(model, plan, module.make_optimizer, module.loss_fn)
 
     def put_weights(target: nn.Module) -> None:

@@ -1,7 +1,9 @@
 """Offline LLM inference on replicas that hold the feed-forward weights once, and pipelines.
 
-``elbowroom.run_batch`` answers a batch file, ``elbowroom.iter_batch`` yields rows as they finish.
-``elbowroom.profile`` measures the layers of a model in training.
+``run_batch`` answers a batch file, ``iter_batch`` yields rows as they finish. ``profile`` measures
+the layers of a model in training, ``plan_pipeline`` cuts them into stages on a cluster that
+``read_cluster`` knows, and ``Pipeline`` trains by such a plan, or one that ``read_pipeline_plan``
+finds in a file.
 """
 
 import importlib
@@ -9,13 +11,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elbowroom.api import iter_batch, run_batch
+    from elbowroom.core.cluster import read_cluster
+    from elbowroom.core.pipeline_plan import read_pipeline_plan
+    from elbowroom.pipeline.training import Pipeline
+    from elbowroom.pipeline.worker import StageOptions
+    from elbowroom.planning.pipeline import plan_pipeline
     from elbowroom.profiling.layers import profile
 
-__all__ = ["iter_batch", "profile", "run_batch"]
+__all__ = [
+    "Pipeline",
+    "StageOptions",
+    "iter_batch",
+    "plan_pipeline",
+    "profile",
+    "read_cluster",
+    "read_pipeline_plan",
+    "run_batch",
+]
 
 _MODULES = {
+    "Pipeline": "elbowroom.pipeline.training",
+    "StageOptions": "elbowroom.pipeline.worker",
     "iter_batch": "elbowroom.api",
+    "plan_pipeline": "elbowroom.planning.pipeline",
     "profile": "elbowroom.profiling.layers",
+    "read_cluster": "elbowroom.core.cluster",
+    "read_pipeline_plan": "elbowroom.core.pipeline_plan",
     "run_batch": "elbowroom.api",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from elbowroom.core.pipeline_plan import (
     PipelineOptions,
     PipelinePlan,
     Stage,
+    read_pipeline_plan,
 )
 
 FRONT = Stage(("a", "b"), (3,), 3, 0.5, 0.25, 2, 1, 100, 40, 90, 10)
@@ -33,6 +35,17 @@ PLAN = PipelinePlan(
 
 def test_a_plan_survives_json() -> None:
     assert PipelinePlan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
+
+
+def test_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with pytest.raises(InputError, match="cannot read the plan"):
+        read_pipeline_plan(path)
+    path.write_text("{")
+    with pytest.raises(InputError, match="cannot read the plan"):
+        read_pipeline_plan(path)
+    path.write_text(json.dumps(PLAN.to_json()))
+    assert read_pipeline_plan(path) == PLAN
 
 
 def test_what_is_derived() -> None:

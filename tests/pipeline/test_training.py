@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch import distributed
 
+import elbowroom
 from elbowroom import cli
 from elbowroom.pipeline.checkpoint import newest_checkpoint
 from elbowroom.pipeline.script import load_script
@@ -83,6 +86,29 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     for kind in ("forward", "backward"):
         assert sum(name.startswith(kind) for name in drawn) == 3 * 150 * parts
     assert sum(name.startswith("update") for name in drawn) == 3 * 150
+
+
+def test_from_python(tmp_path: Path) -> None:
+    """All that the package offers to train with, in one process."""
+    path = tmp_path / "train.py"
+    path.write_text(SCRIPT)
+    script = load_script(path)
+    model, generator = script.make_model(0), torch.Generator().manual_seed(0)
+    graph = elbowroom.profile(model, script.make_batch(generator), script.loss_fn)
+    plan = elbowroom.plan_pipeline(graph, elbowroom.read_cluster("h200-8"), 1)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        read = elbowroom.read_pipeline_plan(tmp_path / "plan.json")
+        options = elbowroom.StageOptions(seed=3)
+        optimizer_fn = partial(torch.optim.SGD, lr=0.01)
+        pipeline = elbowroom.Pipeline(model, read, optimizer_fn, script.loss_fn, options)
+        losses = [pipeline.train_step(script.make_batch(generator)) for _ in range(200)]
+        pipeline.close()
+    finally:
+        distributed.destroy_process_group()
+    assert losses[-1] < 0.5 * losses[0]
 
 
 SCHEDULE = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError
@@ -207,6 +209,15 @@ class PipelinePlan:
         if not plan.stages:
             raise InputError("a pipeline plan needs at least one stage")
         return plan
+
+
+def read_pipeline_plan(path: str | Path) -> PipelinePlan:
+    """Raises InputError for a file that cannot be read, or holds something else."""
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read the plan {path}: {error}") from error
+    return PipelinePlan.from_json(data)
 
 
 def _stage(data: dict[str, Any]) -> Stage:

@@ -6,7 +6,6 @@ torchrun --nproc-per-node 2 -m elbowroom.pipeline SCRIPT --plan plan.json --step
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, InputError
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.core.pipeline_plan import PipelinePlan, read_pipeline_plan
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.pipeline.script import TrainingScript, load_script
@@ -57,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    script, plan = load_script(args.script), _read_plan(args.plan)
+    script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     try:
@@ -118,14 +117,6 @@ def _scheduler_fn(
     replicas = [stage.replicas for stage in plan.stages for _ in range(stage.replicas)]
     a_round = 1 if args.semantics == "flush" else replicas[distributed.get_rank()]
     return partial(script.make_scheduler, num_steps=-(-args.steps // a_round))
-
-
-def _read_plan(path: Path) -> PipelinePlan:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the plan {path}: {error}") from error
-    return PipelinePlan.from_json(data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Two workers on this machine, and a network between them as slow as a benchmark wants it.
+"""Two workers on this machine, a plan for them, and a network as slow as a benchmark wants it.
 
 Two network namespaces stand for two hosts. A veth pair joins them, and each end holds back what it
 sends with a token bucket (tc-tbf), as a network card of that rate would: processes wait in the
@@ -13,7 +13,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+
+from bench.common import BUILD
+from elbowroom.core.pipedream_text import read_layer_graph
+from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
+from elbowroom.planning.pipeline import plan_on_levels
 
 _BURST, _LATENCY = "128kb", "50ms"
 
@@ -90,6 +97,19 @@ def run_workers(hosts: tuple[Host, Host], *command: str) -> dict[str, Any]:
         raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(text for _, text in said))
     printed: dict[str, Any] = json.loads(said[-1][0])
     return printed
+
+
+def plan_two_stages(module: ModuleType, bandwidth: float) -> tuple[PipelinePlan, Path]:
+    """For a model of ``bench.models``, from a profile taken now; bytes/s."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    profile, path = (BUILD / f"{module.__name__}.{kind}.json" for kind in ("profile", "plan"))
+    measure = (sys.executable, "-m", "elbowroom.cli", "profile-model", str(module.__file__))
+    command = (*measure, "--out", str(profile), "--threads", "1", "--seconds", "5")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    options = PipelineOptions(sync="allreduce", straight=True)
+    plan = plan_on_levels(read_layer_graph(profile), (Level(2, bandwidth),), options)
+    path.write_text(json.dumps(plan.to_json()))
+    return plan, path
 
 
 def _run(*command: str) -> None:
