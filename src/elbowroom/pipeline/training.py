@@ -173,4 +173,5 @@ class Pipeline:
             self._options,
             self._scheduler,
             next_minibatch,
+            self._plan.options.depth,
         )

@@ -188,16 +188,16 @@ def _component(
 def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ...]) -> Stage:
     """A stage as one worker has it, before replicas share its minibatches."""
     cuts, start, stop = search.cuts, group.start, group.stop
-    depth = 1 + group.unit_behind
+    in_flight = search.in_flight(group.unit_behind)
     return Stage(
         layers=cuts.layers_between(start, stop),
         level_replicas=level_replicas,
         replicas=prod(level_replicas),
         seconds=float(cuts.seconds[stop] - cuts.seconds[start]),
         transfer_seconds=0.0,
-        in_flight=depth,
-        warmup_forwards=depth - 1,
-        memory_bytes=depth * int(search.memory_bytes(start, stop)),
+        in_flight=in_flight,
+        warmup_forwards=in_flight - 1,
+        memory_bytes=in_flight * int(search.memory_bytes(start, stop)),
         parameter_bytes=int(cuts.parameter_bytes[stop] - cuts.parameter_bytes[start]),
         sync_bytes=0,
         transfer_bytes=0,
