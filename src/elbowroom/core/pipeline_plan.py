@@ -145,6 +145,7 @@ class PipelinePlan:
     ``levels`` are the topology's, the lowest first; ``traffic`` has one entry for each. ``seconds``
     per minibatch are those of the slowest stage or transfer. ``is_exact`` is False when only some
     of ``num_cuts`` possible cuts were looked at (``planning.cuts`` says which).
+    ``simulated_seconds`` per minibatch are those of a full pipe, if it was simulated.
     """
 
     stages: tuple[Stage, ...]
@@ -155,6 +156,7 @@ class PipelinePlan:
     data_parallel: DataParallel
     num_cuts: int
     is_exact: bool
+    simulated_seconds: float | None = None
 
     @property
     def num_workers(self) -> int:

@@ -27,6 +27,7 @@ from elbowroom.core.pipeline_action import (
     Send,
     Update,
     message_of,
+    parse_action,
 )
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.core.trace import Span
@@ -34,7 +35,14 @@ from elbowroom.planning.events import Task, Timeline, simulate
 from elbowroom.planning.pipeline_costs import LinkModel, PipelineCosts, plan_costs
 from elbowroom.planning.pipeline_places import Places, place_workers
 from elbowroom.planning.schedule_check import execution_order
-from elbowroom.planning.weight_versions import VersionRule, held_over_time
+from elbowroom.planning.weight_versions import (
+    VersionRule,
+    Versions,
+    forward_versions,
+    held_over_time,
+)
+
+_WORDS: dict[type[PipelineAction], str] = {Forward: "forward", Backward: "backward"}
 
 
 class Track(NamedTuple):
@@ -97,13 +105,13 @@ class PipelineTimeline:
         return tuple(1 - seconds / self.seconds if self.seconds else 0.0 for seconds in busy)
 
     def spans(self) -> Iterator[Span]:
-        """Compute, sends and reduces of every worker, for a trace."""
+        """Compute, sends and reduces of every worker, for a trace; passes named as a run's are."""
         timeline = self.timeline
         for number, (worker, track) in enumerate(self.tracks):
             start, end = timeline.starts[number], timeline.ends[number]
             if end > start:
-                name = timeline.tasks[number].name
-                yield Span(f"pipeline, worker {worker}", track, name, start, end)
+                name = _shown(timeline.tasks[number].name)
+                yield Span(f"worker {worker}", track, name, start, end)
 
 
 def simulate_pipeline(
@@ -124,6 +132,7 @@ def simulate_pipeline(
     for worker, action in execution_order(schedule):
         lowering.add(worker, action)
     timeline = simulate(lowering.tasks, len(lowering.resources))
+    used = forward_versions(schedule, rule)
     stages = range(schedule.num_stages)
     return PipelineTimeline(
         schedule=schedule,
@@ -135,7 +144,8 @@ def simulate_pipeline(
         sync_bytes=tuple(lowering.sync_bytes[stage] for stage in stages),
         level_bytes=tuple(lowering.level_bytes[level] for level in range(len(costs.levels))),
         peak_bytes=tuple(
-            _peak_bytes(schedule, worker, costs, rule) for worker in range(schedule.num_workers)
+            _peak_bytes(schedule, worker, costs, rule, used)
+            for worker in range(schedule.num_workers)
         ),
     )
 
@@ -293,6 +303,12 @@ class _Lowering:
         return len(self.tasks) - 1
 
 
+def _shown(text: str) -> str:
+    action = parse_action(text)
+    word = _WORDS.get(type(action))
+    return f"{word} {action.minibatch}" if word else text
+
+
 def _full_updates(
     schedule: Schedule, timeline: Timeline, updates: dict[int, list[int]]
 ) -> tuple[tuple[int, float], ...]:
@@ -305,7 +321,9 @@ def _full_updates(
     return tuple((m, max(timeline.ends[task] for task in updates[m])) for m in sorted(followed))
 
 
-def _peak_bytes(schedule: Schedule, worker: int, costs: PipelineCosts, rule: VersionRule) -> int:
+def _peak_bytes(
+    schedule: Schedule, worker: int, costs: PipelineCosts, rule: VersionRule, used: Versions
+) -> int:
     stage = costs.stages[schedule.stages[worker]]
-    held = held_over_time(schedule, worker, rule)
+    held = held_over_time(schedule, worker, rule, used)
     return max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)

@@ -53,14 +53,16 @@ def forward_versions(schedule: Schedule, rule: VersionRule = "stash") -> dict[Fo
     return _synced(schedule, newest) if rule == "vertical-sync" else newest
 
 
-def held_over_time(schedule: Schedule, worker: int, rule: VersionRule = "stash") -> list[Held]:
-    """What a worker holds after each of its actions.
+def held_over_time(
+    schedule: Schedule, worker: int, rule: VersionRule = "stash", used: Versions | None = None
+) -> list[Held]:
+    """What a worker holds after each of its actions; ``used`` are the ``forward_versions``.
 
     A version is dropped when it is neither the newest nor will be used again, a minibatch after its
     backward. Buffers of transfers and gradients are not counted.
     """
     actions = schedule.actions[worker]
-    used = forward_versions(schedule, rule)
+    used = forward_versions(schedule, rule) if used is None else used
     started: dict[int, int] = {}
     in_flight, updates, last_uses = [0] * len(actions), [0], [0]
     for index, action in enumerate(actions):
