@@ -72,6 +72,12 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)
     assert float(last) < 0.5 * float(first)
     assert "150 minibatches in" in said
+    plan = json.loads((files / "plan3.json").read_text())
+    predicted = f"{plan['seconds']:.6f} s planned, {plan['simulated_seconds']:.6f} s simulated, "
+    assert (predicted in said) == (semantics == ("stash",))
+    pace = re.search(r"([\d.]+) s measured while the pipe was full: ([\d.]+) samples/s", said)
+    assert pace is not None, said
+    assert float(pace[1]) * float(pace[2]) == pytest.approx(16, rel=1e-2)
     assert len(re.findall(r"worker \d, stage \d: .* idle, .* sent a minibatch", said)) == 3
     events = json.loads(trace.read_text())["traceEvents"]
     drawn = [event["name"] for event in events if event["ph"] == "X"]

@@ -86,9 +86,10 @@ def _train(args: argparse.Namespace) -> None:
             progress.note(step, pipeline.train_step(batch), batch[0])
             if args.checkpoints and (step + 1) % args.every == 0:
                 pipeline.save(args.checkpoints)
+                progress.drained()
         pipeline.close()
         progress.end()
-        lines = summary(pipeline, time.perf_counter() - begin, args.steps - first)
+        lines = summary(pipeline, progress, time.perf_counter() - begin, args.steps - first)
         spans = spans_of_all(pipeline) if args.trace else []
         if pipeline.number == 0:
             print("\n".join(lines), flush=True)

@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from statistics import linear_regression
 from typing import NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.core.pace import steady_seconds
 from elbowroom.core.pipeline_action import (
     Backward,
     Forward,
@@ -86,14 +86,10 @@ class PipelineTimeline:
     def steady_seconds(self) -> float:
         """Per minibatch, while the pipe is full.
 
-        The slope of when the input stage does its updates, in the latter half of those that come
-        before the pipe drains. In a run too short to tell, the mean of all minibatches.
+        As ``core.pace`` defines it; in a run too short to tell, the mean of all minibatches.
         """
-        last = max((minibatch for minibatch, _ in self.full_updates), default=0)
-        late = [update for update in self.full_updates if 2 * update[0] >= last]
-        if len(late) < 2:
-            return self.seconds / self.schedule.num_minibatches
-        return linear_regression(*zip(*late, strict=True)).slope
+        pace = steady_seconds(self.full_updates)
+        return self.seconds / self.schedule.num_minibatches if pace is None else pace
 
     @property
     def bubbles(self) -> tuple[float, ...]:
