@@ -55,6 +55,7 @@ bench: setup
 	$(BIN)/python -m bench.prediction
 	$(BIN)/python -m bench.planning_time
 	$(BIN)/python -m bench.sidp_reproduction
+	$(BIN)/python -m bench.pipedream_reproduction
 	$(BIN)/python -m bench.shipping
 	$(BIN)/python -m bench.tail
 	$(BIN)/python -m bench.training

@@ -2,10 +2,11 @@
 
     python -m bench.training [--repeats 3] [--steps 40]
 
-Every round profiles the model of examples/train_demo_lm.py on one core, plans two straight stages,
-simulates that plan and trains by it on two cores, one for each worker. Compared are seconds per
-minibatch while the pipe is full, and each worker's idle share of the whole run. The floor is the
-slowest stage's compute; gloo over the loopback device stands in for a link (10 Gbit/s assumed).
+Every round profiles the model of examples/train_demo_lm.py on one core while the other one does the
+same, plans two straight stages, simulates that plan and trains by it, each worker on one core.
+Compared are seconds per minibatch while the pipe is full, and each worker's idle share of the whole
+run. The floor is the slowest stage's compute; gloo over the loopback device stands in for a link
+(10 Gbit/s assumed).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.common import BUILD, write_result
+from elbowroom.core.pace import steady_seconds
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import plan_on_levels
@@ -51,7 +53,8 @@ def compare(num_steps: int) -> dict[str, Any]:
     BUILD.mkdir(parents=True, exist_ok=True)
     profile, path = BUILD / "lm.json", BUILD / "lm.plan.json"
     measure = (sys.executable, "-m", "elbowroom.cli", "profile-model", str(SCRIPT))
-    run(*measure, "--out", str(profile), "--threads", "1", "--seconds", "5")
+    flags = ("--threads", "1", "--seconds", "5", "--workers", str(NUM_WORKERS))
+    run(*measure, "--out", str(profile), *flags)
     graph = read_layer_graph(profile)
     plan = plan_on_levels(graph, (Level(NUM_WORKERS, BANDWIDTH),), PipelineOptions(straight=True))
     path.write_text(json.dumps(plan.to_json()))
@@ -90,11 +93,9 @@ def train(plan: Path, num_steps: int) -> Run:
         for span in spans
         if span["pid"] == workers[0] and span["name"].startswith("update")
     ]
-    full = updates[len(updates) // 2 : -NUM_WORKERS]
-    return Run(
-        statistics.linear_regression(range(len(full)), full).slope,
-        tuple(1 - seconds / (end - begin) for seconds in busy),
-    )
+    seconds = steady_seconds(list(enumerate(updates[:-NUM_WORKERS])))
+    assert seconds is not None, "give more steps"
+    return Run(seconds, tuple(1 - own / (end - begin) for own in busy))
 
 
 def run(*command: str) -> None:

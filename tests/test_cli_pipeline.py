@@ -53,6 +53,60 @@ def test_flags_reach_the_planner(small: Path, tmp_path: Path) -> None:
     assert plan.levels[0].bandwidth == 1.25e8
 
 
+def test_depth_reaches_the_plan(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    assert main([*command, "--straight", "--depth", "3", "--json", str(out)]) == EXIT_GOOD
+    plan = plan_of(out)
+    assert plan.options.depth == 3
+    assert [stage.in_flight for stage in plan.stages] == [4, 1]
+    assert "sync ps, depth 3: 1-1" in capsys.readouterr().out
+
+
+def test_what_is_simulated(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, trace = tmp_path / "plan.json", tmp_path / "trace.json"
+    command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    files = ["--json", str(out), "--trace", str(trace)]
+    assert main([*command, "--straight", *files]) == EXIT_GOOD
+    plan, shown = plan_of(out), capsys.readouterr().out
+    assert f"simulated: {plan.simulated_seconds:.6f} s a minibatch" in shown
+    assert plan.simulated_seconds is not None
+    idle = [1 - seconds / plan.simulated_seconds for seconds in (0.3, 0.4)]
+    assert all(f" {share:.1%} " in shown for share in idle)
+    events = json.loads(trace.read_text())["traceEvents"]
+    processes = [e["args"]["name"] for e in events if e["name"] == "process_name"]
+    assert sorted(processes) == ["worker 0", "worker 1"]
+    assert sum(event["name"] == "forward 1" for event in events) == 2
+
+
+def test_the_fastest_simulated(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All candidates are shown, and none is faster by more than a percent than what is taken."""
+    out = tmp_path / "plan.json"
+    command = ["plan-pipeline", str(small), "--workers", "4", "--bandwidth", "1Gbit/s"]
+    assert main([*command, "--rank", "simulated", "--json", str(out)]) == EXIT_GOOD
+    plan, shown = plan_of(out), capsys.readouterr().out
+    assert "3-1, depth 1: 0.200000 s planned" in shown
+    assert "4, depth 1:" in shown
+    assert plan.simulated_seconds is not None
+    least = min(float(line.split()[-3]) for line in shown.splitlines() if "planned, " in line)
+    assert plan.simulated_seconds <= least / 0.99
+
+
+def test_a_pipe_too_long_to_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, trace = tmp_path / "long.txt", tmp_path / "trace.json"
+    path.write_text(write_pipedream(chain([(1.0, 1, 1)] * 64)))
+    command = ["plan-pipeline", str(path), "--workers", "64", "--bandwidth", "1Gbit/s"]
+    assert main([*command, "--straight"]) == EXIT_GOOD
+    assert "not simulated: " in capsys.readouterr().out
+    assert main([*command, "--straight", "--trace", str(trace)]) == EXIT_BAD_INPUT
+    assert "no trace: to simulate so many" in " ".join(capsys.readouterr().err.split())
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("cluster", ["h100-8", "this-machine"])
 def test_a_cluster_gives_links_and_memory(small: Path, tmp_path: Path, cluster: str) -> None:
     out = tmp_path / "plan.json"

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.cli_flags import add_cluster, bandwidth, count, size
+from elbowroom.core.errors import InputError
+from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import (
     OVERLAPS,
@@ -20,13 +22,26 @@ from elbowroom.core.pipeline_plan import (
     PipelinePlan,
     Stage,
 )
+from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.jobs.results import write_atomically
 from elbowroom.planner import THIS_MACHINE, find_cluster, split_cores
 from elbowroom.planning.pipeline import plan_on_levels, plan_pipeline
+from elbowroom.planning.prediction import (
+    Prediction,
+    alternatives,
+    fastest,
+    predict,
+    with_prediction,
+)
 
 _TABLE_WIDTH = 110
-_COLUMNS = ("stage", "layers", "replicas", "seconds", "transfer", "in flight", "memory", "bytes")
+_COLUMNS = (
+    *("stage", "layers", "replicas", "seconds", "transfer", "idle", "in flight", "memory"),
+    "bytes",
+)
+_TOO_LONG = "to simulate so many stages and workers takes more than a second"
+RANKS = ("formula", "simulated")
 
 
 def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -48,9 +63,26 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--overlap", choices=OVERLAPS, default="max", help="sync behind compute, or added to it"
     )
     plan.add_argument("--memory", type=size, help="of one worker (default: the cluster's, if any)")
+    plan.add_argument(
+        "--depth",
+        type=count,
+        default=1,
+        help="minibatches in flight, as a multiple of PipeDream's: 2 hides transfers, and costs "
+        "memory and newer weights (default 1)",
+    )
+    plan.add_argument(
+        "--rank",
+        choices=RANKS,
+        default="formula",
+        help="take the best by PipeDream's formula (default), or the fastest simulated of it, of "
+        "straight and data parallel plans, at depths 1 and 2",
+    )
     plan.add_argument("--straight", action="store_true", help="one worker for each stage")
     plan.add_argument("--fewer-workers", action="store_true", help="some may stay idle")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
+    plan.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the simulated run, for Perfetto"
+    )
 
 
 def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
@@ -60,6 +92,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         memory_limit_bytes=args.memory,
         straight=args.straight,
         fewer_workers=args.fewer_workers,
+        depth=args.depth,
     )
     graph = read_layer_graph(args.profile)
     if args.bandwidth is not None:
@@ -71,45 +104,86 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         plan = plan_pipeline(graph, cluster, args.workers, options)
     screen = Console()
     screen.width = max(screen.width, _TABLE_WIDTH)
-    _print_plan(screen, args.profile.name, plan)
+    if args.rank == "simulated":
+        plan = _rank(screen, alternatives(plan, graph), graph)
+    prediction = predict(plan, graph)
+    plan = with_prediction(plan, prediction)
+    _print_plan(screen, args.profile.name, plan, prediction)
+    if args.trace is not None:
+        if prediction is None:
+            raise InputError(f"no trace: {_TOO_LONG}")
+        write_trace(args.trace, prediction.timeline.spans())
     if args.json is not None:
         text = json.dumps(plan.to_json(), indent=2) + "\n"
         write_atomically(args.json, iter([text.encode()]))
     return 0
 
 
-def _print_plan(screen: Console, name: str, plan: PipelinePlan) -> None:
-    def say(text: str) -> None:
-        screen.print(text, highlight=False, markup=False, soft_wrap=True)
+def _rank(screen: Console, plans: tuple[PipelinePlan, ...], graph: LayerGraph) -> PipelinePlan:
+    """Shows what each plan takes, and gives the fastest."""
+    simulated = tuple(with_prediction(plan, predict(plan, graph)) for plan in plans)
+    for plan in simulated:
+        shown = "not simulated"
+        if plan.simulated_seconds is not None:
+            shown = f"{plan.simulated_seconds:.6f} s simulated"
+        _say(screen, f"{plan}, depth {plan.options.depth}: {plan.seconds:.6f} s planned, {shown}")
+    return fastest(simulated)
 
+
+def _say(screen: Console, text: str) -> None:
+    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_plan(
+    screen: Console, name: str, plan: PipelinePlan, prediction: Prediction | None
+) -> None:
     topology = ", ".join(f"{x.name} {format_bandwidth(x.bandwidth)}" for x in plan.levels)
-    say(f"{name} on {plan.num_workers} workers ({topology}), sync {plan.options.sync}: {plan}")
+    depth = f", depth {plan.options.depth}" if plan.options.depth > 1 else ""
+    _say(
+        screen,
+        f"{name} on {plan.num_workers} workers ({topology}), sync {plan.options.sync}{depth}: "
+        f"{plan}",
+    )
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
-        table.add_row(*_row(number, stage))
+        table.add_row(*_row(number, stage, f"{prediction.idle[number]:.1%}" if prediction else "?"))
     screen.print(table)
-    other = plan.data_parallel
-    say(
-        f"{plan.seconds:.6f} s a minibatch, {plan.noam} in flight; data parallel "
-        f"{other.seconds:.6f} s: {plan.speedup:.2f}x as fast"
-    )
+    _say(screen, _times(plan))
     for level in plan.traffic:
-        say(
+        _say(
+            screen,
             f"{level.name}: {format_bytes(level.num_bytes)} a minibatch; data parallel "
-            f"{format_bytes(level.data_parallel_bytes)}: {level.saved:.1%} less"
+            f"{format_bytes(level.data_parallel_bytes)}: {level.saved:.1%} less",
         )
     most = max(stage.memory_bytes for stage in plan.stages)
-    say(
+    _say(
+        screen,
         f"memory of one worker: up to {format_bytes(most)}; data parallel "
-        f"{format_bytes(other.memory_bytes)}"
+        f"{format_bytes(plan.data_parallel.memory_bytes)}",
     )
     if not plan.is_exact:
-        say(f"the graph has more cuts than can be searched: the best of {plan.num_cuts} was taken")
+        _say(
+            screen,
+            f"the graph has more cuts than can be searched: the best of {plan.num_cuts} was taken",
+        )
 
 
-def _row(number: int, stage: Stage) -> tuple[str, ...]:
+def _times(plan: PipelinePlan) -> str:
+    other = plan.data_parallel
+    planned = (
+        f"{plan.seconds:.6f} s a minibatch, {plan.stages[0].in_flight} in flight; data parallel "
+        f"{other.seconds:.6f} s: {plan.speedup:.2f}x as fast"
+    )
+    if plan.simulated_seconds is None:
+        return f"{planned}\nnot simulated: {_TOO_LONG}"
+    return (
+        f"{planned}\nsimulated: {plan.simulated_seconds:.6f} s a minibatch while the pipe is full"
+    )
+
+
+def _row(number: int, stage: Stage, idle: str) -> tuple[str, ...]:
     first, last = stage.layers[0], stage.layers[-1]
     names = first if first == last else f"{first} .. {last}"
     return (
@@ -118,6 +192,7 @@ def _row(number: int, stage: Stage) -> tuple[str, ...]:
         str(stage.replicas),
         f"{stage.seconds:.6f}",
         f"{stage.transfer_seconds:.6f}",
+        idle,
         str(stage.in_flight),
         format_bytes(stage.memory_bytes),
         format_bytes(stage.sync_bytes + stage.transfer_bytes),

@@ -36,7 +36,16 @@ def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
     profile.add_argument("--out", type=Path, required=True, help="a profile for plan-pipeline")
     profile.add_argument("--text", type=Path, metavar="FILE", help="and one as PipeDream's text")
     profile.add_argument("--seconds", type=seconds, help="of measuring (default 1)")
-    profile.add_argument("--threads", type=count, help="of torch (default: torch's own)")
+    profile.add_argument(
+        "--workers",
+        type=count,
+        default=1,
+        help="that will train on this machine: as many run while one of them is measured, as they "
+        "share its memory (default 1)",
+    )
+    profile.add_argument(
+        "--threads", type=count, help="of torch, of each worker (default: torch's own)"
+    )
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 
 
@@ -46,7 +55,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     # Loaded here: torch takes longer to load than most commands to run.
     from elbowroom.profiling.script import profile_script
 
-    profile = profile_script(args.script, args.seed, args.seconds, args.threads)
+    profile = profile_script(args.script, args.seed, args.seconds, args.threads, args.workers)
     graph = profile.graph
     # Whatever may be refused is refused before anything is written.
     texts = {args.out: json.dumps(graph.to_json(), indent=2) + "\n"}

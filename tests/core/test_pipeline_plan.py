@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,17 @@ PLAN = PipelinePlan(
 )
 
 
-def test_a_plan_survives_json() -> None:
-    assert PipelinePlan.from_json(json.loads(json.dumps(PLAN.to_json()))) == PLAN
+@pytest.mark.parametrize("simulated", [None, 0.625])
+def test_a_plan_survives_json(simulated: float | None) -> None:
+    plan = replace(PLAN, simulated_seconds=simulated)
+    assert PipelinePlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_older_plans_are_read() -> None:
+    data = PLAN.to_json()
+    del data["simulated_seconds"], data["options"]["depth"]
+    assert PipelinePlan.from_json(data) == PLAN
+    assert PLAN.options.depth == 1
 
 
 def test_of_a_file(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class Case:
     microbatches: int = 1
     dropout: float = 0.0
     breaks: tuple[int, ...] = ()
+    depth: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -40,7 +40,14 @@ def main(case: Case, folder: Path, number: int) -> None:
     optimizer = make_optimizer(case, stage)
     options = StageOptions(case.semantics, case.microbatches, keeps_record=True)  # type: ignore[arg-type]
     worker = StageWorker(
-        stage, pipe, number, optimizer, loss_of, options, make_scheduler(optimizer)
+        stage,
+        pipe,
+        number,
+        optimizer,
+        loss_of,
+        options,
+        make_scheduler(optimizer),
+        depth=case.depth,
     )
     losses = []
     for index in range(case.num_minibatches):

@@ -42,7 +42,7 @@ def version_used(case: Case, stage: int, number: int) -> int:
     """
     source = 0 if case.semantics == "vertical-sync" else stage
     count = case.replicas[source]
-    rounds = max(0, number // count - warmup(case.replicas, source))
+    rounds = max(0, number // count - case.depth * warmup(case.replicas, source))
     return rounds * count // case.replicas[stage]
 
 

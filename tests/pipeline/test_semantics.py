@@ -16,7 +16,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.pipeline_action import Backward, Forward, Schedule
 from elbowroom.pipeline.worker import StageOptions
 from elbowroom.planning.schedule import plan_schedule
-from elbowroom.planning.weight_versions import forward_versions
+from elbowroom.planning.weight_versions import VersionRule, forward_versions
 from tests.pipeline.cases import Case, make_stages
 from tests.pipeline.serial import Trained, train, train_flushed
 
@@ -70,10 +70,22 @@ def _planned_passes(schedule: Schedule) -> list[list[tuple[str, int]]]:
 def test_delayed_weights(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
     optimizer = "adamw" if sum(replicas) % 2 else "sgd"
     dtype = "float64" if semantics == "stash" else "float32"
-    case = Case(replicas, semantics, optimizer, dtype, dropout=0.3)
-    seen = _run(case, tmp_path)
-    assert _same_as_serial(case, tmp_path, seen, train(case))
-    schedule = plan_schedule(replicas, case.num_minibatches)
+    check_delayed_weights(Case(replicas, semantics, optimizer, dtype, dropout=0.3), tmp_path)
+
+
+@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1, 1)], ids=str)
+@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+def test_delayed_weights_at_depth_2(
+    tmp_path: Path, replicas: tuple[int, ...], semantics: str
+) -> None:
+    case = Case(replicas, semantics, num_minibatches=13, dropout=0.3, depth=2)
+    check_delayed_weights(case, tmp_path)
+
+
+def check_delayed_weights(case: Case, folder: Path) -> None:
+    seen = _run(case, folder)
+    assert _same_as_serial(case, folder, seen, train(case))
+    schedule = plan_schedule(case.replicas, case.num_minibatches, depth=case.depth)
     assert _passes(seen) == _planned_passes(schedule)
     used = {
         Forward(schedule.stages[worker], i): version
@@ -81,7 +93,8 @@ def test_delayed_weights(tmp_path: Path, replicas: tuple[int, ...], semantics: s
         for kind, i, version in one["done"]
         if kind == "forward"
     }
-    assert used == forward_versions(schedule, "stash" if semantics == "stash" else "vertical-sync")
+    rule: VersionRule = "stash" if case.semantics == "stash" else "vertical-sync"
+    assert used == forward_versions(schedule, rule)
 
 
 @pytest.mark.parametrize("replicas", STRAIGHT, ids=str)
@@ -110,15 +123,16 @@ def test_naive_weights_differ(tmp_path: Path) -> None:
     assert not _same_as_serial(case, tmp_path, seen, train(case))
 
 
-@pytest.mark.parametrize("num_stages", [2, 3, 4])
-def test_versions_used_and_held(tmp_path: Path, num_stages: int) -> None:
+@pytest.mark.parametrize(("num_stages", "depth"), [(2, 1), (3, 1), (4, 1), (3, 2)])
+def test_versions_used_and_held(tmp_path: Path, num_stages: int, depth: int) -> None:
     """Stage k of n uses version max(0, i - (n-1-k)) and holds n-k at most (papers, section 2)."""
-    n, case = num_stages, Case((1,) * num_stages, "stash")
+    n, case = num_stages, Case((1,) * num_stages, "stash", depth=depth)
     for k, seen in enumerate(_run(case, tmp_path)):
+        late = depth * (n - 1 - k)
         for kind in ("forward", "backward"):
             used = [version for name, _, version in seen["done"] if name == kind]
-            assert used == [max(0, i - (n - 1 - k)) for i in range(case.num_minibatches)]
-        assert seen["most_held"] == n - k
+            assert used == [max(0, i - late) for i in range(case.num_minibatches)]
+        assert seen["most_held"] == late + 1
 
 
 def test_bytes_between_stages(tmp_path: Path) -> None:

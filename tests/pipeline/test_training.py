@@ -45,15 +45,16 @@ def loss_fn(outputs, targets):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A script, its profile, and straight plans for 2 and 3 workers."""
+    """A script, its profile, and straight plans for 2 and 3 workers, of depths 1 and 2."""
     folder = tmp_path_factory.mktemp("training")
     script, profile = folder / "train.py", folder / "profile.json"
     script.write_text(SCRIPT)
     measure = ["profile-model", str(script), "--out", str(profile), "--seconds", "0.2"]
     assert cli.main([*measure, "--threads", "1"]) == 0
-    for workers in ("2", "3"):
-        plan = ["plan-pipeline", str(profile), "--workers", workers, "--bandwidth", "10Gbit/s"]
-        assert cli.main([*plan, "--straight", "--json", str(folder / f"plan{workers}.json")]) == 0
+    for workers, depth in (("2", "1"), ("3", "2")):
+        plan = ["plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
+        out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
+        assert cli.main([*plan, *out]) == 0
     return folder
 
 
@@ -79,9 +80,17 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)
     assert float(last) < 0.5 * float(first)
     assert "150 minibatches in" in said
+    plan = json.loads((files / "plan3.json").read_text())
+    predicted = f"{plan['seconds']:.6f} s planned, {plan['simulated_seconds']:.6f} s simulated, "
+    assert (predicted in said) == (semantics == ("stash",))
+    pace = re.search(r"([\d.]+) s measured while the pipe was full: ([\d.]+) samples/s", said)
+    assert pace is not None, said
+    assert float(pace[1]) * float(pace[2]) == pytest.approx(16, rel=1e-2)
     assert len(re.findall(r"worker \d, stage \d: .* idle, .* sent a minibatch", said)) == 3
     events = json.loads(trace.read_text())["traceEvents"]
     drawn = [event["name"] for event in events if event["ph"] == "X"]
+    late = {e["args"]["version"] - 100 for e in events if e["name"] == "forward 100"}
+    assert semantics != ("stash",) or late == {-4, -2, 0}
     parts = 1 if semantics == ("stash",) else 4
     for kind in ("forward", "backward"):
         assert sum(name.startswith(kind) for name in drawn) == 3 * 150 * parts

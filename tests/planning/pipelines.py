@@ -137,8 +137,8 @@ def naive_plan(
             graph.layers[index].parameter_bytes + graph.layers[index].activation_bytes
             for index in inside
         )
-        # All workers from this stage on, shared by its replicas, rounded up.
-        in_flight = (behind + replicas + replicas - 1) // replicas
+        # One of its own, and for the workers behind, shared by its replicas, rounded up.
+        in_flight = 1 + options.depth * ((behind + replicas - 1) // replicas)
         limit = options.memory_limit_bytes
         if limit is not None and in_flight * held > limit:
             return None

@@ -64,7 +64,7 @@ def test_laws(tasks: list[Task]) -> None:
 )
 def test_rates_are_max_min_fair(uses: list[tuple[tuple[int, float], ...]]) -> None:
     """Nobody can have more without taking from one who has no more: each is held by a full one."""
-    rates = fair_rates(uses, NUM_RESOURCES)
+    rates = fair_rates(uses)
     used = [0.0] * NUM_RESOURCES
     for rate, of_flow in zip(rates, uses, strict=True):
         for resource, part in of_flow:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from elbowroom.core.cluster import Link, Rate
 from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import levels_of, plan_on_levels, plan_pipeline
 from tests.planning.facts import CPU, H20
@@ -159,6 +160,7 @@ option_sets = st.builds(
     memory_limit_bytes=st.none() | st.integers(5, 120).map(lambda number: number * 10**6),
     straight=st.booleans(),
     fewer_workers=st.booleans(),
+    depth=st.integers(1, 3),
 )
 bandwidths = st.sampled_from([1e8, 1e9, 4e9, 1e12])
 
@@ -271,6 +273,24 @@ def test_what_is_in_flight() -> None:
     assert [stage.in_flight for stage in plan.stages] == [2, 2, 1]
     assert [stage.memory_bytes for stage in plan.stages] == [2 * 20, 2 * 30, 30]
     assert plan.noam == 2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("sizes", [(6,), (3, 2), (2, 3)])
+def test_warm_up_is_what_workers_do(sizes: tuple[int, ...], depth: int) -> None:
+    layers = chain([(i % 3 + 1.0, 10**6, 10**8 * (i % 2)) for i in range(6)])
+    levels = tuple(Level(size, 1e9 / 4**index) for index, size in enumerate(sizes))
+    plan = plan_on_levels(layers, levels, PipelineOptions(depth=depth))
+    assert len(plan.stages) > 1
+    pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
+    for number, stage in enumerate(plan.stages):
+        assert stage.warmup_forwards == pipe.warmup_forwards(number, depth)
+        assert stage.in_flight == stage.warmup_forwards + 1
+
+
+def test_depth_is_above_zero() -> None:
+    with pytest.raises(InputError, match="a pipe of depth 0"):
+        PipelineOptions(depth=0)
 
 
 def test_warm_up_is_that_of_the_paper() -> None:

@@ -60,7 +60,7 @@ def test_one_forward_one_backward(
     schedule = plan_schedule(replicas, num_minibatches, depth=depth)
     before = 0
     for stage, count in enumerate(replicas):
-        warmup = depth * (sum(replicas) - 1 - before) // count
+        warmup = depth * ((sum(replicas) - 1 - before) // count)
         before += count
         for worker in schedule.workers(stage):
             kinds = "".join(x for x in computed(schedule, worker) if x in "FB")
@@ -86,7 +86,8 @@ def test_warmup() -> None:
     assert [Pipe((1, 1, 1, 1)).warmup_forwards(stage) for stage in range(4)] == [3, 2, 1, 0]
     assert [Pipe((15, 1)).warmup_forwards(stage) for stage in range(2)] == [1, 0]
     assert [Pipe((2, 3, 1)).warmup_forwards(stage) for stage in range(3)] == [2, 1, 0]
-    assert [Pipe((2, 3, 1)).warmup_forwards(stage, 2) for stage in range(3)] == [5, 2, 0]
+    assert [Pipe((2, 3, 1)).warmup_forwards(stage, 2) for stage in range(3)] == [4, 2, 0]
+    assert [Pipe((2, 3)).warmup_forwards(stage, 3) for stage in range(2)] == [6, 0]
 
 
 def test_refuses_depth() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError, ScheduleError
-from elbowroom.core.pipeline_action import Schedule
+from elbowroom.core.pipeline_action import Backward, Forward, Schedule
 from elbowroom.core.pipeline_plan import Level, Overlap, PipelineOptions, Sync
 from elbowroom.core.trace import write_trace
 from elbowroom.planning.events import critical_path_seconds
@@ -197,12 +197,13 @@ def test_trace(tmp_path: Path) -> None:
     timeline = simulate_pipeline(plan_schedule((2, 1), 6), costs)
     spans = list(timeline.spans())
     for worker in range(3):
-        process = f"pipeline, worker {worker}"
+        process = f"worker {worker}"
         own = [x for x in spans if (x.process, x.track) == (process, "compute")]
         assert all(one.end <= two.start + 1e-9 for one, two in pairwise(own))
         names = [x.name for x in own]
-        computed = [str(x) for x in timeline.schedule.actions[worker] if str(x)[0] in "FB"]
-        assert names == computed
+        words = {Forward: "forward", Backward: "backward"}
+        done = timeline.schedule.actions[worker]
+        assert names == [f"{words[type(x)]} {x.minibatch}" for x in done if type(x) in words]
     assert sum(x.track == "reduce" for x in spans) == 3
     sends = [x for x in spans if x.track.startswith("to worker")]
     assert len(sends) == 2 * 6

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import lcm
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_action import Schedule
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import plan_on_levels
-from elbowroom.planning.pipeline_costs import PipelineCosts, plan_costs
+from elbowroom.planning.pipeline_costs import PipelineCosts, StageCosts, plan_costs
 from elbowroom.planning.schedule import plan_schedule
 from elbowroom.planning.simulate_pipeline import PipelineTimeline, simulate_pipeline, simulate_plan
 from tests.planning.pipelines import TEN_GBIT, chain, profile
@@ -139,6 +141,42 @@ def test_what_straight_plans_leave_out(name: str, num_workers: int) -> None:
     deeper = plan_schedule(schedule.replicas, schedule.num_minibatches, depth=2)
     hidden = simulate_plan(plan, graph, deeper).steady_seconds
     assert hidden == pytest.approx(plan.seconds, rel=5e-3)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(1, 3))
+def test_what_replicas_behind_others_cost(replicas: list[int], depth: int) -> None:
+    """A backward waits for the forward that its worker's order puts before it, rounds later.
+
+    So a loop over a stage and the one before it, forward and back, is done once for each minibatch
+    that the one before has in flight and the other does not: docs/pipedream-reproduction.md. Equal
+    shares of 1 s for every worker, no transfers.
+    """
+    pipe = Pipe(tuple(replicas))
+    warmups = [pipe.warmup_forwards(s, depth) for s in range(pipe.num_stages)]
+    bound = max(
+        (before + own) / ((warmups[s] + 1) * before - warmups[s + 1] * own)
+        for s, (before, own) in enumerate(pairwise(replicas))
+    )
+    costs = PipelineCosts(tuple(StageCosts(r / 3, r * 2 / 3) for r in replicas), NO_LIMIT)
+    schedule = plan_schedule(pipe.replicas, 24 * lcm(*replicas), depth=depth)
+    assert simulate_pipeline(schedule, costs).steady_seconds >= bound * (1 - 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "seconds"),
+    [
+        ((1, 3, 1), (4 / 2, 4 / 3, 1.0)),
+        ((1, 2, 1), (3 / 2, 1.0, 1.0)),
+        ((1, 1, 2, 1), (3 / 2, 1.0, 1.0)),
+        ((3, 1, 1), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_inner_replicas(replicas: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    costs = PipelineCosts(tuple(StageCosts(r / 3, r * 2 / 3) for r in replicas), NO_LIMIT)
+    schedules = [plan_schedule(replicas, 24 * lcm(*replicas), depth=d) for d in (1, 2, 3)]
+    simulated = [simulate_pipeline(schedule, costs).steady_seconds for schedule in schedules]
+    assert simulated == pytest.approx(seconds, rel=2e-2)
 
 
 def test_weights_agreed_on_beside_the_backward() -> None:

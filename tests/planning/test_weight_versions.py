@@ -21,31 +21,35 @@ from elbowroom.planning.weight_versions import (
 )
 from tests.planning.schedules import REPLICAS, schedules
 
+DEPTHS = st.integers(1, 3)
 
-@given(st.integers(1, 6), st.integers(1, 20))
-def test_straight_with_stashes(num_stages: int, num_minibatches: int) -> None:
-    schedule = plan_schedule((1,) * num_stages, num_minibatches)
+
+@given(st.integers(1, 6), st.integers(1, 20), DEPTHS)
+def test_straight_with_stashes(num_stages: int, num_minibatches: int, depth: int) -> None:
+    schedule = plan_schedule((1,) * num_stages, num_minibatches, depth=depth)
     versions = forward_versions(schedule)
     for k in range(num_stages):
         for i in range(num_minibatches):
-            assert versions[Forward(k, i)] == max(0, i - (num_stages - 1 - k))
+            assert versions[Forward(k, i)] == max(0, i - depth * (num_stages - 1 - k))
 
 
-@given(st.integers(1, 6), st.integers(1, 20))
-def test_straight_with_vertical_sync(num_stages: int, num_minibatches: int) -> None:
-    schedule = plan_schedule((1,) * num_stages, num_minibatches)
+@given(st.integers(1, 6), st.integers(1, 20), DEPTHS)
+def test_straight_with_vertical_sync(num_stages: int, num_minibatches: int, depth: int) -> None:
+    schedule = plan_schedule((1,) * num_stages, num_minibatches, depth=depth)
     versions = forward_versions(schedule, "vertical-sync")
     for forward, version in versions.items():
-        assert version == max(0, forward.minibatch - (num_stages - 1))
+        assert version == max(0, forward.minibatch - depth * (num_stages - 1))
 
 
-@given(st.integers(1, 6))
-def test_versions_held_in_a_straight_pipe(num_stages: int) -> None:
-    schedule = plan_schedule((1,) * num_stages, 4 * num_stages)
+@given(st.integers(1, 6), DEPTHS)
+def test_versions_held_in_a_straight_pipe(num_stages: int, depth: int) -> None:
+    schedule = plan_schedule((1,) * num_stages, 4 * depth * num_stages, depth=depth)
+    at_input = depth * (num_stages - 1) + 1
     for k in range(num_stages):
-        assert most(schedule, k, "stash") == Held(num_stages - k, num_stages - k)
-        assert most(schedule, k, "vertical-sync") == Held(num_stages - k, num_stages)
-        assert most(schedule, k, "naive") == Held(num_stages - k, 1)
+        held = depth * (num_stages - 1 - k) + 1
+        assert most(schedule, k, "stash") == Held(held, held)
+        assert most(schedule, k, "vertical-sync") == Held(held, at_input)
+        assert most(schedule, k, "naive") == Held(held, 1)
 
 
 def most(schedule: Schedule, worker: int, rule: VersionRule) -> Held:
@@ -53,24 +57,12 @@ def most(schedule: Schedule, worker: int, rule: VersionRule) -> Held:
     return Held(max(x.in_flight for x in held), max(x.versions for x in held))
 
 
-@given(st.integers(1, 5), st.integers(1, 3))
-def test_deeper_pipes_use_older_weights(num_stages: int, depth: int) -> None:
-    schedule = plan_schedule((1,) * num_stages, 6 * num_stages, depth=depth)
-    versions = forward_versions(schedule)
-    for forward, version in versions.items():
-        late = depth * (num_stages - 1 - forward.stage)
-        assert version == max(0, forward.minibatch - late)
-    for k in range(num_stages):
-        held = depth * (num_stages - 1 - k) + 1
-        assert most(schedule, k, "stash") == Held(held, held)
-
-
-@given(REPLICAS)
-def test_depth_is_what_plans_count_on(replicas: tuple[int, ...]) -> None:
-    schedule = plan_schedule(replicas, 8 * sum(replicas))
+@given(REPLICAS, DEPTHS)
+def test_depth_is_what_plans_count_on(replicas: tuple[int, ...], depth: int) -> None:
+    schedule = plan_schedule(replicas, 8 * depth * sum(replicas), depth=depth)
     for worker, stage in enumerate(schedule.stages):
-        depth = ceil(sum(replicas[stage:]) / replicas[stage])
-        assert most(schedule, worker, "stash") == Held(depth, depth)
+        held = 1 + depth * ceil(sum(replicas[stage + 1 :]) / replicas[stage])
+        assert most(schedule, worker, "stash") == Held(held, held)
 
 
 @given(REPLICAS, st.integers(1, 30))

@@ -48,6 +48,9 @@ class Pipe:
         return workers[minibatch % len(workers)]
 
     def warmup_forwards(self, stage: int, depth: int = 1) -> int:
-        """Forwards of each replica of a stage before its first backward, in 1F1B."""
-        behind = self.num_workers - 1 - self.workers(stage)[0]
-        return depth * behind // self.replicas[stage]
+        """Forwards of each replica of a stage before its first backward, in 1F1B.
+
+        ``depth`` times those of the papers, which are ceil(workers behind it / its replicas).
+        """
+        behind = self.num_workers - self.workers(stage).stop
+        return depth * -(-behind // self.replicas[stage])

@@ -53,6 +53,7 @@ class PipelineOptions:
         memory_limit_bytes: of one worker; None does not limit.
         straight: no stage is replicated.
         fewer_workers: units of the outermost level may stay idle.
+        depth: warm-up forwards, as a multiple of the papers' (``planning.schedule``).
 
     Raises InputError for values that are none of these.
 
@@ -63,6 +64,7 @@ class PipelineOptions:
     memory_limit_bytes: int | None = None
     straight: bool = False
     fewer_workers: bool = False
+    depth: int = 1
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -73,6 +75,8 @@ class PipelineOptions:
                 raise InputError(f"{name} '{value}' is not one of {', '.join(known)}")
         if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
             raise InputError(f"a worker of {self.memory_limit_bytes} bytes holds nothing")
+        if self.depth < 1:
+            raise InputError(f"a pipe of depth {self.depth} never runs: give at least 1")
 
     @property
     def sync_factor(self) -> int:
@@ -143,6 +147,7 @@ class PipelinePlan:
     ``levels`` are the topology's, the lowest first; ``traffic`` has one entry for each. ``seconds``
     per minibatch are those of the slowest stage or transfer. ``is_exact`` is False when only some
     of ``num_cuts`` possible cuts were looked at (``planning.cuts`` says which).
+    ``simulated_seconds`` per minibatch are those of a full pipe, if it was simulated.
     """
 
     stages: tuple[Stage, ...]
@@ -153,6 +158,7 @@ class PipelinePlan:
     data_parallel: DataParallel
     num_cuts: int
     is_exact: bool
+    simulated_seconds: float | None = None
 
     @property
     def num_workers(self) -> int:
@@ -161,7 +167,10 @@ class PipelinePlan:
 
     @property
     def noam(self) -> int:
-        """Minibatches that keep the pipe full: ceil(workers / replicas of the input stage)."""
+        """Minibatches that keep the pipe full: ceil(workers / replicas of the input stage).
+
+        At depth 1, what each worker of that stage has in flight.
+        """
         return -(-self.num_workers // self.stages[0].replicas)
 
     @property

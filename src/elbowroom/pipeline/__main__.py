@@ -87,9 +87,10 @@ def _train(args: argparse.Namespace) -> None:
             is_due = (step + 1) % args.every == 0 or step + 1 == args.steps
             if args.checkpoints and is_due:
                 pipeline.save(args.checkpoints)
+                progress.drained()
         pipeline.close()
         progress.end()
-        lines = summary(pipeline, time.perf_counter() - begin, args.steps - first)
+        lines = summary(pipeline, progress, time.perf_counter() - begin, args.steps - first)
         spans = spans_of_all(pipeline) if args.trace else []
         if pipeline.number == 0:
             print("\n".join(lines), flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,38 +11,78 @@ import torch
 from torch import distributed
 from torch.utils import _pytree as pytree
 
+from elbowroom.core.pace import steady_seconds
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.training import Pipeline
 
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20
+_MOST_PACED = 1000
 _KINDS = ("forward", "backward", "update")
 
 
 class Progress:
-    """Prints the loss and samples per second now and then, where the losses are."""
+    """Prints the loss and samples per second now and then, where the losses are.
+
+    And keeps, for the first worker, when each of its last minibatches was done.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         self._losses: list[float] = []
-        self._samples = 0
+        self._samples = self._steps = 0
+        self._fed = 0
+        self._paced: deque[tuple[int, float]] = deque(maxlen=_MOST_PACED)
+        self._longest: tuple[tuple[int, float], ...] = ()
         self._begin = self._last = time.perf_counter()
 
     def note(self, step: int, loss: float | None, inputs: Any) -> None:
         """After a minibatch was fed; ``loss`` None where it is not known."""
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         self._samples += len(tensors[0]) if tensors and tensors[0].dim() else 1
+        now = time.perf_counter()
+        self._note_pace(now)
         if loss is None:
             return
         self._losses.append(loss)
-        now = time.perf_counter()
         if now - self._last < _EVERY_SECONDS:
             return
         self._last = now
         rate = self._samples / (now - self._begin)
         recent = _mean(self._losses[-_MEAN_OF:])
         print(f"step {step + 1}: loss {recent}, {rate:.1f} samples/s", flush=True)
+
+    def drained(self) -> None:
+        """The pipe is empty, and fills again with the next minibatch."""
+        self._longest = self._longest_fill()
+        self._paced.clear()
+        self._fed = 0
+
+    @property
+    def steady_seconds(self) -> float | None:
+        """Per minibatch, as the first worker saw them while the pipe was full.
+
+        The last of them, up to 1,000, of the longest time without a drain. None if they are too few
+        to tell.
+        """
+        return steady_seconds(self._longest_fill())
+
+    @property
+    def samples_per_step(self) -> float:
+        return self._samples / max(1, self._steps)
+
+    def _longest_fill(self) -> tuple[tuple[int, float], ...]:
+        return max(self._longest, tuple(self._paced), key=len)
+
+    def _note_pace(self, now: float) -> None:
+        """Of minibatches that are this worker's own, and bring an earlier one back."""
+        self._steps += 1
+        first = self._pipeline.plan.stages[0]
+        is_own = self._fed % first.replicas == 0
+        if is_own and self._fed >= first.warmup_forwards * first.replicas:
+            self._paced.append((self._fed, now))
+        self._fed += 1
 
     def end(self) -> None:
         """Where the losses are: the first and the last of them."""
@@ -54,13 +95,16 @@ def _mean(losses: Sequence[float]) -> str:
     return f"{sum(losses) / len(losses):.4f} (mean of {len(losses)})"
 
 
-def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
-    """A line per worker: its stage, bubble share and bytes per step. All workers must call it."""
+def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: int) -> list[str]:
+    """The pace beside the predicted one, and a line per worker: its stage, bubble share and bytes.
+
+    All workers must call it; the first one's is what holds.
+    """
     sent = sum(pipeline.sent_bytes.values())
     mine = torch.tensor([pipeline.busy_seconds, float(sent)], dtype=torch.float64)
     gathered = [torch.empty_like(mine) for _ in range(pipeline.pipe.num_workers)]
     distributed.all_gather(gathered, mine)
-    lines = [f"{num_steps} minibatches in {seconds:.1f} s"]
+    lines = [f"{num_steps} minibatches in {seconds:.1f} s", _pace(pipeline, progress)]
     for number, (busy_seconds, sent_bytes) in enumerate(one.tolist() for one in gathered):
         lines.append(
             f"worker {number}, stage {pipeline.pipe.stages[number]}: "
@@ -68,6 +112,21 @@ def summary(pipeline: Pipeline, seconds: float, num_steps: int) -> list[str]:
             f"{format_bytes(round(sent_bytes / num_steps))} sent a minibatch"
         )
     return lines
+
+
+def _pace(pipeline: Pipeline, progress: Progress) -> str:
+    """Predictions are of 1F1B: a run with flushes has none."""
+    plan, measured = pipeline.plan, progress.steady_seconds
+    said = []
+    if pipeline.semantics != "flush":
+        said.append(f"{plan.seconds:.6f} s planned")
+        if plan.simulated_seconds is not None:
+            said.append(f"{plan.simulated_seconds:.6f} s simulated")
+    if measured is None:
+        return f"a minibatch: {', '.join((*said, 'too few to measure'))}"
+    rate = progress.samples_per_step / measured
+    said.append(f"{measured:.6f} s measured while the pipe was full: {rate:.1f} samples/s")
+    return f"a minibatch: {', '.join(said)}"
 
 
 def spans_of_all(pipeline: Pipeline) -> list[Span]:

@@ -16,6 +16,7 @@ from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import Stage, split
 from elbowroom.pipeline.traced import TracedModel
+from elbowroom.pipeline.versions import Semantics
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
 
 OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
@@ -59,7 +60,7 @@ class Pipeline:
         self.pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
         self.number = distributed.get_rank()
         self._model = model
-        self._plan = plan
+        self.plan = plan
         self._optimizer_fn = optimizer_fn
         self._scheduler_fn = scheduler_fn
         self._loss_fn = loss_fn
@@ -75,6 +76,10 @@ class Pipeline:
     @property
     def stage_number(self) -> int:
         return self.pipe.stages[self.number]
+
+    @property
+    def semantics(self) -> Semantics:
+        return (self._options or StageOptions()).semantics
 
     @property
     def stage(self) -> Stage:
@@ -151,7 +156,7 @@ class Pipeline:
 
     def _start(self, inputs: Any) -> StageWorker:
         self._traced = trace_model(self._model.train(), inputs)
-        self._stage = split(self._traced, self._plan)[self.stage_number]
+        self._stage = split(self._traced, self.plan)[self.stage_number]
         kept = set(self._stage.parameters())
         for parameter in self._model.parameters():
             if parameter not in kept:
@@ -173,4 +178,5 @@ class Pipeline:
             self._options,
             self._scheduler,
             next_minibatch,
+            self.plan.options.depth,
         )

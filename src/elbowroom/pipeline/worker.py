@@ -88,7 +88,7 @@ class StageWorker:
 
     ``stage`` takes the tensors that the stage before it gives, then its own inputs, and gives a
     tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
-    update. Minibatches are numbered from ``next_minibatch``.
+    update. Minibatches are numbered from ``next_minibatch``; ``depth`` is that of the plan.
     """
 
     def __init__(
@@ -101,12 +101,14 @@ class StageWorker:
         options: StageOptions | None = None,
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         next_minibatch: int = 0,
+        depth: int = 1,
     ) -> None:
         self.stage = stage
         self.number = pipe.stages[worker]
         self.done: list[Done] = []
         self.busy_seconds = 0.0
         self._pipe = pipe
+        self._warmup = pipe.warmup_forwards(self.number, depth)
         self._replica = worker - pipe.workers(self.number)[0]
         self._optimizer = optimizer
         self._scheduler = scheduler
@@ -172,7 +174,7 @@ class StageWorker:
         if minibatch % self._pipe.replicas[self.number] != self._replica:
             return None
         loss = self._forward(minibatch, inputs, targets)
-        if len(self._flights) > self._pipe.warmup_forwards(self.number):
+        if len(self._flights) > self._warmup:
             self._backward(self._flights.popleft())
         return loss
 

@@ -64,6 +64,7 @@ class _State:
     busy: list[float]
     now: float = 0.0
     working: list[int] = field(default_factory=list)
+    instant: list[int] = field(default_factory=list)
     delayed: list[tuple[float, int]] = field(default_factory=list)
 
 
@@ -83,8 +84,8 @@ def simulate(tasks: Sequence[Task], num_resources: int) -> Timeline:
     )
     _begin([number for number, missing in enumerate(state.missing) if not missing], tasks, state)
     num_done = 0
-    while state.working or state.delayed:
-        done = _advance(tasks, state)
+    while state.working or state.delayed or state.instant:
+        done = _end_instant(state) if state.instant else _advance(tasks, state)
         num_done += len(done)
         ready = []
         for number in done:
@@ -136,13 +137,23 @@ def _begin(ready: Sequence[int], tasks: Sequence[Task], state: _State) -> None:
         state.starts[number] = state.now
         if tasks[number].latency:
             state.delayed.append((state.now + tasks[number].latency, number))
-        else:
+        elif tasks[number].seconds:
             state.working.append(number)
+        else:
+            state.instant.append(number)
+
+
+def _end_instant(state: _State) -> list[int]:
+    """Tasks that take no time end as they begin, whatever others do."""
+    done, state.instant = state.instant, []
+    for number in done:
+        state.ends[number] = state.now
+    return done
 
 
 def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
     """Let time pass to the next end of a task or of a latency. Returns the tasks that ended."""
-    rates = fair_rates([tasks[number].uses for number in state.working], len(state.busy))
+    rates = fair_rates([tasks[number].uses for number in state.working])
     step = min((at - state.now for at, _ in state.delayed), default=float("inf"))
     for number, rate in zip(state.working, rates, strict=True):
         step = min(step, state.remaining[number] / rate)
@@ -163,29 +174,39 @@ def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
     return done
 
 
-def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]], num_resources: int) -> list[float]:
+def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]]) -> list[float]:
     """Max-min fair rates, each at most 1, by progressive filling (Bertsekas and Gallager).
 
     All rates grow together; those that use a resource which is full stay as they are.
     """
     rates = [1.0] * len(uses)
-    free = set(range(len(uses)))
-    room = [1.0] * num_resources
+    demand = _demand(uses)
+    room = {resource: 1.0 for resource in sorted(demand) if demand[resource] > 1 + _EPSILON}
+    """Of resources that are too small for all: the others limit nobody."""
+    free = [n for n, used in enumerate(uses) if any(resource in room for resource, _ in used)]
     while free:
-        demand = [0.0] * num_resources
-        for number in free:
-            for resource, part in uses[number]:
-                demand[resource] += part
+        demand = _demand([uses[number] for number in free])
         level, tightest = 1.0, -1
-        for resource, wanted in enumerate(demand):
-            if wanted > room[resource] + _EPSILON and room[resource] / wanted < level:
-                level, tightest = room[resource] / wanted, resource
+        for resource, left in room.items():
+            wanted = demand.get(resource, 0.0)
+            if wanted > left + _EPSILON and left / wanted < level:
+                level, tightest = left / wanted, resource
         if tightest < 0:
             break
-        for number in sorted(free):
-            if any(resource == tightest for resource, _ in uses[number]):
-                rates[number] = level
-                free.discard(number)
-                for resource, part in uses[number]:
+        slowed = [n for n in free if any(resource == tightest for resource, _ in uses[n])]
+        for number in slowed:
+            rates[number] = level
+            for resource, part in uses[number]:
+                if resource in room:
                     room[resource] = max(0.0, room[resource] - part * level)
+        free = [number for number in free if rates[number] == 1.0]
     return rates
+
+
+def _demand(uses: Sequence[tuple[tuple[int, float], ...]]) -> dict[int, float]:
+    """Of each resource, what all use together when each is alone."""
+    demand: dict[int, float] = {}
+    for used in uses:
+        for resource, part in used:
+            demand[resource] = demand.get(resource, 0.0) + part
+    return demand

@@ -75,12 +75,28 @@ def plan_on_levels(
     are looked at (``planning.cuts``). Raises InputError for a topology or graph
     that cannot be planned, MemoryPlanError where nothing fits in the memory of a worker.
     """
-    options = options or PipelineOptions()
+    return _best_plan(_search(graph, levels, options or PipelineOptions()))
+
+
+def plan_data_parallel(
+    graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptions | None = None
+) -> PipelinePlan:
+    """All layers in one stage, on all workers. Raises as ``plan_on_levels`` does."""
+    search = _search(graph, levels, options or PipelineOptions())
+    ends = search.cuts.only(np.array([0, search.cuts.num_cuts - 1]))
+    return _best_plan(replace(search, cuts=ends))
+
+
+def _search(graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptions) -> StageSearch:
     num_workers = prod(level.num_units for level in levels)
     if not levels or num_workers > MAX_WORKERS:
         raise InputError(f"{num_workers} workers: give levels of 1 to {MAX_WORKERS} in all")
-    cuts = find_cuts(graph, max_cuts(levels, options))
-    search = _narrowed(StageSearch(cuts, levels, options))
+    return StageSearch(find_cuts(graph, max_cuts(levels, options)), levels, options)
+
+
+def _best_plan(whole: StageSearch) -> PipelinePlan:
+    cuts, levels = whole.cuts, whole.levels
+    search = _narrowed(whole)
     outermost, last = len(levels) - 1, search.cuts.num_cuts - 1
     chain = search.best_chain(outermost, 0, 0, last, _allowed_units(search))
     if chain is None:
@@ -89,7 +105,7 @@ def plan_on_levels(
     return PipelinePlan(
         stages=stages,
         levels=levels,
-        options=options,
+        options=search.options,
         seconds=max(max(stage.seconds, stage.transfer_seconds) for stage in stages),
         traffic=_traffic(search, moved),
         data_parallel=_data_parallel(search),
@@ -188,16 +204,16 @@ def _component(
 def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ...]) -> Stage:
     """A stage as one worker has it, before replicas share its minibatches."""
     cuts, start, stop = search.cuts, group.start, group.stop
-    depth = 1 + group.unit_behind
+    in_flight = search.in_flight(group.unit_behind)
     return Stage(
         layers=cuts.layers_between(start, stop),
         level_replicas=level_replicas,
         replicas=prod(level_replicas),
         seconds=float(cuts.seconds[stop] - cuts.seconds[start]),
         transfer_seconds=0.0,
-        in_flight=depth,
-        warmup_forwards=depth - 1,
-        memory_bytes=depth * int(search.memory_bytes(start, stop)),
+        in_flight=in_flight,
+        warmup_forwards=in_flight - 1,
+        memory_bytes=in_flight * int(search.memory_bytes(start, stop)),
         parameter_bytes=int(cuts.parameter_bytes[stop] - cuts.parameter_bytes[start]),
         sync_bytes=0,
         transfer_bytes=0,

@@ -4,14 +4,15 @@ Papers: arXiv 1806.03377 and SOSP 2019 (1F1B, 1F1B-RR); GPipe: arXiv 1811.06965;
 PipeDream-Flush, arXiv 2006.09503.
 
 Minibatch i goes to replica i mod r of a stage of r replicas, forward and backward. A worker begins
-with floor((workers - 1 - replicas before its stage) / r) forwards and then alternates one forward,
-one backward until no forward is left. Neither ratios of replicas nor the number of minibatches need
-be even.
+with W = floor((workers - 1 - replicas before its stage) / r) forwards, which is ceil(workers behind
+its stage / r), and then alternates one forward, one backward until no forward is left. Neither
+ratios of replicas nor the number of minibatches need be even.
 
-``depth`` multiplies workers - 1 - replicas before. At 1, the papers' number, stage k of n straight
-ones has n-k minibatches in flight, and there is no time to spare: what transfers take between two
-stages is added to their loop. At 2 transfers hide behind compute. It costs memory, as nearly twice
-as many weights and activations are kept, and the weights are older by as much.
+``depth`` multiplies W. At 1, the papers' number, stage k of n straight ones has n-k minibatches in
+flight, and there is no time to spare: what transfers take between two stages is added to their
+loop. At 2 transfers hide behind compute. It costs memory, as nearly twice as many weights and
+activations are kept, and the weights are older by as much. Stages with none behind them, and so
+data parallel training, are the same at any depth.
 
 Rounds: ``1f1b`` updates a straight stage after each backward, and a stage of r replicas after each
 r consecutive minibatches, one for each replica, which then average their gradients (``Reduce``). A
@@ -22,9 +23,9 @@ fewer too.
 
 No schedule of these deadlocks while a send does not wait for its receive. A backward of minibatch y
 at stage s follows the forward of y + W(s) r(s) there, and that of x at s follows, over all updates
-between, backwards below x - W(s) r(s) only. As floor(a / r) r > a - r, W(s) r(s) decreases from
-stage to stage; so whatever a backward waits for, it is backwards of earlier minibatches, or of the
-same one at later stages.
+between, backwards below x - W(s) r(s) only. With b workers behind s, W(s) r(s) is at least depth b
+and less than depth (b + r), so it decreases from stage to stage; so whatever a backward waits for,
+it is backwards of earlier minibatches, or of the same one at later stages.
 """
 
 from __future__ import annotations

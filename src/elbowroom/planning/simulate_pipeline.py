@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from statistics import linear_regression
 from typing import NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.core.pace import steady_seconds
 from elbowroom.core.pipeline_action import (
     Backward,
     Forward,
@@ -27,6 +27,7 @@ from elbowroom.core.pipeline_action import (
     Send,
     Update,
     message_of,
+    parse_action,
 )
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.core.trace import Span
@@ -34,7 +35,14 @@ from elbowroom.planning.events import Task, Timeline, simulate
 from elbowroom.planning.pipeline_costs import LinkModel, PipelineCosts, plan_costs
 from elbowroom.planning.pipeline_places import Places, place_workers
 from elbowroom.planning.schedule_check import execution_order
-from elbowroom.planning.weight_versions import VersionRule, held_over_time
+from elbowroom.planning.weight_versions import (
+    VersionRule,
+    Versions,
+    forward_versions,
+    held_over_time,
+)
+
+_WORDS: dict[type[PipelineAction], str] = {Forward: "forward", Backward: "backward"}
 
 
 class Track(NamedTuple):
@@ -78,14 +86,10 @@ class PipelineTimeline:
     def steady_seconds(self) -> float:
         """Per minibatch, while the pipe is full.
 
-        The slope of when the input stage does its updates, in the latter half of those that come
-        before the pipe drains. In a run too short to tell, the mean of all minibatches.
+        As ``core.pace`` defines it; in a run too short to tell, the mean of all minibatches.
         """
-        last = max((minibatch for minibatch, _ in self.full_updates), default=0)
-        late = [update for update in self.full_updates if 2 * update[0] >= last]
-        if len(late) < 2:
-            return self.seconds / self.schedule.num_minibatches
-        return linear_regression(*zip(*late, strict=True)).slope
+        pace = steady_seconds(self.full_updates)
+        return self.seconds / self.schedule.num_minibatches if pace is None else pace
 
     @property
     def bubbles(self) -> tuple[float, ...]:
@@ -97,13 +101,13 @@ class PipelineTimeline:
         return tuple(1 - seconds / self.seconds if self.seconds else 0.0 for seconds in busy)
 
     def spans(self) -> Iterator[Span]:
-        """Compute, sends and reduces of every worker, for a trace."""
+        """Compute, sends and reduces of every worker, for a trace; passes named as a run's are."""
         timeline = self.timeline
         for number, (worker, track) in enumerate(self.tracks):
             start, end = timeline.starts[number], timeline.ends[number]
             if end > start:
-                name = timeline.tasks[number].name
-                yield Span(f"pipeline, worker {worker}", track, name, start, end)
+                name = _shown(timeline.tasks[number].name)
+                yield Span(f"worker {worker}", track, name, start, end)
 
 
 def simulate_pipeline(
@@ -124,6 +128,7 @@ def simulate_pipeline(
     for worker, action in execution_order(schedule):
         lowering.add(worker, action)
     timeline = simulate(lowering.tasks, len(lowering.resources))
+    used = forward_versions(schedule, rule)
     stages = range(schedule.num_stages)
     return PipelineTimeline(
         schedule=schedule,
@@ -135,7 +140,8 @@ def simulate_pipeline(
         sync_bytes=tuple(lowering.sync_bytes[stage] for stage in stages),
         level_bytes=tuple(lowering.level_bytes[level] for level in range(len(costs.levels))),
         peak_bytes=tuple(
-            _peak_bytes(schedule, worker, costs, rule) for worker in range(schedule.num_workers)
+            _peak_bytes(schedule, worker, costs, rule, used)
+            for worker in range(schedule.num_workers)
         ),
     )
 
@@ -293,6 +299,12 @@ class _Lowering:
         return len(self.tasks) - 1
 
 
+def _shown(text: str) -> str:
+    action = parse_action(text)
+    word = _WORDS.get(type(action))
+    return f"{word} {action.minibatch}" if word else text
+
+
 def _full_updates(
     schedule: Schedule, timeline: Timeline, updates: dict[int, list[int]]
 ) -> tuple[tuple[int, float], ...]:
@@ -305,7 +317,9 @@ def _full_updates(
     return tuple((m, max(timeline.ends[task] for task in updates[m])) for m in sorted(followed))
 
 
-def _peak_bytes(schedule: Schedule, worker: int, costs: PipelineCosts, rule: VersionRule) -> int:
+def _peak_bytes(
+    schedule: Schedule, worker: int, costs: PipelineCosts, rule: VersionRule, used: Versions
+) -> int:
     stage = costs.stages[schedule.stages[worker]]
-    held = held_over_time(schedule, worker, rule)
+    held = held_over_time(schedule, worker, rule, used)
     return max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)

@@ -17,11 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 import numpy as np
 
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.planning.cuts import Cuts, Floats, Integers
+
+Counts = TypeVar("Counts", int, Integers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +66,16 @@ class StageCost:
         )
         return held
 
+    def in_flight(self, unit_behind: Counts) -> Counts:
+        """Minibatches that a worker keeps, with so many behind it: see ``Pipe.warmup_forwards``."""
+        return 1 + self.options.depth * unit_behind
+
     def unit_behind(self, level: int, behind: int, num_units: int, units_behind: int) -> int:
         """Workers behind each unit of a group that has ``units_behind`` units behind it.
 
         ``behind`` are those behind the group's component. Both are shared out among the copies that
-        take turns with minibatches, and rounded up: a worker of a stage keeps as many minibatches
-        in flight as there are then workers behind it, and one of its own. To round up at each level
+        take turns with minibatches, and rounded up: a worker of a stage keeps ``depth`` minibatches
+        in flight for each that is then behind it, and one of its own. To round up at each level
         is to round up once: ceil((x + n) / m) is ceil((ceil(x) + n) / m) for whole n and m.
         """
         unit_workers = prod(below.num_units for below in self.levels[:level])

@@ -6,7 +6,7 @@ split into stages on its units, takes as long as its slowest stage or transfer
 
 Stages are laid from the last to the first, where the papers go from the first to the last. The best
 is the same, but so the workers behind a stage are known when it is laid, and with them how many
-minibatches it keeps in flight: 1 + floor((workers - 1 - replicas before it) / replicas), which is
+minibatches it keeps in flight: 1 + depth * ceil(workers behind it / replicas), which at depth 1 is
 ceil(workers from it on / replicas). That makes the memory limit exact.
 
 Of plans whose seconds differ by less than a part in 10^9, the one that moves the fewest bytes over
@@ -83,12 +83,6 @@ class Chain(NamedTuple):
 
     groups: tuple[Group, ...]
     seconds: float
-
-
-def _in_flight(behind: int, span: _Span) -> Integers:
-    """[rests, 1]: minibatches that each worker of a stage keeps, with so many workers behind it."""
-    rests = np.arange(span.rests.start, span.rests.stop)[:, None]
-    return 1 + -(-(behind + rests) // span.units)
 
 
 def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
@@ -197,7 +191,7 @@ class StageSearch(StageCost):
         limit = self.options.memory_limit_bytes
         if limit is None or len(self.levels) > 1:
             return holds
-        in_flight = 1 + self.unit_behind(0, 0, units, units_behind)
+        in_flight = self.in_flight(self.unit_behind(0, 0, units, units_behind))
         return np.asarray(holds & (in_flight * self.memory_bytes(row, columns) <= limit))
 
     def _fewest_bytes(
@@ -277,13 +271,15 @@ class StageSearch(StageCost):
             return of_unit if is_memory else self._of_stage(level, span, row, of_unit)
         holds = self.cuts.holds[row, columns]
         held = self.memory_bytes(row, columns)
+        units_behind = np.arange(span.rests.start, span.rests.stop)[:, None]
+        in_flight = self.in_flight(-(-(behind + units_behind) // span.units))
         if is_memory:
-            return np.where(holds, _in_flight(behind, span) * held, np.inf)
+            return np.where(holds, in_flight * held, np.inf)
         work = np.where(holds, self.cuts.seconds[columns] - self.cuts.seconds[row], np.inf)
         seconds = self._of_stage(level, span, row, work)[None]
         if limit is None:
             return seconds
-        return np.where(_in_flight(behind, span) <= limit // np.maximum(held, 1), seconds, np.inf)
+        return np.where(in_flight <= limit // np.maximum(held, 1), seconds, np.inf)
 
     def _of_stage(self, level: int, span: _Span, row: int, unit_seconds: Floats) -> Floats:
         weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]

@@ -4,12 +4,13 @@ Version v of a stage is its weights after v updates. All is read off the action 
 assumed of how they were made.
 
 - ``stash`` (weight stashing): the forward takes the newest version of its stage, the backward the
-  same again. In a straight 1F1B pipeline of n stages that is max(0, i - (n-1-k)) for minibatch i at
-  stage k, which keeps n-k versions (arXiv 1806.03377). In a flushed schedule there is one.
+  same again. In a straight 1F1B pipeline of n stages that is max(0, i - d (n-1-k)) for minibatch i
+  at stage k, which keeps d (n-1-k) + 1 versions (arXiv 1806.03377, where the depth d is 1). In a
+  flushed schedule there is one.
 - ``vertical-sync``: all stages take the version that the input stage has at the forward, which
-  travels with the minibatch: in a straight pipeline max(0, i - (n-1)), and n versions at each
-  stage. Where stages update after rounds of different lengths, a stage takes its newest version
-  that counts no minibatch which the input stage's does not count.
+  travels with the minibatch: in a straight pipeline max(0, i - d (n-1)), and d (n-1) + 1 versions
+  at each stage. Where stages update after rounds of different lengths, a stage takes its newest
+  version that counts no minibatch which the input stage's does not count.
 - ``naive``: whatever the newest version is, also in the backward: one version, wrong gradients.
 """
 
@@ -52,14 +53,16 @@ def forward_versions(schedule: Schedule, rule: VersionRule = "stash") -> dict[Fo
     return _synced(schedule, newest) if rule == "vertical-sync" else newest
 
 
-def held_over_time(schedule: Schedule, worker: int, rule: VersionRule = "stash") -> list[Held]:
-    """What a worker holds after each of its actions.
+def held_over_time(
+    schedule: Schedule, worker: int, rule: VersionRule = "stash", used: Versions | None = None
+) -> list[Held]:
+    """What a worker holds after each of its actions; ``used`` are the ``forward_versions``.
 
     A version is dropped when it is neither the newest nor will be used again, a minibatch after its
     backward. Buffers of transfers and gradients are not counted.
     """
     actions = schedule.actions[worker]
-    used = forward_versions(schedule, rule)
+    used = forward_versions(schedule, rule) if used is None else used
     started: dict[int, int] = {}
     in_flight, updates, last_uses = [0] * len(actions), [0], [0]
     for index, action in enumerate(actions):

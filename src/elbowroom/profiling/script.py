@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.script import load_script
-from elbowroom.pipeline.traced import Tied
-from elbowroom.profiling.layers import LEAST_SECONDS, SweepLimits, measure
+from elbowroom.pipeline.traced import Tied, TracedModel
+from elbowroom.profiling.companions import Companions
+from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,45 @@ class ScriptProfile:
     tied: tuple[Tied, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A script's model, ready to be measured on one of its batches."""
+
+    traced: TracedModel
+    inputs: Any
+    targets: Any
+    loss_fn: LossFn
+
+    def measure(self, limits: SweepLimits) -> LayerGraph:
+        return measure(self.traced, self.inputs, self.targets, self.loss_fn, limits)
+
+
 def profile_script(
-    path: Path, seed: int, seconds: float | None = None, num_threads: int | None = None
+    path: Path,
+    seed: int,
+    seconds: float | None = None,
+    num_threads: int | None = None,
+    num_workers: int = 1,
 ) -> ScriptProfile:
     """Runs a script and measures for so many seconds (default: ``LEAST_SECONDS``).
 
-    ``seed`` is that of weights and batch; ``num_threads`` are torch's, from here on. Raises
-    InputError for a script or batch that cannot be used, UntraceableModelError as ``profile`` does.
+    ``seed`` is that of weights and batch; ``num_threads`` are torch's, from here on. Of
+    ``num_workers``, all others do the same meanwhile: they share caches and memory, as workers that
+    train on one machine do. Raises InputError for a script or batch that cannot be used,
+    UntraceableModelError as ``profile`` does, ElbowroomError if another one does not come up.
     """
+    subject = load_subject(path, seed, num_threads)
+    limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
+    with Companions(num_workers - 1, path, seed, torch.get_num_threads()):
+        graph = subject.measure(limits)
+    return ScriptProfile(graph, subject.traced.tied)
+
+
+def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
+    """Raises as ``profile_script`` does."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     script = load_script(path)
     model = script.make_model(seed).train()
     inputs, targets = script.make_batch(torch.Generator().manual_seed(seed))
-    traced = trace_model(model, inputs)
-    limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
-    return ScriptProfile(measure(traced, inputs, targets, script.loss_fn, limits), traced.tied)
+    return Subject(trace_model(model, inputs), inputs, targets, script.loss_fn)
