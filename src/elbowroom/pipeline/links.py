@@ -1,15 +1,14 @@
 """Tensors between workers: point to point over torch.distributed, beside compute.
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
-A thread per sender receives ahead of compute, into memory that was given back; sends are begun and
-looked after later.
+A thread per sender receives ahead of compute, into memory that was given back; another one holds
+what is being sent until it is.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,6 +41,7 @@ class Message(NamedTuple):
 
 
 class _Sending(NamedTuple):
+    worker: int
     works: tuple[distributed.Work, ...]
     tensors: tuple[torch.Tensor, ...]
 
@@ -55,13 +55,13 @@ class Links:
 
     def __init__(self, sources: Sequence[int]) -> None:
         self._inboxes = {source: _Inbox(source) for source in sources}
-        self._sendings: deque[_Sending] = deque()
+        self._outbox = _Outbox()
         self.sent_bytes: dict[int, int] = {}
 
     def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to send. The tensors must not change any more."""
         whole = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._begin(worker, (_header(label, whole), *whole))
+        self._outbox.send(worker, (_header(label, whole), *whole))
         sent = sum(tensor.nbytes for tensor in whole)
         self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
 
@@ -76,22 +76,49 @@ class Links:
     def close(self, targets: Sequence[int]) -> None:
         """Wait until all is sent, tell ``targets`` so, and hear the same from the sources."""
         for target in targets:
-            self._begin(target, (_header(_CLOSE, ()),))
-        while self._sendings:
-            self._finish_oldest()
+            self._outbox.send(target, (_header(_CLOSE, ()),))
+        self._outbox.close()
         for inbox in self._inboxes.values():
             inbox.close()
 
-    def _begin(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
+
+class _Outbox:
+    """Keeps tensors until they are sent, which gloo tells only those who wait for it."""
+
+    def __init__(self) -> None:
+        self._sendings: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="sent", daemon=True)
+        self._thread.start()
+
+    def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
         begun = (distributed.isend(tensor, worker) for tensor in tensors)
         works = tuple(work for work in begun if work is not None)
-        self._sendings.append(_Sending(works, tensors))
-        while self._sendings and all(work.is_completed() for work in self._sendings[0].works):
-            self._finish_oldest()
+        self._sendings.put(_Sending(worker, works, tensors))
 
-    def _finish_oldest(self) -> None:
-        for work in self._sendings.popleft().works:
-            work.wait()
+    def close(self) -> None:
+        """Wait until all is sent. Raises PeerLostError where it could not be."""
+        self._sendings.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while self._finish_oldest():
+            pass
+
+    def _finish_oldest(self) -> bool:
+        sending = self._sendings.get()
+        if sending is None:
+            return False
+        try:
+            for work in sending.works:
+                work.wait()
+        except RuntimeError as error:
+            self._failure = PeerLostError(f"worker {sending.worker} ended: see its output")
+            self._failure.__cause__ = error
+            return False
+        return True
 
 
 class _Inbox:
