@@ -29,15 +29,17 @@ _DTYPES = (
 """What may be sent; a header names them by number."""
 
 _MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
-_HEADER_SIZE = 2 + _MOST_TENSORS * (2 + _MOST_DIMENSIONS)
+_TENSOR_SIZE = 3 + _MOST_DIMENSIONS
+_HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
 
 
 class Message(NamedTuple):
-    """Tensors of one minibatch, and a number that goes with them."""
+    """Tensors of one minibatch, for which of them a gradient is needed, and a number."""
 
     label: int
     tensors: tuple[torch.Tensor, ...]
+    needs_grad: tuple[bool, ...]
 
 
 class _Sending(NamedTuple):
@@ -61,7 +63,7 @@ class Links:
     def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to send. The tensors must not change any more."""
         whole = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._outbox.send(worker, (_header(label, whole), *whole))
+        self._outbox.send(worker, (_header(label, tensors), *whole))
         sent = sum(tensor.nbytes for tensor in whole)
         self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
 
@@ -150,13 +152,13 @@ class _Inbox:
         try:
             while True:
                 distributed.recv(header, self._source)
-                label, shapes = _parse(header.tolist())
+                label, described = _parse(header.tolist())
                 if label == _CLOSE:
                     return
-                tensors = tuple(self._memory(*shape) for shape in shapes)
+                tensors = tuple(self._memory(one.shape, one.dtype) for one in described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
-                self._messages.put(Message(label, tensors))
+                self._messages.put(Message(label, tensors, tuple(x.needs_grad for x in described)))
         except Exception as error:  # handed to whoever waits for a message
             self._messages.put(error)
 
@@ -169,6 +171,14 @@ class _Inbox:
         return torch.empty(shape, dtype=dtype)
 
 
+class _Described(NamedTuple):
+    """A tensor, in a header."""
+
+    dtype: torch.dtype
+    needs_grad: bool
+    shape: tuple[int, ...]
+
+
 def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Raises ElbowroomError for tensors that it cannot describe."""
     fields = [label, len(tensors)]
@@ -178,7 +188,7 @@ def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
                 f"a tensor of {tensor.dim()} dimensions and {tensor.dtype} crosses a cut: at most "
                 f"{_MOST_DIMENSIONS} dimensions of common types can be sent"
             )
-        fields += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        fields += [_DTYPES.index(tensor.dtype), tensor.requires_grad, tensor.dim(), *tensor.shape]
         fields += [0] * (_MOST_DIMENSIONS - tensor.dim())
     if len(fields) > _HEADER_SIZE:
         raise ElbowroomError(
@@ -187,8 +197,12 @@ def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor(fields + [0] * (_HEADER_SIZE - len(fields)), dtype=torch.int64)
 
 
-def _parse(fields: list[int]) -> tuple[int, list[tuple[tuple[int, ...], torch.dtype]]]:
+def _parse(fields: list[int]) -> tuple[int, list[_Described]]:
     label, count = fields[:2]
-    size = 2 + _MOST_DIMENSIONS
-    parts = [fields[2 + n * size : 2 + (n + 1) * size] for n in range(count)]
-    return label, [(tuple(part[2 : 2 + part[1]]), _DTYPES[part[0]]) for part in parts]
+    described = []
+    for start in range(2, 2 + count * _TENSOR_SIZE, _TENSOR_SIZE):
+        dtype, needs_grad, num_dimensions, *shape = fields[start : start + _TENSOR_SIZE]
+        described.append(
+            _Described(_DTYPES[dtype], bool(needs_grad), tuple(shape[:num_dimensions]))
+        )
+    return label, described
