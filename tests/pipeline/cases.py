@@ -15,7 +15,10 @@ WIDTH, BATCH = 6, 4
 
 @dataclass(frozen=True)
 class Case:
-    """``breaks`` are the numbers of minibatches before which the pipe is drained."""
+    """``breaks`` are the numbers of minibatches before which the pipe is drained.
+
+    So many of the first stages are ``frozen``.
+    """
 
     replicas: tuple[int, ...]
     semantics: str
@@ -26,6 +29,14 @@ class Case:
     dropout: float = 0.0
     breaks: tuple[int, ...] = ()
     depth: int = 1
+    bucket_bytes: int = 1 << 20
+    clip_norm: float | None = None
+    autocast: bool = False
+    frozen: int = 0
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.autocast else None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -53,7 +64,10 @@ class StageModule(nn.Module):
 def make_stages(case: Case) -> list[nn.Module]:
     torch.manual_seed(1)
     dtype = getattr(torch, case.dtype)
-    return [StageModule(dtype, case.dropout) for _ in case.replicas]
+    stages: list[nn.Module] = [StageModule(dtype, case.dropout) for _ in case.replicas]
+    for stage in stages[: case.frozen]:
+        stage.requires_grad_(False)
+    return stages
 
 
 def make_optimizer(case: Case, module: nn.Module) -> torch.optim.Optimizer:

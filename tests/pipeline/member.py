@@ -38,7 +38,14 @@ def main(case: Case, folder: Path, number: int) -> None:
     )
     stage = make_stages(case)[pipe.stages[number]]
     optimizer = make_optimizer(case, stage)
-    options = StageOptions(case.semantics, case.microbatches, keeps_record=True)  # type: ignore[arg-type]
+    options = StageOptions(
+        case.semantics,  # type: ignore[arg-type]
+        case.microbatches,
+        autocast=case.autocast_dtype,
+        keeps_record=True,
+        clip_norm=case.clip_norm,
+        bucket_bytes=case.bucket_bytes,
+    )
     worker = StageWorker(
         stage,
         pipe,
@@ -61,7 +68,7 @@ def main(case: Case, folder: Path, number: int) -> None:
         "losses": losses,
         "done": [done[:3] for done in worker.done],
         "most_held": worker.versions.most_held,
-        "sent_bytes": worker.links.sent_bytes,
+        "sent_bytes": worker.sent_bytes,
     }
     save_file(dict(stage.named_parameters()), folder / f"{number}.safetensors")
     (folder / f"{number}.json").write_text(json.dumps(seen))

@@ -8,6 +8,8 @@ its gradients, averaged over the minibatches of its round, make the next (arXiv 
 from __future__ import annotations
 
 import copy
+import math
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -63,10 +65,15 @@ def train(case: Case) -> Trained:
         ]
         losses.append(_run(case, stages, number))
         for k, stage in enumerate(stages):
-            rounds[k].append([_gradient(parameter) for parameter in stage.parameters()])
+            rounds[k].append([_gradient(parameter) for parameter in _trained(stage)])
             is_last = number + 1 in (*case.breaks, case.num_minibatches)
             if len(rounds[k]) == case.replicas[k] or is_last:
-                _update(masters[k], optimizers[k], rounds[k])
+                _set_means(masters[k], rounds[k], case.replicas[k])
+                if case.clip_norm is not None:
+                    limit = case.clip_norm / math.sqrt(len(masters))
+                    nn.utils.clip_grad_norm_(masters[k].parameters(), limit)
+                optimizers[k].step()
+                optimizers[k].zero_grad()
                 schedulers[k].step()
                 rounds[k] = []
                 versions[k].append(copy.deepcopy(masters[k]))
@@ -88,6 +95,8 @@ def train_flushed(case: Case) -> Trained:
             (loss / case.microbatches).backward()
             total += loss.item()
         losses.append(total / case.microbatches)
+        if case.clip_norm is not None:
+            _clip(stages, case.clip_norm)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
@@ -112,8 +121,19 @@ def _loss(
     for k, stage in enumerate(stages):
         key = np.random.SeedSequence((0, k, number)).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(key))
-        tensors = stage(*tensors)
-    return loss_of(tensors, target)
+        with _autocast(case):
+            tensors = stage(*tensors)
+    with _autocast(case):
+        return loss_of(tensors, target)
+
+
+def _autocast(case: Case) -> torch.autocast:
+    """Entered anew for each stage: what it has cast is forgotten where it ends."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=case.autocast)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:
@@ -121,13 +141,28 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
     return parameter.grad
 
 
-def _update(
-    master: nn.Module, optimizer: torch.optim.Optimizer, gradients: list[list[torch.Tensor]]
-) -> None:
-    for index, parameter in enumerate(master.parameters()):
-        total = gradients[0][index]
-        for other in gradients[1:]:
-            total = total + other[index]
-        parameter.grad = total / len(gradients)
-    optimizer.step()
-    optimizer.zero_grad()
+def _set_means(module: nn.Module, gradients: list[list[torch.Tensor]], replicas: int) -> None:
+    """Of the minibatches of a round, in the order in which a ring of replicas adds them up.
+
+    All gradients lie in one bucket, the last first, in a part for each replica. Part p is added up
+    from replica p on; those without a minibatch give zeros.
+    """
+    last_first = _trained(module)[::-1]
+    if not last_first:
+        return
+    whole = [torch.cat([one.reshape(-1) for one in reversed(given)]) for given in gradients]
+    whole += [torch.zeros_like(one) for one in whole[:1]] * (replicas - len(whole))
+    parts = [one.tensor_split(replicas) for one in whole]
+    orders = [[(p + step) % replicas for step in range(replicas)] for p in range(replicas)]
+    sums = [reduce(torch.add, [parts[k][p] for k in order]) for p, order in enumerate(orders)]
+    means = (torch.cat(sums) / len(gradients)).split([p.numel() for p in last_first])
+    for parameter, mean in zip(last_first, means, strict=True):
+        parameter.grad = mean.view_as(parameter)
+
+
+def _clip(stages: list[nn.Module], limit: float) -> None:
+    """As ``clip_grad_norm_``, but the norm of the stages' norms."""
+    norms = [nn.utils.get_total_norm(p.grad for p in _trained(stage)) for stage in stages]
+    total = nn.utils.get_total_norm(norms)
+    for stage in stages:
+        nn.utils.clip_grads_with_norm_(stage.parameters(), limit, total)

@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_action import Backward, Forward, Schedule
+from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.pipeline.worker import StageOptions
+from elbowroom.planning.cuts import find_cuts
 from elbowroom.planning.schedule import plan_schedule
+from elbowroom.planning.stage_cost import StageCost
 from elbowroom.planning.weight_versions import VersionRule, forward_versions
-from tests.pipeline.cases import Case, make_stages
+from tests.pipeline.cases import BATCH, WIDTH, Case, make_stages
 from tests.pipeline.serial import Trained, train, train_flushed
+from tests.planning.pipelines import chain
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
-REPLICATED = [(2, 1), (1, 2), (2, 2), (2, 1, 1)]
+REPLICATED = [(2, 1), (1, 2), (2, 2), (3, 1), (2, 1, 1)]
 
 
 def _run(case: Case, folder: Path) -> list[dict[str, Any]]:
@@ -65,6 +72,42 @@ def _planned_passes(schedule: Schedule) -> list[list[tuple[str, int]]]:
     ]
 
 
+def _planned_bytes(case: Case) -> list[dict[str, int]]:
+    """What every worker sends to each other one, by the formulas of plans.
+
+    Over a cut the activations of each minibatch go forward, two tensors here, and the gradient of
+    one comes back: none is needed of the other, which comes from the batch. Of m replicas each
+    sends its share of m minibatches' sync_bytes with every update.
+    """
+    pipe = Pipe(case.replicas)
+    sent: list[dict[str, int]] = [{} for _ in pipe.stages]
+
+    def send(worker: int, other: int, num_bytes: int) -> None:
+        sent[worker][str(other)] = sent[worker].get(str(other), 0) + num_bytes
+
+    number_bytes = getattr(torch, case.dtype).itemsize
+    for minibatch in range(case.num_minibatches * case.microbatches):
+        is_short = minibatch == case.num_minibatches - 1 and case.semantics != "flush"
+        rows = BATCH - 1 if is_short else BATCH // case.microbatches
+        for stage in range(pipe.num_stages - 1):
+            workers = pipe.worker(stage, minibatch), pipe.worker(stage + 1, minibatch)
+            send(*workers, 2 * rows * WIDTH * number_bytes)
+            send(*workers[::-1], rows * WIDTH * number_bytes)
+    weight_bytes = sum(p.nbytes for p in make_stages(case)[0].parameters())
+    cuts = find_cuts(chain([(1.0, 1, weight_bytes)] * pipe.num_stages), 10)
+    costs = StageCost(cuts, (Level(2, 1.0),), PipelineOptions(sync="allreduce"))
+    for workers in map(pipe.workers, range(pipe.num_stages)):
+        m = len(workers)
+        if m == 1:
+            continue
+        of_a_round = 1 if case.semantics == "flush" else m
+        num_updates = -(-case.num_minibatches // of_a_round)
+        sync_bytes = int(costs.sync_bytes(m, np.array(weight_bytes)))
+        for place, worker in enumerate(workers):
+            send(worker, workers[(place + 1) % m], num_updates * m * sync_bytes // m)
+    return sent
+
+
 @pytest.mark.parametrize("replicas", [*STRAIGHT, *REPLICATED], ids=str)
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
 def test_delayed_weights(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
@@ -95,6 +138,7 @@ def check_delayed_weights(case: Case, folder: Path) -> None:
     }
     rule: VersionRule = "stash" if case.semantics == "stash" else "vertical-sync"
     assert used == forward_versions(schedule, rule)
+    assert [one["sent_bytes"] for one in seen] == _planned_bytes(case)
 
 
 @pytest.mark.parametrize("replicas", STRAIGHT, ids=str)
@@ -106,12 +150,14 @@ def test_flush_is_gradient_accumulation(tmp_path: Path, replicas: tuple[int, ...
     assert _passes(seen) == _planned_passes(schedule)
 
 
-def test_flush_with_replicas(tmp_path: Path) -> None:
-    """The same sums in another order: the first replica adds up every other microbatch."""
-    case = Case((2, 1), "flush", "adamw", num_minibatches=5, microbatches=4, dropout=0.3)
-    _run(case, tmp_path)
+@pytest.mark.parametrize("replicas", [(2, 1), (1, 3)], ids=str)
+def test_flush_with_replicas(tmp_path: Path, replicas: tuple[int, ...]) -> None:
+    """The same sums in another order: each replica first adds up its own microbatches."""
+    case = Case(replicas, "flush", num_minibatches=5, microbatches=4, dropout=0.3, clip_norm=0.3)
+    seen = _run(case, tmp_path)
+    assert [one["sent_bytes"] for one in seen] == _planned_bytes(case)
     stages = train_flushed(case).stages
-    for worker, stage in enumerate((stages[0], stages[0], stages[1])):
+    for worker, stage in enumerate(stages[k] for k in Pipe(replicas).stages):
         weights = load_file(tmp_path / f"{worker}.safetensors")
         for name, parameter in stage.named_parameters():
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-12, atol=1e-12)
@@ -136,20 +182,56 @@ def test_versions_used_and_held(tmp_path: Path, num_stages: int, depth: int) -> 
 
 
 def test_bytes_between_stages(tmp_path: Path) -> None:
-    """Twice what crosses the cut: activations one way, gradients of them the other."""
-    case = Case((1, 1, 1), "stash")
+    """Nothing comes back to a stage that learns nothing."""
+    case = Case((1, 1, 1), "stash", frozen=1)
+    seen = _run(case, tmp_path)
     rows = 4 * (case.num_minibatches - 1) + 3
-    crossing = rows * 2 * 6 * 8  # two tensors of 6 columns in float64
-    sent = [one["sent_bytes"] for one in _run(case, tmp_path)]
-    assert sent == [{"1": crossing}, {"2": crossing, "0": crossing}, {"1": crossing}]
+    back = rows * 6 * 8  # 6 columns in float64
+    sent = [one["sent_bytes"] for one in seen]
+    assert sent == [{"1": 2 * back}, {"2": 2 * back, "0": 0}, {"1": back}]
+    assert _same_as_serial(case, tmp_path, seen, train(case))
 
 
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
-@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 2)], ids=str)
+@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 3)], ids=str)
 def test_drained_between(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
-    """After a drain nothing is on its way, also where it cuts a round short."""
-    case = Case(replicas, semantics, breaks=(3, 8))
+    """After a drain nothing is on its way, also where it cuts a round short.
+
+    A sum of two has no order, so that any buckets will do.
+    """
+    buckets = {} if max(replicas) > 2 else {"bucket_bytes": 1}
+    case = Case(replicas, semantics, breaks=(3, 8), **buckets)
     assert _same_as_serial(case, tmp_path, _run(case, tmp_path), train(case))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1, 1, 1), "stash", clip_norm=0.3),
+        Case((3, 1), "vertical-sync", clip_norm=0.3),
+        Case((1, 1, 1), "flush", microbatches=2, num_minibatches=5, clip_norm=0.3),
+    ],
+    ids=lambda case: case.semantics,
+)
+def test_clipped(tmp_path: Path, case: Case) -> None:
+    seen = _run(case, tmp_path)
+    serial = train_flushed if case.semantics == "flush" else train
+    assert _same_as_serial(case, tmp_path, seen, serial(case))
+    assert not _same_as_serial(case, tmp_path, seen, serial(replace(case, clip_norm=None)))
+
+
+def test_autocast(tmp_path: Path) -> None:
+    """Each version of the weights is cast anew."""
+    case = Case((1, 1), "stash", dtype="float32", dropout=0.3, autocast=True)
+    seen = _run(case, tmp_path)
+    assert _same_as_serial(case, tmp_path, seen, train(case))
+    assert not _same_as_serial(case, tmp_path, seen, train(replace(case, autocast=False)))
+
+
+@pytest.mark.parametrize("limits", [{"clip_norm": 0.0}, {"bucket_bytes": 0}], ids=str)
+def test_limits_of_nothing(limits: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="give more than 0"):
+        StageOptions(**limits)
 
 
 def test_microbatches_without_a_flush() -> None:

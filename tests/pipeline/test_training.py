@@ -70,7 +70,10 @@ def start(
     )
 
 
-@pytest.mark.parametrize("semantics", [("stash",), ("flush", "--microbatches", "4")], ids=str)
+CLIPPED = ("flush", "--microbatches", "4", "--clip-norm", "5", "--autocast", "bf16")
+
+
+@pytest.mark.parametrize("semantics", [("stash",), CLIPPED], ids=str)
 def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, ...]) -> None:
     trace = tmp_path / "trace.json"
     flags = ("--steps", "150", "--semantics", *semantics, "--lr", "0.01", "--trace", str(trace))

@@ -25,6 +25,8 @@ from elbowroom.pipeline.training import OptimizerFunction, Pipeline, SchedulerFu
 from elbowroom.pipeline.versions import SEMANTICS
 from elbowroom.pipeline.worker import StageOptions
 
+_AUTOCAST = {"bf16": torch.bfloat16}
+
 
 def main() -> int:
     args = _parser().parse_args()
@@ -47,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--semantics", choices=SEMANTICS, default="stash")
     parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
     parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
+    parser.add_argument("--clip-norm", type=float, help="of the gradients over all stages")
+    parser.add_argument("--autocast", choices=_AUTOCAST, help="compute in this type where it does")
     parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the newest")
@@ -69,7 +73,9 @@ def _train(args: argparse.Namespace) -> None:
                 args.semantics,
                 args.microbatches,
                 args.seed,
+                autocast=_AUTOCAST.get(args.autocast),
                 keeps_record=args.trace is not None,
+                clip_norm=args.clip_norm,
             ),
             _scheduler_fn(script, args, plan),
         )

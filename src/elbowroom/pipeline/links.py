@@ -1,15 +1,14 @@
 """Tensors between workers: point to point over torch.distributed, beside compute.
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
-A thread per sender receives ahead of compute, into memory that was given back; sends are begun and
-looked after later.
+A thread per sender receives ahead of compute, into memory that was given back; another one holds
+what is being sent until it is.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -30,18 +29,21 @@ _DTYPES = (
 """What may be sent; a header names them by number."""
 
 _MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
-_HEADER_SIZE = 2 + _MOST_TENSORS * (2 + _MOST_DIMENSIONS)
+_TENSOR_SIZE = 3 + _MOST_DIMENSIONS
+_HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
 
 
 class Message(NamedTuple):
-    """Tensors of one minibatch, and a number that goes with them."""
+    """Tensors of one minibatch, for which of them a gradient is needed, and a number."""
 
     label: int
     tensors: tuple[torch.Tensor, ...]
+    needs_grad: tuple[bool, ...]
 
 
 class _Sending(NamedTuple):
+    worker: int
     works: tuple[distributed.Work, ...]
     tensors: tuple[torch.Tensor, ...]
 
@@ -55,13 +57,13 @@ class Links:
 
     def __init__(self, sources: Sequence[int]) -> None:
         self._inboxes = {source: _Inbox(source) for source in sources}
-        self._sendings: deque[_Sending] = deque()
+        self._outbox = _Outbox()
         self.sent_bytes: dict[int, int] = {}
 
     def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to send. The tensors must not change any more."""
         whole = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._begin(worker, (_header(label, whole), *whole))
+        self._outbox.send(worker, (_header(label, tensors), *whole))
         sent = sum(tensor.nbytes for tensor in whole)
         self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
 
@@ -76,22 +78,49 @@ class Links:
     def close(self, targets: Sequence[int]) -> None:
         """Wait until all is sent, tell ``targets`` so, and hear the same from the sources."""
         for target in targets:
-            self._begin(target, (_header(_CLOSE, ()),))
-        while self._sendings:
-            self._finish_oldest()
+            self._outbox.send(target, (_header(_CLOSE, ()),))
+        self._outbox.close()
         for inbox in self._inboxes.values():
             inbox.close()
 
-    def _begin(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
+
+class _Outbox:
+    """Keeps tensors until they are sent, which gloo tells only those who wait for it."""
+
+    def __init__(self) -> None:
+        self._sendings: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="sent", daemon=True)
+        self._thread.start()
+
+    def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
         begun = (distributed.isend(tensor, worker) for tensor in tensors)
         works = tuple(work for work in begun if work is not None)
-        self._sendings.append(_Sending(works, tensors))
-        while self._sendings and all(work.is_completed() for work in self._sendings[0].works):
-            self._finish_oldest()
+        self._sendings.put(_Sending(worker, works, tensors))
 
-    def _finish_oldest(self) -> None:
-        for work in self._sendings.popleft().works:
-            work.wait()
+    def close(self) -> None:
+        """Wait until all is sent. Raises PeerLostError where it could not be."""
+        self._sendings.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self) -> None:
+        while self._finish_oldest():
+            pass
+
+    def _finish_oldest(self) -> bool:
+        sending = self._sendings.get()
+        if sending is None:
+            return False
+        try:
+            for work in sending.works:
+                work.wait()
+        except RuntimeError as error:
+            self._failure = PeerLostError(f"worker {sending.worker} ended: see its output")
+            self._failure.__cause__ = error
+            return False
+        return True
 
 
 class _Inbox:
@@ -123,13 +152,13 @@ class _Inbox:
         try:
             while True:
                 distributed.recv(header, self._source)
-                label, shapes = _parse(header.tolist())
+                label, described = _parse(header.tolist())
                 if label == _CLOSE:
                     return
-                tensors = tuple(self._memory(*shape) for shape in shapes)
+                tensors = tuple(self._memory(one.shape, one.dtype) for one in described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
-                self._messages.put(Message(label, tensors))
+                self._messages.put(Message(label, tensors, tuple(x.needs_grad for x in described)))
         except Exception as error:  # handed to whoever waits for a message
             self._messages.put(error)
 
@@ -142,6 +171,14 @@ class _Inbox:
         return torch.empty(shape, dtype=dtype)
 
 
+class _Described(NamedTuple):
+    """A tensor, in a header."""
+
+    dtype: torch.dtype
+    needs_grad: bool
+    shape: tuple[int, ...]
+
+
 def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Raises ElbowroomError for tensors that it cannot describe."""
     fields = [label, len(tensors)]
@@ -151,7 +188,7 @@ def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
                 f"a tensor of {tensor.dim()} dimensions and {tensor.dtype} crosses a cut: at most "
                 f"{_MOST_DIMENSIONS} dimensions of common types can be sent"
             )
-        fields += [_DTYPES.index(tensor.dtype), tensor.dim(), *tensor.shape]
+        fields += [_DTYPES.index(tensor.dtype), tensor.requires_grad, tensor.dim(), *tensor.shape]
         fields += [0] * (_MOST_DIMENSIONS - tensor.dim())
     if len(fields) > _HEADER_SIZE:
         raise ElbowroomError(
@@ -160,8 +197,12 @@ def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor(fields + [0] * (_HEADER_SIZE - len(fields)), dtype=torch.int64)
 
 
-def _parse(fields: list[int]) -> tuple[int, list[tuple[tuple[int, ...], torch.dtype]]]:
+def _parse(fields: list[int]) -> tuple[int, list[_Described]]:
     label, count = fields[:2]
-    size = 2 + _MOST_DIMENSIONS
-    parts = [fields[2 + n * size : 2 + (n + 1) * size] for n in range(count)]
-    return label, [(tuple(part[2 : 2 + part[1]]), _DTYPES[part[0]]) for part in parts]
+    described = []
+    for start in range(2, 2 + count * _TENSOR_SIZE, _TENSOR_SIZE):
+        dtype, needs_grad, num_dimensions, *shape = fields[start : start + _TENSOR_SIZE]
+        described.append(
+            _Described(_DTYPES[dtype], bool(needs_grad), tuple(shape[:num_dimensions]))
+        )
+    return label, described

@@ -1,50 +1,151 @@
-"""Replicas of a stage: after each round they agree on the mean of their gradients."""
+"""Replicas of a stage: after each round they agree on the mean of their gradients.
+
+Gradients gather in buckets, and a bucket that is full is averaged on a thread of its own while the
+backward pass goes on, as in Li et al., PyTorch Distributed (2020), section 3.2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import distributed
+from torch.utils.hooks import RemovableHandle
 
-from elbowroom.core.pipe import Pipe
+from elbowroom.core.errors import PeerLostError
+from elbowroom.pipeline.ring import Ring
+
+_register_hook: Callable[[torch.Tensor, Callable[[torch.Tensor], None]], RemovableHandle]
+_register_hook = torch.Tensor.register_hook
 
 
 class Replicas:
-    """Of one stage. Every worker of a pipeline must make one, at the same time.
+    """One of the ``workers`` of a stage, that all train these parameters.
 
-    Raises what ``torch.distributed`` raises where there is no process group.
+    A bucket has ``bucket_bytes`` at most, or one parameter.
     """
 
-    def __init__(self, pipe: Pipe, stage: int) -> None:
-        groups = [
-            distributed.new_group(list(pipe.workers(number))) if replicas > 1 else None
-            for number, replicas in enumerate(pipe.replicas)
-        ]
-        self._group = groups[stage]
-
-    def add_up(
+    def __init__(
         self,
-        gradients: Mapping[str, torch.Tensor],
+        workers: Sequence[int],
+        worker: int,
         parameters: Mapping[str, torch.Tensor],
-        num_minibatches: int | None,
-    ) -> dict[str, torch.Tensor]:
-        """Sums over all replicas; over so many minibatches of this one, means over those of all.
+        bucket_bytes: int,
+    ) -> None:
+        self._workers = workers
+        self._is_alone = len(workers) == 1
+        self._ring = Ring(workers, worker)
+        groups = [] if self._is_alone else _groups(parameters, bucket_bytes)
+        self._buckets = [_Bucket(group) for group in groups]
+        self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.slots}
+        self._open = deque(self._buckets)
+        self._tasks: queue.SimpleQueue[_Bucket | int | None] = queue.SimpleQueue()
+        self._finished: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="replicas", daemon=True)
+        self._thread.start()
 
-        A replica that had no minibatch takes part with zeros. Alone, gradients stay as they are.
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        """Of gradients, to each other worker."""
+        return self._ring.sent_bytes
+
+    def tell(self, num_minibatches: int) -> None:
+        """Gradients of a round are to be means, over so many minibatches here and the others' own.
+
+        Every replica tells it in every round, before it has any, or none ever: then they are sums.
         """
-        if self._group is None:
+        if not self._is_alone:
+            self._tasks.put(num_minibatches)
+
+    @contextmanager
+    def watch(self, leaves: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Gradients of these, found by autograd meanwhile, are on their way before all are there.
+
+        They must be all that this replica has in its round.
+        """
+        watched = {} if self._is_alone else leaves
+        hooks = [_register_hook(leaf, partial(self._put, name)) for name, leaf in watched.items()]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def agree(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Ends a round. Gradients of all parameters in their order, valid until the next begins.
+
+        What was not watched is taken from ``gradients``, or 0. Alone, they stay as they are. Raises
+        PeerLostError when another replica is gone.
+        """
+        if self._is_alone:
             return dict(gradients)
-        added: dict[str, torch.Tensor] = {}
-        for dtype in {parameter.dtype for parameter in parameters.values()}:
-            names = [name for name, one in parameters.items() if one.dtype == dtype]
-            whole = [gradients.get(name, torch.zeros_like(parameters[name])) for name in names]
-            count = torch.tensor([float(num_minibatches or 0)], dtype=dtype)
-            bucket = torch.cat([*(one.reshape(-1) for one in whole), count])
-            distributed.all_reduce(bucket, group=self._group)
-            if num_minibatches is not None:
-                bucket /= bucket[-1].clone()
-            parts = torch.split(bucket[:-1], [one.numel() for one in whole])
-            shaped = [part.view_as(one) for part, one in zip(parts, whole, strict=True)]
-            added |= dict(zip(names, shaped, strict=True))
-        return added
+        for name in [name for bucket in self._open for name in bucket.missing]:
+            self._put(name, gradients.get(name))
+        for _ in self._buckets:
+            failure = self._finished.get()
+            if failure is not None:
+                raise PeerLostError(
+                    f"one of workers {', '.join(map(str, self._workers))} ended: see their output"
+                ) from failure
+        for bucket in self._buckets:
+            bucket.missing = set(bucket.slots)
+        self._open = deque(self._buckets)
+        return {name: bucket.slots[name] for name, bucket in reversed(self._bucket_of.items())}
+
+    def close(self) -> None:
+        """Between rounds."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _put(self, name: str, gradient: torch.Tensor | None) -> None:
+        """A gradient is there; full buckets go on their way, in the same order everywhere."""
+        bucket = self._bucket_of[name]
+        if gradient is None:
+            bucket.slots[name].zero_()
+        else:
+            bucket.slots[name].copy_(gradient)
+        bucket.missing.discard(name)
+        while self._open and not self._open[0].missing:
+            self._tasks.put(self._open.popleft())
+
+    def _run(self) -> None:
+        divisor = 1
+        try:
+            while (task := self._tasks.get()) is not None:
+                if isinstance(task, int):
+                    divisor = self._ring.add_counts(task)
+                else:
+                    self._ring.average(task.whole, divisor)
+                    self._finished.put(None)
+        except Exception as error:  # handed to whoever waits for a bucket
+            self._finished.put(error)
+
+
+class _Bucket:
+    """Gradients that lie and travel together: ``slots`` are parts of ``whole``."""
+
+    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+        sizes = [one.numel() for one in parameters.values()]
+        self.whole = next(iter(parameters.values())).detach().new_empty(sum(sizes))
+        parts = zip(parameters.items(), torch.split(self.whole, sizes), strict=True)
+        self.slots = {name: part.view(one.shape) for (name, one), part in parts}
+        self.missing = set(self.slots)
+
+
+def _groups(
+    parameters: Mapping[str, torch.Tensor], bucket_bytes: int
+) -> list[dict[str, torch.Tensor]]:
+    """Of one type each, the last parameters first, as a backward pass comes to them."""
+    groups: list[dict[str, torch.Tensor]] = []
+    dtype, num_bytes = None, 0
+    for name, parameter in reversed(list(parameters.items())):
+        num_bytes += parameter.nbytes
+        if parameter.dtype != dtype or num_bytes > bucket_bytes:
+            groups.append({})
+            dtype, num_bytes = parameter.dtype, parameter.nbytes
+        groups[-1][name] = parameter
+    return groups

@@ -98,8 +98,8 @@ class Pipeline:
 
     @property
     def sent_bytes(self) -> dict[int, int]:
-        """Of tensors, to each other worker; without what replicas sent to agree on gradients."""
-        return self._worker.links.sent_bytes if self._worker else {}
+        """Of tensors, to each other worker; of replicas also what they agree on gradients with."""
+        return self._worker.sent_bytes if self._worker else {}
 
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import lcm
+from math import lcm, sqrt
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch.func import functional_call
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import Pipe
+from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
 from elbowroom.pipeline.links import Links, Message
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import Leaves, Semantics, Versions
@@ -64,8 +65,14 @@ class StageOptions:
         seed: of dropout and other randomness, with the stage and the minibatch.
         autocast: compute in this type where ``torch.autocast`` does.
         keeps_record: of every pass, in ``StageWorker.done``.
+        clip_norm: the most that the norm of the gradients over all stages may be, as of
+            ``torch.nn.utils.clip_grad_norm_``. With ``flush`` it is that norm. Otherwise no stage
+            knows the others' in time, and of n stages each is clipped to clip_norm / sqrt(n), so
+            that all together never exceed it. Of replicas it is the norm of their mean.
+        bucket_bytes: of gradients that replicas send while they still compute others.
 
-    Raises InputError for microbatches where a minibatch is not made of any.
+    Raises InputError for microbatches where a minibatch is not made of any, and for a norm or
+    buckets of nothing.
 
     """
 
@@ -74,12 +81,18 @@ class StageOptions:
     seed: int = 0
     autocast: torch.dtype | None = None
     keeps_record: bool = False
+    clip_norm: float | None = None
+    bucket_bytes: int = 4 << 20
 
     def __post_init__(self) -> None:
         if self.microbatches < 1 or (self.microbatches > 1 and self.semantics != "flush"):
             raise InputError(
                 f"{self.microbatches} microbatches with semantics '{self.semantics}': give 1, or "
                 f"more with 'flush'"
+            )
+        if self.bucket_bytes < 1 or (self.clip_norm is not None and not self.clip_norm > 0):
+            raise InputError(
+                f"clip_norm {self.clip_norm}, bucket_bytes {self.bucket_bytes}: give more than 0"
             )
 
 
@@ -118,7 +131,9 @@ class StageWorker:
         self._before = tuple(pipe.workers(self.number - 1))
         self._behind = tuple(pipe.workers(self.number + 1))
         self.links = Links((*self._before, *self._behind))
-        self._replicas = Replicas(pipe, self.number)
+        self._replicas = Replicas(
+            pipe.workers(self.number), worker, self.versions.trained, self._options.bucket_bytes
+        )
         self._flights: deque[_Flight] = deque()
         self._gradients: dict[str, torch.Tensor] = {}
         self._num_fed = next_minibatch
@@ -129,6 +144,11 @@ class StageWorker:
     def next_minibatch(self) -> int:
         """The number of the next one to be fed, by which randomness is keyed."""
         return self._num_fed
+
+    @property
+    def sent_bytes(self) -> dict[int, int]:
+        """Of tensors, to each other worker: activations, gradients of them and of weights."""
+        return {**self.links.sent_bytes, **self._replicas.sent_bytes}
 
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
@@ -145,7 +165,7 @@ class StageWorker:
         aims = _split(targets, count) if isinstance(targets, torch.Tensor) else [targets] * count
         losses = [self._feed(tuple(part[n] for part in parts), aims[n]) for n in range(count)]
         self._bring_back()
-        self._update(None)
+        self._update()
         here = [loss for loss in losses if loss is not None]
         return sum(here) / len(here) if here else None
 
@@ -155,11 +175,13 @@ class StageWorker:
         replicas = self._pipe.replicas[self.number]
         begun = self._num_fed // replicas * replicas
         if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
-            self._update(0)  # the others of the last round wait for us
+            self._replicas.tell(0)  # the others of the last round wait for us
+            self._update()
         self._begin_rounds()
 
     def close(self) -> None:
         """End the channels, after ``drain``. Every worker must call it."""
+        self._replicas.close()
         self.links.close((*self._before, *self._behind))
 
     def _begin_rounds(self) -> None:
@@ -188,7 +210,7 @@ class StageWorker:
         label = (version - self._drained_at) * replicas  # minibatches it has learned from since
         if self._before:
             message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
-            inputs = (*map(_as_leaf, message.tensors), *inputs)
+            inputs = (*map(_as_leaf, message.tensors, message.needs_grad), *inputs)
             if self._options.semantics == "vertical-sync":
                 label = message.label
                 version = self._drained_at + label // replicas
@@ -210,22 +232,21 @@ class StageWorker:
     def _backward(self, flight: _Flight) -> None:
         """Gradients of a minibatch: its inputs' go to the stage before, its weights' are kept."""
         message = None
-        outputs = [tensor for tensor in flight.outputs if tensor.is_floating_point()]
+        outputs = [tensor for tensor in flight.outputs if tensor.requires_grad]
         if self._behind:
             message = self.links.receive(self._pipe.worker(self.number + 1, flight.minibatch))
             given = list(message.tensors)
         else:
-            given = [torch.full_like(outputs[0], 1 / self._options.microbatches)]
+            given = [torch.full_like(loss, 1 / self._options.microbatches) for loss in outputs]
         begin = time.perf_counter()
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}
-        pairs = [(out, grad) for out, grad in zip(outputs, given, strict=True) if out.requires_grad]
-        found = torch.autograd.grad(
-            [out for out, _ in pairs],
-            [*inputs, *leaves.values()],
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
+        wanted = [*inputs, *leaves.values()]
+        is_round = self._options.semantics != "flush"
+        if is_round:
+            self._replicas.tell(1)
+        with self._replicas.watch(leaves if is_round else {}):
+            found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
         if self._before:
             back = [
                 torch.zeros_like(tensor) if grad is None else grad
@@ -238,8 +259,8 @@ class StageWorker:
         end = time.perf_counter()
         self._note(Done("backward", flight.minibatch, flight.version, begin, end))
         self._give_back(flight, message, found)
-        if self._options.semantics != "flush":
-            self._update(1)
+        if is_round:
+            self._update()
 
     def _give_back(
         self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
@@ -263,20 +284,26 @@ class StageWorker:
             else:
                 self._gradients[name] = gradient
 
-    def _update(self, num_minibatches: int | None) -> None:
-        """A new version, from what was gathered here and by the other replicas of the stage.
-
-        Means over so many minibatches here and those of the others; None for parts of one.
-        """
+    def _update(self) -> None:
+        """A new version, from what was gathered here and by the other replicas of the stage."""
         begin = time.perf_counter()
         gathered, self._gradients = self._gradients, {}
-        gradients = self._replicas.add_up(gathered, self.versions.trained, num_minibatches)
+        gradients = self._clip(self._replicas.agree(gathered))
         # No minibatch yet to come asks for an older version than the last one did.
         is_synced = self._options.semantics == "vertical-sync"
         self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)
         if self._scheduler is not None:
             self._scheduler.step()
         self._note(Done("update", self._num_fed, self.versions.newest, begin, time.perf_counter()))
+
+    def _clip(self, gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        limit = self._options.clip_norm
+        if limit is None:
+            return gradients
+        norm = norm_of(gradients)
+        if self._options.semantics == "flush":
+            return clipped(gradients, norm_of_stages(norm, self._pipe), limit)
+        return clipped(gradients, norm, limit / sqrt(self._pipe.num_stages))
 
     @contextmanager
     def _randomness(self, minibatch: int) -> Iterator[None]:
@@ -299,8 +326,8 @@ class StageWorker:
             self.done.append(done)
 
 
-def _as_leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_(tensor.is_floating_point())
+def _as_leaf(tensor: torch.Tensor, needs_grad: bool) -> torch.Tensor:
+    return tensor.detach().requires_grad_(needs_grad)
 
 
 def _split(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
