@@ -1,14 +1,15 @@
 """Tensors between workers: point to point over torch.distributed, beside compute.
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
-A thread per sender receives ahead of compute, into memory that was given back; sends are begun and
-looked after later.
+A thread per sender receives ahead of compute, into memory that was given back; another thread waits
+for sends to end, as gloo tells nobody else.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -42,8 +43,8 @@ class Message(NamedTuple):
 
 
 class _Sending(NamedTuple):
-    works: tuple[distributed.Work, ...]
     tensors: tuple[torch.Tensor, ...]
+    sent: threading.Event
 
 
 class Links:
@@ -56,6 +57,7 @@ class Links:
     def __init__(self, sources: Sequence[int]) -> None:
         self._inboxes = {source: _Inbox(source) for source in sources}
         self._sendings: deque[_Sending] = deque()
+        self._watcher = _Watcher()
         self.sent_bytes: dict[int, int] = {}
 
     def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -67,7 +69,14 @@ class Links:
 
     def receive(self, worker: int) -> Message:
         """The next message of ``worker``. Raises PeerLostError when it is gone."""
-        return self._inboxes[worker].receive()
+        message = self._inboxes[worker].receive()
+        self._let_go()
+        return message
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of tensors that lie where messages are received, used and spare."""
+        return sum(inbox.buffer_bytes for inbox in self._inboxes.values())
 
     def give_back(self, worker: int, message: Message) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
@@ -77,21 +86,54 @@ class Links:
         """Wait until all is sent, tell ``targets`` so, and hear the same from the sources."""
         for target in targets:
             self._begin(target, (_header(_CLOSE, ()),))
-        while self._sendings:
-            self._finish_oldest()
+        self._watcher.wait()
+        self._let_go()
         for inbox in self._inboxes.values():
             inbox.close()
 
     def _begin(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
         begun = (distributed.isend(tensor, worker) for tensor in tensors)
-        works = tuple(work for work in begun if work is not None)
-        self._sendings.append(_Sending(works, tensors))
-        while self._sendings and all(work.is_completed() for work in self._sendings[0].works):
-            self._finish_oldest()
+        works = [work for work in begun if work is not None]
+        self._sendings.append(_Sending(tensors, self._watcher.watch(works)))
+        self._let_go()
 
-    def _finish_oldest(self) -> None:
-        for work in self._sendings.popleft().works:
-            work.wait()
+    def _let_go(self) -> None:
+        """Of what has been sent."""
+        while self._sendings and self._sendings[0].sent.is_set():
+            self._sendings.popleft()
+
+
+class _Watcher:
+    """Waits for sends on a thread of its own, in their order."""
+
+    def __init__(self) -> None:
+        self._begun: queue.SimpleQueue[tuple[list[distributed.Work], threading.Event]]
+        self._begun = queue.SimpleQueue()
+        self._error: Exception | None = None
+        threading.Thread(target=self._run, name="sends", daemon=True).start()
+
+    def watch(self, works: list[distributed.Work]) -> threading.Event:
+        """Set when they have ended. Takes them away: they hold what they send."""
+        sent = threading.Event()
+        self._begun.put((works, sent))
+        return sent
+
+    def wait(self) -> None:
+        """For all so far. Raises PeerLostError if one could not be sent."""
+        self.watch([]).wait()
+        if self._error is not None:
+            raise PeerLostError("a worker ended: see the others' output") from self._error
+
+    def _run(self) -> None:
+        while True:
+            works, sent = self._begun.get()
+            try:
+                while works:
+                    works.pop(0).wait()
+            except Exception as error:  # handed to whoever waits
+                self._error = error
+                works.clear()
+            sent.set()
 
 
 class _Inbox:
@@ -101,8 +143,13 @@ class _Inbox:
         self._source = source
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._made: list[weakref.ref[torch.Tensor]] = []
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
         self._thread.start()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
 
     def receive(self) -> Message:
         message = self._messages.get()
@@ -139,7 +186,9 @@ class _Inbox:
             tensor = self._spare.get()
             if tensor.shape == shape and tensor.dtype == dtype:
                 return tensor
-        return torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype)
+        self._made = [*(one for one in self._made if one() is not None), weakref.ref(made)]
+        return made
 
 
 def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
