@@ -173,12 +173,18 @@ class StageWorker:
             return None
         loss = self._forward(minibatch, inputs, targets)
         if len(self._flights) > self._pipe.warmup_forwards(self.number):
-            self._backward(self._flights.popleft())
+            self._return_oldest()
         return loss
 
     def _bring_back(self) -> None:
         while self._flights:
-            self._backward(self._flights.popleft())
+            self._return_oldest()
+
+    def _return_oldest(self) -> None:
+        """Backward, and what the minibatch kept is let go before weights are updated."""
+        self._backward(self._flights.popleft())
+        if self._options.semantics != "flush":
+            self._update(1)
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
         version, message = self.versions.newest, None
@@ -236,8 +242,6 @@ class StageWorker:
         end = time.perf_counter()
         self._note(Done("backward", flight.minibatch, flight.version, begin, end))
         self._give_back(flight, message, found)
-        if self._options.semantics != "flush":
-            self._update(1)
 
     def _give_back(
         self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
@@ -267,8 +271,8 @@ class StageWorker:
         Means over so many minibatches here and those of the others; None for parts of one.
         """
         begin = time.perf_counter()
-        gathered, self._gradients = self._gradients, {}
-        gradients = self._replicas.add_up(gathered, self.versions.trained, num_minibatches)
+        gradients = self._replicas.add_up(self._gradients, self.versions.trained, num_minibatches)
+        self._gradients = {}
         # No minibatch yet to come asks for an older version than the last one did.
         is_synced = self._options.semantics == "vertical-sync"
         self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)
