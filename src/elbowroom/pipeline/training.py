@@ -96,6 +96,11 @@ class Pipeline:
         """Of tensors, to each other worker; without what replicas sent to agree on gradients."""
         return self._worker.links.sent_bytes if self._worker else {}
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory that messages are received in."""
+        return self._worker.links.buffer_bytes if self._worker else 0
+
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.
 
