@@ -13,6 +13,7 @@ from rich.table import Table
 from elbowroom.cli_flags import add_cluster, bandwidth, count, size
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import (
+    OPTIMIZERS,
     OVERLAPS,
     SYNCS,
     Level,
@@ -48,6 +49,13 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--overlap", choices=OVERLAPS, default="max", help="sync behind compute, or added to it"
     )
     plan.add_argument("--memory", type=size, help="of one worker (default: the cluster's, if any)")
+    plan.add_argument(
+        "--optimizer",
+        choices=("none", *OPTIMIZERS),
+        default="adamw",
+        help="whose state and gradients count in memory (default adamw, which "
+        "elbowroom.pipeline trains with; none: as in the papers)",
+    )
     plan.add_argument("--straight", action="store_true", help="one worker for each stage")
     plan.add_argument("--fewer-workers", action="store_true", help="some may stay idle")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
@@ -60,6 +68,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         memory_limit_bytes=args.memory,
         straight=args.straight,
         fewer_workers=args.fewer_workers,
+        optimizer=None if args.optimizer == "none" else args.optimizer,
     )
     graph = read_layer_graph(args.profile)
     if args.bandwidth is not None:

@@ -56,7 +56,8 @@ class PipelineTimeline:
         cut_bytes: the same over the cut behind each stage.
         sync_bytes: that replicas of each stage moved to agree.
         level_bytes: all of these over links of each level, the lowest first.
-        peak_bytes: of each worker: weight versions and what minibatches in flight keep.
+        peak_bytes: of each worker: weight versions, what minibatches in flight keep, and what the
+            plan has counted once.
 
     """
 
@@ -210,7 +211,9 @@ class _Lowering:
         """On the stream of the pair, as soon as what was listed before is computed."""
         message = message_of(worker, action)
         cut = min(action.stage, self.schedule.stages[action.worker])
-        num_bytes = self.costs.stages[cut].crossing_bytes
+        crossed = self.costs.stages[cut]
+        is_forward = cut == action.stage
+        num_bytes = crossed.crossing_bytes if is_forward else crossed.gradient_bytes
         pair = (worker, action.worker)
         level = self.places.level_between(*pair)
         self.link_bytes[pair] += num_bytes
@@ -308,4 +311,5 @@ def _full_updates(
 def _peak_bytes(schedule: Schedule, worker: int, costs: PipelineCosts, rule: VersionRule) -> int:
     stage = costs.stages[schedule.stages[worker]]
     held = held_over_time(schedule, worker, rule)
-    return max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
+    most = max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
+    return most + stage.fixed_bytes
