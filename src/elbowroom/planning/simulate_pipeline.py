@@ -7,7 +7,7 @@ has what it costs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -312,4 +312,7 @@ def _peak_bytes(schedule: Schedule, worker: int, costs: PipelineCosts, rule: Ver
     stage = costs.stages[schedule.stages[worker]]
     held = held_over_time(schedule, worker, rule)
     most = max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
-    return most + stage.fixed_bytes
+    done = Counter(type(action) for action in schedule.actions[worker])
+    is_summed = costs.options.optimizer is not None and done[Backward] > done[Update]
+    sums = stage.parameter_bytes if is_summed else 0  # of gradients, beside those of the newest
+    return most + stage.fixed_bytes + sums
