@@ -122,7 +122,7 @@ class _Sweep:
         known = {address: self._makers.get(address, "") for address in map(_address, read)}
         with self._noting(name, known):
             outputs = stage(*read)
-        before = {tensor.grad_fn for tensor in read}
+        before = {None, *(tensor.grad_fn for tensor in read)}
         for tensor_name, output in zip(stage.passes, outputs, strict=True):
             address = _address(output)
             self._makers[address] = known.get(address, name)
