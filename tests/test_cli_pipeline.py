@@ -45,11 +45,13 @@ def test_flags_reach_the_planner(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
     command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
     flags = ["--bandwidth", "1Gbit/s", "--sync", "allreduce", "--overlap", "sum", "--straight"]
+    flags += ["--optimizer", "momentum"]
     assert main([*command, *flags, "--fewer-workers", "--memory", "4GB"]) == EXIT_GOOD
     plan = plan_of(out)
     assert str(plan) == "1-1-1"
     assert (plan.options.sync, plan.options.overlap) == ("allreduce", "sum")
     assert plan.options.memory_limit_bytes == 4 * 10**9
+    assert plan.options.optimizer == "momentum"
     assert plan.levels[0].bandwidth == 1.25e8
 
 

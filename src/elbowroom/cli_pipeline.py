@@ -15,6 +15,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import (
+    OPTIMIZERS,
     OVERLAPS,
     SYNCS,
     Level,
@@ -77,6 +78,13 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="take the best by PipeDream's formula (default), or the fastest simulated of it, of "
         "straight and data parallel plans, at depths 1 and 2",
     )
+    plan.add_argument(
+        "--optimizer",
+        choices=("none", *OPTIMIZERS),
+        default="adamw",
+        help="whose state and gradients count in memory (default adamw, which "
+        "elbowroom.pipeline trains with; none: as in the papers)",
+    )
     plan.add_argument("--straight", action="store_true", help="one worker for each stage")
     plan.add_argument("--fewer-workers", action="store_true", help="some may stay idle")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
@@ -93,6 +101,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         straight=args.straight,
         fewer_workers=args.fewer_workers,
         depth=args.depth,
+        optimizer=None if args.optimizer == "none" else args.optimizer,
     )
     graph = read_layer_graph(args.profile)
     if args.bandwidth is not None:

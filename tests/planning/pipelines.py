@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pytest
 
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
+from elbowroom.core.pipe import BUCKET_BYTES
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
 
@@ -57,11 +58,61 @@ def downsets(graph: LayerGraph) -> list[frozenset[int]]:
 
 
 def crossing_bytes(graph: LayerGraph, before: frozenset[int]) -> int:
-    return sum(
-        graph.layers[index].activation_bytes
-        for index in before
-        if any(reader not in before for reader in graph.readers[index])
-    )
+    return sum(graph.layers[index].activation_bytes for index in _crossing(graph, before))
+
+
+def returned_bytes(graph: LayerGraph, before: frozenset[int]) -> int:
+    return sum(graph.layers[index].returned_bytes for index in _crossing(graph, before))
+
+
+def _crossing(graph: LayerGraph, before: frozenset[int]) -> Iterator[int]:
+    for index in before:
+        if any(reader not in before for reader in graph.readers[index]):
+            yield index
+
+
+class NaiveMemory(NamedTuple):
+    each: int
+    """By minibatch in flight."""
+
+    once: int
+
+
+def naive_memory(
+    graph: LayerGraph,
+    cuts: Sequence[frozenset[int]],
+    start: frozenset[int],
+    stop: frozenset[int],
+    is_replicated: bool,
+    options: PipelineOptions,
+) -> NaiveMemory:
+    """Of a stage between two of all cuts: at every moment of every order of its layers."""
+    layers, inside, optimizer = graph.layers, stop - start, options.optimizer
+    weights = sum(layers[index].parameter_bytes for index in inside)
+    received = crossing_bytes(graph, start)
+    if optimizer is None:
+        outputs = sum(layers[index].activation_bytes for index in inside)
+        return NaiveMemory(weights + received + outputs, 0)
+    loose = sum(layers[index].needs.loose_bytes for index in _crossing(graph, stop))
+    kept = sum(layers[index].needs.kept_bytes for index in inside) + loose
+    moments = []
+    for done in cuts:
+        if start < done <= stop:
+            live = sum(layers[index].needs.kept_bytes for index in done - start)
+            gradients = sum(layers[index].parameter_bytes for index in stop - done)
+            for last in (index for index in done - start if done - {index} in cuts):
+                needs = layers[last].needs
+                moments.append(live + needs.forward_bytes)
+                moments.append(live + gradients + needs.backward_bytes + loose)
+    largest = max(layers[index].needs.largest_parameter_bytes for index in inside)
+    step = 2 * largest if optimizer == "adamw" else 0
+    moments.append(max(weights, step) if is_replicated else weights + step)
+    state = {"sgd": 0, "momentum": weights, "adamw": 2 * weights}[optimizer]
+    if is_replicated:
+        state += weights + min(weights, max(BUCKET_BYTES, largest))
+    ahead = options.depth * received + returned_bytes(graph, start)
+    ahead += (options.depth + 1) * returned_bytes(graph, stop)
+    return NaiveMemory(weights + received + kept, state + max(moments) - kept + ahead)
 
 
 class NaiveStage(NamedTuple):
@@ -124,27 +175,26 @@ def naive_plan(
             num_bytes += factor * (count - 1) * weights // count
             stages += unit.stages
             if number < len(units) - 1:
-                crossing = crossing_bytes(graph, cuts[last])
-                seconds = max(seconds, 2 * crossing / bandwidth)
-                num_bytes += 2 * crossing
+                moved = crossing_bytes(graph, cuts[last]) + returned_bytes(graph, cuts[last])
+                seconds = max(seconds, moved / bandwidth)
+                num_bytes += moved
         return NaivePlan(seconds, num_bytes, tuple(stages))
 
     def of_unit(level: int, replicas: int, behind: int, first: int, last: int) -> NaivePlan | None:
         if level > 0:
             return best(level - 1, replicas, behind, first, last, (levels[level - 1].num_units,))
         inside = cuts[last] - cuts[first]
-        held = crossing_bytes(graph, cuts[first]) + sum(
-            graph.layers[index].parameter_bytes + graph.layers[index].activation_bytes
-            for index in inside
-        )
         # One of its own, and for the workers behind, shared by its replicas, rounded up.
         in_flight = 1 + options.depth * ((behind + replicas - 1) // replicas)
+        is_replicated = replicas > 1 or len(levels) > 1
+        each, once = naive_memory(graph, cuts, cuts[first], cuts[last], is_replicated, options)
+        held = in_flight * each + once
         limit = options.memory_limit_bytes
-        if limit is not None and in_flight * held > limit:
+        if limit is not None and held > limit:
             return None
         names = frozenset(graph.layers[index].name for index in inside)
         seconds = sum(graph.layers[index].seconds for index in inside)
-        return NaivePlan(seconds, 0, (NaiveStage(names, replicas, in_flight, in_flight * held),))
+        return NaivePlan(seconds, 0, (NaiveStage(names, replicas, in_flight, held),))
 
     most = levels[-1].num_units
     counts = tuple(range(1, most + 1)) if options.fewer_workers else (most,)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from elbowroom.core.cluster import Link, Rate
 from elbowroom.core.errors import InputError, MemoryPlanError
-from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
+from elbowroom.core.layer_graph import Edge, Layer, LayerGraph, LayerMemory
 from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import levels_of, plan_on_levels, plan_pipeline
@@ -144,6 +144,21 @@ chains = st.lists(costs, min_size=1, max_size=12).map(chain)
 
 
 @st.composite
+def measured(draw: st.DrawFn, graphs: st.SearchStrategy[LayerGraph]) -> LayerGraph:
+    """With facts about memory, of the same few values; some layers give integers."""
+    size = st.integers(0, 4).map(lambda number: number * 10**6)
+    needs = st.builds(LayerMemory, size, size, size, size, size)
+    layers = draw(graphs)
+    return LayerGraph(
+        tuple(
+            replace(layer, memory=draw(needs), gradient_bytes=draw(st.sampled_from([None, 0])))
+            for layer in layers.layers
+        ),
+        layers.edges,
+    )
+
+
+@st.composite
 def branching(draw: st.DrawFn, most: int = 12, most_cuts: int = 24) -> LayerGraph:
     layers = draw(st.lists(costs, min_size=2, max_size=most))
     edges = {(draw(st.integers(max(0, i - 3), i - 1)), i) for i in range(1, len(layers))}
@@ -161,6 +176,7 @@ option_sets = st.builds(
     straight=st.booleans(),
     fewer_workers=st.booleans(),
     depth=st.integers(1, 3),
+    optimizer=st.sampled_from([None, "sgd", "momentum", "adamw"]),
 )
 bandwidths = st.sampled_from([1e8, 1e9, 4e9, 1e12])
 
@@ -193,6 +209,21 @@ def test_two_levels_against_all_plans(
 ) -> None:
     levels = tuple(Level(size, speed) for size, speed in zip(sizes, speeds, strict=True))
     check_against_all_plans(layers, levels, options)
+
+
+@given(measured(branching(most=10, most_cuts=18)), st.integers(1, 4), bandwidths, option_sets)
+def test_measured_memory_against_all_plans(
+    layers: LayerGraph, num_workers: int, bandwidth: float, options: PipelineOptions
+) -> None:
+    check_against_all_plans(layers, flat(num_workers, bandwidth), options)
+
+
+@settings(max_examples=50)
+@given(measured(branching(most=6, most_cuts=10)), bandwidths, option_sets)
+def test_measured_memory_on_two_levels(
+    layers: LayerGraph, bandwidth: float, options: PipelineOptions
+) -> None:
+    check_against_all_plans(layers, (Level(2, 4 * bandwidth), Level(2, bandwidth)), options)
 
 
 @settings(max_examples=20)

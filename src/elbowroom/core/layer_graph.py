@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,11 +33,49 @@ class Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
+class LayerMemory:
+    """Bytes that a layer needs in training, as measured with one minibatch.
+
+    While a stage runs, live are what its layers up to this one keep and, in the backward, the
+    gradients of the weights of those behind it. What a pass through this layer takes at most beyond
+    that are ``forward_bytes`` and ``backward_bytes``.
+
+    Args:
+        kept_bytes: for the backward, of what the layer has made: its output, if some backward
+            reads it, and all that lies between.
+        loose_bytes: of its output that no backward reads: kept where it leaves a stage.
+        forward_bytes: its forward's own.
+        backward_bytes: its backward's own, gradients of its weights among them.
+        largest_parameter_bytes: of its weights, the largest: optimizers take them one by one.
+
+    Raises InputError for numbers that are none of bytes.
+
+    """
+
+    kept_bytes: int
+    loose_bytes: int = 0
+    forward_bytes: int = 0
+    backward_bytes: int = 0
+    largest_parameter_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            _check_bytes(f"memory: {key}", value)
+
+    def times(self, factor: float) -> LayerMemory:
+        """With minibatches so many times as large; weights stay as large as they are."""
+        keys = ("kept_bytes", "loose_bytes", "forward_bytes", "backward_bytes")
+        return replace(self, **{key: round(getattr(self, key) * factor) for key in keys})
+
+
+@dataclass(frozen=True)
 class Layer:
     """One layer, as measured on one worker with one minibatch.
 
-    ``activation_bytes`` is the size of its output, ``parameter_bytes`` that of its weights.
-    Raises InputError for an empty name, and for numbers that are negative or not finite.
+    ``activation_bytes`` is the size of its output, ``gradient_bytes`` that of the gradient of it
+    (None: as large), ``parameter_bytes`` that of its weights. Without ``memory``
+    its output is all that it keeps. Raises InputError for an empty name, and for numbers that are
+    negative or not finite.
     """
 
     name: str
@@ -46,6 +84,8 @@ class Layer:
     activation_bytes: int
     parameter_bytes: int
     description: str = ""
+    gradient_bytes: int | None = None
+    memory: LayerMemory | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -61,18 +101,25 @@ class Layer:
                     f"{MAX_TOTAL_SECONDS:g}"
                 )
         for key in ("activation_bytes", "parameter_bytes"):
-            value = getattr(self, key)
-            is_whole = isinstance(value, int) and not isinstance(value, bool)
-            if not is_whole or not 0 <= value <= MAX_TOTAL_BYTES:
-                raise InputError(
-                    f"layer '{self.name}': {key} is {value!r}: give a whole number from 0 to "
-                    f"{MAX_TOTAL_BYTES:g}"
-                )
+            _check_bytes(f"layer '{self.name}': {key}", getattr(self, key))
+        _check_bytes(f"layer '{self.name}': gradient_bytes", self.returned_bytes)
 
     @property
     def seconds(self) -> float:
         """Forward and backward of one minibatch."""
         return self.forward_seconds + self.backward_seconds
+
+    @property
+    def returned_bytes(self) -> int:
+        """Of the gradient of its output."""
+        return self.activation_bytes if self.gradient_bytes is None else self.gradient_bytes
+
+    @property
+    def needs(self) -> LayerMemory:
+        """``memory``, or where nothing was measured what the papers count: the output."""
+        return self.memory or LayerMemory(
+            self.activation_bytes, largest_parameter_bytes=self.parameter_bytes
+        )
 
     @property
     def is_free(self) -> bool:
@@ -144,13 +191,13 @@ class LayerGraph:
         if not 0 < factor < math.inf:
             raise InputError(f"a batch cannot be {factor} times as large: give a positive number")
         layers = tuple(
-            Layer(
-                layer.name,
-                layer.forward_seconds * factor,
-                layer.backward_seconds * factor,
-                round(layer.activation_bytes * factor),
-                layer.parameter_bytes,
-                layer.description,
+            replace(
+                layer,
+                forward_seconds=layer.forward_seconds * factor,
+                backward_seconds=layer.backward_seconds * factor,
+                activation_bytes=round(layer.activation_bytes * factor),
+                gradient_bytes=_times(layer.gradient_bytes, factor),
+                memory=layer.memory and layer.memory.times(factor),
             )
             for layer in self.layers
         )
@@ -174,11 +221,26 @@ class LayerGraph:
                 f"a layer graph of version {data.get('version')!r}: this version reads {_VERSION}"
             )
         try:
-            layers = tuple(Layer(**layer) for layer in data["layers"])
+            layers = tuple(_layer(layer) for layer in data["layers"])
             edges = tuple(Edge(*edge) for edge in data["edges"])
             return LayerGraph(layers, edges)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"no layer graph: {error}") from error
+
+
+def _layer(data: dict[str, Any]) -> Layer:
+    memory = data.get("memory")
+    return Layer(**{**data, "memory": memory and LayerMemory(**memory)})
+
+
+def _times(num_bytes: int | None, factor: float) -> int | None:
+    return None if num_bytes is None else round(num_bytes * factor)
+
+
+def _check_bytes(what: str, value: Any) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if not is_whole or not 0 <= value <= MAX_TOTAL_BYTES:
+        raise InputError(f"{what} is {value!r}: give a whole number from 0 to {MAX_TOTAL_BYTES:g}")
 
 
 def parse_layer_graph(text: str) -> LayerGraph:
@@ -220,8 +282,14 @@ def _check_sizes(graph: LayerGraph) -> None:
         ("parameter_bytes", MAX_TOTAL_BYTES),
     ):
         total: float = sum(getattr(layer, key) for layer in graph.layers)
-        if total > most:
-            raise InputError(f"{key} of all layers are {total:g}, more than {most:g}: check units")
+        _check_total(key, total, most)
+    kept = sum(layer.needs.kept_bytes + layer.needs.loose_bytes for layer in graph.layers)
+    _check_total("bytes kept", kept, MAX_TOTAL_BYTES)
+
+
+def _check_total(what: str, total: float, most: float) -> None:
+    if total > most:
+        raise InputError(f"{what} of all layers are {total:g}, more than {most:g}: check units")
 
 
 def _check_names(graph: LayerGraph) -> None:

@@ -11,6 +11,9 @@ from itertools import accumulate
 
 from elbowroom.core.errors import InputError
 
+BUCKET_BYTES = 4 << 20
+"""Of gradients that replicas of a stage send while they still compute others."""
+
 
 @dataclass(frozen=True)
 class Pipe:

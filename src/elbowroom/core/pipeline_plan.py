@@ -13,8 +13,11 @@ from elbowroom.core.units import format_bandwidth
 Sync = Literal["ps", "allreduce"]
 Overlap = Literal["max", "sum"]
 
+Optimizer = Literal["sgd", "momentum", "adamw"]
+
 SYNCS: tuple[Sync, ...] = get_args(Sync)
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 _FORMAT, _VERSION = "elbowroom pipeline plan", 1
 
 
@@ -54,6 +57,9 @@ class PipelineOptions:
         straight: no stage is replicated.
         fewer_workers: units of the outermost level may stay idle.
         depth: warm-up forwards, as a multiple of the papers' (``planning.schedule``).
+        optimizer: whose state counts in a worker's memory, and with it gradients, what passes take
+            for a while, and messages. None counts what the papers do: versions of weights and what
+            minibatches in flight keep.
 
     Raises InputError for values that are none of these.
 
@@ -65,14 +71,16 @@ class PipelineOptions:
     straight: bool = False
     fewer_workers: bool = False
     depth: int = 1
+    optimizer: Optimizer | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("sync", self.sync, SYNCS),
             ("overlap", self.overlap, OVERLAPS),
+            ("optimizer", self.optimizer, (None, *OPTIMIZERS)),
         ):
             if value not in known:
-                raise InputError(f"{name} '{value}' is not one of {', '.join(known)}")
+                raise InputError(f"{name} '{value}' is not one of {', '.join(map(str, known))}")
         if self.memory_limit_bytes is not None and self.memory_limit_bytes < 1:
             raise InputError(f"a worker of {self.memory_limit_bytes} bytes holds nothing")
         if self.depth < 1:
@@ -97,9 +105,11 @@ class Stage:
         transfer_seconds: of the cut behind this stage, forward and backward; 0 for the last.
         in_flight: minibatches between their forward and backward, and versions of the weights.
         warmup_forwards: forwards before the first backward.
-        memory_bytes: of one worker: weights, outputs and what is received, ``in_flight`` of each.
+        memory_bytes: of one worker: ``in_flight`` times its weights and what a minibatch keeps, and
+            ``fixed_bytes``, which there is once (``planning.stage_cost``).
         sync_bytes: moved so that replicas agree.
         transfer_bytes: moved over the cut behind this stage, forward and backward.
+        returned_bytes: of these, gradients (None: half of them).
 
     """
 
@@ -114,6 +124,20 @@ class Stage:
     parameter_bytes: int
     sync_bytes: int
     transfer_bytes: int
+    fixed_bytes: int = 0
+    returned_bytes: int | None = None
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of ``transfer_bytes``, those that go forward."""
+        if self.returned_bytes is None:
+            return self.transfer_bytes // 2
+        return self.transfer_bytes - self.returned_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """By each minibatch in flight."""
+        return (self.memory_bytes - self.fixed_bytes) // self.in_flight - self.parameter_bytes
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,12 +44,6 @@ class Message(NamedTuple):
     needs_grad: tuple[bool, ...]
 
 
-class _Sending(NamedTuple):
-    worker: int
-    works: tuple[distributed.Work, ...]
-    tensors: tuple[torch.Tensor, ...]
-
-
 class Links:
     """One worker's ends of its channels. ``sent_bytes[w]`` counts tensors to w, not headers.
 
@@ -69,7 +65,14 @@ class Links:
 
     def receive(self, worker: int) -> Message:
         """The next message of ``worker``. Raises PeerLostError when it is gone."""
-        return self._inboxes[worker].receive()
+        message = self._inboxes[worker].receive()
+        self._outbox.let_go()
+        return message
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Of tensors that lie where messages are received, used and spare."""
+        return sum(inbox.buffer_bytes for inbox in self._inboxes.values())
 
     def give_back(self, worker: int, message: Message) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
@@ -84,43 +87,59 @@ class Links:
             inbox.close()
 
 
+class _Sending(NamedTuple):
+    tensors: tuple[torch.Tensor, ...]
+    sent: threading.Event
+
+
 class _Outbox:
-    """Keeps tensors until they are sent, which gloo tells only those who wait for it."""
+    """Keeps tensors until they are sent, which gloo tells only those who wait for it.
+
+    They are let go by the thread that sends, the next time that it is here.
+    """
 
     def __init__(self) -> None:
-        self._sendings: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="sent", daemon=True)
-        self._thread.start()
+        self._sendings: deque[_Sending] = deque()
+        self._begun: queue.SimpleQueue[tuple[int, list[distributed.Work], threading.Event]]
+        self._begun = queue.SimpleQueue()
+        self._failure: PeerLostError | None = None
+        threading.Thread(target=self._run, name="sends", daemon=True).start()
 
     def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
         begun = (distributed.isend(tensor, worker) for tensor in tensors)
-        works = tuple(work for work in begun if work is not None)
-        self._sendings.put(_Sending(worker, works, tensors))
+        works = [work for work in begun if work is not None]
+        self._sendings.append(_Sending(tensors, self._watch(worker, works)))
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Of what has been sent."""
+        while self._sendings and self._sendings[0].sent.is_set():
+            self._sendings.popleft()
 
     def close(self) -> None:
         """Wait until all is sent. Raises PeerLostError where it could not be."""
-        self._sendings.put(None)
-        self._thread.join()
+        self._watch(-1, []).wait()
+        self.let_go()
         if self._failure is not None:
             raise self._failure
 
-    def _run(self) -> None:
-        while self._finish_oldest():
-            pass
+    def _watch(self, worker: int, works: list[distributed.Work]) -> threading.Event:
+        """Set when they have ended. Takes them away: they hold what they send."""
+        sent = threading.Event()
+        self._begun.put((worker, works, sent))
+        return sent
 
-    def _finish_oldest(self) -> bool:
-        sending = self._sendings.get()
-        if sending is None:
-            return False
-        try:
-            for work in sending.works:
-                work.wait()
-        except RuntimeError as error:
-            self._failure = PeerLostError(f"worker {sending.worker} ended: see its output")
-            self._failure.__cause__ = error
-            return False
-        return True
+    def _run(self) -> None:
+        while True:
+            worker, works, sent = self._begun.get()
+            try:
+                while works:
+                    works.pop(0).wait()
+            except RuntimeError as error:
+                self._failure = PeerLostError(f"worker {worker} ended: see its output")
+                self._failure.__cause__ = error
+                works.clear()
+            sent.set()
 
 
 class _Inbox:
@@ -130,8 +149,13 @@ class _Inbox:
         self._source = source
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        self._made: list[weakref.ref[torch.Tensor]] = []
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
         self._thread.start()
+
+    @property
+    def buffer_bytes(self) -> int:
+        return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
 
     def receive(self) -> Message:
         message = self._messages.get()
@@ -168,7 +192,9 @@ class _Inbox:
             tensor = self._spare.get()
             if tensor.shape == shape and tensor.dtype == dtype:
                 return tensor
-        return torch.empty(shape, dtype=dtype)
+        made = torch.empty(shape, dtype=dtype)
+        self._made = [*(one for one in self._made if one() is not None), weakref.ref(made)]
+        return made
 
 
 class _Described(NamedTuple):

@@ -101,6 +101,11 @@ class Pipeline:
         """Of tensors, to each other worker; of replicas also what they agree on gradients with."""
         return self._worker.sent_bytes if self._worker else {}
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Of memory that messages are received in."""
+        return self._worker.links.buffer_bytes if self._worker else 0
+
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.func import functional_call
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.pipe import Pipe
+from elbowroom.core.pipe import BUCKET_BYTES, Pipe
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
 from elbowroom.pipeline.links import Links, Message
 from elbowroom.pipeline.replicas import Replicas
@@ -82,7 +82,7 @@ class StageOptions:
     autocast: torch.dtype | None = None
     keeps_record: bool = False
     clip_norm: float | None = None
-    bucket_bytes: int = 4 << 20
+    bucket_bytes: int = BUCKET_BYTES
 
     def __post_init__(self) -> None:
         if self.microbatches < 1 or (self.microbatches > 1 and self.semantics != "flush"):
@@ -197,12 +197,18 @@ class StageWorker:
             return None
         loss = self._forward(minibatch, inputs, targets)
         if len(self._flights) > self._warmup:
-            self._backward(self._flights.popleft())
+            self._return_oldest()
         return loss
 
     def _bring_back(self) -> None:
         while self._flights:
-            self._backward(self._flights.popleft())
+            self._return_oldest()
+
+    def _return_oldest(self) -> None:
+        """Backward, and what the minibatch kept is let go before weights are updated."""
+        self._backward(self._flights.popleft())
+        if self._options.semantics != "flush":
+            self._update()
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
         version, message = self.versions.newest, None
@@ -259,8 +265,6 @@ class StageWorker:
         end = time.perf_counter()
         self._note(Done("backward", flight.minibatch, flight.version, begin, end))
         self._give_back(flight, message, found)
-        if is_round:
-            self._update()
 
     def _give_back(
         self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
@@ -287,8 +291,8 @@ class StageWorker:
     def _update(self) -> None:
         """A new version, from what was gathered here and by the other replicas of the stage."""
         begin = time.perf_counter()
-        gathered, self._gradients = self._gradients, {}
-        gradients = self._clip(self._replicas.agree(gathered))
+        gradients = self._clip(self._replicas.agree(self._gradients))
+        self._gradients = {}
         # No minibatch yet to come asks for an older version than the last one did.
         is_synced = self._options.semantics == "vertical-sync"
         self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)

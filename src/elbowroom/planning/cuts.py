@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.planning.cut_needs import CutNeeds, PieceNeeds, find_needs
 
 _MOST_CANDIDATES = 32
 """Layers that are tried as the next one, where not all cuts are looked at."""
@@ -63,8 +64,9 @@ class Cuts:
 
     Of what lies before each cut, arrays of [num_cuts]: ``seconds`` of forward and backward,
     ``parameter_bytes``, and ``output_bytes``, which a minibatch in flight keeps.
-    ``crossing_bytes`` cross the cut, one way. ``holds`` is bool [num_cuts, num_cuts]: [i, j] says
-    that j holds i and more, so that a stage may lie between.
+    ``crossing_bytes`` cross the cut, and ``returned_bytes`` of gradients come back. ``holds`` is
+    bool [num_cuts, num_cuts]: [i, j] says that j holds i and more, so that a stage may lie between.
+    ``needs`` of memory are there where they were asked for.
     """
 
     graph: LayerGraph
@@ -74,8 +76,10 @@ class Cuts:
     parameter_bytes: Integers
     output_bytes: Integers
     crossing_bytes: Integers
+    returned_bytes: Integers
     holds: NDArray[np.bool_]
     is_exact: bool
+    needs: CutNeeds | None = None
 
     @property
     def num_cuts(self) -> int:
@@ -100,6 +104,8 @@ class Cuts:
             parameter_bytes=self.parameter_bytes[indices],
             output_bytes=self.output_bytes[indices],
             crossing_bytes=self.crossing_bytes[indices],
+            returned_bytes=self.returned_bytes[indices],
+            needs=self.needs and self.needs.only(indices),
             holds=self.holds[np.ix_(indices, indices)],
         )
 
@@ -115,6 +121,9 @@ class _Cut(NamedTuple):
     ready: int
     """Pieces that could be added."""
 
+    crossing: int = 0
+    """Pieces whose output crosses it."""
+
 
 class _Step(NamedTuple):
     """From a cut to one with one more piece; the first two say which is cheaper."""
@@ -125,8 +134,8 @@ class _Step(NamedTuple):
     position: int
 
 
-def find_cuts(graph: LayerGraph, max_cuts: int) -> Cuts:
-    """All cuts, or at most ``max_cuts`` (at least 2) of them.
+def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cuts:
+    """All cuts, or at most ``max_cuts`` (at least 2) of them; ``with_needs`` of memory.
 
     Raises InputError for a graph in which nothing costs anything.
     """
@@ -136,7 +145,7 @@ def find_cuts(graph: LayerGraph, max_cuts: int) -> Cuts:
     if cuts is None:
         width = max(1, (max_cuts - 1) // len(pieces.layers))
         cuts = _some_cuts(pieces, width, max_cuts)
-    return _measure(graph, pieces, cuts, is_exact)
+    return _measure(graph, pieces, cuts, is_exact, with_needs)
 
 
 def _find_pieces(graph: LayerGraph) -> Pieces:
@@ -245,7 +254,11 @@ def _extended(pieces: Pieces, cut: _Cut, position: int) -> _Cut:
     for reader in _bits(readers):
         if not pieces.sources[reader] & ~mask:
             ready |= 1 << reader
-    return _Cut(_crossing_with(pieces, cut, position), mask, ready)
+    crossing = cut.crossing | 1 << position if readers else cut.crossing
+    for source in _bits(pieces.sources[position]):
+        if not pieces.readers[source] & ~mask:
+            crossing &= ~(1 << source)
+    return _Cut(_crossing_with(pieces, cut, position), mask, ready, crossing)
 
 
 def _crossing_with(pieces: Pieces, cut: _Cut, position: int) -> int:
@@ -267,18 +280,27 @@ def _bits(mask: int) -> Iterator[int]:
         mask ^= lowest
 
 
-def _measure(graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool) -> Cuts:
+def _measure(
+    graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool, with_needs: bool
+) -> Cuts:
     num_pieces = len(pieces.layers)
     width = (num_pieces + 7) // 8
     rows = np.frombuffer(b"".join(cut.mask.to_bytes(width, "little") for cut in cuts), np.uint8)
     inside = np.unpackbits(rows.reshape(-1, width), axis=1, count=num_pieces, bitorder="little")
     first = [graph.layers[layers[0]] for layers in pieces.layers]
     activations = np.array(pieces.activation_bytes, np.int64)
+    crossings = [cut.crossing for cut in cuts]
+    returned = [layer.returned_bytes for layer in first]
     is_open = np.array([cut.mask != 0 for cut in cuts])
     # A piece is missing from a cut that does not hold the other: counts below 2^24 are exact.
     present = inside.astype(np.float32)
     holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
     whole = inside.astype(np.int64)
+    needs = None
+    if with_needs:
+        of_pieces = [PieceNeeds(layer.needs, layer.parameter_bytes) for layer in first]
+        loose = _crossing_sums(crossings, [layer.needs.loose_bytes for layer in first])
+        needs = find_needs(of_pieces, whole, holds, loose, _input_bytes(graph, pieces))
     return Cuts(
         graph=graph,
         pieces=pieces,
@@ -287,9 +309,16 @@ def _measure(graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool
         parameter_bytes=whole @ np.array([layer.parameter_bytes for layer in first], np.int64),
         output_bytes=whole @ activations + is_open * _input_bytes(graph, pieces),
         crossing_bytes=np.array([cut.crossing_bytes for cut in cuts], np.int64),
+        returned_bytes=_crossing_sums(crossings, returned),
         holds=holds,
         is_exact=is_exact,
+        needs=needs,
     )
+
+
+def _crossing_sums(crossings: list[int], sizes: list[int]) -> Integers:
+    """[num_cuts]: sums over the pieces whose outputs cross each cut."""
+    return np.array([sum(sizes[p] for p in _bits(crossing)) for crossing in crossings], np.int64)
 
 
 def _input_bytes(graph: LayerGraph, pieces: Pieces) -> int:

@@ -91,7 +91,8 @@ def _search(graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptio
     num_workers = prod(level.num_units for level in levels)
     if not levels or num_workers > MAX_WORKERS:
         raise InputError(f"{num_workers} workers: give levels of 1 to {MAX_WORKERS} in all")
-    return StageSearch(find_cuts(graph, max_cuts(levels, options)), levels, options)
+    cuts = find_cuts(graph, max_cuts(levels, options), options.optimizer is not None)
+    return StageSearch(cuts, levels, options)
 
 
 def _best_plan(whole: StageSearch) -> PipelinePlan:
@@ -213,10 +214,11 @@ def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ..
         transfer_seconds=0.0,
         in_flight=in_flight,
         warmup_forwards=in_flight - 1,
-        memory_bytes=in_flight * int(search.memory_bytes(start, stop)),
+        memory_bytes=int(search.memory_bytes(start, stop, in_flight, group.num_units)),
         parameter_bytes=int(cuts.parameter_bytes[stop] - cuts.parameter_bytes[start]),
         sync_bytes=0,
         transfer_bytes=0,
+        fixed_bytes=int(search.fixed_bytes(start, stop, group.num_units)),
     )
 
 
@@ -249,7 +251,8 @@ def _with_transfer(search: StageSearch, level: int, cut: int, stage: Stage) -> S
     return replace(
         stage,
         transfer_seconds=float(search.transfer_seconds(level)[cut]),
-        transfer_bytes=2 * int(search.cuts.crossing_bytes[cut]),
+        transfer_bytes=int(search.transfer_bytes[cut]),
+        returned_bytes=int(search.cuts.returned_bytes[cut]),
     )
 
 
@@ -266,4 +269,6 @@ def _data_parallel(search: StageSearch) -> DataParallel:
     seconds = cuts.seconds[-1]
     for index, level in enumerate(search.levels):
         seconds = search.replicated(index, seconds, level.num_units, cuts.parameter_bytes[-1])
-    return DataParallel(float(seconds), int(search.memory_bytes(0, cuts.num_cuts - 1)))
+    num_workers = prod(level.num_units for level in search.levels)
+    memory_bytes = search.memory_bytes(0, cuts.num_cuts - 1, 1, num_workers)
+    return DataParallel(float(seconds), int(memory_bytes))

@@ -29,7 +29,8 @@ class StageCosts:
     """Of one minibatch on one worker of a stage.
 
     ``kept_bytes`` is what a minibatch keeps between forward and backward, ``crossing_bytes`` the
-    activations over the cut behind the stage, and as many bytes of gradients come back.
+    activations over the cut behind the stage; ``returned_bytes`` of gradients come back, as many if
+    it is None. ``fixed_bytes`` of memory are held once.
     """
 
     forward_seconds: float
@@ -38,6 +39,13 @@ class StageCosts:
     kept_bytes: int = 0
     crossing_bytes: int = 0
     update_seconds: float = 0.0
+    returned_bytes: int | None = None
+    fixed_bytes: int = 0
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Over the cut behind the stage."""
+        return self.crossing_bytes if self.returned_bytes is None else self.returned_bytes
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,10 @@ def plan_costs(
                 forward_seconds=sum(layer.forward_seconds for layer in layers),
                 backward_seconds=sum(layer.backward_seconds for layer in layers),
                 parameter_bytes=stage.parameter_bytes,
-                kept_bytes=stage.memory_bytes // stage.in_flight - stage.parameter_bytes,
-                crossing_bytes=stage.transfer_bytes // 2,
+                kept_bytes=stage.kept_bytes,
+                crossing_bytes=stage.activation_bytes,
+                returned_bytes=stage.returned_bytes,
+                fixed_bytes=stage.fixed_bytes,
             )
         )
     level_replicas = tuple(stage.level_replicas for stage in plan.stages)

@@ -7,7 +7,7 @@ has what it costs.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -64,7 +64,8 @@ class PipelineTimeline:
         cut_bytes: the same over the cut behind each stage.
         sync_bytes: that replicas of each stage moved to agree.
         level_bytes: all of these over links of each level, the lowest first.
-        peak_bytes: of each worker: weight versions and what minibatches in flight keep.
+        peak_bytes: of each worker: weight versions, what minibatches in flight keep, and what the
+            plan has counted once.
 
     """
 
@@ -216,7 +217,9 @@ class _Lowering:
         """On the stream of the pair, as soon as what was listed before is computed."""
         message = message_of(worker, action)
         cut = min(action.stage, self.schedule.stages[action.worker])
-        num_bytes = self.costs.stages[cut].crossing_bytes
+        crossed = self.costs.stages[cut]
+        is_forward = cut == action.stage
+        num_bytes = crossed.crossing_bytes if is_forward else crossed.gradient_bytes
         pair = (worker, action.worker)
         level = self.places.level_between(*pair)
         self.link_bytes[pair] += num_bytes
@@ -322,4 +325,8 @@ def _peak_bytes(
 ) -> int:
     stage = costs.stages[schedule.stages[worker]]
     held = held_over_time(schedule, worker, rule, used)
-    return max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
+    most = max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
+    done = Counter(type(action) for action in schedule.actions[worker])
+    is_summed = costs.options.optimizer is not None and done[Backward] > done[Update]
+    sums = stage.parameter_bytes if is_summed else 0  # of gradients, beside those of the newest
+    return most + stage.fixed_bytes + sums

@@ -21,10 +21,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from elbowroom.core.pipeline_plan import Level, PipelineOptions
+from elbowroom.core.pipe import BUCKET_BYTES
+from elbowroom.core.pipeline_plan import Level, Optimizer, PipelineOptions
 from elbowroom.planning.cuts import Cuts, Floats, Integers
 
 Counts = TypeVar("Counts", int, Integers)
+
+_STATES: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adamw": 2}
+"""Bytes of an optimizer's state for each byte of weights."""
+
+_OF_LARGEST: dict[Optimizer, int] = {"sgd": 0, "momentum": 0, "adamw": 2}
+"""Copies of a weight that a step makes for a while, one weight after the other.
+
+So torch.optim (2.13) does on a CPU. On CUDA it takes all weights at once (foreach): more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +46,12 @@ class StageCost:
 
     def transfer_seconds(self, level: int) -> Floats:
         """[num_cuts]: activations over each cut, and gradients back."""
-        return 2 * self.cuts.crossing_bytes.astype(np.float64) / self.levels[level].bandwidth
+        return self.transfer_bytes.astype(np.float64) / self.levels[level].bandwidth
+
+    @property
+    def transfer_bytes(self) -> Integers:
+        """[num_cuts]: what that moves. Integers have no gradients, and count one way."""
+        return self.cuts.crossing_bytes + self.cuts.returned_bytes
 
     def sync_bytes(self, num_units: int, parameter_bytes: Integers) -> Integers:
         """Moved per minibatch so that units agree on so many bytes of weights, rounded down."""
@@ -56,15 +70,62 @@ class StageCost:
         shared: Floats = joined / num_units
         return shared
 
-    def memory_bytes(self, start: int, stops: slice | int) -> Integers:
-        """Of one minibatch in flight: weights, outputs, and what is received over the cut."""
-        cuts = self.cuts
-        held: Integers = (
-            (cuts.parameter_bytes[stops] - cuts.parameter_bytes[start])
-            + (cuts.output_bytes[stops] - cuts.output_bytes[start])
-            + cuts.crossing_bytes[start]
+    def minibatch_bytes(self, start: int, stops: slice | int) -> Integers:
+        """For each minibatch in flight: a version of the weights, and what it keeps."""
+        return self._weights(start, stops) + self._kept(start, stops)
+
+    def fixed_bytes(self, start: int, stops: slice | int, num_units: int) -> Integers:
+        """What a worker holds once: what is live beside ``minibatch_bytes`` when most is.
+
+        Optimizer state; of the minibatch that is worked on, what its pass takes, or the update
+        after it, instead of what it keeps; messages: at depth 1 an activation and a gradient that
+        come ahead of time (no more can, in 1F1B), a gradient that is read and one on its way out.
+        Replicas have gradients in buckets as well, and room to receive one. Nothing without an
+        optimizer, as in the papers.
+        """
+        cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
+        weights = self._weights(start, stops)
+        if needs is None or optimizer is None:
+            return np.zeros_like(weights)
+        kept_before = needs.kept_bytes[start]
+        at_end = needs.loose_bytes[stops]
+        is_replicated = num_units > 1 or len(self.levels) > 1
+        largest = needs.largest_bytes[start, stops]
+        step = _OF_LARGEST[optimizer] * largest
+        passing = needs.forward_bytes[start, stops] - kept_before
+        returning = needs.backward_bytes[start, stops] + cuts.parameter_bytes[stops] - kept_before
+        updating = np.maximum(weights, step) if is_replicated else weights + step
+        bucket = np.minimum(weights, np.maximum(BUCKET_BYTES, largest))
+        most = np.maximum(np.maximum(passing, returning + at_end), updating)
+        fixed: Integers = (
+            _STATES[optimizer] * weights
+            + (cuts.crossing_bytes[start] + most - self._kept(start, stops))
+            + is_replicated * (weights + bucket)
+            + (self.options.depth * cuts.crossing_bytes[start] + cuts.returned_bytes[start])
+            + (self.options.depth + 1) * cuts.returned_bytes[stops]
         )
-        return held
+        return fixed
+
+    def memory_bytes(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> Integers:
+        """Of a worker of a stage on ``num_units`` units, with so many minibatches in flight."""
+        held: Integers = in_flight * self.minibatch_bytes(start, stops)
+        return held + self.fixed_bytes(start, stops, num_units)
+
+    def _weights(self, start: int, stops: slice | int) -> Integers:
+        weights: Integers = self.cuts.parameter_bytes[stops] - self.cuts.parameter_bytes[start]
+        return weights
+
+    def _kept(self, start: int, stops: slice | int) -> Integers:
+        """By one minibatch: what is received, and what layers keep; without facts, outputs."""
+        cuts, needs = self.cuts, self.cuts.needs
+        if needs is None:
+            made: Integers = cuts.output_bytes[stops] - cuts.output_bytes[start]
+        else:
+            made = needs.kept_bytes[stops] - needs.kept_bytes[start] + needs.loose_bytes[stops]
+        kept: Integers = made + cuts.crossing_bytes[start]
+        return kept
 
     def in_flight(self, unit_behind: Counts) -> Counts:
         """Minibatches that a worker keeps, with so many behind it: see ``Pipe.warmup_forwards``."""

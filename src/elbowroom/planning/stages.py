@@ -192,7 +192,7 @@ class StageSearch(StageCost):
         if limit is None or len(self.levels) > 1:
             return holds
         in_flight = self.in_flight(self.unit_behind(0, 0, units, units_behind))
-        return np.asarray(holds & (in_flight * self.memory_bytes(row, columns) <= limit))
+        return np.asarray(holds & (self.memory_bytes(row, columns, in_flight, units) <= limit))
 
     def _fewest_bytes(
         self, level: int, behind: int, start: int, stop: int, limit: float, best: Floats
@@ -213,7 +213,7 @@ class StageSearch(StageCost):
                 target = fewest[span.totals, row]
                 np.minimum(target, total.min(axis=1), out=target)
             if transfer[row] <= limit:
-                then[1:, row] = fewest[1:, row] + 2 * self.cuts.crossing_bytes[row]
+                then[1:, row] = fewest[1:, row] + self.transfer_bytes[row]
         return _Moved(fewest, then)
 
     def _bytes_from(
@@ -270,16 +270,16 @@ class StageSearch(StageCost):
             of_unit = np.stack([self._table(level - 1, place)[row, columns] for place in places])
             return of_unit if is_memory else self._of_stage(level, span, row, of_unit)
         holds = self.cuts.holds[row, columns]
-        held = self.memory_bytes(row, columns)
         units_behind = np.arange(span.rests.start, span.rests.stop)[:, None]
         in_flight = self.in_flight(-(-(behind + units_behind) // span.units))
+        held = self.memory_bytes(row, columns, in_flight, span.units)
         if is_memory:
-            return np.where(holds, in_flight * held, np.inf)
+            return np.where(holds, held, np.inf)
         work = np.where(holds, self.cuts.seconds[columns] - self.cuts.seconds[row], np.inf)
         seconds = self._of_stage(level, span, row, work)[None]
         if limit is None:
             return seconds
-        return np.where(in_flight <= limit // np.maximum(held, 1), seconds, np.inf)
+        return np.where(held <= limit, seconds, np.inf)
 
     def _of_stage(self, level: int, span: _Span, row: int, unit_seconds: Floats) -> Floats:
         weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +19,12 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.layer_graph import Layer, LayerGraph
+from elbowroom.core.layer_graph import Layer, LayerGraph, LayerMemory
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import Part, Stage, build_stage
 from elbowroom.pipeline.traced import TracedLayer, TracedModel
 from elbowroom.pipeline.tracing import untouched
+from elbowroom.profiling.layer_memory import measure_memory
 
 WARM_UP_SWEEPS = 2
 LEAST_SWEEPS = 5
@@ -95,7 +96,8 @@ def measure(
             if count >= limits.least and time.perf_counter() - begin >= limits.seconds:
                 break
             sweeps.run()
-    return _graph(traced, sweeps)
+        memory = sweeps.measure_memory(traced)
+    return _graph(traced, sweeps, memory)
 
 
 @dataclass(eq=False)
@@ -136,6 +138,13 @@ class _Sweeps:
         for timed in (*self.layers.values(), self.loss):
             timed.forward.clear()
             timed.backward.clear()
+
+    def measure_memory(self, traced: TracedModel) -> dict[str, LayerMemory]:
+        inputs = {layer.name for layer in traced.layers if layer.is_input}
+        stages = {name: timed.stage for name, timed in self.layers.items() if name not in inputs}
+        loss_fn = self._loss_fn
+        loss = None if loss_fn is None else lambda outputs: loss_fn(outputs, self._targets)
+        return measure_memory(traced, stages, self.loss.stage, self._inputs, loss)
 
     def run(self) -> None:
         tensors = {name: tensor.clone() for name, tensor in self._inputs.items()}
@@ -226,7 +235,7 @@ def _add(
             gradients[name] = gradient if so_far is None else so_far + gradient
 
 
-def _graph(traced: TracedModel, sweeps: _Sweeps) -> LayerGraph:
+def _graph(traced: TracedModel, sweeps: _Sweeps, memory: Mapping[str, LayerMemory]) -> LayerGraph:
     sizes = {name: parameter.nbytes for name, parameter in traced.model.named_parameters()}
     layers = []
     for layer in traced.layers:
@@ -243,9 +252,17 @@ def _graph(traced: TracedModel, sweeps: _Sweeps) -> LayerGraph:
                 activation_bytes=layer.value.num_bytes if layer.value is not None else 0,
                 parameter_bytes=sum(sizes.pop(name, 0) for name in layer.parameters),
                 description=layer.description,
+                gradient_bytes=_gradient_bytes(layer),
+                memory=memory.get(layer.name),
             )
         )
     return LayerGraph(tuple(layers), traced.edges)
+
+
+def _gradient_bytes(layer: TracedLayer) -> int:
+    """What travels back for its output: only numbers with a fraction have gradients."""
+    tensors = layer.value.tensors if layer.value is not None else ()
+    return sum(tensor.num_bytes for tensor in tensors if tensor.dtype.is_floating_point)
 
 
 def _median(seconds: list[float]) -> float:

@@ -1,0 +1,53 @@
+"""One worker of a pipeline that watches its memory, for tests.
+
+    python -m tests.pipeline.memory_member CASE FOLDER WORKER
+
+Trains by ``FOLDER/plan.json`` and writes the bytes that it held at most to ``FOLDER/WORKER.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.pipeline.memory import MemoryWatch
+from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.worker import StageOptions
+from tests.pipeline.memory_cases import MODELS, Case, make_optimizer
+
+WARM_UP, NUM_MINIBATCHES = 6, 10
+
+
+def main(case: Case, folder: Path, number: int) -> None:
+    torch.set_num_threads(1)
+    plan = PipelinePlan.from_json(json.loads((folder / "plan.json").read_text()))
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'meet'}",
+        rank=number,
+        world_size=plan.num_workers,
+    )
+    with MemoryWatch() as watch:
+        torch.manual_seed(1)
+        model, make_batch, loss_fn = MODELS[case.model]()
+        options = StageOptions(case.semantics, case.microbatches)
+        pipeline = Pipeline(model, plan, make_optimizer(case), loss_fn, options)
+        for step in range(NUM_MINIBATCHES):
+            if step == WARM_UP:
+                watch.mark("steady")
+            pipeline.train_step(make_batch())
+        buffer_bytes = pipeline.buffer_bytes
+        watch.mark("drained")
+        pipeline.close()
+    held = {"peak": watch.peak_bytes("steady"), "buffers": buffer_bytes}
+    (folder / f"{number}.json").write_text(json.dumps(held))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Case.from_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,104 @@
+"""What workers hold at most is what their plan has said, within 5 %.
+
+Counted is all that PyTorch's allocator holds while the pipe is full: weights in all versions,
+optimizer state, gradients, what autograd keeps, temporaries, and where messages are received. Not
+counted, in either, are batches that the script makes: a stage that reads inputs counts those of the
+minibatches in flight, any other worker holds one batch that it does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
+from elbowroom.planning.pipeline import plan_on_levels
+from elbowroom.planning.schedule import plan_schedule
+from elbowroom.planning.simulate_pipeline import simulate_plan
+from elbowroom.profiling.layers import SweepLimits, profile
+from tests.pipeline.memory_cases import MODELS, Case
+from tests.pipeline.memory_member import NUM_MINIBATCHES
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BANDWIDTH = 1e8
+"""Low, so that stages end where little crosses, as they do between machines; if high, there is one
+stage of replicas."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mlp", 2, "adamw"),
+        Case("conv", 2, "momentum"),
+        Case("blocks", 3, "momentum"),
+        Case("blocks", 2, "adamw", "flush", microbatches=4),
+        Case("blocks", 2, "adamw", is_replicated=True),
+    ],
+    ids=lambda case: f"{case.model}-{case.num_workers}-{case.optimizer}-{case.semantics}",
+)
+def test_what_was_planned(case: Case, tmp_path: Path) -> None:
+    graph = measure(case)
+    plan = make_plan(case, graph)
+    assert plan.is_straight != case.is_replicated
+    expected = predict(case, plan, graph)
+    held = run(case, plan, tmp_path)
+    assert held == [pytest.approx(num_bytes, rel=0.05) for num_bytes in expected]
+
+
+def measure(case: Case) -> LayerGraph:
+    """Of a microbatch, if there are any."""
+    torch.manual_seed(1)
+    model, make_batch, loss_fn = MODELS[case.model]()
+    inputs, targets = (part[: len(part) // case.microbatches] for part in make_batch())
+    return profile(model, (inputs, targets), loss_fn, SweepLimits(least=3, seconds=0.0))
+
+
+def make_plan(case: Case, graph: LayerGraph) -> PipelinePlan:
+    levels = (Level(case.num_workers, 1e12 if case.is_replicated else BANDWIDTH),)
+    options = PipelineOptions(optimizer=case.optimizer, straight=not case.is_replicated)
+    return plan_on_levels(graph, levels, options)
+
+
+def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
+    """Of each worker: the plan's, or that of another schedule."""
+    replicas = tuple(stage.replicas for stage in plan.stages)
+    if case.semantics == "flush":
+        num_minibatches = NUM_MINIBATCHES * case.microbatches
+        schedule = plan_schedule(replicas, num_minibatches, "1f1b-flush", case.microbatches)
+    else:
+        schedule = plan_schedule(replicas, NUM_MINIBATCHES)
+    rule = "vertical-sync" if case.semantics == "vertical-sync" else "stash"
+    expected = simulate_plan(plan, graph, schedule, rule=rule).peak_bytes
+    if case.semantics == "stash":
+        assert expected == tuple(
+            stage.memory_bytes for stage in plan.stages for _ in range(stage.replicas)
+        )
+    return list(expected)
+
+
+def run(case: Case, plan: PipelinePlan, folder: Path) -> list[int]:
+    """Bytes that each worker held."""
+    (folder / "plan.json").write_text(json.dumps(plan.to_json()))
+    command = (sys.executable, "-m", "tests.pipeline.memory_member", case.to_json(), str(folder))
+    members = [subprocess.Popen([*command, str(n)]) for n in range(plan.num_workers)]
+    try:
+        for member in members:
+            assert member.wait(120) == 0
+    finally:
+        for member in members:
+            member.kill()
+            member.wait()
+    unused = sum(tensor.nbytes for tensor in MODELS[case.model]().make_batch())
+    held = []
+    for number in range(plan.num_workers):
+        seen = json.loads((folder / f"{number}.json").read_text())
+        reads_inputs = number < plan.stages[0].replicas
+        held.append(seen["peak"] + seen["buffers"] - (0 if reads_inputs else unused))
+    return held
