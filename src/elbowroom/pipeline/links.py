@@ -88,7 +88,10 @@ class Links:
 
 
 class _Sending(NamedTuple):
-    tensors: tuple[torch.Tensor, ...]
+    """``works`` hold the tensors too, and are taken away one by one as they end."""
+
+    worker: int
+    works: list[distributed.Work]
     sent: threading.Event
 
 
@@ -99,47 +102,50 @@ class _Outbox:
     """
 
     def __init__(self) -> None:
-        self._sendings: deque[_Sending] = deque()
-        self._begun: queue.SimpleQueue[tuple[int, list[distributed.Work], threading.Event]]
-        self._begun = queue.SimpleQueue()
+        self._kept: deque[tuple[_Sending, tuple[torch.Tensor, ...]]] = deque()
+        self._begun: queue.SimpleQueue[_Sending | None] = queue.SimpleQueue()
         self._failure: PeerLostError | None = None
-        threading.Thread(target=self._run, name="sends", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="sends", daemon=True)
+        self._thread.start()
 
     def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
         begun = (distributed.isend(tensor, worker) for tensor in tensors)
         works = [work for work in begun if work is not None]
-        self._sendings.append(_Sending(tensors, self._watch(worker, works)))
+        sending = _Sending(worker, works, threading.Event())
+        self._kept.append((sending, tensors))
+        self._begun.put(sending)
         self.let_go()
 
     def let_go(self) -> None:
         """Of what has been sent."""
-        while self._sendings and self._sendings[0].sent.is_set():
-            self._sendings.popleft()
+        while self._kept and self._kept[0][0].sent.is_set():
+            self._kept.popleft()
 
     def close(self) -> None:
         """Wait until all is sent. Raises PeerLostError where it could not be."""
-        self._watch(-1, []).wait()
+        self._begun.put(None)
+        self._thread.join()
         self.let_go()
         if self._failure is not None:
             raise self._failure
 
-    def _watch(self, worker: int, works: list[distributed.Work]) -> threading.Event:
-        """Set when they have ended. Takes them away: they hold what they send."""
-        sent = threading.Event()
-        self._begun.put((worker, works, sent))
-        return sent
-
     def _run(self) -> None:
-        while True:
-            worker, works, sent = self._begun.get()
-            try:
-                while works:
-                    works.pop(0).wait()
-            except RuntimeError as error:
-                self._failure = PeerLostError(f"worker {worker} ended: see its output")
-                self._failure.__cause__ = error
-                works.clear()
-            sent.set()
+        while self._finish_oldest():
+            pass
+
+    def _finish_oldest(self) -> bool:
+        sending = self._begun.get()
+        if sending is None:
+            return False
+        try:
+            while sending.works:
+                sending.works.pop(0).wait()
+        except RuntimeError as error:
+            self._failure = PeerLostError(f"worker {sending.worker} ended: see its output")
+            self._failure.__cause__ = error
+            sending.works.clear()
+        sending.sent.set()
+        return True
 
 
 class _Inbox:

@@ -6,6 +6,7 @@ none: they are added up from the events of its profiler, which sees the thread t
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from itertools import accumulate
 from types import TracebackType
@@ -16,6 +17,8 @@ from torch._C._profiler import _ExtraFields_Allocation, _ProfilerEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 _MARK = "elbowroom section "
+_QUIET = "6"
+"""A level of logging at which Kineto, behind the profiler, does not say that it begins and ends."""
 
 
 class Section(NamedTuple):
@@ -44,6 +47,7 @@ class MemoryWatch:
             self._begin_bytes = torch.cuda.memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
             self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
             self._profile.start()
         return self

@@ -53,6 +53,11 @@ class Replicas:
         """Of gradients, to each other worker."""
         return self._ring.sent_bytes
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Where gradients of the other replicas are received."""
+        return self._ring.buffer_bytes
+
     def tell(self, num_minibatches: int) -> None:
         """Gradients of a round are to be means, over so many minibatches here and the others' own.
 

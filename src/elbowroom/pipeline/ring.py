@@ -26,6 +26,11 @@ class Ring:
         self._spares: dict[torch.dtype, torch.Tensor] = {}
         self.sent_bytes: dict[int, int] = {}
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Where parts are received, to be added."""
+        return sum(spare.nbytes for spare in self._spares.values())
+
     def add_counts(self, count: int) -> int:
         """The sum of all workers' numbers. Like headers, they are not counted as sent."""
         total, given = count, torch.tensor(count)

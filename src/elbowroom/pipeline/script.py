@@ -83,7 +83,8 @@ class TrainingScript:
     def _made(self, name: str, kind: type[Made], *args: Any) -> Made:
         made = self._call(name, *args)
         if not isinstance(made, kind):
-            raise InputError(f"{self.path}: {name} must return {kind.__name__}, not {made!r}")
+            expected = f"{kind.__module__}.{kind.__name__}"
+            raise InputError(f"{self.path}: {name} must return a {expected}, not {made!r}")
         return made
 
     def _call(self, name: str, *args: Any) -> Any:

@@ -104,7 +104,7 @@ class Pipeline:
     @property
     def buffer_bytes(self) -> int:
         """Of memory that messages are received in."""
-        return self._worker.links.buffer_bytes if self._worker else 0
+        return self._worker.buffer_bytes if self._worker else 0
 
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.

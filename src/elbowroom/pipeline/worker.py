@@ -150,6 +150,11 @@ class StageWorker:
         """Of tensors, to each other worker: activations, gradients of them and of weights."""
         return {**self.links.sent_bytes, **self._replicas.sent_bytes}
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Where other threads receive."""
+        return self.links.buffer_bytes + self._replicas.buffer_bytes
+
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
 
