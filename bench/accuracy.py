@@ -4,7 +4,8 @@
 
 Two stages against DistributedDataParallel, from the same weights, on the same minibatches, with an
 update for each: the share of digits right that neither has trained with, after each epoch. Epochs
-to an accuracy are those of the mean of all seeds, and may differ by one.
+to an accuracy are those of the mean of all seeds, and may differ by one. Draws
+``docs/figures/accuracy.svg``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ import argparse
 import statistics
 from tempfile import TemporaryDirectory
 
+import matplotlib.pyplot as plt
+
 from bench.common import write_result
+from bench.figures import label, save
 from bench.models import digits
 from bench.two_workers import LOCAL, plan_two_stages, run_workers
 
@@ -38,6 +42,7 @@ def main() -> None:
     epochs = {
         str(level): {name: epochs_to(level, of) for name, of in means.items()} for level in LEVELS
     }
+    draw(curves, means)
     write_result("accuracy", {"curves": curves, "means": means, "epochs_to": epochs})
 
 
@@ -49,6 +54,17 @@ def curve(seed: int, num_epochs: int, method: str, *flags: str) -> list[float]:
         said = run_workers((LOCAL, LOCAL), *command, *steps, "--checkpoints", folder)
     accuracies: list[float] = said["accuracy"]
     return accuracies
+
+
+def draw(curves: dict[str, list[list[float]]], means: dict[str, list[float]]) -> None:
+    figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for color, name in zip(("C0", "C1"), curves, strict=True):
+        for one in curves[name]:
+            ax.plot(range(1, len(one) + 1), one, color=color, alpha=0.3, linewidth=0.8)
+        ax.plot(range(1, len(means[name]) + 1), means[name], color=color, label=f"{name}, mean")
+    label(ax, "a small VGG on scanned digits, three seeds", "epochs", "held-out digits right")
+    ax.legend()
+    save(figure, "accuracy")
 
 
 def epochs_to(level: float, curve: list[float]) -> int | None:

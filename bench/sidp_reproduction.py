@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 from bench.common import ROOT, write_result
+from bench.figures import label, save
 from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.plan import FetchOrder, Layout
@@ -28,7 +27,6 @@ from elbowroom.planning.pool import plan_shares
 from elbowroom.planning.search import EngineLimits, account_layout, replica_limits
 from elbowroom.planning.simulate import link_share, simulate_pool
 
-FIGURES = ROOT / "docs" / "figures"
 MODELS = ROOT / "tests" / "data" / "models"
 H20, H200, B200 = (read_cluster(name) for name in ("h20-8", "h200-8", "b200-8"))
 ENGINE = EngineLimits(max_num_seqs=1024)
@@ -36,8 +34,6 @@ LONG, SHORT = "4096:256-768x3000", "1024:256-768x6000"
 
 
 def main() -> None:
-    mpl.rcParams["svg.hashsalt"] = "elbowroom"  # the same figure gives the same file
-    FIGURES.mkdir(parents=True, exist_ok=True)
     qwen, llama = model("Qwen3-32B"), model("Llama-3.1-70B")
     result = {
         "peak_shifting": peak_shifting(qwen),
@@ -303,17 +299,6 @@ def run(
     cost = CostModel(facts, cluster, layout.tensor_parallel)
     times = PoolTimes(cost, layout.num_ranks, layout.num_slots)
     return simulate_job(times, limits, job, layout.num_replicas, policy, speeds)
-
-
-def label(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=9)
-    ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(y, fontsize=8)
-
-
-def save(figure: Any, name: str) -> None:
-    figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
 
 
 if __name__ == "__main__":

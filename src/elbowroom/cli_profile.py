@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48
-_COLUMNS = ("layer", "what", "forward", "backward", "output", "parameters")
+_COLUMNS = ("layer", "what", "forward", "backward", "update", "output", "parameters")
 
 
 def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -82,11 +82,13 @@ def _print_graph(screen: Console, graph: LayerGraph) -> None:
     screen.print(table)
     forward = sum(layer.forward_seconds for layer in graph.layers)
     backward = sum(layer.backward_seconds for layer in graph.layers)
+    update = sum(layer.update_seconds for layer in graph.layers)
     outputs = sum(layer.activation_bytes for layer in graph.layers)
     parameters = sum(layer.parameter_bytes for layer in graph.layers)
     screen.print(
         f"{len(graph.layers)} layers: {_milliseconds(forward)} forward, {_milliseconds(backward)} "
-        f"backward, outputs {format_bytes(outputs)}, parameters {format_bytes(parameters)}",
+        f"backward, {_milliseconds(update)} update, outputs {format_bytes(outputs)}, parameters "
+        f"{format_bytes(parameters)}",
         soft_wrap=True,
     )
 
@@ -99,6 +101,7 @@ def _row(layer: Layer) -> tuple[str, ...]:
         f"{what[: _LONGEST_DESCRIPTION - 3]}..." if is_long else what,
         _milliseconds(layer.forward_seconds),
         _milliseconds(layer.backward_seconds),
+        _milliseconds(layer.update_seconds),
         format_bytes(layer.activation_bytes),
         format_bytes(layer.parameter_bytes),
     )

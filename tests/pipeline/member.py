@@ -1,8 +1,7 @@
-"""One worker of a pipeline, for tests.
+"""One worker of a pipeline at a time, for tests.
 
-    python -m tests.pipeline.member CASE FOLDER WORKER
-
-Writes its weights and what it saw to ``FOLDER/WORKER.safetensors`` and ``.json``.
+Reads lines of JSON, [CASE, FOLDER, WORKER]. Of each it writes the weights and what the worker saw
+to ``FOLDER/WORKER.safetensors`` and ``.json``, and says that it is done.
 """
 
 from __future__ import annotations
@@ -76,4 +75,7 @@ def main(case: Case, folder: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Case.from_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    for line in sys.stdin:
+        case, folder, number = json.loads(line)
+        main(Case.from_json(case), Path(folder), number)
+        print("done", flush=True)

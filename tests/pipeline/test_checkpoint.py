@@ -139,3 +139,20 @@ def test_the_folder_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="beyond step 3, of another run"):
         _trained(3)[1].save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_stage_without_weights(tmp_path: Path) -> None:
+    def begin() -> Pipeline:
+        plan, optimizer_fn = plan_of([["input", "0"]]), partial(torch.optim.AdamW, lr=0.1)
+        return Pipeline(nn.Sequential(nn.Tanh()), plan, optimizer_fn, nn.functional.mse_loss)
+
+    batch = (torch.zeros(2, 3), torch.ones(2, 3))
+    pipeline = begin()
+    assert pipeline.train_step(batch) == 1.0
+    pipeline.save(tmp_path)
+    pipeline.close()
+    resumed = begin()
+    assert resumed.restore(tmp_path) == 1
+    assert resumed.train_step(batch) == 1.0
+    resumed.close()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,25 +22,22 @@ from elbowroom.planning.schedule import plan_schedule
 from elbowroom.planning.stage_cost import StageCost
 from elbowroom.planning.weight_versions import VersionRule, forward_versions
 from tests.pipeline.cases import BATCH, WIDTH, Case, make_stages
+from tests.pipeline.members import Members
 from tests.pipeline.serial import Trained, train, train_flushed
 from tests.planning.pipelines import chain
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
 REPLICATED = [(2, 1), (1, 2), (2, 2), (3, 1), (2, 1, 1)]
 
+Run = Callable[[Case, Path], list[dict[str, Any]]]
 
-def _run(case: Case, folder: Path) -> list[dict[str, Any]]:
-    """What every worker saw."""
-    command = (sys.executable, "-m", "tests.pipeline.member", case.to_json(), str(folder))
-    members = [subprocess.Popen([*command, str(n)]) for n in range(sum(case.replicas))]
-    try:
-        for member in members:
-            assert member.wait(60) == 0
-    finally:
-        for member in members:
-            member.kill()
-            member.wait()
-    return [json.loads((folder / f"{n}.json").read_text()) for n in range(len(members))]
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """What each worker of a case saw."""
+    members = Members()
+    yield members.run
+    members.end()
 
 
 def _same_as_serial(case: Case, folder: Path, seen: list[dict[str, Any]], serial: Trained) -> bool:
@@ -110,23 +105,25 @@ def _planned_bytes(case: Case) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("replicas", [*STRAIGHT, *REPLICATED], ids=str)
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
-def test_delayed_weights(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
+def test_delayed_weights(
+    run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
+) -> None:
     optimizer = "adamw" if sum(replicas) % 2 else "sgd"
     dtype = "float64" if semantics == "stash" else "float32"
-    check_delayed_weights(Case(replicas, semantics, optimizer, dtype, dropout=0.3), tmp_path)
+    check_delayed_weights(run, Case(replicas, semantics, optimizer, dtype, dropout=0.3), tmp_path)
 
 
 @pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1, 1)], ids=str)
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
 def test_delayed_weights_at_depth_2(
-    tmp_path: Path, replicas: tuple[int, ...], semantics: str
+    run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
 ) -> None:
     case = Case(replicas, semantics, num_minibatches=13, dropout=0.3, depth=2)
-    check_delayed_weights(case, tmp_path)
+    check_delayed_weights(run, case, tmp_path)
 
 
-def check_delayed_weights(case: Case, folder: Path) -> None:
-    seen = _run(case, folder)
+def check_delayed_weights(run: Run, case: Case, folder: Path) -> None:
+    seen = run(case, folder)
     assert _same_as_serial(case, folder, seen, train(case))
     schedule = plan_schedule(case.replicas, case.num_minibatches, depth=case.depth)
     assert _passes(seen) == _planned_passes(schedule)
@@ -142,19 +139,21 @@ def check_delayed_weights(case: Case, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("replicas", STRAIGHT, ids=str)
-def test_flush_is_gradient_accumulation(tmp_path: Path, replicas: tuple[int, ...]) -> None:
+def test_flush_is_gradient_accumulation(
+    run: Run, tmp_path: Path, replicas: tuple[int, ...]
+) -> None:
     case = Case(replicas, "flush", "adamw", num_minibatches=5, microbatches=4, dropout=0.3)
-    seen = _run(case, tmp_path)
+    seen = run(case, tmp_path)
     assert _same_as_serial(case, tmp_path, seen, train_flushed(case))
     schedule = plan_schedule(replicas, 5 * 4, "1f1b-flush", 4)
     assert _passes(seen) == _planned_passes(schedule)
 
 
 @pytest.mark.parametrize("replicas", [(2, 1), (1, 3)], ids=str)
-def test_flush_with_replicas(tmp_path: Path, replicas: tuple[int, ...]) -> None:
+def test_flush_with_replicas(run: Run, tmp_path: Path, replicas: tuple[int, ...]) -> None:
     """The same sums in another order: each replica first adds up its own microbatches."""
     case = Case(replicas, "flush", num_minibatches=5, microbatches=4, dropout=0.3, clip_norm=0.3)
-    seen = _run(case, tmp_path)
+    seen = run(case, tmp_path)
     assert [one["sent_bytes"] for one in seen] == _planned_bytes(case)
     stages = train_flushed(case).stages
     for worker, stage in enumerate(stages[k] for k in Pipe(replicas).stages):
@@ -163,17 +162,17 @@ def test_flush_with_replicas(tmp_path: Path, replicas: tuple[int, ...]) -> None:
             torch.testing.assert_close(weights[name], parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_naive_weights_differ(tmp_path: Path) -> None:
+def test_naive_weights_differ(run: Run, tmp_path: Path) -> None:
     case = Case((1, 1, 1), "naive")
-    seen = _run(case, tmp_path)
+    seen = run(case, tmp_path)
     assert not _same_as_serial(case, tmp_path, seen, train(case))
 
 
 @pytest.mark.parametrize(("num_stages", "depth"), [(2, 1), (3, 1), (4, 1), (3, 2)])
-def test_versions_used_and_held(tmp_path: Path, num_stages: int, depth: int) -> None:
+def test_versions_used_and_held(run: Run, tmp_path: Path, num_stages: int, depth: int) -> None:
     """Stage k of n uses version max(0, i - (n-1-k)) and holds n-k at most (papers, section 2)."""
     n, case = num_stages, Case((1,) * num_stages, "stash", depth=depth)
-    for k, seen in enumerate(_run(case, tmp_path)):
+    for k, seen in enumerate(run(case, tmp_path)):
         late = depth * (n - 1 - k)
         for kind in ("forward", "backward"):
             used = [version for name, _, version in seen["done"] if name == kind]
@@ -181,10 +180,10 @@ def test_versions_used_and_held(tmp_path: Path, num_stages: int, depth: int) -> 
         assert seen["most_held"] == late + 1
 
 
-def test_bytes_between_stages(tmp_path: Path) -> None:
+def test_bytes_between_stages(run: Run, tmp_path: Path) -> None:
     """Nothing comes back to a stage that learns nothing."""
     case = Case((1, 1, 1), "stash", frozen=1)
-    seen = _run(case, tmp_path)
+    seen = run(case, tmp_path)
     rows = 4 * (case.num_minibatches - 1) + 3
     back = rows * 6 * 8  # 6 columns in float64
     sent = [one["sent_bytes"] for one in seen]
@@ -194,14 +193,16 @@ def test_bytes_between_stages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
 @pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 3)], ids=str)
-def test_drained_between(tmp_path: Path, replicas: tuple[int, ...], semantics: str) -> None:
+def test_drained_between(
+    run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
+) -> None:
     """After a drain nothing is on its way, also where it cuts a round short.
 
     A sum of two has no order, so that any buckets will do.
     """
     buckets = {} if max(replicas) > 2 else {"bucket_bytes": 1}
     case = Case(replicas, semantics, breaks=(3, 8), **buckets)
-    assert _same_as_serial(case, tmp_path, _run(case, tmp_path), train(case))
+    assert _same_as_serial(case, tmp_path, run(case, tmp_path), train(case))
 
 
 @pytest.mark.parametrize(
@@ -213,17 +214,17 @@ def test_drained_between(tmp_path: Path, replicas: tuple[int, ...], semantics: s
     ],
     ids=lambda case: case.semantics,
 )
-def test_clipped(tmp_path: Path, case: Case) -> None:
-    seen = _run(case, tmp_path)
+def test_clipped(run: Run, tmp_path: Path, case: Case) -> None:
+    seen = run(case, tmp_path)
     serial = train_flushed if case.semantics == "flush" else train
     assert _same_as_serial(case, tmp_path, seen, serial(case))
     assert not _same_as_serial(case, tmp_path, seen, serial(replace(case, clip_norm=None)))
 
 
-def test_autocast(tmp_path: Path) -> None:
+def test_autocast(run: Run, tmp_path: Path) -> None:
     """Each version of the weights is cast anew."""
     case = Case((1, 1), "stash", dtype="float32", dropout=0.3, autocast=True)
-    seen = _run(case, tmp_path)
+    seen = run(case, tmp_path)
     assert _same_as_serial(case, tmp_path, seen, train(case))
     assert not _same_as_serial(case, tmp_path, seen, train(replace(case, autocast=False)))
 

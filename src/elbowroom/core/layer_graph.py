@@ -73,9 +73,9 @@ class Layer:
     """One layer, as measured on one worker with one minibatch.
 
     ``activation_bytes`` is the size of its output, ``gradient_bytes`` that of the gradient of it
-    (None: as large), ``parameter_bytes`` that of its weights. Without ``memory``
-    its output is all that it keeps. Raises InputError for an empty name, and for numbers that are
-    negative or not finite.
+    (None: as large), ``parameter_bytes`` that of its weights, which the optimizer changes in
+    ``update_seconds``. Without ``memory`` its output is all that it keeps. Raises InputError for an
+    empty name, and for numbers that are negative or not finite.
     """
 
     name: str
@@ -86,13 +86,14 @@ class Layer:
     description: str = ""
     gradient_bytes: int | None = None
     memory: LayerMemory | None = None
+    update_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a layer is named {self.name!r}: give each layer a name")
         if not isinstance(self.description, str):
             raise InputError(f"layer '{self.name}': its description must be text")
-        for key in ("forward_seconds", "backward_seconds"):
+        for key in ("forward_seconds", "backward_seconds", "update_seconds"):
             value = getattr(self, key)
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 <= value <= MAX_TOTAL_SECONDS:
@@ -106,8 +107,8 @@ class Layer:
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of one minibatch."""
-        return self.forward_seconds + self.backward_seconds
+        """Forward and backward of one minibatch, and the update after it."""
+        return self.forward_seconds + self.backward_seconds + self.update_seconds
 
     @property
     def returned_bytes(self) -> int:
@@ -185,8 +186,8 @@ class LayerGraph:
     def for_batch(self, factor: float) -> LayerGraph:
         """The same layers with minibatches ``factor`` times as large.
 
-        Times and activations are taken to grow with the batch. Raises InputError for a factor that
-        is not positive.
+        Times of passes, and activations, are taken to grow with the batch. Raises InputError for a
+        factor that is not positive.
         """
         if not 0 < factor < math.inf:
             raise InputError(f"a batch cannot be {factor} times as large: give a positive number")

@@ -75,7 +75,7 @@ def parse_pipedream(text: str) -> LayerGraph:
 
 
 def write_pipedream(graph: LayerGraph) -> str:
-    """What ``parse_pipedream`` reads back as an equal graph, without memory and gradients' sizes.
+    """What ``parse_pipedream`` reads back as an equal graph, but for memory, gradients and updates.
 
     Raises InputError for names and descriptions that the format cannot hold.
     """
@@ -102,7 +102,9 @@ def _reads_back(line: str, layer: Layer) -> bool:
     if line.splitlines() != [line] or len(line) > _LONGEST_LINE:
         return False
     try:
-        return _parse_layer(line) == replace(layer, memory=None, gradient_bytes=None)
+        return _parse_layer(line) == replace(
+            layer, memory=None, gradient_bytes=None, update_seconds=0.0
+        )
     except InputError:
         return False
 

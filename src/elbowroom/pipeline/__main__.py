@@ -21,7 +21,7 @@ from elbowroom.core.pipeline_plan import PipelinePlan, read_pipeline_plan
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.pipeline.script import TrainingScript, load_script
-from elbowroom.pipeline.training import OptimizerFunction, Pipeline, SchedulerFunction
+from elbowroom.pipeline.training import Pipeline, SchedulerFunction
 from elbowroom.pipeline.versions import SEMANTICS
 from elbowroom.pipeline.worker import StageOptions
 
@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace) -> None:
         pipeline = Pipeline(
             script.make_model(args.seed),
             plan,
-            _optimizer_fn(script, args.lr),
+            script.optimizer_fn(args.lr),
             script.loss_fn,
             StageOptions(
                 args.semantics,
@@ -104,15 +104,6 @@ def _train(args: argparse.Namespace) -> None:
                 write_trace(args.trace, spans)
     finally:
         distributed.destroy_process_group()
-
-
-def _optimizer_fn(script: TrainingScript, lr: float | None) -> OptimizerFunction:
-    """The script's own, or AdamW. Raises InputError for a learning rate that it would not see."""
-    if not script.has_optimizer:
-        return partial(torch.optim.AdamW, lr=1e-3 if lr is None else lr)
-    if lr is not None:
-        raise InputError(f"{script.path} makes its own optimizer: set the learning rate there")
-    return script.make_optimizer
 
 
 def _scheduler_fn(

@@ -71,7 +71,7 @@ class Checkpoint:
         settings = self.index.settings["optimizer"]
         for group, saved in zip(optimizer.param_groups, settings, strict=True):
             group.update(saved)
-            for parameter in group["params"]:
+            for parameter in filter(names.__contains__, group["params"]):
                 prefix = f"optimizer.{names[parameter]}."
                 keys = [key for key in self.index.files if key.startswith(prefix)]
                 optimizer.state[parameter] = {

@@ -25,6 +25,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,10 @@ from elbowroom.core.errors import InputError
 _FUNCTIONS = ("make_model", "make_batch", "loss_fn")
 _MORE_FUNCTIONS = ("make_optimizer", "make_scheduler")
 
+_DEFAULT_RATE = 1e-3
+
 Made = TypeVar("Made")
+OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,16 @@ class TrainingScript:
         loss: torch.Tensor = self.functions["loss_fn"](outputs, targets)
         return loss
 
-    @property
-    def has_optimizer(self) -> bool:
-        return "make_optimizer" in self.functions
+    def optimizer_fn(self, lr: float | None = None) -> OptimizerFunction:
+        """The script's own, or AdamW.
+
+        Raises InputError for a learning rate that the script's own would not see.
+        """
+        if "make_optimizer" not in self.functions:
+            return partial(torch.optim.AdamW, lr=_DEFAULT_RATE if lr is None else lr)
+        if lr is not None:
+            raise InputError(f"{self.path} makes its own optimizer: set the learning rate there")
+        return self.make_optimizer
 
     @property
     def has_scheduler(self) -> bool:

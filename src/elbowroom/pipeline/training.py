@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
 from elbowroom.pipeline.layers import trace_model
+from elbowroom.pipeline.script import OptimizerFunction
 from elbowroom.pipeline.split import Stage, split
 from elbowroom.pipeline.traced import TracedModel
 from elbowroom.pipeline.versions import Semantics
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
 
-OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -166,7 +166,8 @@ class Pipeline:
         for parameter in self._model.parameters():
             if parameter not in kept:
                 parameter.data = parameter.data.new_empty(0)
-        self._optimizer = self._optimizer_fn(list(self._stage.parameters()))
+        nothing = nn.Parameter(torch.empty(0))  # a stage may have none, which optimizers refuse
+        self._optimizer = self._optimizer_fn(list(self._stage.parameters()) or [nothing])
         self._scheduler = self._scheduler_fn(self._optimizer) if self._scheduler_fn else None
         next_minibatch = 0
         if self._resumed is not None:

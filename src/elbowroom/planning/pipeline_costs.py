@@ -92,6 +92,7 @@ def plan_costs(
             StageCosts(
                 forward_seconds=sum(layer.forward_seconds for layer in layers),
                 backward_seconds=sum(layer.backward_seconds for layer in layers),
+                update_seconds=sum(layer.update_seconds for layer in layers),
                 parameter_bytes=stage.parameter_bytes,
                 kept_bytes=stage.kept_bytes,
                 crossing_bytes=stage.activation_bytes,

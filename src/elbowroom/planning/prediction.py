@@ -64,7 +64,7 @@ def predict(plan: PipelinePlan, graph: LayerGraph) -> Prediction | None:
     timeline = simulate_pipeline(schedule, costs)
     seconds = timeline.steady_seconds
     computed = (
-        (stage.forward_seconds + stage.backward_seconds) / count
+        (stage.forward_seconds + stage.backward_seconds + stage.update_seconds) / count
         for stage, count in zip(costs.stages, replicas, strict=True)
     )
     idle = tuple(1 - own / seconds if seconds else 0.0 for own in computed)

@@ -21,10 +21,12 @@ from torch import nn
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Layer, LayerGraph, LayerMemory
 from elbowroom.pipeline.layers import trace_model
+from elbowroom.pipeline.script import OptimizerFunction
 from elbowroom.pipeline.split import Part, Stage, build_stage
 from elbowroom.pipeline.traced import TracedLayer, TracedModel
 from elbowroom.pipeline.tracing import untouched
 from elbowroom.profiling.layer_memory import measure_memory
+from elbowroom.profiling.updates import update_seconds, with_updates
 
 WARM_UP_SWEEPS = 2
 LEAST_SWEEPS = 5
@@ -52,6 +54,7 @@ def profile(
     batch: Any,
     loss_fn: LossFn | None = None,
     limits: SweepLimits | None = None,
+    optimizer_fn: OptimizerFunction | None = None,
 ) -> LayerGraph:
     """Times and sizes of a model's layers, in training mode, on the device where it lies.
 
@@ -64,6 +67,8 @@ def profile(
         loss_fn: gives a number of outputs and targets. Its time counts in the last layer. Without
             it the gradients of the outputs are ones.
         limits: how long to measure.
+        optimizer_fn: of parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; without it
+            updates take no time.
 
     The bytes of a tied parameter count in the first layer that uses it.
 
@@ -75,7 +80,7 @@ def profile(
     with untouched(model):
         model.train()
         traced = trace_model(model, inputs)
-        return measure(traced, inputs, targets, loss_fn, limits or SweepLimits())
+        return measure(traced, inputs, targets, loss_fn, limits or SweepLimits(), optimizer_fn)
 
 
 def measure(
@@ -84,6 +89,7 @@ def measure(
     targets: Any,
     loss_fn: LossFn | None,
     limits: SweepLimits,
+    optimizer_fn: OptimizerFunction | None,
 ) -> LayerGraph:
     """As ``profile`` does, of a model that is traced already, in the mode of that."""
     with untouched(traced.model), torch.enable_grad():
@@ -97,7 +103,10 @@ def measure(
                 break
             sweeps.run()
         memory = sweeps.measure_memory(traced)
-    return _graph(traced, sweeps, memory)
+    graph = _graph(traced, sweeps, memory)
+    if optimizer_fn is None:
+        return graph
+    return with_updates(graph, update_seconds(traced.model.parameters(), optimizer_fn))
 
 
 @dataclass(eq=False)
@@ -260,9 +269,9 @@ def _graph(traced: TracedModel, sweeps: _Sweeps, memory: Mapping[str, LayerMemor
 
 
 def _gradient_bytes(layer: TracedLayer) -> int:
-    """What travels back for its output: only numbers with a fraction have gradients."""
+    """What travels back for its output."""
     tensors = layer.value.tensors if layer.value is not None else ()
-    return sum(tensor.num_bytes for tensor in tensors if tensor.dtype.is_floating_point)
+    return sum(tensor.num_bytes for tensor in tensors if tensor.needs_grad)
 
 
 def _median(seconds: list[float]) -> float:

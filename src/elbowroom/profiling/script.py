@@ -10,7 +10,7 @@ import torch
 
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.script import load_script
+from elbowroom.pipeline.script import OptimizerFunction, load_script
 from elbowroom.pipeline.traced import Tied, TracedModel
 from elbowroom.profiling.companions import Companions
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
@@ -32,9 +32,12 @@ class Subject:
     inputs: Any
     targets: Any
     loss_fn: LossFn
+    optimizer_fn: OptimizerFunction
 
     def measure(self, limits: SweepLimits) -> LayerGraph:
-        return measure(self.traced, self.inputs, self.targets, self.loss_fn, limits)
+        return measure(
+            self.traced, self.inputs, self.targets, self.loss_fn, limits, self.optimizer_fn
+        )
 
 
 def profile_script(
@@ -65,4 +68,5 @@ def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
     script = load_script(path)
     model = script.make_model(seed).train()
     inputs, targets = script.make_batch(torch.Generator().manual_seed(seed))
-    return Subject(trace_model(model, inputs), inputs, targets, script.loss_fn)
+    traced = trace_model(model, inputs)
+    return Subject(traced, inputs, targets, script.loss_fn, script.optimizer_fn())
