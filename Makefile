@@ -59,6 +59,8 @@ bench: setup
 	$(BIN)/python -m bench.shipping
 	$(BIN)/python -m bench.tail
 	$(BIN)/python -m bench.training
+	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench.accuracy
 
 clean:
 	rm -rf .venv build

@@ -11,6 +11,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,10 +20,11 @@ import torch
 from torch import distributed, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
 
 from elbowroom.core.pipeline_plan import read_pipeline_plan
 from elbowroom.pipeline.checkpoint import Checkpoint
-from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.training import Pipeline, SchedulerFunction
 
 WARM_UP = 5
 
@@ -36,6 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     module = importlib.import_module(f"bench.models.{args.model}")
+    if args.rate is not None:
+        module.make_optimizer = partial(module.make_optimizer, lr=args.rate)
     torch.manual_seed(args.seed)
     model = module.make_model()
     generator = torch.Generator().manual_seed(args.seed)
@@ -70,7 +74,9 @@ def ours(
 ) -> Iterator[Weights]:
     """1F1B with stashed weights; at each yield the last stage is done with a minibatch."""
     plan = read_pipeline_plan(args.plan)
-    pipeline = Pipeline(model, plan, module.make_optimizer, module.loss_fn)
+    pipeline = Pipeline(
+        model, plan, module.make_optimizer, module.loss_fn, None, scheduler_fn(module, args.steps)
+    )
 
     def put_weights(target: nn.Module) -> None:
         Checkpoint(pipeline.save(args.checkpoints)).load_weights(target)
@@ -87,6 +93,7 @@ def data_parallel(
     """DistributedDataParallel: each worker has half of a minibatch."""
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = module.make_optimizer(parallel.parameters())
+    scheduler = scheduler_fn(module, args.steps)(optimizer)
 
     def put_weights(target: nn.Module) -> None:
         target.load_state_dict(model.state_dict())
@@ -97,6 +104,7 @@ def data_parallel(
         optimizer.zero_grad()
         module.loss_fn(parallel(inputs[mine]), targets[mine]).backward()
         optimizer.step()
+        scheduler.step()
         yield put_weights
 
 
@@ -130,6 +138,13 @@ def pipelining(
         yield lambda target: None
 
 
+def scheduler_fn(module: ModuleType, num_steps: int) -> SchedulerFunction:
+    """The module's own; else the rate stays as it is."""
+    if hasattr(module, "make_scheduler"):
+        return partial(module.make_scheduler, num_steps=num_steps)
+    return partial(LambdaLR, lr_lambda=lambda _: 1.0)
+
+
 METHODS = {
     "ours": ours,
     "data-parallel": data_parallel,
@@ -148,6 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--microbatches", type=int, help="of the other pipeline")
     parser.add_argument("--checkpoints", type=Path, help="an empty folder, if ours has epochs")
     parser.add_argument("--epoch", type=int, help="minibatches; gives accuracies, not seconds")
+    parser.add_argument("--rate", type=float, help="of learning, instead of the model's own")
     parser.add_argument("--seed", type=int, default=0)
     return parser
 

@@ -10,14 +10,20 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LinearLR
 
 CHANNELS = (16, 16, 32, 32)
 HIDDEN, NUM_CLASSES, SIDE, BRIGHTEST = 128, 10, 8, 16.0
-ROWS, NUM_TRAINED = 32, 1440
+ROWS, NUM_TRAINED = 32, 1184
 MINIBATCHES_AN_EPOCH = NUM_TRAINED // ROWS
 
-make_optimizer = partial(torch.optim.AdamW, lr=1e-3)
+make_optimizer = partial(torch.optim.SGD, lr=0.02, momentum=0.9)
 loss_fn = functional.cross_entropy
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int) -> LinearLR:
+    """Falls to nothing: at a constant rate both methods jump by more than they differ."""
+    return LinearLR(optimizer, 1.0, 0.0, num_steps)
 
 
 class Rows(NamedTuple):
@@ -49,7 +55,7 @@ def make_batch(generator: torch.Generator) -> Rows:
 
 
 def accuracy(model: nn.Module) -> float:
-    """The share of the other 357 digits that a model gets right."""
+    """The share of the other 613 digits that a model gets right."""
     images, labels = (tensor[NUM_TRAINED:] for tensor in _digits())
     with torch.no_grad():
         return (model(images).argmax(1) == labels).float().mean().item()
