@@ -98,14 +98,13 @@ def _mean(losses: Sequence[float]) -> str:
 def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: int) -> list[str]:
     """The pace beside the predicted one, and a line per worker: its stage, bubble share and bytes.
 
-    All workers must call it; the first one's is what holds.
+    All workers must call it; only the first one has those of all.
     """
     sent = sum(pipeline.sent_bytes.values())
-    mine = torch.tensor([pipeline.busy_seconds, float(sent)], dtype=torch.float64)
-    gathered = [torch.empty_like(mine) for _ in range(pipeline.pipe.num_workers)]
-    distributed.all_gather(gathered, mine)
+    mine = torch.tensor([[pipeline.busy_seconds, float(sent)]], dtype=torch.float64)
+    gathered = torch.cat(_tables_of_all(mine))
     lines = [f"{num_steps} minibatches in {seconds:.1f} s", _pace(pipeline, progress)]
-    for number, (busy_seconds, sent_bytes) in enumerate(one.tolist() for one in gathered):
+    for number, (busy_seconds, sent_bytes) in enumerate(gathered.tolist()):
         lines.append(
             f"worker {number}, stage {pipeline.pipe.stages[number]}: "
             f"{1 - busy_seconds / seconds:.1%} of the time idle, "
@@ -132,25 +131,37 @@ def _pace(pipeline: Pipeline, progress: Progress) -> str:
 def spans_of_all(pipeline: Pipeline) -> list[Span]:
     """What every worker computed, as the simulator's trace has it; workers must keep a record.
 
-    All workers must call it.
+    All workers must call it; only the first one has those of all.
     """
     rows = [
         (_KINDS.index(done.kind), done.minibatch, done.version, done.begin, done.end)
         for done in pipeline.done
     ]
     mine = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(pipeline.pipe.num_workers)]
-    distributed.all_gather(counts, torch.tensor([len(rows)]))
-    most = int(max(counts))
-    padded = torch.zeros(most, 5, dtype=torch.float64)
-    padded[: len(rows)] = mine
-    gathered = [torch.empty_like(padded) for _ in counts]
-    distributed.all_gather(gathered, padded)
     spans = []
-    for number, (table, size) in enumerate(zip(gathered, counts, strict=True)):
-        for kind, minibatch, version, begin, end in table[: int(size)].tolist():
+    for number, table in enumerate(_tables_of_all(mine)):
+        for kind, minibatch, version, begin, end in table.tolist():
             name = f"{_KINDS[int(kind)]} {minibatch:.0f}"
             details = {"version": int(version)}
             spans.append(Span(f"worker {number}", "compute", name, begin, end, details))
     first = min((span.start for span in spans), default=0.0)
     return [span._replace(start=span.start - first, end=span.end - first) for span in spans]
+
+
+def _tables_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
+    """[rows, columns] of every worker, as many rows as it has, at the first; elsewhere its own.
+
+    Point to point: the tensors of a collective are let go by a thread of gloo's, for which Python
+    must be there, and a process that has come to its end meanwhile aborts (torch 2.13).
+    """
+    count = torch.tensor([len(mine)])
+    if distributed.get_rank():
+        for tensor in (count, mine):
+            distributed.send(tensor, 0)
+        return [mine]
+    tables = [mine]
+    for worker in range(1, distributed.get_world_size()):
+        distributed.recv(count, worker)
+        tables.append(mine.new_empty(int(count), mine.size(1)))
+        distributed.recv(tables[-1], worker)
+    return tables
