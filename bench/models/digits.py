@@ -45,7 +45,11 @@ def make_model() -> nn.Module:
     flat = nn.Linear(before * side * side, HIDDEN)
     layers["fc0"] = nn.Sequential(nn.Flatten(), flat, nn.ReLU())
     layers["fc1"] = nn.Linear(HIDDEN, NUM_CLASSES)
-    return nn.Sequential(layers)
+    model = nn.Sequential(layers)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu")
+    return model
 
 
 def make_batch(generator: torch.Generator) -> Rows:
