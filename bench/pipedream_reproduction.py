@@ -94,7 +94,7 @@ def parts(case: Case) -> dict[str, list[float]]:
     """Over the planned seconds, at depths 1 and 2: of computing alone, and with what is moved."""
     graph, plan = planned(case)
     costs, count = plan_costs(plan, graph), 12 * plan.num_workers
-    replicas = tuple(stage.replicas for stage in plan.stages)
+    replicas = plan.replicas
     without = {
         "compute": {"crossing_bytes": 0, "parameter_bytes": 0},
         "and transfers": {"parameter_bytes": 0},

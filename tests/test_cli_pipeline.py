@@ -9,7 +9,7 @@ import pytest
 
 from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
 from elbowroom.core.pipedream_text import write_pipedream
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.core.pipeline_plan import read_pipeline_plan
 from tests.planning.pipelines import PROFILES, chain, profile
 
 
@@ -22,10 +22,6 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(path: Path) -> PipelinePlan:
-    return PipelinePlan.from_json(json.loads(path.read_text()))
-
-
 def test_a_plan_is_printed_and_written(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -33,7 +29,7 @@ def test_a_plan_is_printed_and_written(
     command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
     assert main([*command, "--bandwidth", "1Gbit/s"]) == EXIT_GOOD
     shown = capsys.readouterr().out
-    plan = plan_of(out)
+    plan = read_pipeline_plan(out)
     assert str(plan) == "3-1"
     assert "small.txt on 4 workers (link 1 Gbit/s), sync ps: 3-1" in shown
     assert "2: n0 .. n1" in shown
@@ -47,7 +43,7 @@ def test_flags_reach_the_planner(small: Path, tmp_path: Path) -> None:
     flags = ["--bandwidth", "1Gbit/s", "--sync", "allreduce", "--overlap", "sum", "--straight"]
     flags += ["--optimizer", "momentum"]
     assert main([*command, *flags, "--fewer-workers", "--memory", "4GB"]) == EXIT_GOOD
-    plan = plan_of(out)
+    plan = read_pipeline_plan(out)
     assert str(plan) == "1-1-1"
     assert (plan.options.sync, plan.options.overlap) == ("allreduce", "sum")
     assert plan.options.memory_limit_bytes == 4 * 10**9
@@ -61,7 +57,7 @@ def test_depth_reaches_the_plan(
     out = tmp_path / "plan.json"
     command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
     assert main([*command, "--straight", "--depth", "3", "--json", str(out)]) == EXIT_GOOD
-    plan = plan_of(out)
+    plan = read_pipeline_plan(out)
     assert plan.options.depth == 3
     assert [stage.in_flight for stage in plan.stages] == [4, 1]
     assert "sync ps, depth 3: 1-1" in capsys.readouterr().out
@@ -72,7 +68,7 @@ def test_what_is_simulated(small: Path, tmp_path: Path, capsys: pytest.CaptureFi
     command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
     files = ["--json", str(out), "--trace", str(trace)]
     assert main([*command, "--straight", *files]) == EXIT_GOOD
-    plan, shown = plan_of(out), capsys.readouterr().out
+    plan, shown = read_pipeline_plan(out), capsys.readouterr().out
     assert f"simulated: {plan.simulated_seconds:.6f} s a minibatch" in shown
     assert plan.simulated_seconds is not None
     idle = [1 - seconds / plan.simulated_seconds for seconds in (0.3, 0.4)]
@@ -90,7 +86,7 @@ def test_the_fastest_simulated(
     out = tmp_path / "plan.json"
     command = ["plan-pipeline", str(small), "--workers", "4", "--bandwidth", "1Gbit/s"]
     assert main([*command, "--rank", "simulated", "--json", str(out)]) == EXIT_GOOD
-    plan, shown = plan_of(out), capsys.readouterr().out
+    plan, shown = read_pipeline_plan(out), capsys.readouterr().out
     assert "3-1, depth 1: 0.200000 s planned" in shown
     assert "4, depth 1:" in shown
     assert plan.simulated_seconds is not None
@@ -114,7 +110,7 @@ def test_a_cluster_gives_links_and_memory(small: Path, tmp_path: Path, cluster: 
     out = tmp_path / "plan.json"
     command = ["plan-pipeline", str(small), "--workers", "2", "--json", str(out)]
     assert main([*command, "--cluster", cluster]) == EXIT_GOOD
-    plan = plan_of(out)
+    plan = read_pipeline_plan(out)
     assert plan.num_workers == 2
     assert plan.options.memory_limit_bytes is not None
     assert plan.levels[0].name != "link"

@@ -6,6 +6,7 @@ import json
 import selectors
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,18 @@ class Members:
             process.kill()
             process.communicate()
         self._processes.clear()
+
+
+def run_together(commands: Sequence[Sequence[str]], seconds: float) -> None:
+    """Processes that each end well, each within so many seconds of the one before it."""
+    processes = [subprocess.Popen(command) for command in commands]
+    try:
+        for process in processes:
+            assert process.wait(seconds) == 0
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _start() -> subprocess.Popen[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.core.pipeline_plan import read_pipeline_plan
 from elbowroom.pipeline.memory import MemoryWatch
 from elbowroom.pipeline.training import Pipeline
 from elbowroom.pipeline.worker import StageOptions
@@ -25,7 +25,7 @@ WARM_UP, NUM_MINIBATCHES = 6, 10
 
 def main(case: Case, folder: Path, number: int) -> None:
     torch.set_num_threads(1)
-    plan = PipelinePlan.from_json(json.loads((folder / "plan.json").read_text()))
+    plan = read_pipeline_plan(folder / "plan.json")
     distributed.init_process_group(
         "gloo",
         init_method=f"file://{folder / 'meet'}",

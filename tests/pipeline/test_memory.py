@@ -9,7 +9,6 @@ minibatches in flight, any other worker holds one batch that it does not use.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from elbowroom.planning.pipeline import plan_on_levels
 from elbowroom.planning.schedule import plan_schedule
 from elbowroom.planning.simulate_pipeline import simulate_plan
 from elbowroom.profiling.layers import SweepLimits, profile
+from tests.pipeline.members import run_together
 from tests.pipeline.memory_cases import MODELS, Case
 from tests.pipeline.memory_member import NUM_MINIBATCHES
 
@@ -68,7 +68,7 @@ def make_plan(case: Case, graph: LayerGraph) -> PipelinePlan:
 
 def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
     """Of each worker: the plan's, or that of another schedule."""
-    replicas = tuple(stage.replicas for stage in plan.stages)
+    replicas = plan.replicas
     if case.semantics == "flush":
         num_minibatches = NUM_MINIBATCHES * case.microbatches
         schedule = plan_schedule(replicas, num_minibatches, "1f1b-flush", case.microbatches)
@@ -87,14 +87,7 @@ def run(case: Case, plan: PipelinePlan, folder: Path) -> list[int]:
     """Bytes that each worker held."""
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
     command = (sys.executable, "-m", "tests.pipeline.memory_member", case.to_json(), str(folder))
-    members = [subprocess.Popen([*command, str(n)]) for n in range(plan.num_workers)]
-    try:
-        for member in members:
-            assert member.wait(120) == 0
-    finally:
-        for member in members:
-            member.kill()
-            member.wait()
+    run_together([(*command, str(n)) for n in range(plan.num_workers)], 120)
     unused = sum(tensor.nbytes for tensor in MODELS[case.model]().make_batch())
     held = []
     for number in range(plan.num_workers):

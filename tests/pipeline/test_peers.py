@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.pipeline.members import run_together
 
 
 @pytest.mark.parametrize(
@@ -14,11 +15,4 @@ import pytest
 )
 def test_peers(tmp_path: Path, name: str, size: int) -> None:
     command = (sys.executable, "-m", "tests.pipeline.peers", name, str(tmp_path))
-    peers = [subprocess.Popen([*command, str(n), str(size)]) for n in range(size)]
-    try:
-        for peer in peers:
-            assert peer.wait(60) == 0
-    finally:
-        for peer in peers:
-            peer.kill()
-            peer.wait()
+    run_together([(*command, str(n), str(size)) for n in range(size)], 60)

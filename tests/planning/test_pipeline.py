@@ -313,7 +313,7 @@ def test_warm_up_is_what_workers_do(sizes: tuple[int, ...], depth: int) -> None:
     levels = tuple(Level(size, 1e9 / 4**index) for index, size in enumerate(sizes))
     plan = plan_on_levels(layers, levels, PipelineOptions(depth=depth))
     assert len(plan.stages) > 1
-    pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
+    pipe = Pipe(plan.replicas)
     for number, stage in enumerate(plan.stages):
         assert stage.warmup_forwards == pipe.warmup_forwards(number, depth)
         assert stage.in_flight == stage.warmup_forwards + 1

@@ -61,7 +61,7 @@ def test_plans_of_chains_on_levels(
 
 def schedule_of(plan: PipelinePlan) -> Schedule:
     """So long that the pipe is full for a while, and of whole rounds for every stage."""
-    replicas = tuple(stage.replicas for stage in plan.stages)
+    replicas = plan.replicas
     whole = lcm(*replicas)
     return plan_schedule(replicas, -(-12 * plan.num_workers // whole) * whole)
 

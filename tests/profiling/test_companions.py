@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from elbowroom.core.errors import ElbowroomError
-from elbowroom.profiling.companions import Companions
+from elbowroom.profiling.companions import companions
 
 SCRIPT = """\
 import os
@@ -56,7 +56,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_they_sweep_until_the_block_ends(script: Path) -> None:
-    with Companions(2, script, 0, 1):
+    with companions(2, script, 0, 1):
         wait_until(lambda: len(sweeps(script)) == 2 and min(sweeps(script).values()) > 3)
         assert all(map(psutil.pid_exists, sweeps(script)))
     assert not any(map(psutil.pid_exists, sweeps(script)))
@@ -77,5 +77,5 @@ def test_they_end_with_whoever_is_killed(script: Path) -> None:
 
 def test_one_that_fails_is_told(script: Path) -> None:
     script.write_text("raise SystemExit(3)")
-    with pytest.raises(ElbowroomError, match="ended with code"), Companions(1, script, 0, 1):
+    with pytest.raises(ElbowroomError, match="ended with code"), companions(1, script, 0, 1):
         pytest.fail("it was not ready")

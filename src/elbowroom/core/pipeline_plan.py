@@ -185,9 +185,14 @@ class PipelinePlan:
     simulated_seconds: float | None = None
 
     @property
+    def replicas(self) -> tuple[int, ...]:
+        """Workers of each stage."""
+        return tuple(stage.replicas for stage in self.stages)
+
+    @property
     def num_workers(self) -> int:
         """That work: fewer than the topology's where some may stay idle."""
-        return sum(stage.replicas for stage in self.stages)
+        return sum(self.replicas)
 
     @property
     def noam(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, InputError
+from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import PipelinePlan, read_pipeline_plan
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
@@ -112,8 +113,8 @@ def _scheduler_fn(
     """The script's own, told of the updates of this worker's stage: one a round of its replicas."""
     if not script.has_scheduler:
         return None
-    replicas = [stage.replicas for stage in plan.stages for _ in range(stage.replicas)]
-    a_round = 1 if args.semantics == "flush" else replicas[distributed.get_rank()]
+    stage = plan.stages[Pipe(plan.replicas).stages[distributed.get_rank()]]
+    a_round = 1 if args.semantics == "flush" else stage.replicas
     return partial(script.make_scheduler, num_steps=-(-args.steps // a_round))
 
 

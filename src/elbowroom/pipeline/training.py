@@ -57,7 +57,7 @@ class Pipeline:
                 f"the plan {plan} is for {plan.num_workers} workers, and there are {size}: start "
                 f"as many (torchrun --nproc-per-node), or plan again"
             )
-        self.pipe = Pipe(tuple(stage.replicas for stage in plan.stages))
+        self.pipe = Pipe(plan.replicas)
         self.number = distributed.get_rank()
         self._model = model
         self.plan = plan

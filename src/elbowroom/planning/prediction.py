@@ -57,7 +57,7 @@ def predict(plan: PipelinePlan, graph: LayerGraph) -> Prediction | None:
     most_fills = _MOST_WORK // (actions * (plan.num_workers + _OVERHEAD) * fill)
     if most_fills < _LEAST_FILLS:
         return None
-    replicas = tuple(stage.replicas for stage in plan.stages)
+    replicas = plan.replicas
     num_minibatches = fill * min(most_fills, _FILLS)
     schedule = plan_schedule(replicas, num_minibatches, depth=plan.options.depth)
     costs = plan_costs(plan, graph)

@@ -12,7 +12,7 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.script import OptimizerFunction, load_script
 from elbowroom.pipeline.traced import Tied, TracedModel
-from elbowroom.profiling.companions import Companions
+from elbowroom.profiling.companions import companions
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
 
 
@@ -56,7 +56,7 @@ def profile_script(
     """
     subject = load_subject(path, seed, num_threads)
     limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
-    with Companions(num_workers - 1, path, seed, torch.get_num_threads()):
+    with companions(num_workers - 1, path, seed, torch.get_num_threads()):
         graph = subject.measure(limits)
     return ScriptProfile(graph, subject.traced.tied)
 
