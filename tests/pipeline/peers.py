@@ -23,23 +23,22 @@ from elbowroom.pipeline.ring import Ring
 
 def lets_go_of_what_was_sent(number: int, size: int) -> None:
     """Long before the end, while others are sent."""
-    links, other = Links((1 - number,)), 1 - number
+    links, other = Links([[1 - number]], ahead=20), 1 - number
     memory = [np.full(50, float(k)) for k in range(20)]
-    for label, array in enumerate(memory):
-        links.send(other, label, (torch.from_numpy(array),))
-    for label, array in enumerate(memory):
+    for array in memory:
+        links.send(other, (torch.from_numpy(array),))
+    for array in memory:
         message = links.receive(other)
-        assert message.label == label
         assert torch.equal(message.tensors[0], torch.from_numpy(array))
         links.give_back(other, message)
     sent = [weakref.ref(array) for array in memory]
     del memory, array
-    for label in range(50):
-        links.send(other, label, ())
+    for _ in range(50):
+        links.send(other, ())
         links.receive(other)
         time.sleep(0.01)
     assert all(array() is None for array in sent)
-    links.close((other,))
+    links.close()
 
 
 def adds_up_in_a_ring(number: int, size: int) -> None:

@@ -168,12 +168,18 @@ def test_naive_weights_differ(run: Run, tmp_path: Path) -> None:
     assert not _same_as_serial(case, tmp_path, seen, train(case))
 
 
+@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
 @pytest.mark.parametrize(("num_stages", "depth"), [(2, 1), (3, 1), (4, 1), (3, 2)])
-def test_versions_used_and_held(run: Run, tmp_path: Path, num_stages: int, depth: int) -> None:
-    """Stage k of n uses version max(0, i - (n-1-k)) and holds n-k at most (papers, section 2)."""
-    n, case = num_stages, Case((1,) * num_stages, "stash", depth=depth)
+def test_versions_used_and_held(
+    run: Run, tmp_path: Path, num_stages: int, depth: int, semantics: str
+) -> None:
+    """Stage k of n uses version max(0, i - (n-1-k)) and holds n-k at most (papers, section 2).
+
+    With vertical sync all do as the first.
+    """
+    n, case = num_stages, Case((1,) * num_stages, semantics, depth=depth)
     for k, seen in enumerate(run(case, tmp_path)):
-        late = depth * (n - 1 - k)
+        late = depth * (n - 1 - (k if semantics == "stash" else 0))
         for kind in ("forward", "backward"):
             used = [version for name, _, version in seen["done"] if name == kind]
             assert used == [max(0, i - late) for i in range(case.num_minibatches)]

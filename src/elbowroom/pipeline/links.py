@@ -1,7 +1,7 @@
 """Tensors between workers: point to point over torch.distributed, beside compute.
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
-A thread per sender receives ahead of compute, into memory that was given back; another one holds
+A thread per sender receives ahead of compute, into memory that was given back; another thread holds
 what is being sent until it is.
 """
 
@@ -32,14 +32,14 @@ _DTYPES = (
 
 _MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
 _TENSOR_SIZE = 3 + _MOST_DIMENSIONS
-_HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
+_HEADER_SIZE = 1 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
+"""In place of the number of tensors: none will follow."""
 
 
 class Message(NamedTuple):
-    """Tensors of one minibatch, for which of them a gradient is needed, and a number."""
+    """Tensors of one minibatch, and for which of them a gradient is needed."""
 
-    label: int
     tensors: tuple[torch.Tensor, ...]
     needs_grad: tuple[bool, ...]
 
@@ -47,19 +47,25 @@ class Message(NamedTuple):
 class Links:
     """One worker's ends of its channels. ``sent_bytes[w]`` counts tensors to w, not headers.
 
-    ``sources`` are the workers that send to this one. Raises what ``torch.distributed`` raises
-    where no process group is there.
+    ``sides`` are the workers that send to this one: those of a side send the same, and what they
+    send shares memory. Each may be ``ahead`` messages ahead of what is read here; what comes then
+    stays with its sender. Raises what ``torch.distributed`` raises where no process group is there.
     """
 
-    def __init__(self, sources: Sequence[int]) -> None:
-        self._inboxes = {source: _Inbox(source) for source in sources}
+    def __init__(self, sides: Sequence[Sequence[int]], ahead: int = 1) -> None:
+        self._inboxes: dict[int, _Inbox] = {}
+        self._memories: list[_Memory] = []
+        for side in sides:
+            memory = _Memory()
+            self._memories.append(memory)
+            self._inboxes |= {source: _Inbox(source, memory, ahead) for source in side}
         self._outbox = _Outbox()
         self.sent_bytes: dict[int, int] = {}
 
-    def send(self, worker: int, label: int, tensors: Sequence[torch.Tensor]) -> None:
+    def send(self, worker: int, tensors: Sequence[torch.Tensor]) -> None:
         """Begin to send. The tensors must not change any more."""
         whole = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._outbox.send(worker, (_header(label, tensors), *whole))
+        self._outbox.send(worker, (_header(tensors), *whole))
         sent = sum(tensor.nbytes for tensor in whole)
         self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
 
@@ -72,16 +78,16 @@ class Links:
     @property
     def buffer_bytes(self) -> int:
         """Of tensors that lie where messages are received, used and spare."""
-        return sum(inbox.buffer_bytes for inbox in self._inboxes.values())
+        return sum(memory.num_bytes for memory in self._memories)
 
     def give_back(self, worker: int, message: Message) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
         self._inboxes[worker].give_back(message.tensors)
 
-    def close(self, targets: Sequence[int]) -> None:
-        """Wait until all is sent, tell ``targets`` so, and hear the same from the sources."""
-        for target in targets:
-            self._outbox.send(target, (_header(_CLOSE, ()),))
+    def close(self) -> None:
+        """Wait until all is sent, tell those who send to us so, and hear the same from them."""
+        for target in self._inboxes:
+            self._outbox.send(target, (torch.full((_HEADER_SIZE,), _CLOSE),))
         self._outbox.close()
         for inbox in self._inboxes.values():
             inbox.close()
@@ -149,29 +155,25 @@ class _Outbox:
 
 
 class _Inbox:
-    """Receives from one worker on a thread of its own."""
+    """Receives from one worker on a thread of its own, ``ahead`` messages before they are read."""
 
-    def __init__(self, source: int) -> None:
+    def __init__(self, source: int, memory: _Memory, ahead: int) -> None:
         self._source = source
+        self._memory = memory
+        self._room = threading.Semaphore(ahead)
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
-        self._spare: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
-        self._made: list[weakref.ref[torch.Tensor]] = []
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
         self._thread.start()
-
-    @property
-    def buffer_bytes(self) -> int:
-        return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
 
     def receive(self) -> Message:
         message = self._messages.get()
         if isinstance(message, Exception):
             raise PeerLostError(f"worker {self._source} ended: see its output") from message
+        self._room.release()
         return message
 
     def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
-        for tensor in tensors:
-            self._spare.put(tensor)
+        self._memory.give_back(tensors)
 
     def close(self) -> None:
         """Wait for the sender to close."""
@@ -182,25 +184,46 @@ class _Inbox:
         try:
             while True:
                 distributed.recv(header, self._source)
-                label, described = _parse(header.tolist())
-                if label == _CLOSE:
+                count, *fields = header.tolist()
+                if count == _CLOSE:
                     return
-                tensors = tuple(self._memory(one.shape, one.dtype) for one in described)
+                described = _parse(fields[: count * _TENSOR_SIZE])
+                self._room.acquire()
+                tensors = tuple(self._memory.take(one.shape, one.dtype) for one in described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
-                self._messages.put(Message(label, tensors, tuple(x.needs_grad for x in described)))
+                self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
         except Exception as error:  # handed to whoever waits for a message
             self._messages.put(error)
 
-    def _memory(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+
+class _Memory:
+    """Where messages of the same tensors are received, by some threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: list[torch.Tensor] = []
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Used and spare."""
+        return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+        with self._lock:
+            self._spare += tensors
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """What was given back, if it fits; what does not is let go."""
-        while not self._spare.empty():
-            tensor = self._spare.get()
-            if tensor.shape == shape and tensor.dtype == dtype:
-                return tensor
-        made = torch.empty(shape, dtype=dtype)
-        self._made = [*(one for one in self._made if one() is not None), weakref.ref(made)]
-        return made
+        with self._lock:
+            while self._spare:
+                tensor = self._spare.pop()
+                if tensor.shape == shape and tensor.dtype == dtype:
+                    return tensor
+            made = torch.empty(shape, dtype=dtype)
+            self._made = [*(one for one in self._made if one() is not None), weakref.ref(made)]
+            return made
 
 
 class _Described(NamedTuple):
@@ -211,9 +234,9 @@ class _Described(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _header(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Raises ElbowroomError for tensors that it cannot describe."""
-    fields = [label, len(tensors)]
+    fields = [len(tensors)]
     for tensor in tensors:
         if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in _DTYPES:
             raise ElbowroomError(
@@ -229,12 +252,11 @@ def _header(label: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.tensor(fields + [0] * (_HEADER_SIZE - len(fields)), dtype=torch.int64)
 
 
-def _parse(fields: list[int]) -> tuple[int, list[_Described]]:
-    label, count = fields[:2]
+def _parse(fields: list[int]) -> list[_Described]:
     described = []
-    for start in range(2, 2 + count * _TENSOR_SIZE, _TENSOR_SIZE):
+    for start in range(0, len(fields), _TENSOR_SIZE):
         dtype, needs_grad, num_dimensions, *shape = fields[start : start + _TENSOR_SIZE]
         described.append(
             _Described(_DTYPES[dtype], bool(needs_grad), tuple(shape[:num_dimensions]))
         )
-    return label, described
+    return described

@@ -43,6 +43,13 @@ class Done(NamedTuple):
     end: float
 
 
+class _Drained(NamedTuple):
+    """When the pipe was last empty: the next minibatch, and the newest version."""
+
+    minibatch: int
+    version: int
+
+
 @dataclass
 class _Flight:
     """A minibatch between its forward and its backward."""
@@ -121,6 +128,7 @@ class StageWorker:
         self.done: list[Done] = []
         self.busy_seconds = 0.0
         self._pipe = pipe
+        self._depth = depth
         self._warmup = pipe.warmup_forwards(self.number, depth)
         self._replica = worker - pipe.workers(self.number)[0]
         self._optimizer = optimizer
@@ -130,14 +138,13 @@ class StageWorker:
         self.versions = Versions(stage, self._options.semantics)
         self._before = tuple(pipe.workers(self.number - 1))
         self._behind = tuple(pipe.workers(self.number + 1))
-        self.links = Links((*self._before, *self._behind))
+        self.links = Links((self._before, self._behind), depth)
         self._replicas = Replicas(
             pipe.workers(self.number), worker, self.versions.trained, self._options.bucket_bytes
         )
         self._flights: deque[_Flight] = deque()
         self._gradients: dict[str, torch.Tensor] = {}
         self._num_fed = next_minibatch
-        self._last_used = 0
         self._begin_rounds()
 
     @property
@@ -187,13 +194,26 @@ class StageWorker:
     def close(self) -> None:
         """End the channels, after ``drain``. Every worker must call it."""
         self._replicas.close()
-        self.links.close((*self._before, *self._behind))
+        self.links.close()
 
     def _begin_rounds(self) -> None:
         """Nothing is on its way: all stages begin their next rounds with the same minibatch."""
-        self._drained_at = self.versions.newest
         whole = lcm(*self._pipe.replicas)
         self._num_fed = -(-self._num_fed // whole) * whole
+        self._drained_at = _Drained(self._num_fed, self.versions.newest)
+
+    def _version(self, minibatch: int) -> int:
+        """Of the weights that a forward uses, which is the next one here.
+
+        With ``vertical-sync``, the newest that counts no minibatch which the first stage's newest
+        does not count: a replica there has updated after each of its forwards but the first few.
+        """
+        if self._options.semantics != "vertical-sync":
+            return self.versions.newest
+        first, here = self._pipe.replicas[0], self._pipe.replicas[self.number]
+        begun = (minibatch - self._drained_at.minibatch) // first
+        rounds = max(0, begun - self._pipe.warmup_forwards(0, self._depth))
+        return self._drained_at.version + rounds * first // here
 
     def _feed(self, inputs: Tensors, targets: object) -> float | None:
         minibatch = self._num_fed
@@ -216,17 +236,11 @@ class StageWorker:
             self._update()
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
-        version, message = self.versions.newest, None
-        replicas = self._pipe.replicas[self.number]
-        label = (version - self._drained_at) * replicas  # minibatches it has learned from since
+        version, message = self._version(minibatch), None
         if self._before:
             message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
             inputs = (*map(_as_leaf, message.tensors, message.needs_grad), *inputs)
-            if self._options.semantics == "vertical-sync":
-                label = message.label
-                version = self._drained_at + label // replicas
         begin = time.perf_counter()
-        self._last_used = version
         leaves = self.versions.acquire(version)
         with self._randomness(minibatch), self._autocast():
             outputs = functional_call(self.stage, dict(leaves), inputs)
@@ -236,7 +250,7 @@ class StageWorker:
         self._flights.append(flight)
         self._note(Done("forward", minibatch, version, begin, time.perf_counter()))
         if self._behind:
-            self.links.send(self._pipe.worker(self.number + 1, minibatch), label, outputs)
+            self.links.send(self._pipe.worker(self.number + 1, minibatch), outputs)
             return None
         return float(outputs[0].detach())
 
@@ -264,7 +278,7 @@ class StageWorker:
                 for tensor, grad in zip(inputs, found, strict=False)
             ]
             worker = self._pipe.worker(self.number - 1, flight.minibatch)
-            self.links.send(worker, flight.version, back)
+            self.links.send(worker, back)
         self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
         end = time.perf_counter()
@@ -298,9 +312,11 @@ class StageWorker:
         begin = time.perf_counter()
         gradients = self._clip(self._replicas.agree(self._gradients))
         self._gradients = {}
-        # No minibatch yet to come asks for an older version than the last one did.
+        replicas = self._pipe.replicas[self.number]
+        upcoming = self._num_fed + (self._replica - self._num_fed) % replicas
         is_synced = self._options.semantics == "vertical-sync"
-        self.versions.step(self._optimizer, gradients, self._last_used if is_synced else None)
+        oldest_needed = self._version(upcoming) if is_synced else None
+        self.versions.step(self._optimizer, gradients, oldest_needed)
         if self._scheduler is not None:
             self._scheduler.step()
         self._note(Done("update", self._num_fed, self.versions.newest, begin, time.perf_counter()))
