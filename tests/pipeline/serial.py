@@ -49,7 +49,7 @@ def version_used(case: Case, stage: int, number: int) -> int:
 
 
 def train(case: Case) -> Trained:
-    """Minibatch after minibatch, each to its end. For ``stash`` and ``vertical-sync``."""
+    """Minibatch after minibatch, each to its end. For ``stash``, ``predict``, ``vertical-sync``."""
     masters = make_stages(case)
     optimizers = [make_optimizer(case, stage) for stage in masters]
     schedulers = [make_scheduler(optimizer) for optimizer in optimizers]
@@ -58,7 +58,7 @@ def train(case: Case) -> Trained:
     losses, begin = [], 0
     for number in range(case.num_minibatches):
         if number in case.breaks:
-            versions, begin = [[of_stage[-1]] for of_stage in versions], number
+            versions, begin = [[copy.deepcopy(stage)] for stage in masters], number
         stages = [
             copy.deepcopy(versions[k][version_used(case, k, number - begin)])
             for k in range(len(masters))
@@ -68,6 +68,7 @@ def train(case: Case) -> Trained:
             rounds[k].append([_gradient(parameter) for parameter in _trained(stage)])
             is_last = number + 1 in (*case.breaks, case.num_minibatches)
             if len(rounds[k]) == case.replicas[k] or is_last:
+                before = copy.deepcopy(masters[k])
                 _set_means(masters[k], rounds[k], case.replicas[k])
                 if case.clip_norm is not None:
                     limit = case.clip_norm / math.sqrt(len(masters))
@@ -76,7 +77,8 @@ def train(case: Case) -> Trained:
                 optimizers[k].zero_grad()
                 schedulers[k].step()
                 rounds[k] = []
-                versions[k].append(copy.deepcopy(masters[k]))
+                late = case.depth * warmup(case.replicas, k) if case.semantics == "predict" else 0
+                versions[k].append(_moved_on(before, masters[k], late))
     return Trained(losses, masters)
 
 
@@ -158,6 +160,15 @@ def _set_means(module: nn.Module, gradients: list[list[torch.Tensor]], replicas:
     means = (torch.cat(sums) / len(gradients)).split([p.numel() for p in last_first])
     for parameter, mean in zip(last_first, means, strict=True):
         parameter.grad = mean.view_as(parameter)
+
+
+def _moved_on(before: nn.Module, now: nn.Module, late: int) -> nn.Module:
+    """What a module will be after as many updates, each of which changes as much as the last."""
+    moved = copy.deepcopy(now)
+    with torch.no_grad():
+        for old, parameter in zip(before.parameters(), moved.parameters(), strict=True):
+            parameter.copy_(old.lerp(parameter, 1 + late))
+    return moved
 
 
 def _clip(stages: list[nn.Module], limit: float) -> None:

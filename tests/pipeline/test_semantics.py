@@ -104,17 +104,17 @@ def _planned_bytes(case: Case) -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("replicas", [*STRAIGHT, *REPLICATED], ids=str)
-@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+@pytest.mark.parametrize("semantics", ["stash", "predict", "vertical-sync"])
 def test_delayed_weights(
     run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
 ) -> None:
     optimizer = "adamw" if sum(replicas) % 2 else "sgd"
-    dtype = "float64" if semantics == "stash" else "float32"
+    dtype = "float32" if semantics == "vertical-sync" else "float64"
     check_delayed_weights(run, Case(replicas, semantics, optimizer, dtype, dropout=0.3), tmp_path)
 
 
 @pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1, 1)], ids=str)
-@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+@pytest.mark.parametrize("semantics", ["stash", "predict", "vertical-sync"])
 def test_delayed_weights_at_depth_2(
     run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
 ) -> None:
@@ -133,7 +133,7 @@ def check_delayed_weights(run: Run, case: Case, folder: Path) -> None:
         for kind, i, version in one["done"]
         if kind == "forward"
     }
-    rule: VersionRule = "stash" if case.semantics == "stash" else "vertical-sync"
+    rule: VersionRule = "vertical-sync" if case.semantics == "vertical-sync" else "stash"
     assert used == forward_versions(schedule, rule)
     assert [one["sent_bytes"] for one in seen] == _planned_bytes(case)
 
@@ -168,22 +168,22 @@ def test_naive_weights_differ(run: Run, tmp_path: Path) -> None:
     assert not _same_as_serial(case, tmp_path, seen, train(case))
 
 
-@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+@pytest.mark.parametrize("semantics", ["stash", "predict", "vertical-sync"])
 @pytest.mark.parametrize(("num_stages", "depth"), [(2, 1), (3, 1), (4, 1), (3, 2)])
 def test_versions_used_and_held(
     run: Run, tmp_path: Path, num_stages: int, depth: int, semantics: str
 ) -> None:
     """Stage k of n uses version max(0, i - (n-1-k)) and holds n-k at most (papers, section 2).
 
-    With vertical sync all do as the first.
+    With vertical sync all do as the first. Predicted weights lie beside those that are updated.
     """
     n, case = num_stages, Case((1,) * num_stages, semantics, depth=depth)
     for k, seen in enumerate(run(case, tmp_path)):
-        late = depth * (n - 1 - (k if semantics == "stash" else 0))
+        late = depth * (n - 1 - (0 if semantics == "vertical-sync" else k))
         for kind in ("forward", "backward"):
             used = [version for name, _, version in seen["done"] if name == kind]
             assert used == [max(0, i - late) for i in range(case.num_minibatches)]
-        assert seen["most_held"] == late + 1
+        assert seen["most_held"] == late + 1 + (semantics == "predict" and late > 0)
 
 
 def test_bytes_between_stages(run: Run, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_bytes_between_stages(run: Run, tmp_path: Path) -> None:
     assert _same_as_serial(case, tmp_path, seen, train(case))
 
 
-@pytest.mark.parametrize("semantics", ["stash", "vertical-sync"])
+@pytest.mark.parametrize("semantics", ["stash", "predict", "vertical-sync"])
 @pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 3)], ids=str)
 def test_drained_between(
     run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str

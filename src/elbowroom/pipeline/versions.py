@@ -1,7 +1,9 @@
 """Versions of a stage's weights: which one a minibatch runs with, and how long each is kept.
 
 PipeDream: arXiv 1806.03377 section 3.3, SOSP 2019 section 3.3. An update makes a new version;
-minibatches that are on their way keep the one that they were run forward with.
+minibatches that are on their way keep the one that they were run forward with. Predicted weights:
+SpecTrain (arXiv 1809.02839 section 3), here with what the last update changed, whatever optimizer
+made it, in place of the momentum of SGD.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from torch import nn
 
 from elbowroom.core.errors import InputError
 
-Semantics = Literal["stash", "vertical-sync", "flush", "naive"]
+Semantics = Literal["stash", "predict", "vertical-sync", "flush", "naive"]
 """Which version a minibatch uses at a stage.
 
-``stash``: forward and backward the one that was newest at its forward. ``vertical-sync``: the one
+``stash``: forward and backward the one that was newest at its forward. ``predict``: that one, moved
+on to where it will be when the minibatch's own gradients are applied. ``vertical-sync``: the one
 that was newest at the first stage. ``flush``: none is updated while a minibatch is on its way.
 ``naive``: at each pass the newest.
 """
@@ -33,7 +36,8 @@ class Versions:
 
     ``newest`` counts updates. The module's own parameters are the newest version, on which the
     optimizer works in place; a version that is still needed keeps its memory, and the parameters
-    move to memory that an older one has left. Parameters without a gradient are never copied.
+    move to memory that an older one has left. A predicted version has memory of its own. Parameters
+    without a gradient are never copied.
     """
 
     def __init__(self, module: nn.Module, semantics: Semantics = "stash") -> None:
@@ -48,9 +52,10 @@ class Versions:
         self._is_naive = semantics == "naive"
         self._parameters = dict(module.named_parameters())
         self._users: dict[int, int] = {}
-        self._spare: list[list[torch.Tensor]] = []
+        self._spare: list[dict[str, torch.Tensor]] = []
         self.newest = 0
         self._leaves: dict[int, Leaves] = {0: self._make_leaves()}
+        self._in_place: int | None = 0  # the version that lies where the parameters do
         self.most_held = 1
 
     @property
@@ -60,8 +65,8 @@ class Versions:
 
     @property
     def held(self) -> int:
-        """Versions in memory, the newest among them."""
-        return len(self._leaves)
+        """Versions in memory, the parameters among them."""
+        return len(self._leaves) + (self._in_place is None)
 
     def acquire(self, version: int) -> Leaves:
         """Parameters by name, as leaves of a graph, as they were; kept until ``release``.
@@ -81,21 +86,29 @@ class Versions:
         optimizer: torch.optim.Optimizer,
         gradients: Mapping[str, torch.Tensor],
         oldest_needed: int | None = None,
+        ahead: int = 0,
     ) -> None:
         """Update the parameters with these gradients: a new version.
 
         Versions in use stay, and those from ``oldest_needed`` on, which minibatches yet to come
-        will ask for.
+        will ask for. With ``ahead``, what they will use in place of the new version is where so
+        many more updates would lead, each of which changes as much as this one.
         """
         self._drop(self.newest + 1 if oldest_needed is None else oldest_needed)
-        if self.newest in self._leaves and not self._is_naive:
+        if self._in_place is not None and not self._is_naive:
             self._move_parameters()
+        predicted = self._copy() if ahead else None
         for name, parameter in self.trained.items():
             parameter.grad = gradients.get(name)
         optimizer.step()
         optimizer.zero_grad()
         self.newest += 1
-        self._leaves[self.newest] = self._make_leaves()
+        if predicted is None:
+            self._leaves[self.newest], self._in_place = self._make_leaves(), self.newest
+        else:
+            for name, parameter in self.trained.items():
+                predicted[name].lerp_(parameter.data, 1 + ahead)
+            self._leaves[self.newest] = self._make_leaves(predicted)
         self.most_held = max(self.most_held, self.held)
 
     def _drop(self, oldest_needed: int) -> None:
@@ -104,22 +117,34 @@ class Versions:
                 continue
             leaves = self._leaves.pop(version)
             self._users.pop(version, None)
-            if version != self.newest and not self._is_naive:
-                self._spare.append([leaves[name].data for name in self.trained])
+            if version == self._in_place:
+                self._in_place = None
+            elif not self._is_naive:
+                self._spare.append({name: leaves[name].data for name in self.trained})
 
     def _move_parameters(self) -> None:
-        """Away from the newest version's memory, which somebody still reads."""
-        parameters = list(self.trained.values())
-        if self._spare:
-            targets = self._spare.pop()
-        else:
-            targets = [torch.empty_like(p.data) for p in parameters]
-        for parameter, target in zip(parameters, targets, strict=True):
-            parameter.data = target.copy_(parameter.data)
+        """Away from the memory of a version that somebody still reads."""
+        for name, tensor in self._copy().items():
+            self._parameters[name].data = tensor
+        self._in_place = None
 
-    def _make_leaves(self) -> dict[str, torch.Tensor]:
-        """On the parameters' memory, which autograd does not watch: ``step`` must not change it."""
+    def _copy(self) -> dict[str, torch.Tensor]:
+        """Of the parameters as they are, in memory that nobody needs."""
+        trained = self.trained
+        if self._spare:
+            copy = self._spare.pop()
+        else:
+            copy = {name: torch.empty_like(p.data) for name, p in trained.items()}
+        return {name: copy[name].copy_(parameter.data) for name, parameter in trained.items()}
+
+    def _make_leaves(self, predicted: Mapping[str, torch.Tensor] | None = None) -> Leaves:
+        """On the parameters' memory, which autograd does not watch: ``step`` must not change it.
+
+        Where something is ``predicted``, on that.
+        """
+        tensors = {name: parameter.data for name, parameter in self._parameters.items()}
+        tensors |= predicted or {}
         return {
-            name: parameter.data.requires_grad_(parameter.requires_grad)
-            for name, parameter in self._parameters.items()
+            name: tensor.requires_grad_(self._parameters[name].requires_grad)
+            for name, tensor in tensors.items()
         }

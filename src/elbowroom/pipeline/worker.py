@@ -1,9 +1,9 @@
 """One worker of a pipeline: runs its stage on minibatch after minibatch, one forward, one backward.
 
 PipeDream: arXiv 1806.03377 section 3; SOSP 2019 section 3. Every worker is told of every minibatch
-and does what is its own: with ``stash``, ``vertical-sync`` and ``naive`` weights a call of
-``train_step`` feeds one minibatch into the pipe and none waits for it to come back; ``drain`` lets
-all come back. With ``flush``, each call feeds microbatches, drains the pipe and updates once.
+and does what is its own: a call of ``train_step`` feeds one minibatch into the pipe and none waits
+for it to come back; ``drain`` lets all come back. With ``flush`` weights, each call feeds
+microbatches, drains the pipe and updates once.
 """
 
 from __future__ import annotations
@@ -316,7 +316,9 @@ class StageWorker:
         upcoming = self._num_fed + (self._replica - self._num_fed) % replicas
         is_synced = self._options.semantics == "vertical-sync"
         oldest_needed = self._version(upcoming) if is_synced else None
-        self.versions.step(self._optimizer, gradients, oldest_needed)
+        is_predicted = self._options.semantics == "predict"
+        ahead = len(self._flights) if is_predicted else 0  # before the next one's own update
+        self.versions.step(self._optimizer, gradients, oldest_needed, ahead)
         if self._scheduler is not None:
             self._scheduler.step()
         self._note(Done("update", self._num_fed, self.versions.newest, begin, time.perf_counter()))
