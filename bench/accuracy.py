@@ -2,10 +2,12 @@
 
     python -m bench.accuracy [--seeds 3] [--epochs 20] [--rates 0.01 0.02 0.05]
 
-Two stages against DistributedDataParallel, from the same weights, on the same minibatches, with an
-update for each: the share of digits right that neither has trained with, after each epoch. Epochs
-to an accuracy are those of the mean of all seeds, and may differ by one. What older weights cost
-grows with the learning rate, hence several. Draws ``docs/figures/accuracy.svg``.
+Two stages against DistributedDataParallel, from the same weights, on the same minibatches: the
+share of digits right that neither has trained with, after each epoch. Data parallel training is as
+in the paper, where each worker has a minibatch of its own and an update follows all of them; and
+with half of each minibatch on each worker, so that it updates as often as the pipeline. Epochs to
+an accuracy are those of the mean of all seeds, and may differ by one. What older weights cost grows
+with the learning rate, hence several. Draws ``docs/figures/accuracy.svg``.
 """
 
 from __future__ import annotations
@@ -37,7 +39,12 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     args = parser.parse_args()
     plan, path = plan_two_stages(digits, GIGABIT)
-    methods = {"stash": ("ours", "--plan", str(path)), "data parallel": ("data-parallel",)}
+    methods = {
+        "stash": ("ours", "--plan", str(path)),
+        "predict": ("ours", "--plan", str(path), "--semantics", "predict"),
+        "data parallel, a minibatch each": ("double-batch",),
+        "data parallel, half a minibatch each": ("data-parallel",),
+    }
     outcome: dict[str, Any] = {"cut": plan.stages[1].layers[0]}
     curves: dict[float, Curves] = {}
     for rate in args.rates:
@@ -90,7 +97,7 @@ def draw(curves: dict[float, Curves]) -> None:
         1, len(curves), figsize=(10, 3.2), sharey=True, layout="constrained", squeeze=False
     )
     for ax, (rate, methods) in zip(axes[0], curves.items(), strict=True):
-        for color, (name, of) in zip(("C0", "C1"), methods.items(), strict=True):
+        for color, (name, of) in zip(("C0", "C2", "C1", "C3"), methods.items(), strict=True):
             for one in of:
                 ax.plot(range(1, len(one) + 1), one, color=color, alpha=0.3, linewidth=0.8)
             ax.plot(range(1, len(of[0]) + 1), mean(of), color=color, label=name)

@@ -1,7 +1,7 @@
 """One of two workers of ``bench.peers`` and ``bench.accuracy``: trains a model, by us or by a peer.
 
-Every method updates the weights once for each minibatch that the model's module makes, by its
-optimizer. The last worker prints what was asked for as a line of JSON.
+Methods update the weights once for each minibatch that the model's module makes, by its optimizer;
+``double-batch`` once for two. The last worker prints what was asked for as a line of JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from elbowroom.core.pipeline_plan import read_pipeline_plan
 from elbowroom.pipeline.checkpoint import Checkpoint
 from elbowroom.pipeline.training import Pipeline, SchedulerFunction
+from elbowroom.pipeline.worker import StageOptions
 
 WARM_UP = 5
 
@@ -72,10 +73,14 @@ def measure(module: ModuleType, training: Iterator[Weights], epoch: int) -> dict
 def ours(
     module: ModuleType, model: nn.Module, batches: Batches, args: argparse.Namespace
 ) -> Iterator[Weights]:
-    """1F1B with stashed weights; at each yield the last stage is done with a minibatch."""
-    plan = read_pipeline_plan(args.plan)
+    """1F1B; at each yield the last stage is done with a minibatch."""
     pipeline = Pipeline(
-        model, plan, module.make_optimizer, module.loss_fn, None, scheduler_fn(module, args.steps)
+        model,
+        read_pipeline_plan(args.plan),
+        module.make_optimizer,
+        module.loss_fn,
+        StageOptions(args.semantics),
+        scheduler_fn(module, args.steps),
     )
 
     def put_weights(target: nn.Module) -> None:
@@ -90,30 +95,46 @@ def ours(
 def data_parallel(
     module: ModuleType, model: nn.Module, batches: Batches, args: argparse.Namespace
 ) -> Iterator[Weights]:
-    """DistributedDataParallel: each worker has half of a minibatch."""
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    optimizer = module.make_optimizer(parallel.parameters())
-    scheduler = scheduler_fn(module, args.steps)(optimizer)
-
-    def put_weights(target: nn.Module) -> None:
-        target.load_state_dict(model.state_dict())
-
-    for inputs, targets in batches:
-        half = len(inputs) // 2
-        mine = slice(half) if distributed.get_rank() == 0 else slice(half, None)
-        optimizer.zero_grad()
-        module.loss_fn(parallel(inputs[mine]), targets[mine]).backward()
-        optimizer.step()
-        scheduler.step()
-        yield put_weights
+    """DistributedDataParallel: each worker has half of each minibatch."""
+    rank = distributed.get_rank()
+    halves = ((x.tensor_split(2)[rank], y.tensor_split(2)[rank]) for x, y in batches)
+    return _in_parallel(module, model, halves, args.steps)
 
 
 def double_batch(
     module: ModuleType, model: nn.Module, batches: Batches, args: argparse.Namespace
 ) -> Iterator[Weights]:
-    """The same with two minibatches to an update, one for each worker, as in the paper."""
-    twice = ((torch.cat((x, x)), torch.cat((y, y))) for x, y in batches)
-    return data_parallel(module, model, twice, args)
+    """The same with an update for two minibatches, one of each worker, as in the paper."""
+    return _in_parallel(module, model, _every_second(batches), args.steps // 2)
+
+
+def _every_second(batches: Batches) -> Iterator[tuple[Any, Any] | None]:
+    """Of two minibatches this worker's, when both are there."""
+    for first in batches:
+        yield None
+        if (second := next(batches, None)) is not None:
+            yield (first, second)[distributed.get_rank()]
+
+
+def _in_parallel(
+    module: ModuleType, model: nn.Module, mine: Iterator[tuple[Any, Any] | None], num_updates: int
+) -> Iterator[Weights]:
+    """``mine`` gives what this worker learns from with each minibatch of the run, if anything."""
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = module.make_optimizer(parallel.parameters())
+    scheduler = scheduler_fn(module, num_updates)(optimizer)
+
+    def put_weights(target: nn.Module) -> None:
+        target.load_state_dict(model.state_dict())
+
+    for batch in mine:
+        if batch is not None:
+            inputs, targets = batch
+            optimizer.zero_grad()
+            module.loss_fn(parallel(inputs), targets).backward()
+            optimizer.step()
+            scheduler.step()
+        yield put_weights
 
 
 def pipelining(
@@ -159,6 +180,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a module of bench.models")
     parser.add_argument("--steps", type=int, required=True, help="minibatches")
     parser.add_argument("--plan", type=Path, help="of ours")
+    parser.add_argument("--semantics", default="stash", help="of our weights")
     parser.add_argument("--cut", help="the layer with which the second stage of a peer begins")
     parser.add_argument("--microbatches", type=int, help="of the other pipeline")
     parser.add_argument("--checkpoints", type=Path, help="an empty folder, if ours has epochs")

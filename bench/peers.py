@@ -34,17 +34,16 @@ Seconds = dict[str, float]
 
 
 class Method(NamedTuple):
-    """A command line of ``bench.peer_worker``, whose minibatches are ``scale`` of the model's."""
+    """A command line of ``bench.peer_worker``."""
 
     name: str
     command: tuple[str, ...]
-    scale: int = 1
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="even")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS])
     args = parser.parse_args()
     write_result("peers", {name: compare(name, args.repeats, args.steps) for name in args.models})
@@ -56,7 +55,7 @@ def compare(model: str, num_rounds: int, num_steps: int) -> dict[str, Any]:
     methods = [
         Method("ours", ("ours", "--plan", str(path))),
         Method("data parallel", ("data-parallel",)),
-        Method("data parallel, double batch", ("double-batch",), scale=2),
+        Method("data parallel, double batch", ("double-batch",)),
         *pipelines("pipelining, split by hand", MODELS[model].HAND_MADE_CUT),
         *pipelines("pipelining, split as ours", cut),
     ]
@@ -101,7 +100,7 @@ def train(hosts: tuple[Host, Host], model: str, method: Method, num_steps: int) 
     kind, *flags = method.command
     command = ("bench.peer_worker", kind, model, "--steps", str(num_steps), *flags)
     seconds: float = run_workers(hosts, *command)["seconds"]
-    return seconds / method.scale
+    return seconds
 
 
 def floor(plan: PipelinePlan, bits_per_second: int | None) -> float:

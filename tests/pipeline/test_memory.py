@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from operator import add
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,7 @@ is one stage of replicas."""
         Case("conv", (2, 1), "momentum"),
         Case("blocks", (1, 1, 1), "momentum"),
         Case("blocks", (1, 1, 1), "momentum", "vertical-sync"),
+        Case("blocks", (1, 1, 1), "momentum", "predict"),
         Case("blocks", (1, 1), "adamw", "flush", microbatches=4),
         Case("blocks", (3,), "adamw"),
     ],
@@ -74,7 +76,10 @@ def make_plan(case: Case, graph: LayerGraph) -> PipelinePlan:
 
 
 def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
-    """Of each worker: the plan's, or that of another schedule."""
+    """Of each worker: the plan's, or that of another schedule.
+
+    Where weights are predicted, those that are updated lie beside them.
+    """
     replicas = plan.replicas
     if case.semantics == "flush":
         num_minibatches = NUM_MINIBATCHES * case.microbatches
@@ -87,6 +92,13 @@ def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
         assert expected == tuple(
             stage.memory_bytes for stage in plan.stages for _ in range(stage.replicas)
         )
+    if case.semantics == "predict":
+        size = {layer.name: layer.parameter_bytes for layer in graph.layers}
+        beside = (
+            stage.in_flight > 1 and sum(map(size.__getitem__, stage.layers))
+            for stage in plan.stages
+        )
+        return list(map(add, expected, beside))
     return list(expected)
 
 
