@@ -77,8 +77,9 @@ def train(case: Case) -> Trained:
                 optimizers[k].zero_grad()
                 schedulers[k].step()
                 rounds[k] = []
-                late = case.depth * warmup(case.replicas, k) if case.semantics == "predict" else 0
-                versions[k].append(_moved_on(before, masters[k], late))
+                late = case.depth * warmup(case.replicas, k)
+                ahead = 2 * late if case.semantics == "predict" else 0
+                versions[k].append(_moved_on(before, masters[k], ahead))
     return Trained(losses, masters)
 
 
@@ -162,12 +163,12 @@ def _set_means(module: nn.Module, gradients: list[list[torch.Tensor]], replicas:
         parameter.grad = mean.view_as(parameter)
 
 
-def _moved_on(before: nn.Module, now: nn.Module, late: int) -> nn.Module:
+def _moved_on(before: nn.Module, now: nn.Module, ahead: int) -> nn.Module:
     """What a module will be after as many updates, each of which changes as much as the last."""
     moved = copy.deepcopy(now)
     with torch.no_grad():
         for old, parameter in zip(before.parameters(), moved.parameters(), strict=True):
-            parameter.copy_(old.lerp(parameter, 1 + late))
+            parameter.copy_(old.lerp(parameter, 1 + ahead))
     return moved
 
 

@@ -2,8 +2,8 @@
 
 PipeDream: arXiv 1806.03377 section 3.3, SOSP 2019 section 3.3. An update makes a new version;
 minibatches that are on their way keep the one that they were run forward with. Predicted weights:
-SpecTrain (arXiv 1809.02839 section 3), here with what the last update changed, whatever optimizer
-made it, in place of the momentum of SGD.
+SpecTrain (arXiv 1809.02839 section 3) and linear weight prediction (arXiv 2003.11666 section 3), of
+what the last update changed, whatever optimizer made it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ Semantics = Literal["stash", "predict", "vertical-sync", "flush", "naive"]
 """Which version a minibatch uses at a stage.
 
 ``stash``: forward and backward the one that was newest at its forward. ``predict``: that one, moved
-on to where it will be when the minibatch's own gradients are applied. ``vertical-sync``: the one
-that was newest at the first stage. ``flush``: none is updated while a minibatch is on its way.
+on towards where it will be when the minibatch's own gradients are applied. ``vertical-sync``: the
+one that was newest at the first stage. ``flush``: none is updated while a minibatch is on its way.
 ``naive``: at each pass the newest.
 """
 
 SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
+
+HORIZON = 2
+"""Times as far as the updates that are missing: arXiv 2003.11666 finds that better than 1, and so do
+our own runs (docs/training.md)."""
 
 Leaves = Mapping[str, torch.Tensor]
 

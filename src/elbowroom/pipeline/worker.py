@@ -26,7 +26,7 @@ from elbowroom.core.pipe import BUCKET_BYTES, Pipe
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
 from elbowroom.pipeline.links import Links, Message
 from elbowroom.pipeline.replicas import Replicas
-from elbowroom.pipeline.versions import Leaves, Semantics, Versions
+from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
 
 Tensors = tuple[torch.Tensor, ...]
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -316,8 +316,8 @@ class StageWorker:
         upcoming = self._num_fed + (self._replica - self._num_fed) % replicas
         is_synced = self._options.semantics == "vertical-sync"
         oldest_needed = self._version(upcoming) if is_synced else None
-        is_predicted = self._options.semantics == "predict"
-        ahead = len(self._flights) if is_predicted else 0  # before the next one's own update
+        missing = len(self._flights)  # updates, before that of the next minibatch
+        ahead = HORIZON * missing if self._options.semantics == "predict" else 0
         self.versions.step(self._optimizer, gradients, oldest_needed, ahead)
         if self._scheduler is not None:
             self._scheduler.step()
