@@ -2,8 +2,8 @@
 
 PipeDream: arXiv 1806.03377 section 3.3, SOSP 2019 section 3.3. An update makes a new version;
 minibatches that are on their way keep the one that they were run forward with. Predicted weights:
-SpecTrain (arXiv 1809.02839 section 3) and linear weight prediction (arXiv 2003.11666 section 3), of
-what the last update changed, whatever optimizer made it.
+SpecTrain (arXiv 1809.02839) and linear weight prediction (arXiv 2003.11666), from what the last
+update changed, whatever optimizer made it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ one that was newest at the first stage. ``flush``: none is updated while a minib
 SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 
 HORIZON = 2
-"""Times as far as the updates that are missing: arXiv 2003.11666 finds that better than 1, and so do
-our own runs (docs/training.md)."""
+"""Predicted weights go so many times as far as the missing updates would if each changed as much as
+the last one: better than 1 where it was tried (docs/training.md)."""
 
 Leaves = Mapping[str, torch.Tensor]
 
