@@ -61,8 +61,6 @@ def test_of_a_file(tmp_path: Path) -> None:
 def test_what_is_derived() -> None:
     assert str(PLAN) == "3-1"
     assert (PLAN.num_workers, PLAN.noam, PLAN.speedup) == (4, 2, 2.0)
-    assert not PLAN.is_straight
-    assert not PLAN.is_data_parallel
     assert PLAN.traffic[0].saved == 0.75
     assert LevelTraffic("none", 0, 0).saved == 0.0
     assert str(PLAN.levels[0]) == "4 x 10 Gbit/s"

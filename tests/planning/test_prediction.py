@@ -57,8 +57,7 @@ def test_layers_without_time() -> None:
 def test_all_layers_on_all_workers(sizes: tuple[int, ...]) -> None:
     levels = tuple(Level(size, TEN_GBIT) for size in sizes)
     plan = plan_data_parallel(EVEN, levels)
-    assert plan.is_data_parallel
-    assert plan.num_workers == 4
+    assert plan.replicas == (4,)
     assert plan.seconds == pytest.approx(plan.data_parallel.seconds)
 
 

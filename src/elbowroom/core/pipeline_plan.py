@@ -203,14 +203,6 @@ class PipelinePlan:
         return -(-self.num_workers // self.stages[0].replicas)
 
     @property
-    def is_data_parallel(self) -> bool:
-        return len(self.stages) == 1 and self.stages[0].replicas > 1
-
-    @property
-    def is_straight(self) -> bool:
-        return all(stage.replicas == 1 for stage in self.stages)
-
-    @property
     def speedup(self) -> float:
         """Over data parallel training on all workers."""
         return self.data_parallel.seconds / self.seconds if self.seconds else 1.0
