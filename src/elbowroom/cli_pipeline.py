@@ -17,6 +17,7 @@ from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import (
     OPTIMIZERS,
     OVERLAPS,
+    PLANNED_SEMANTICS,
     SYNCS,
     Level,
     PipelineOptions,
@@ -85,6 +86,13 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="whose state and gradients count in memory (default adamw, which "
         "elbowroom.pipeline trains with; none: as in the papers)",
     )
+    plan.add_argument(
+        "--semantics",
+        choices=PLANNED_SEMANTICS,
+        default="stash",
+        help="of the weights: those of a minibatch's forward are kept (default), or predicted, "
+        "which takes one version more",
+    )
     plan.add_argument("--straight", action="store_true", help="one worker for each stage")
     plan.add_argument("--fewer-workers", action="store_true", help="some may stay idle")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
@@ -102,6 +110,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         fewer_workers=args.fewer_workers,
         depth=args.depth,
         optimizer=None if args.optimizer == "none" else args.optimizer,
+        semantics=args.semantics,
     )
     graph = read_layer_graph(args.profile)
     if args.bandwidth is not None:

@@ -45,14 +45,18 @@ def loss_fn(outputs, targets):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A script, its profile, and straight plans for 2 and 3 workers, of depths 1 and 2."""
+    """A script, its profile, and straight plans for 2 and 3 workers, of depths 1 and 2.
+
+    The first is for predicted weights.
+    """
     folder = tmp_path_factory.mktemp("training")
     script, profile = folder / "train.py", folder / "profile.json"
     script.write_text(SCRIPT)
     measure = ["profile-model", str(script), "--out", str(profile), "--seconds", "0.2"]
     assert cli.main([*measure, "--threads", "1"]) == 0
-    for workers, depth in (("2", "1"), ("3", "2")):
+    for workers, depth, semantics in (("2", "1", "predict"), ("3", "2", "stash")):
         plan = ["plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
+        plan += ["--semantics", semantics]
         out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
         assert cli.main([*plan, *out]) == 0
     return folder
@@ -70,22 +74,23 @@ def start(
     )
 
 
-CLIPPED = ("flush", "--microbatches", "4", "--clip-norm", "5", "--autocast", "bf16")
+CLIPPED = ("--semantics", "flush", "--microbatches", "4", "--clip-norm", "5", "--autocast", "bf16")
 
 
-@pytest.mark.parametrize("semantics", [("stash",), CLIPPED], ids=str)
+@pytest.mark.parametrize("semantics", [(), CLIPPED], ids=str)
 def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, ...]) -> None:
     trace = tmp_path / "trace.json"
-    flags = ("--steps", "150", "--semantics", *semantics, "--lr", "0.01", "--trace", str(trace))
+    flags = ("--steps", "150", *semantics, "--lr", "0.01", "--trace", str(trace))
     process = start(files, 3, "plan3.json", *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)
     assert float(last) < 0.5 * float(first)
     assert "150 minibatches in" in said
+    assert f"weights: {'flush' if semantics else 'stash'}\n" in said
     plan = json.loads((files / "plan3.json").read_text())
     predicted = f"{plan['seconds']:.6f} s planned, {plan['simulated_seconds']:.6f} s simulated, "
-    assert (predicted in said) == (semantics == ("stash",))
+    assert (predicted in said) == (not semantics)
     pace = re.search(r"([\d.]+) s measured while the pipe was full: ([\d.]+) samples/s", said)
     assert pace is not None, said
     assert float(pace[1]) * float(pace[2]) == pytest.approx(16, rel=1e-2)
@@ -93,8 +98,8 @@ def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, 
     events = json.loads(trace.read_text())["traceEvents"]
     drawn = [event["name"] for event in events if event["ph"] == "X"]
     late = {e["args"]["version"] - 100 for e in events if e["name"] == "forward 100"}
-    assert semantics != ("stash",) or late == {-4, -2, 0}
-    parts = 1 if semantics == ("stash",) else 4
+    assert semantics or late == {-4, -2, 0}
+    parts = 4 if semantics else 1
     for kind in ("forward", "backward"):
         assert sum(name.startswith(kind) for name in drawn) == 3 * 150 * parts
     assert sum(name.startswith("update") for name in drawn) == 3 * 150
@@ -145,6 +150,7 @@ def test_a_script_with_an_optimizer_and_a_schedule(files: Path, tmp_path: Path) 
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert said.count("5 updates to come") == 2
+    assert "weights: predict\n" in said  # as planned
     script = load_script(tmp_path / "train.py")
     trained, fresh = script.make_model(1), script.make_model(0)
     newest = newest_checkpoint(tmp_path / "checkpoints")

@@ -189,6 +189,8 @@ def naive_plan(
         is_replicated = replicas > 1 or len(levels) > 1
         each, once = naive_memory(graph, cuts, cuts[first], cuts[last], is_replicated, options)
         held = in_flight * each + once
+        if options.semantics == "predict" and in_flight > 1:
+            held += sum(graph.layers[index].parameter_bytes for index in inside)
         limit = options.memory_limit_bytes
         if limit is not None and held > limit:
             return None

@@ -176,6 +176,7 @@ option_sets = st.builds(
     fewer_workers=st.booleans(),
     depth=st.integers(1, 3),
     optimizer=st.sampled_from([None, "sgd", "momentum", "adamw"]),
+    semantics=st.sampled_from(["stash", "predict"]),
 )
 bandwidths = st.sampled_from([1e8, 1e9, 4e9, 1e12])
 

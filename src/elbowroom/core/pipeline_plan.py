@@ -15,9 +15,13 @@ Overlap = Literal["max", "sum"]
 
 Optimizer = Literal["sgd", "momentum", "adamw"]
 
+PlannedSemantics = Literal["stash", "predict"]
+"""Of weights, in a plan: see ``pipeline.versions``, which has more."""
+
 SYNCS: tuple[Sync, ...] = get_args(Sync)
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+PLANNED_SEMANTICS: tuple[PlannedSemantics, ...] = get_args(PlannedSemantics)
 _FORMAT, _VERSION = "elbowroom pipeline plan", 1
 
 
@@ -60,6 +64,8 @@ class PipelineOptions:
         optimizer: whose state counts in a worker's memory, and with it gradients, what passes take
             for a while, and messages. None counts what the papers do: versions of weights and what
             minibatches in flight keep.
+        semantics: of the weights, by which a run goes that is not told others. Predicted ones take
+            a version more where minibatches are on their way behind the one at work.
 
     Raises InputError for values that are none of these.
 
@@ -72,12 +78,14 @@ class PipelineOptions:
     fewer_workers: bool = False
     depth: int = 1
     optimizer: Optimizer | None = None
+    semantics: PlannedSemantics = "stash"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("sync", self.sync, SYNCS),
             ("overlap", self.overlap, OVERLAPS),
             ("optimizer", self.optimizer, (None, *OPTIMIZERS)),
+            ("semantics", self.semantics, PLANNED_SEMANTICS),
         ):
             if value not in known:
                 raise InputError(f"{name} '{value}' is not one of {', '.join(map(str, known))}")

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
     parser.add_argument("--plan", type=Path, required=True, help="of plan-pipeline --json")
     parser.add_argument("--steps", type=int, required=True, help="minibatches")
-    parser.add_argument("--semantics", choices=SEMANTICS, default="stash")
+    parser.add_argument("--semantics", choices=SEMANTICS, help="of weights (default: the plan's)")
     parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
     parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
     parser.add_argument("--clip-norm", type=float, help="of the gradients over all stages")
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
+    args.semantics = args.semantics or plan.options.semantics
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     try:

@@ -103,7 +103,8 @@ def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: i
     sent = sum(pipeline.sent_bytes.values())
     mine = torch.tensor([[pipeline.busy_seconds, float(sent)]], dtype=torch.float64)
     gathered = torch.cat(_tables_of_all(mine))
-    lines = [f"{num_steps} minibatches in {seconds:.1f} s", _pace(pipeline, progress)]
+    whole = f"{num_steps} minibatches in {seconds:.1f} s, weights: {pipeline.semantics}"
+    lines = [whole, _pace(pipeline, progress)]
     for number, (busy_seconds, sent_bytes) in enumerate(gathered.tolist()):
         lines.append(
             f"worker {number}, stage {pipeline.pipe.stages[number]}: "

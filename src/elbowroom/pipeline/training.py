@@ -34,7 +34,7 @@ class Pipeline:
         plan: as many workers as the process group has, stages of this model's layers.
         optimizer_fn: of the parameters of a stage, such as ``partial(torch.optim.AdamW, lr=1e-3)``.
         loss_fn: of the model's outputs and the targets, a mean over a minibatch.
-        options: see ``StageOptions``.
+        options: see ``StageOptions``; by default with the plan's semantics.
         scheduler_fn: of the optimizer; it steps after every update of the stage.
 
     Raises InputError for a plan of another number of workers; the first ``train_step`` raises
@@ -64,7 +64,7 @@ class Pipeline:
         self._optimizer_fn = optimizer_fn
         self._scheduler_fn = scheduler_fn
         self._loss_fn = loss_fn
-        self._options = options
+        self._options = options or StageOptions(plan.options.semantics)
         self._traced: TracedModel
         self._stage: Stage
         self._optimizer: torch.optim.Optimizer
@@ -79,7 +79,7 @@ class Pipeline:
 
     @property
     def semantics(self) -> Semantics:
-        return (self._options or StageOptions()).semantics
+        return self._options.semantics
 
     @property
     def stage(self) -> Stage:

@@ -218,7 +218,7 @@ def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ..
         parameter_bytes=int(cuts.parameter_bytes[stop] - cuts.parameter_bytes[start]),
         sync_bytes=0,
         transfer_bytes=0,
-        fixed_bytes=int(search.fixed_bytes(start, stop, group.num_units)),
+        fixed_bytes=int(search.fixed_bytes(start, stop, in_flight, group.num_units)),
     )
 
 

@@ -74,19 +74,23 @@ class StageCost:
         """For each minibatch in flight: a version of the weights, and what it keeps."""
         return self._weights(start, stops) + self._kept(start, stops)
 
-    def fixed_bytes(self, start: int, stops: slice | int, num_units: int) -> Integers:
+    def fixed_bytes(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> Integers:
         """What a worker holds once: what is live beside ``minibatch_bytes`` when most is.
 
-        Optimizer state; of the minibatch that is worked on, what its pass takes, or the update
-        after it, instead of what it keeps; messages: at depth 1 an activation and a gradient that
-        come ahead of time (no more can, in 1F1B), a gradient that is read and one on its way out.
-        Replicas have gradients in buckets as well, and room to receive one. Nothing without an
-        optimizer, as in the papers.
+        The weights that are updated, where minibatches use predicted ones; optimizer state; of the
+        minibatch that is worked on, what its pass takes, or the update after it, instead of what it
+        keeps; messages: at depth 1 an activation and a gradient that come ahead of time (no more
+        can, in 1F1B), a gradient that is read and one on its way out. Replicas have gradients in
+        buckets as well, and room to receive one. Without an optimizer the first alone counts, as in
+        the papers.
         """
         cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
         weights = self._weights(start, stops)
+        is_predicted = (self.options.semantics == "predict") & np.greater(in_flight, 1)
         if needs is None or optimizer is None:
-            return np.zeros_like(weights)
+            return is_predicted * weights
         kept_before = needs.kept_bytes[start]
         at_end = needs.loose_bytes[stops]
         is_replicated = num_units > 1 or len(self.levels) > 1
@@ -98,7 +102,8 @@ class StageCost:
         bucket = np.minimum(weights, np.maximum(BUCKET_BYTES, largest))
         most = np.maximum(np.maximum(passing, returning + at_end), updating)
         fixed: Integers = (
-            _STATES[optimizer] * weights
+            is_predicted * weights
+            + _STATES[optimizer] * weights
             + (cuts.crossing_bytes[start] + most - self._kept(start, stops))
             + is_replicated * (weights + bucket)
             + (self.options.depth * cuts.crossing_bytes[start] + cuts.returned_bytes[start])
@@ -111,7 +116,7 @@ class StageCost:
     ) -> Integers:
         """Of a worker of a stage on ``num_units`` units, with so many minibatches in flight."""
         held: Integers = in_flight * self.minibatch_bytes(start, stops)
-        return held + self.fixed_bytes(start, stops, num_units)
+        return held + self.fixed_bytes(start, stops, in_flight, num_units)
 
     def _weights(self, start: int, stops: slice | int) -> Integers:
         weights: Integers = self.cuts.parameter_bytes[stops] - self.cuts.parameter_bytes[start]
