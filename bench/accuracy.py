@@ -3,7 +3,7 @@
     python -m bench.accuracy [--seeds 3] [--epochs 20] [--rates 0.01 0.02 0.05]
 
 Two stages against DistributedDataParallel, from the same weights, on the same minibatches: the
-share of digits right that neither has trained with, after each epoch. Data parallel training is as
+share of digits right that none has trained with, after each epoch. Data parallel training is as
 in the paper, where each worker has a minibatch of its own and an update follows all of them; and
 with half of each minibatch on each worker, so that it updates as often as the pipeline. Epochs to
 an accuracy are those of the mean of all seeds, and may differ by one. What older weights cost grows
@@ -102,7 +102,8 @@ def draw(curves: dict[float, Curves]) -> None:
                 ax.plot(range(1, len(one) + 1), one, color=color, alpha=0.3, linewidth=0.8)
             ax.plot(range(1, len(of[0]) + 1), mean(of), color=color, label=name)
         label(ax, f"learning rate {rate}", "epochs", "held-out digits right")
-    axes[0][0].legend()
+    axes[0][0].set_ylim(0.4, 1.0)
+    axes[0][0].legend(fontsize="small")
     save(figure, "accuracy")
 
 

@@ -22,7 +22,7 @@ loss_fn = functional.cross_entropy
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, num_steps: int) -> LinearLR:
-    """Falls to nothing: at a constant rate both methods jump by more than they differ."""
+    """Falls to nothing: at a constant rate all methods jump by more than they differ."""
     return LinearLR(optimizer, 1.0, 0.0, num_steps)
 
 

@@ -41,6 +41,27 @@ def lets_go_of_what_was_sent(number: int, size: int) -> None:
     links.close()
 
 
+def receives_no_more_than_it_may(number: int, size: int) -> None:
+    """Some messages ahead, and those that come later lie where earlier ones did."""
+    links, other = Links([[1 - number]], ahead=2), 1 - number
+    shapes = ((3,), (5, 7))
+    message_bytes = sum(torch.empty(shape).nbytes for shape in shapes)
+    for k in range(6):
+        links.send(other, [torch.full(shape, float(k)) for shape in shapes])
+    deadline = time.monotonic() + 30
+    while links.buffer_bytes < 2 * message_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert links.buffer_bytes == 2 * message_bytes
+    for k in range(6):
+        message = links.receive(other)
+        assert [tensor.unique().tolist() for tensor in message.tensors] == [[k], [k]]
+        links.give_back(other, message)
+        assert links.buffer_bytes <= 3 * message_bytes
+        del message
+    links.close()
+
+
 def adds_up_in_a_ring(number: int, size: int) -> None:
     """Of any length, part p from worker p on; each part moves 2(m-1) times."""
     ring, workers = Ring(range(size), number), range(size)

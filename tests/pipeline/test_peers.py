@@ -11,7 +11,13 @@ from tests.pipeline.members import run_together
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("lets_go_of_what_was_sent", 2), ("adds_up_in_a_ring", 3), ("agrees", 2)]
+    ("name", "size"),
+    [
+        ("lets_go_of_what_was_sent", 2),
+        ("receives_no_more_than_it_may", 2),
+        ("adds_up_in_a_ring", 3),
+        ("agrees", 2),
+    ],
 )
 def test_peers(tmp_path: Path, name: str, size: int) -> None:
     command = (sys.executable, "-m", "tests.pipeline.peers", name, str(tmp_path))

@@ -27,7 +27,7 @@ from tests.pipeline.serial import Trained, train, train_flushed
 from tests.planning.pipelines import chain
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
-REPLICATED = [(2, 1), (1, 2), (2, 2), (3, 1), (2, 1, 1)]
+REPLICATED = [(2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 1, 1)]
 
 Run = Callable[[Case, Path], list[dict[str, Any]]]
 
@@ -198,7 +198,7 @@ def test_bytes_between_stages(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("semantics", ["stash", "predict", "vertical-sync"])
-@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("replicas", [(1, 1, 1), (2, 1), (1, 3), (2, 3)], ids=str)
 def test_drained_between(
     run: Run, tmp_path: Path, replicas: tuple[int, ...], semantics: str
 ) -> None:

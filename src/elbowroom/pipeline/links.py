@@ -172,7 +172,7 @@ class _Inbox:
         self._room.release()
         return message
 
-    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+    def give_back(self, tensors: tuple[torch.Tensor, ...]) -> None:
         self._memory.give_back(tensors)
 
     def close(self) -> None:
@@ -189,7 +189,7 @@ class _Inbox:
                     return
                 described = _parse(fields[: count * _TENSOR_SIZE])
                 self._room.acquire()
-                tensors = tuple(self._memory.take(one.shape, one.dtype) for one in described)
+                tensors = self._memory.take(described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
                 self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
@@ -202,7 +202,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spare: list[torch.Tensor] = []
+        self._spare: list[tuple[torch.Tensor, ...]] = []
         self._made: list[weakref.ref[torch.Tensor]] = []
 
     @property
@@ -210,20 +210,21 @@ class _Memory:
         """Used and spare."""
         return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
 
-    def give_back(self, tensors: Sequence[torch.Tensor]) -> None:
+    def give_back(self, tensors: tuple[torch.Tensor, ...]) -> None:
         with self._lock:
-            self._spare += tensors
+            self._spare.append(tensors)
 
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """What was given back, if it fits; what does not is let go."""
+    def take(self, described: Sequence[_Described]) -> tuple[torch.Tensor, ...]:
+        """Those of a message that was given back, if all fit; what does not is let go."""
         with self._lock:
             while self._spare:
-                tensor = self._spare.pop()
-                if tensor.shape == shape and tensor.dtype == dtype:
-                    return tensor
-            made = torch.empty(shape, dtype=dtype)
-            self._made = [*(one for one in self._made if one() is not None), weakref.ref(made)]
-            return made
+                tensors = self._spare.pop()
+                if [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in described]:
+                    return tensors
+            tensors = tuple(torch.empty(one.shape, dtype=one.dtype) for one in described)
+            kept = [made for made in self._made if made() is not None]
+            self._made = [*kept, *map(weakref.ref, tensors)]
+            return tensors
 
 
 class _Described(NamedTuple):

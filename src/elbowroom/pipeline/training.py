@@ -34,7 +34,7 @@ class Pipeline:
         plan: as many workers as the process group has, stages of this model's layers.
         optimizer_fn: of the parameters of a stage, such as ``partial(torch.optim.AdamW, lr=1e-3)``.
         loss_fn: of the model's outputs and the targets, a mean over a minibatch.
-        options: see ``StageOptions``; by default with the plan's semantics.
+        options: see ``StageOptions``; if there are none, the semantics are the plan's.
         scheduler_fn: of the optimizer; it steps after every update of the stage.
 
     Raises InputError for a plan of another number of workers; the first ``train_step`` raises

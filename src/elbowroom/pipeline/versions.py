@@ -21,16 +21,17 @@ Semantics = Literal["stash", "predict", "vertical-sync", "flush", "naive"]
 """Which version a minibatch uses at a stage.
 
 ``stash``: forward and backward the one that was newest at its forward. ``predict``: that one, moved
-on towards where it will be when the minibatch's own gradients are applied. ``vertical-sync``: the
-one that was newest at the first stage. ``flush``: none is updated while a minibatch is on its way.
-``naive``: at each pass the newest.
+on by what the last update changed, ``HORIZON`` times for each update to come before the minibatch's
+own. ``vertical-sync``: the one that was newest at the first stage. ``flush``: none is updated while
+a minibatch is on its way. ``naive``: at each pass the newest.
 """
 
 SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 
 HORIZON = 2
 """Predicted weights go so many times as far as the missing updates would if each changed as much as
-the last one: better than 1 where it was tried (docs/training.md)."""
+the last one. In trials on both models of docs/training.md, 2 did better than 1 (the example's loss
+after 500 minibatches: 0.88 and 0.93)."""
 
 Leaves = Mapping[str, torch.Tensor]
 

@@ -82,9 +82,9 @@ class StageCost:
         The weights that are updated, where minibatches use predicted ones; optimizer state; of the
         minibatch that is worked on, what its pass takes, or the update after it, instead of what it
         keeps; messages: at depth 1 an activation and a gradient that come ahead of time (no more
-        can, in 1F1B), a gradient that is read and one on its way out. Replicas have gradients in
-        buckets as well, and room to receive one. Without an optimizer the first alone counts, as in
-        the papers.
+        can in a straight pipeline; of replicas each may send one ahead, which is not counted), a
+        gradient that is read and one on its way out. Replicas have gradients in buckets as well,
+        and room to receive one. Without an optimizer the first alone counts, as in the papers.
         """
         cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
         weights = self._weights(start, stops)

@@ -8,7 +8,7 @@ assumed of how they were made.
   at stage k, which keeps d (n-1-k) + 1 versions (arXiv 1806.03377, where the depth d is 1). In a
   flushed schedule there is one.
 - ``vertical-sync``: all stages take the version that the input stage has at the forward, which
-  travels with the minibatch: in a straight pipeline max(0, i - d (n-1)), and d (n-1) + 1 versions
+  each counts by itself: in a straight pipeline max(0, i - d (n-1)), and d (n-1) + 1 versions
   at each stage. Where stages update after rounds of different lengths, a stage takes its newest
   version that counts no minibatch which the input stage's does not count.
 - ``naive``: whatever the newest version is, also in the backward: one version, wrong gradients.
