@@ -44,21 +44,28 @@ class Message(NamedTuple):
     needs_grad: tuple[bool, ...]
 
 
+class Side(NamedTuple):
+    """Workers that send the same to one, and for how many messages it has memory from the first."""
+
+    workers: Sequence[int]
+    num_messages: int
+
+
 class Links:
     """One worker's ends of its channels. ``sent_bytes[w]`` counts tensors to w, not headers.
 
-    ``sides`` are the workers that send to this one: those of a side send the same, and what they
-    send shares memory. Each may be ``ahead`` messages ahead of what is read here; what comes then
-    stays with its sender. Raises what ``torch.distributed`` raises where no process group is there.
+    ``sides`` are the workers that send to this one. Each may be ``ahead`` messages ahead of what is
+    read here; what comes then stays with its sender. Raises what ``torch.distributed`` raises where
+    no process group is there.
     """
 
-    def __init__(self, sides: Sequence[Sequence[int]], ahead: int = 1) -> None:
+    def __init__(self, sides: Sequence[Side], ahead: int = 1) -> None:
         self._inboxes: dict[int, _Inbox] = {}
         self._memories: list[_Memory] = []
         for side in sides:
-            memory = _Memory()
+            memory = _Memory(side.num_messages)
             self._memories.append(memory)
-            self._inboxes |= {source: _Inbox(source, memory, ahead) for source in side}
+            self._inboxes |= {source: _Inbox(source, memory, ahead) for source in side.workers}
         self._outbox = _Outbox()
         self.sent_bytes: dict[int, int] = {}
 
@@ -198,9 +205,13 @@ class _Inbox:
 
 
 class _Memory:
-    """Where messages of the same tensors are received, by some threads."""
+    """Where messages of the same tensors are received, by some threads.
 
-    def __init__(self) -> None:
+    There is room for ``num_messages`` as soon as the first one says how large they are.
+    """
+
+    def __init__(self, num_messages: int) -> None:
+        self._num_messages = num_messages
         self._lock = threading.Lock()
         self._spare: list[tuple[torch.Tensor, ...]] = []
         self._made: list[weakref.ref[torch.Tensor]] = []
@@ -221,10 +232,12 @@ class _Memory:
                 tensors = self._spare.pop()
                 if [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in described]:
                     return tensors
-            tensors = tuple(torch.empty(one.shape, dtype=one.dtype) for one in described)
-            kept = [made for made in self._made if made() is not None]
-            self._made = [*kept, *map(weakref.ref, tensors)]
-            return tensors
+            for _ in range(1 if self._made else self._num_messages):
+                tensors = tuple(torch.empty(one.shape, dtype=one.dtype) for one in described)
+                self._spare.append(tensors)
+                kept = [made for made in self._made if made() is not None]
+                self._made = [*kept, *map(weakref.ref, tensors)]
+            return self._spare.pop()
 
 
 class _Described(NamedTuple):

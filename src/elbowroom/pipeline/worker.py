@@ -24,7 +24,7 @@ from torch.func import functional_call
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import BUCKET_BYTES, Pipe
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
-from elbowroom.pipeline.links import Links, Message
+from elbowroom.pipeline.links import Links, Message, Side
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
 
@@ -138,7 +138,8 @@ class StageWorker:
         self.versions = Versions(stage, self._options.semantics)
         self._before = tuple(pipe.workers(self.number - 1))
         self._behind = tuple(pipe.workers(self.number + 1))
-        self.links = Links((self._before, self._behind), depth)
+        activations = Side(self._before, self._warmup + 1 + depth)  # in flight, and ahead
+        self.links = Links((activations, Side(self._behind, 1 + depth)), depth)
         self._replicas = Replicas(
             pipe.workers(self.number), worker, self.versions.trained, self._options.bucket_bytes
         )
