@@ -89,7 +89,7 @@ class Links:
 
     def give_back(self, worker: int, message: Message) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
-        self._inboxes[worker].give_back(message.tensors)
+        self._inboxes[worker].memory.give_back(message.tensors)
 
     def close(self) -> None:
         """Wait until all is sent, tell those who send to us so, and hear the same from them."""
@@ -166,7 +166,7 @@ class _Inbox:
 
     def __init__(self, source: int, memory: _Memory, ahead: int) -> None:
         self._source = source
-        self._memory = memory
+        self.memory = memory
         self._room = threading.Semaphore(ahead)
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
@@ -178,9 +178,6 @@ class _Inbox:
             raise PeerLostError(f"worker {self._source} ended: see its output") from message
         self._room.release()
         return message
-
-    def give_back(self, tensors: tuple[torch.Tensor, ...]) -> None:
-        self._memory.give_back(tensors)
 
     def close(self) -> None:
         """Wait for the sender to close."""
@@ -196,7 +193,7 @@ class _Inbox:
                     return
                 described = _parse(fields[: count * _TENSOR_SIZE])
                 self._room.acquire()
-                tensors = self._memory.take(described)
+                tensors = self.memory.take(described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
                 self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
@@ -232,11 +229,12 @@ class _Memory:
                 tensors = self._spare.pop()
                 if [(x.shape, x.dtype) for x in tensors] == [(x.shape, x.dtype) for x in described]:
                     return tensors
-            for _ in range(1 if self._made else self._num_messages):
-                tensors = tuple(torch.empty(one.shape, dtype=one.dtype) for one in described)
-                self._spare.append(tensors)
-                kept = [made for made in self._made if made() is not None]
-                self._made = [*kept, *map(weakref.ref, tensors)]
+            self._spare = [
+                tuple(torch.empty(one.shape, dtype=one.dtype) for one in described)
+                for _ in range(1 if self._made else self._num_messages)
+            ]
+            alive = [made for made in self._made if made() is not None]
+            self._made = [*alive, *(weakref.ref(x) for tensors in self._spare for x in tensors)]
             return self._spare.pop()
 
 

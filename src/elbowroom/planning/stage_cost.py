@@ -82,15 +82,15 @@ class StageCost:
         The weights that are updated, where minibatches use predicted ones; optimizer state; of the
         minibatch that is worked on, what its pass takes, or the update after it, instead of what it
         keeps; messages: at depth 1 an activation and a gradient that come ahead of time (no more
-        can in a straight pipeline; of replicas each may send one ahead, which is not counted), a
-        gradient that is read and one on its way out. Replicas have gradients in buckets as well,
-        and room to receive one. Without an optimizer the first alone counts, as in the papers.
+        can in a straight pipeline; what more may lie next to replicas is not counted), a gradient
+        that is read and one on its way out. Replicas have gradients in buckets as well, and room to
+        receive one. Without an optimizer the first alone counts, as in the papers.
         """
         cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
         weights = self._weights(start, stops)
-        is_predicted = (self.options.semantics == "predict") & np.greater(in_flight, 1)
+        updated = weights * ((self.options.semantics == "predict") & np.greater(in_flight, 1))
         if needs is None or optimizer is None:
-            return is_predicted * weights
+            return updated
         kept_before = needs.kept_bytes[start]
         at_end = needs.loose_bytes[stops]
         is_replicated = num_units > 1 or len(self.levels) > 1
@@ -102,7 +102,7 @@ class StageCost:
         bucket = np.minimum(weights, np.maximum(BUCKET_BYTES, largest))
         most = np.maximum(np.maximum(passing, returning + at_end), updating)
         fixed: Integers = (
-            is_predicted * weights
+            updated
             + _STATES[optimizer] * weights
             + (cuts.crossing_bytes[start] + most - self._kept(start, stops))
             + is_replicated * (weights + bucket)
