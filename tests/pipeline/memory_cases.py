@@ -59,7 +59,7 @@ def conv() -> Model:
         conv = nn.Conv2d(before, width, 3, padding=1)
         layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
         layers += [nn.MaxPool2d(2)] if number % 2 else []
-    layers += [nn.Flatten(), nn.Linear(64 * 8 * 8, 512), nn.ReLU(), nn.Linear(512, 10)]
+    layers += [nn.Flatten(), nn.Linear(64 * 8 * 8, 256), nn.ReLU(), nn.Linear(256, 10)]
     return Model(
         nn.Sequential(*layers),
         lambda: (torch.randn(16, 3, 64, 64), torch.randint(0, 10, (16,))),

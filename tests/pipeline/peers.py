@@ -16,48 +16,75 @@ import numpy as np
 import torch
 from torch import distributed
 
-from elbowroom.pipeline.links import Links, Side
+from elbowroom.pipeline.links import Link
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.ring import Ring
+
+_SHAPES = ((3,), (5, 7))
 
 
 def lets_go_of_what_was_sent(number: int, size: int) -> None:
     """Long before the end, while others are sent."""
-    links, other = Links([Side([1 - number], 1)], ahead=20), 1 - number
+    link = Link([1 - number], ahead=20, num_messages=1)
     memory = [np.full(50, float(k)) for k in range(20)]
-    for array in memory:
-        links.send(other, (torch.from_numpy(array),))
-    for array in memory:
-        message = links.receive(other)
+    for k, array in enumerate(memory):
+        link.send(k, (torch.from_numpy(array),))
+    for k, array in enumerate(memory):
+        message = link.receive(k)
         assert torch.equal(message.tensors[0], torch.from_numpy(array))
-        links.give_back(other, message)
+        link.give_back(message)
     sent = [weakref.ref(array) for array in memory]
     del memory, array
-    for _ in range(50):
-        links.send(other, ())
-        links.receive(other)
+    for k in range(20, 70):
+        link.send(k, ())
+        link.receive(k)
         time.sleep(0.01)
     assert all(array() is None for array in sent)
-    links.close()
+    link.close()
 
 
 def receives_no_more_than_it_may(number: int, size: int) -> None:
-    """Two messages ahead, and those that come later lie where earlier ones did."""
-    links, other = Links([Side([1 - number], 3)], ahead=2), 1 - number
-    shapes = ((3,), (5, 7))
-    message_bytes = sum(torch.empty(shape).nbytes for shape in shapes)
-    for k in range(6):
-        links.send(other, [torch.full(shape, float(k)) for shape in shapes])
-    time.sleep(0.2)
+    """Two messages ahead, and those that come later lie where earlier ones did.
+
+    Two workers take turns with minibatches in front of one that has the memory.
+    """
+    if number:
+        link = Link([0], stride=2)
+        for k in range(number - 1, 12, 2):
+            link.send(k, [torch.full(shape, float(k)) for shape in _SHAPES])
+        link.close()
+        return
+    link = Link([1, 2], ahead=2, num_messages=3)
+    message_bytes = sum(torch.empty(shape).nbytes for shape in _SHAPES)
     places = set()
-    for k in range(6):
-        message = links.receive(other)
+    for k in range(12):
+        message = link.receive(k)
+        time.sleep(0.05)
         assert [tensor.unique().tolist() for tensor in message.tensors] == [[k], [k]]
-        assert links.buffer_bytes == 3 * message_bytes
+        assert link.buffer_bytes == 3 * message_bytes
         places.add(message.tensors[1].data_ptr())
-        links.give_back(other, message)
+        link.give_back(message)
     assert len(places) <= 3
-    links.close()
+    link.close()
+
+
+def waits_until_no_more_are_unsent(number: int, size: int) -> None:
+    """One worker reads what another sends only after a while."""
+    link = Link([1 - number])
+    if number:
+        time.sleep(0.3)
+        for k in range(4):
+            link.give_back(link.receive(k))
+        link.close()
+        return
+    memory = [np.full(1 << 20, float(k)) for k in range(4)]
+    held = [weakref.ref(array) for array in memory]
+    while memory:
+        link.send(len(held) - len(memory), (torch.from_numpy(memory.pop(0)),))
+    assert all(array() is not None for array in held)
+    link.wait_until_sent(but=1)
+    assert sum(array() is not None for array in held) <= 1
+    link.close()
 
 
 def adds_up_in_a_ring(number: int, size: int) -> None:

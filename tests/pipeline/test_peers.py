@@ -14,7 +14,8 @@ from tests.pipeline.members import run_together
     ("name", "size"),
     [
         ("lets_go_of_what_was_sent", 2),
-        ("receives_no_more_than_it_may", 2),
+        ("receives_no_more_than_it_may", 3),
+        ("waits_until_no_more_are_unsent", 2),
         ("adds_up_in_a_ring", 3),
         ("agrees", 2),
     ],

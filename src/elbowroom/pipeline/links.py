@@ -1,8 +1,8 @@
 """Tensors between workers: point to point over torch.distributed, beside compute.
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
-A thread per sender receives ahead of compute, into memory that was given back; another thread holds
-what is being sent until it is.
+A thread per sender receives ahead of compute, into memory that was given back; one per stage next
+to this one holds what is being sent until it is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,9 +32,9 @@ _DTYPES = (
 
 _MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
 _TENSOR_SIZE = 3 + _MOST_DIMENSIONS
-_HEADER_SIZE = 1 + _MOST_TENSORS * _TENSOR_SIZE
+_HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
-"""In place of the number of tensors: none will follow."""
+"""In place of the minibatch: none will follow."""
 
 
 class Message(NamedTuple):
@@ -44,60 +44,69 @@ class Message(NamedTuple):
     needs_grad: tuple[bool, ...]
 
 
-class Side(NamedTuple):
-    """Workers that send the same to one, and for how many messages it has memory from the first."""
+class Link:
+    """One worker's ends of its channels to the workers of a stage next to its own.
 
-    workers: Sequence[int]
-    num_messages: int
+    They take turns: minibatch i is worker ``workers[i % len(workers)]``'s. This worker has each
+    ``stride``-th, and reads messages in the order of minibatches; the next ``ahead`` of these are
+    received before they are read, whoever sends them, and later ones stay with their senders. So
+    ``num_messages``, for which memory is made when the first one comes, are never exceeded where
+    not more than ``num_messages - ahead`` are kept here.
 
-
-class Links:
-    """One worker's ends of its channels. ``sent_bytes[w]`` counts tensors to w, not headers.
-
-    ``sides`` are the workers that send to this one. Each may be ``ahead`` messages ahead of what is
-    read here; what comes then stays with its sender. Raises what ``torch.distributed`` raises where
-    no process group is there.
+    Raises what ``torch.distributed`` raises where no process group is there.
     """
 
-    def __init__(self, sides: Sequence[Side], ahead: int = 1) -> None:
-        self._inboxes: dict[int, _Inbox] = {}
-        self._memories: list[_Memory] = []
-        for side in sides:
-            memory = _Memory(side.num_messages)
-            self._memories.append(memory)
-            self._inboxes |= {source: _Inbox(source, memory, ahead) for source in side.workers}
+    def __init__(
+        self, workers: Sequence[int], stride: int = 1, ahead: int = 1, num_messages: int = 1
+    ) -> None:
+        self._workers = workers
+        self._stride = stride
+        self._ahead = ahead
+        self._memory = _Memory(num_messages)
+        self._window = _Window()
+        self._inboxes = {worker: _Inbox(worker, self._memory, self._window) for worker in workers}
         self._outbox = _Outbox()
-        self.sent_bytes: dict[int, int] = {}
-
-    def send(self, worker: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Begin to send. The tensors must not change any more."""
-        whole = tuple(tensor.detach().contiguous() for tensor in tensors)
-        self._outbox.send(worker, (_header(tensors), *whole))
-        sent = sum(tensor.nbytes for tensor in whole)
-        self.sent_bytes[worker] = self.sent_bytes.get(worker, 0) + sent
-
-    def receive(self, worker: int) -> Message:
-        """The next message of ``worker``. Raises PeerLostError when it is gone."""
-        message = self._inboxes[worker].receive()
-        self._outbox.let_go()
-        return message
+        self.sent_bytes: Counter[int] = Counter()
+        """To each worker, of tensors, not headers."""
 
     @property
     def buffer_bytes(self) -> int:
         """Of tensors that lie where messages are received, used and spare."""
-        return sum(memory.num_bytes for memory in self._memories)
+        return self._memory.num_bytes
 
-    def give_back(self, worker: int, message: Message) -> None:
+    def send(self, minibatch: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Begin to send. The tensors must not change any more."""
+        worker = self._worker(minibatch)
+        whole = tuple(tensor.detach().contiguous() for tensor in tensors)
+        self._outbox.send(worker, (_header(minibatch, tensors), *whole))
+        self.sent_bytes[worker] += sum(tensor.nbytes for tensor in whole)
+
+    def wait_until_sent(self, but: int = 0) -> None:
+        """All except the last few messages. Raises PeerLostError when a worker is gone."""
+        self._outbox.wait(but)
+
+    def receive(self, minibatch: int) -> Message:
+        """What was sent of it. Raises PeerLostError when its worker is gone."""
+        self._window.open(minibatch + (self._ahead - 1) * self._stride)
+        message = self._inboxes[self._worker(minibatch)].receive()
+        self._window.open(minibatch + self._ahead * self._stride)
+        self._outbox.let_go()
+        return message
+
+    def give_back(self, message: Message) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
-        self._inboxes[worker].memory.give_back(message.tensors)
+        self._memory.give_back(message.tensors)
 
     def close(self) -> None:
-        """Wait until all is sent, tell those who send to us so, and hear the same from them."""
-        for target in self._inboxes:
-            self._outbox.send(target, (torch.full((_HEADER_SIZE,), _CLOSE),))
+        """Wait until all is sent, tell the workers so, and hear the same from them."""
+        for worker in self._workers:
+            self._outbox.send(worker, (torch.full((_HEADER_SIZE,), _CLOSE),))
         self._outbox.close()
         for inbox in self._inboxes.values():
             inbox.close()
+
+    def _worker(self, minibatch: int) -> int:
+        return self._workers[minibatch % len(self._workers)]
 
 
 class _Sending(NamedTuple):
@@ -134,13 +143,19 @@ class _Outbox:
         while self._kept and self._kept[0][0].sent.is_set():
             self._kept.popleft()
 
-    def close(self) -> None:
-        """Wait until all is sent. Raises PeerLostError where it could not be."""
-        self._begun.put(None)
-        self._thread.join()
-        self.let_go()
+    def wait(self, but: int) -> None:
+        """Until all except the last few are sent. Raises PeerLostError where one cannot be."""
+        while len(self._kept) > but:
+            self._kept[0][0].sent.wait()
+            self.let_go()
         if self._failure is not None:
             raise self._failure
+
+    def close(self) -> None:
+        """Raises PeerLostError where something could not be sent."""
+        self.wait(0)
+        self._begun.put(None)
+        self._thread.join()
 
     def _run(self) -> None:
         while self._finish_oldest():
@@ -161,13 +176,30 @@ class _Outbox:
         return True
 
 
-class _Inbox:
-    """Receives from one worker on a thread of its own, ``ahead`` messages before they are read."""
+class _Window:
+    """Up to which minibatch messages may be received: the same for all who send."""
 
-    def __init__(self, source: int, memory: _Memory, ahead: int) -> None:
+    def __init__(self) -> None:
+        self._last = -1
+        self._changed = threading.Condition()
+
+    def open(self, last: int) -> None:
+        with self._changed:
+            self._last = max(self._last, last)
+            self._changed.notify_all()
+
+    def wait(self, minibatch: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: minibatch <= self._last)
+
+
+class _Inbox:
+    """Receives from one worker on a thread of its own, as far ahead as the window allows."""
+
+    def __init__(self, source: int, memory: _Memory, window: _Window) -> None:
         self._source = source
-        self.memory = memory
-        self._room = threading.Semaphore(ahead)
+        self._memory = memory
+        self._window = window
         self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
         self._thread.start()
@@ -176,7 +208,6 @@ class _Inbox:
         message = self._messages.get()
         if isinstance(message, Exception):
             raise PeerLostError(f"worker {self._source} ended: see its output") from message
-        self._room.release()
         return message
 
     def close(self) -> None:
@@ -188,12 +219,12 @@ class _Inbox:
         try:
             while True:
                 distributed.recv(header, self._source)
-                count, *fields = header.tolist()
-                if count == _CLOSE:
+                minibatch, count, *fields = header.tolist()
+                if minibatch == _CLOSE:
                     return
                 described = _parse(fields[: count * _TENSOR_SIZE])
-                self._room.acquire()
-                tensors = self.memory.take(described)
+                self._window.wait(minibatch)
+                tensors = self._memory.take(described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
                 self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
@@ -246,9 +277,9 @@ class _Described(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _header(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _header(minibatch: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Raises ElbowroomError for tensors that it cannot describe."""
-    fields = [len(tensors)]
+    fields = [minibatch, len(tensors)]
     for tensor in tensors:
         if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in _DTYPES:
             raise ElbowroomError(

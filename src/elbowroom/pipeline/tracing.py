@@ -128,19 +128,23 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     ways: list[Callable[[nn.Module, Call], ModelGraph]] = [_symbolic, _exported]
     if type(model).forward is nn.Sequential.forward:
         ways = [_sequential]
-    failures: list[Exception] = []
+    failures: list[str] = []
     for way in ways:
         try:
             with untouched(model):
                 graph = way(model, as_call(inputs))
                 outcome = _outcome(model, graph.run, inputs)
         except Exception as error:
-            failures.append(error)
+            failures.append(f"{_first_line(error)}{_where(error)}")
             continue
         if _agree(reference, outcome):
             return graph
-        failures.append(ValueError("what was traced computes something else than the model"))
-    raise _untraceable(model, failures)
+        failures.append("what was traced computes something else than the model")
+    raise UntraceableModelError(
+        f"the forward of {type(model).__name__} cannot be traced: {'; then '.join(failures)}. "
+        "Build the model as nn.Sequential of blocks, each of which is then one layer, or write the "
+        "forward without it"
+    )
 
 
 class _Tracer(fx.Tracer):
@@ -194,8 +198,11 @@ def _symbolic(model: nn.Module, call: Call) -> ModelGraph:
 
 def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGraph:
     tracer = _Tracer(call, children_are_leaves)
-    with untouched(model):  # tensors that the tracer finds in a forward become attributes
-        module = fx.GraphModule(model, tracer.trace(model))
+    try:
+        with untouched(model):  # tensors that the tracer finds in a forward become attributes
+            module = fx.GraphModule(model, tracer.trace(model))
+    finally:
+        del tracer.call  # a tracer refers to itself, and would hold the batch until collected
     return ModelGraph(module, tuple(tracer.traced_keys), None, False)
 
 
@@ -253,14 +260,6 @@ def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
     one, other = (x.detach().double().nan_to_num() for x in (one, other))
     return bool((one - other).norm() <= tolerance * one.norm())
-
-
-def _untraceable(model: nn.Module, failures: list[Exception]) -> UntraceableModelError:
-    reasons = "; then ".join(f"{_first_line(error)}{_where(error)}" for error in failures)
-    return UntraceableModelError(
-        f"the forward of {type(model).__name__} cannot be traced: {reasons}. Build the model as "
-        "nn.Sequential of blocks, each of which is then one layer, or write the forward without it"
-    )
 
 
 def _first_line(error: Exception) -> str:

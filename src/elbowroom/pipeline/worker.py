@@ -24,7 +24,7 @@ from torch.func import functional_call
 from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import BUCKET_BYTES, Pipe
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
-from elbowroom.pipeline.links import Links, Message, Side
+from elbowroom.pipeline.links import Link, Message
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
 
@@ -136,10 +136,9 @@ class StageWorker:
         self._loss_fn = loss_fn
         self._options = options or StageOptions()
         self.versions = Versions(stage, self._options.semantics)
-        self._before = tuple(pipe.workers(self.number - 1))
-        self._behind = tuple(pipe.workers(self.number + 1))
-        activations = Side(self._before, self._warmup + 1 + depth)  # in flight, and ahead
-        self.links = Links((activations, Side(self._behind, 1 + depth)), depth)
+        self._before = self._link(self.number - 1, num_kept=self._warmup + 1)
+        self._behind = self._link(self.number + 1, num_kept=1)
+        self._links = [link for link in (self._before, self._behind) if link is not None]
         self._replicas = Replicas(
             pipe.workers(self.number), worker, self.versions.trained, self._options.bucket_bytes
         )
@@ -156,12 +155,16 @@ class StageWorker:
     @property
     def sent_bytes(self) -> dict[int, int]:
         """Of tensors, to each other worker: activations, gradients of them and of weights."""
-        return {**self.links.sent_bytes, **self._replicas.sent_bytes}
+        sent = dict(self._replicas.sent_bytes)
+        for link in self._links:
+            sent |= link.sent_bytes
+        return sent
 
     @property
     def buffer_bytes(self) -> int:
         """Where other threads receive."""
-        return self.links.buffer_bytes + self._replicas.buffer_bytes
+        of_links = sum(link.buffer_bytes for link in self._links)
+        return of_links + self._replicas.buffer_bytes
 
     def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
@@ -195,7 +198,14 @@ class StageWorker:
     def close(self) -> None:
         """End the channels, after ``drain``. Every worker must call it."""
         self._replicas.close()
-        self.links.close()
+        for link in self._links:
+            link.close()
+
+    def _link(self, stage: int, num_kept: int) -> Link | None:
+        """To the workers of a stage, if there is one."""
+        workers = self._pipe.workers(stage)
+        stride = self._pipe.replicas[self.number]
+        return Link(workers, stride, self._depth, num_kept + self._depth) if workers else None
 
     def _begin_rounds(self) -> None:
         """Nothing is on its way: all stages begin their next rounds with the same minibatch."""
@@ -238,32 +248,34 @@ class StageWorker:
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
         version, message = self._version(minibatch), None
-        if self._before:
-            message = self.links.receive(self._pipe.worker(self.number - 1, minibatch))
+        if self._before is not None:
+            message = self._before.receive(minibatch)
             inputs = (*map(_as_leaf, message.tensors, message.needs_grad), *inputs)
         begin = time.perf_counter()
         leaves = self.versions.acquire(version)
         with self._randomness(minibatch), self._autocast():
             outputs = functional_call(self.stage, dict(leaves), inputs)
-            if not self._behind:
+            if self._behind is None:
                 outputs = (self._loss_fn(outputs, targets),)
         flight = _Flight(minibatch, version, leaves, inputs, outputs, message)
         self._flights.append(flight)
         self._note(Done("forward", minibatch, version, begin, time.perf_counter()))
-        if self._behind:
-            self.links.send(self._pipe.worker(self.number + 1, minibatch), outputs)
-            return None
-        return float(outputs[0].detach())
+        if self._behind is None:
+            return float(outputs[0].detach())
+        self._behind.send(minibatch, outputs)
+        return None
 
     def _backward(self, flight: _Flight) -> None:
         """Gradients of a minibatch: its inputs' go to the stage before, its weights' are kept."""
         message = None
         outputs = [tensor for tensor in flight.outputs if tensor.requires_grad]
-        if self._behind:
-            message = self.links.receive(self._pipe.worker(self.number + 1, flight.minibatch))
+        if self._behind is not None:
+            message = self._behind.receive(flight.minibatch)
             given = list(message.tensors)
         else:
             given = [torch.full_like(loss, 1 / self._options.microbatches) for loss in outputs]
+        if self._before is not None:
+            self._before.wait_until_sent(but=self._depth)
         begin = time.perf_counter()
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}
@@ -273,13 +285,12 @@ class StageWorker:
             self._replicas.tell(1)
         with self._replicas.watch(leaves if is_round else {}):
             found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
-        if self._before:
+        if self._before is not None:
             back = [
                 torch.zeros_like(tensor) if grad is None else grad
                 for tensor, grad in zip(inputs, found, strict=False)
             ]
-            worker = self._pipe.worker(self.number - 1, flight.minibatch)
-            self.links.send(worker, back)
+            self._before.send(flight.minibatch, back)
         self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
         end = time.perf_counter()
@@ -290,14 +301,12 @@ class StageWorker:
         self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
     ) -> None:
         """Memory of what was received, unless a gradient that is still needed lies in it."""
-        if flight.message is not None:
-            source = self._pipe.worker(self.number - 1, flight.minibatch)
-            self.links.give_back(source, flight.message)
-        if message is not None:
+        if self._before is not None and flight.message is not None:
+            self._before.give_back(flight.message)
+        if self._behind is not None and message is not None:
             used = {grad.untyped_storage().data_ptr() for grad in found if grad is not None}
             if used.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in message.tensors):
-                source = self._pipe.worker(self.number + 1, flight.minibatch)
-                self.links.give_back(source, message)
+                self._behind.give_back(message)
 
     def _add(self, gradients: dict[str, torch.Tensor | None]) -> None:
         for name, gradient in gradients.items():
