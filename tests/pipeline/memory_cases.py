@@ -25,6 +25,7 @@ class Case:
     optimizer: Optimizer
     semantics: Semantics = "stash"
     microbatches: int = 1
+    depth: int = 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

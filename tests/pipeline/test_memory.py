@@ -40,13 +40,17 @@ is one stage of replicas."""
         Case("conv", (1, 1), "momentum"),
         Case("conv", (1, 1, 1), "momentum"),
         Case("conv", (2, 1), "momentum"),
+        Case("conv", (2, 1), "momentum", depth=2),
+        Case("conv", (3, 1), "momentum", "predict"),
+        Case("mlp", (1, 2, 2), "adamw"),
+        Case("blocks", (3, 2), "adamw"),
         Case("blocks", (1, 1, 1), "momentum"),
         Case("blocks", (1, 1, 1), "momentum", "vertical-sync"),
         Case("blocks", (1, 1, 1), "momentum", "predict"),
         Case("blocks", (1, 1), "adamw", "flush", microbatches=4),
         Case("blocks", (3,), "adamw"),
     ],
-    ids=lambda case: f"{case.model}-{case.replicas}-{case.optimizer}-{case.semantics}",
+    ids=lambda case: f"{case.model}-{case.replicas}-{case.optimizer}-{case.semantics}-{case.depth}",
 )
 def test_what_was_planned(case: Case, tmp_path: Path) -> None:
     graph = measure(case)
@@ -71,6 +75,7 @@ def make_plan(case: Case, graph: LayerGraph) -> PipelinePlan:
         optimizer=case.optimizer,
         straight=max(case.replicas) == 1,
         semantics="predict" if case.semantics == "predict" else "stash",
+        depth=case.depth,
     )
     num_workers = sum(case.replicas)
     plans = (plan_on_levels(graph, (Level(num_workers, b),), options) for b in BANDWIDTHS)
@@ -84,7 +89,7 @@ def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
         num_minibatches = NUM_MINIBATCHES * case.microbatches
         schedule = plan_schedule(replicas, num_minibatches, "1f1b-flush", case.microbatches)
     else:
-        schedule = plan_schedule(replicas, NUM_MINIBATCHES)
+        schedule = plan_schedule(replicas, NUM_MINIBATCHES, depth=case.depth)
     rule = "vertical-sync" if case.semantics == "vertical-sync" else "stash"
     expected = simulate_plan(plan, graph, schedule, rule=rule).peak_bytes
     if case.semantics == plan.options.semantics:

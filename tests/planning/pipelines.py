@@ -110,9 +110,9 @@ def naive_memory(
     state = {"sgd": 0, "momentum": weights, "adamw": 2 * weights}[optimizer]
     if is_replicated:
         state += weights + min(weights, max(BUCKET_BYTES, largest))
-    ahead = options.depth * received + returned_bytes(graph, start)
-    ahead += (options.depth + 1) * returned_bytes(graph, stop)
-    return NaiveMemory(weights + received + kept, state + max(moments) - kept + ahead)
+    messages = options.depth * (received + returned_bytes(graph, start))
+    messages += (options.depth + 1) * returned_bytes(graph, stop)
+    return NaiveMemory(weights + received + kept, state + max(moments) - kept + messages)
 
 
 class NaiveStage(NamedTuple):

@@ -81,10 +81,10 @@ class StageCost:
 
         The weights that are updated, where minibatches use predicted ones; optimizer state; of the
         minibatch that is worked on, what its pass takes, or the update after it, instead of what it
-        keeps; messages: at depth 1 an activation and a gradient that come ahead of time (no more
-        can in a straight pipeline; what more may lie next to replicas is not counted), a gradient
-        that is read and one on its way out. Replicas have gradients in buckets as well, and room to
-        receive one. Without an optimizer the first alone counts, as in the papers.
+        keeps; messages: ``depth`` activations and as many gradients that come ahead of time, a
+        gradient that is read, and ``depth`` on their way out. Replicas have gradients in buckets as
+        well, and room to receive one. Without an optimizer the first alone counts, as in the
+        papers.
         """
         cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
         weights = self._weights(start, stops)
@@ -106,7 +106,7 @@ class StageCost:
             + _STATES[optimizer] * weights
             + (cuts.crossing_bytes[start] + most - self._kept(start, stops))
             + is_replicated * (weights + bucket)
-            + (self.options.depth * cuts.crossing_bytes[start] + cuts.returned_bytes[start])
+            + self.options.depth * (cuts.crossing_bytes[start] + cuts.returned_bytes[start])
             + (self.options.depth + 1) * cuts.returned_bytes[stops]
         )
         return fixed
