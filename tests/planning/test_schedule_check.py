@@ -22,6 +22,7 @@ Lists = list[list[PipelineAction]]
 @given(schedules())
 def test_every_schedule_is_valid(schedule: Schedule) -> None:
     check_schedule(schedule)
+    check_schedule(schedule, "gradients")
     ToyRuntime(schedule).run()
 
 
@@ -183,6 +184,8 @@ def test_one_forward_one_backward_needs_sends_that_do_not_wait(
     replicas: tuple[int, ...], num_minibatches: int
 ) -> None:
     """From as many minibatches on as some worker alternates; GPipe's transfers go one way."""
+    schedule = plan_schedule(replicas, num_minibatches)
     with pytest.raises(ScheduleError, match="deadlock"):
-        check_schedule(plan_schedule(replicas, num_minibatches), "rendezvous")
+        check_schedule(schedule, "rendezvous")
+    check_schedule(schedule, "gradients")
     check_schedule(plan_schedule(replicas, num_minibatches, "gpipe", 4), "rendezvous")

@@ -275,7 +275,7 @@ class StageWorker:
         else:
             given = [torch.full_like(loss, 1 / self._options.microbatches) for loss in outputs]
         if self._before is not None:
-            self._before.wait_until_sent(but=self._depth)
+            self._before.wait_until_sent(but=self._depth)  # a plan counts no more
         begin = time.perf_counter()
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}

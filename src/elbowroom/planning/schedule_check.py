@@ -15,7 +15,9 @@ worker as far as it comes, and every action is checked where it stands:
 
 Sends are buffered: they do not wait for their receive, as ``isend`` beside receives that are posted
 early. With ``rendezvous`` a send waits until its receive is reached. Flushed GPipe passes that,
-1F1B does not: one stage sends an activation while the next sends a gradient, and both wait.
+1F1B does not: one stage sends an activation while the next sends a gradient, and both wait. It
+passes where ``gradients`` alone wait; so workers of ``pipeline``, which do not wait as long, may
+wait until few of their gradients are unsent.
 """
 
 from __future__ import annotations
@@ -35,11 +37,20 @@ from elbowroom.core.pipeline_action import (
     Reduce,
     Schedule,
     Send,
+    SendActivation,
+    SendGradient,
     Update,
     message_of,
 )
 
-Sends = Literal["buffered", "rendezvous"]
+Sends = Literal["buffered", "rendezvous", "gradients"]
+
+
+_WAITING: dict[Sends, tuple[type[Send], ...]] = {
+    "buffered": (),
+    "rendezvous": (SendActivation, SendGradient),
+    "gradients": (SendGradient,),
+}
 
 
 class Step(NamedTuple):
@@ -138,7 +149,7 @@ class _Execution:
 
     def __init__(self, schedule: Schedule, sends: Sends) -> None:
         self._schedule = schedule
-        self._is_rendezvous = sends == "rendezvous"
+        self._waiting = _WAITING[sends]
         self._workers = [_Worker(deque(actions)) for actions in schedule.actions]
         self._channels: dict[tuple[int, int], deque[Message]] = {}
 
@@ -172,7 +183,7 @@ class _Execution:
             message = message_of(worker, action)
             if not self._channels.get((message.source, message.target)):
                 return f"{message.send} of worker {message.source}"
-        elif isinstance(action, Send) and self._is_rendezvous:
+        elif isinstance(action, self._waiting):
             message = message_of(worker, action)
             ahead = self._workers[message.target].left
             head = ahead[0] if ahead else None
