@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -17,9 +16,6 @@ from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.pipedream_text import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import check_writable, write_atomically
-
-if TYPE_CHECKING:
-    from elbowroom.profiling.script import ScriptProfile
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48
@@ -55,8 +51,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     # Loaded here: torch takes longer to load than most commands to run.
     from elbowroom.profiling.script import profile_script
 
-    profile = profile_script(args.script, args.seed, args.seconds, args.threads, args.workers)
-    graph = profile.graph
+    graph = profile_script(args.script, args.seed, args.seconds, args.threads, args.workers)
     # Whatever may be refused is refused before anything is written.
     texts = {args.out: json.dumps(graph.to_json(), indent=2) + "\n"}
     if args.text is not None:
@@ -66,7 +61,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     screen = Console(markup=False, highlight=False)  # names may have brackets
     screen.width = max(screen.width, _TABLE_WIDTH)
     _print_graph(screen, graph)
-    _print_notes(console, profile)
+    _print_notes(console, graph)
     taken = time.perf_counter() - begin
     console.print(f"{taken:.1f} s taken: plan with plan-pipeline {args.out}", highlight=False)
     return 0
@@ -111,11 +106,10 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
 
 
-def _print_notes(console: Console, profile: ScriptProfile) -> None:
-    for tied in profile.tied:
+def _print_notes(console: Console, graph: LayerGraph) -> None:
+    for names in graph.tied:
         console.print(
-            f"'{tied.name}' is shared by {', '.join(tied.layers)}: only a plan with them in one "
-            "stage can be trained",
+            f"{', '.join(names)} share weights: plans keep them and all between them in one stage",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,9 @@ def test_what_is_written_is_read(layers: list[Layer]) -> None:
     unique = {layer.name: layer for layer in layers}
     edges = tuple(Edge(first, second) for first, second in zip(unique, [*unique][1:], strict=False))
     graph = LayerGraph(tuple(unique.values()), edges)
-    assert parse_layer_graph(json.dumps(graph.to_json())) == graph
+    for tied in ((), (tuple(unique),)):
+        whole = replace(graph, tied=tied)
+        assert parse_layer_graph(json.dumps(whole.to_json())) == whole
     try:
         text = write_pipedream(graph)
     except InputError as error:
@@ -136,6 +139,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, words: str) 
         ('["a", "b"]', '["a", "b"], ["a", "b"]', "given 2 times"),
         ('["a", "b"]', '["a", "b"], ["b", "a"]', "wait for each other"),
         ('"edges": [', '"edges": [[', "not valid JSON"),
+        ('"tied": [', '"tied": [["a", "c"]', "no layer is named 'c', which is said to share"),
+        ('"tied": [', '"tied": [3', "no layer graph"),
     ],
 )
 def test_what_is_wrong_in_json_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:

@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn import functional
 
 from elbowroom.core.errors import InputError, SplitError
+from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.split import split
+from elbowroom.planning.pipeline import plan_on_levels
+from elbowroom.profiling.layers import profile
 from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm
 from tests.pipeline.runs import assert_equal, run_model, run_stages
 
@@ -150,6 +153,16 @@ def test_tied_weights_stay_in_one_stage() -> None:
     with pytest.raises(SplitError, match=r"'tokens.weight' is shared .*'tokens' \(stage 0\)"):
         split(traced, evenly(names, 2))
     assert len(split(traced, evenly(names, 1))) == 1
+
+
+def test_plans_keep_tied_weights_in_one_stage() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(nn.Linear(8, 8), shared, nn.ReLU(), shared, nn.Linear(8, 8))
+    inputs = torch.randn(2, 8)
+    plan = plan_on_levels(profile(model, inputs), (Level(3, 1e12),), PipelineOptions(straight=True))
+    stages = split(trace_model(model, inputs), plan)
+    assert [stage.layers for stage in plan.stages] == [("input", "0"), ("1", "2", "1_1"), ("4",)]
+    assert len(stages) == 3
 
 
 def test_tied_weights_that_are_not_trained_may_be_apart() -> None:

@@ -135,6 +135,8 @@ def naive_plan(
 ) -> NaivePlan | None:
     """The best of all plans, ties broken as documented; None if none fits."""
     cuts = downsets(graph)
+    groups = [{graph.index[name] for name in names} for names in graph.tied]
+    apart = {k for k, cut in enumerate(cuts) if any(0 < len(cut & g) < len(g) for g in groups)}
     factor = 4 if options.sync == "ps" else 2
 
     @cache
@@ -143,6 +145,8 @@ def naive_plan(
     ) -> NaivePlan | None:
         ways = []
         for path in _paths(cuts, start, stop, max(counts)):
+            if not apart.isdisjoint(path):
+                continue
             for count in counts:
                 for units in _shares(count, len(path) - 1, options.straight):
                     way = measure(level, copies, behind, path, units)

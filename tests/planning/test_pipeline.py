@@ -148,13 +148,11 @@ def measured(draw: st.DrawFn, graphs: st.SearchStrategy[LayerGraph]) -> LayerGra
     size = st.integers(0, 4).map(lambda number: number * 10**6)
     needs = st.builds(LayerMemory, size, size, size, size, size)
     layers = draw(graphs)
-    return LayerGraph(
-        tuple(
-            replace(layer, memory=draw(needs), gradient_bytes=draw(st.sampled_from([None, 0])))
-            for layer in layers.layers
-        ),
-        layers.edges,
+    measured = tuple(
+        replace(layer, memory=draw(needs), gradient_bytes=draw(st.sampled_from([None, 0])))
+        for layer in layers.layers
     )
+    return replace(layers, layers=measured)
 
 
 @st.composite
@@ -164,7 +162,9 @@ def branching(draw: st.DrawFn, most: int = 12, most_cuts: int = 24) -> LayerGrap
     edges |= {(i, j) for i, j in draw(st.sets(st.tuples(few, few))) if i < j < len(layers)}
     made = graph(layers, sorted(edges))
     assume(len(downsets(made)) <= most_cuts)
-    return made
+    names = st.sampled_from([layer.name for layer in made.layers])
+    tied = draw(st.lists(st.lists(names, min_size=2, max_size=3, unique=True), max_size=2))
+    return replace(made, tied=tuple(map(tuple, tied)))
 
 
 option_sets = st.builds(

@@ -52,10 +52,12 @@ def test_tuples_are_summed_and_bytes_follow_the_type() -> None:
 
 def test_parameters_are_counted_once() -> None:
     model = TinyLM(tied=True)
-    sizes = sizes_of(profile(model, torch.randint(0, 50, (3, 10)), limits=QUICK))
+    graph = profile(model, torch.randint(0, 50, (3, 10)), limits=QUICK)
+    sizes = sizes_of(graph)
     assert sizes["tokens"][1] == 4 * 50 * 32
     assert sizes["head"][1] == 0
     assert sum(size for _, size in sizes.values()) == sum(p.nbytes for p in model.parameters())
+    assert graph.tied == (("tokens", "head"),)
 
 
 def test_what_needs_no_gradient_has_no_backward() -> None:

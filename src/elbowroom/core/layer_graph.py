@@ -132,11 +132,13 @@ class Layer:
 class LayerGraph:
     """Layers, in any order, and the edges between them: acyclic, and in one piece.
 
-    Raises InputError when it is not, with the names of the layers that are wrong.
+    Of each group in ``tied`` the layers, named, share weights: one stage must have all of them.
+    Raises InputError when it is not so, with the names of the layers that are wrong.
     """
 
     layers: tuple[Layer, ...]
     edges: tuple[Edge, ...]
+    tied: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self) -> None:
         _check_sizes(self)
@@ -202,7 +204,7 @@ class LayerGraph:
             )
             for layer in self.layers
         )
-        return LayerGraph(layers, self.edges)
+        return replace(self, layers=layers)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -210,6 +212,7 @@ class LayerGraph:
             "version": _VERSION,
             "layers": [asdict(layer) for layer in self.layers],
             "edges": [list(edge) for edge in self.edges],
+            "tied": [list(group) for group in self.tied],
         }
 
     @staticmethod
@@ -224,7 +227,8 @@ class LayerGraph:
         try:
             layers = tuple(_layer(layer) for layer in data["layers"])
             edges = tuple(Edge(*edge) for edge in data["edges"])
-            return LayerGraph(layers, edges)
+            tied = tuple(tuple(group) for group in data.get("tied", ()))
+            return LayerGraph(layers, edges, tied)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"no layer graph: {error}") from error
 
@@ -303,6 +307,9 @@ def _check_names(graph: LayerGraph) -> None:
                 raise InputError(f"edge {' -> '.join(map(str, edge))}: no layer is named '{name}'")
         if count > 1:
             raise InputError(f"edge {edge.source} -> {edge.destination} is given {count} times")
+    for name in (name for group in graph.tied for name in group):
+        if name not in graph.index:
+            raise InputError(f"no layer is named '{name}', which is said to share weights")
 
 
 def _check_connected(graph: LayerGraph) -> None:

@@ -6,6 +6,7 @@ cut and a later one that holds it. A chain of n layers has n + 1 cuts; branches 
 
 - What crosses a cut is each output that a layer behind it reads, once, however many read it there.
   A tensor that skips stages crosses every cut on its way, and is passed on from stage to stage.
+- No cut lies between layers that share weights.
 - Inputs (sources described as "Input..."), and layers that cost nothing and read nothing but
   inputs, lie in the first stage. They take no time and cross no cut: loading overlaps with
   training, and each stage can load what it reads. Nor do the authors give the planner a choice.
@@ -145,7 +146,8 @@ def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cut
     if cuts is None:
         width = max(1, (max_cuts - 1) // len(pieces.layers))
         cuts = _some_cuts(pieces, width, max_cuts)
-    return _measure(graph, pieces, cuts, is_exact, with_needs)
+    measured = _measure(graph, pieces, cuts, is_exact, with_needs)
+    return measured.only(_between_no_tied(measured)) if graph.tied else measured
 
 
 def _find_pieces(graph: LayerGraph) -> Pieces:
@@ -239,6 +241,17 @@ def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
     pairs = zip(starts[starts < ends], ends[starts < ends], strict=True)
     inner = [low + int(crossing_bytes[low:high].argmin()) for low, high in pairs]
     return np.array([0, *inner, size - 1])
+
+
+def _between_no_tied(cuts: Cuts) -> Integers:
+    """Indices of the cuts that have all layers that share weights on one side."""
+    graph, pieces = cuts.graph, cuts.pieces
+    groups = []
+    for names in graph.tied:
+        layers = {graph.index[name] for name in names}
+        groups.append(sum(1 << p for p, own in enumerate(pieces.layers) if layers & set(own)))
+    kept = (all(mask & group in (0, group) for group in groups) for mask in cuts.masks)
+    return np.flatnonzero(np.fromiter(kept, bool))
 
 
 def _first(pieces: Pieces) -> _Cut:

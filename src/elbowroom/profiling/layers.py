@@ -70,7 +70,8 @@ def profile(
         optimizer_fn: of parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; without it
             updates take no time.
 
-    The bytes of a tied parameter count in the first layer that uses it.
+    The bytes of a tied parameter count in the first layer that uses it; plans keep layers that
+    share parameters, or running statistics, in one stage.
 
     Raises InputError if the model or the loss does not run on the batch, UntraceableModelError if
     the forward cannot be written down as layers.
@@ -265,7 +266,8 @@ def _graph(traced: TracedModel, sweeps: _Sweeps, memory: Mapping[str, LayerMemor
                 memory=memory.get(layer.name),
             )
         )
-    return LayerGraph(tuple(layers), traced.edges)
+    tied = dict.fromkeys(one.layers for one in traced.tied)
+    return LayerGraph(tuple(layers), traced.edges, tuple(tied))
 
 
 def _gradient_bytes(layer: TracedLayer) -> int:

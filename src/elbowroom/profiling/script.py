@@ -11,17 +11,9 @@ import torch
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.pipeline.layers import trace_model
 from elbowroom.pipeline.script import OptimizerFunction, load_script
-from elbowroom.pipeline.traced import Tied, TracedModel
+from elbowroom.pipeline.traced import TracedModel
 from elbowroom.profiling.companions import companions
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
-
-
-@dataclass(frozen=True)
-class ScriptProfile:
-    """A profile, and what a plan for the model has to keep in one stage."""
-
-    graph: LayerGraph
-    tied: tuple[Tied, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +38,7 @@ def profile_script(
     seconds: float | None = None,
     num_threads: int | None = None,
     num_workers: int = 1,
-) -> ScriptProfile:
+) -> LayerGraph:
     """Runs a script and measures for so many seconds (default: ``LEAST_SECONDS``).
 
     ``seed`` is that of weights and batch; ``num_threads`` are torch's, from here on. Of
@@ -57,8 +49,7 @@ def profile_script(
     subject = load_subject(path, seed, num_threads)
     limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
     with companions(num_workers - 1, path, seed, torch.get_num_threads()):
-        graph = subject.measure(limits)
-    return ScriptProfile(graph, subject.traced.tied)
+        return subject.measure(limits)
 
 
 def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
