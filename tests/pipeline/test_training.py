@@ -20,6 +20,7 @@ from torch import distributed
 
 import elbowroom
 from elbowroom import cli
+from elbowroom.core.pipeline_plan import PipelineOptions
 from elbowroom.pipeline.checkpoint import newest_checkpoint
 from elbowroom.pipeline.script import load_script
 
@@ -112,7 +113,8 @@ def test_from_python(tmp_path: Path) -> None:
     script = load_script(path)
     model, generator = script.make_model(0), torch.Generator().manual_seed(0)
     graph = elbowroom.profile(model, script.make_batch(generator), script.loss_fn)
-    plan = elbowroom.plan_pipeline(graph, elbowroom.read_cluster("h200-8"), 1)
+    predict = PipelineOptions(semantics="predict")
+    plan = elbowroom.plan_pipeline(graph, elbowroom.read_cluster("h200-8"), 1, predict)
     (tmp_path / "plan.json").write_text(json.dumps(plan.to_json()))
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -121,6 +123,7 @@ def test_from_python(tmp_path: Path) -> None:
         options = elbowroom.StageOptions(seed=3)
         optimizer_fn = partial(torch.optim.SGD, lr=0.01)
         pipeline = elbowroom.Pipeline(model, read, optimizer_fn, script.loss_fn, options)
+        assert pipeline.semantics == "predict", "the plan's, where options name none"
         losses = [pipeline.train_step(script.make_batch(generator)) for _ in range(200)]
         pipeline.close()
     finally:

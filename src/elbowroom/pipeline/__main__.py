@@ -62,7 +62,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(args: argparse.Namespace) -> None:
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
-    args.semantics = args.semantics or plan.options.semantics
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     try:

@@ -46,7 +46,8 @@ class Replicas:
         self._tasks: queue.SimpleQueue[_Bucket | int | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="replicas", daemon=True)
-        self._thread.start()
+        if not self._is_alone:
+            self._thread.start()
 
     @property
     def sent_bytes(self) -> dict[int, int]:
@@ -103,8 +104,9 @@ class Replicas:
 
     def close(self) -> None:
         """Between rounds."""
-        self._tasks.put(None)
-        self._thread.join()
+        if not self._is_alone:
+            self._tasks.put(None)
+            self._thread.join()
 
     def _put(self, name: str, gradient: torch.Tensor | None) -> None:
         """A gradient is there; full buckets go on their way, in the same order everywhere."""

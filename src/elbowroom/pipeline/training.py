@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class Pipeline:
         plan: as many workers as the process group has, stages of this model's layers.
         optimizer_fn: of the parameters of a stage, such as ``partial(torch.optim.AdamW, lr=1e-3)``.
         loss_fn: of the model's outputs and the targets, a mean over a minibatch.
-        options: see ``StageOptions``; if there are none, the semantics are the plan's.
+        options: see ``StageOptions``.
         scheduler_fn: of the optimizer; it steps after every update of the stage.
 
     Raises InputError for a plan of another number of workers; the first ``train_step`` raises
@@ -64,7 +65,9 @@ class Pipeline:
         self._optimizer_fn = optimizer_fn
         self._scheduler_fn = scheduler_fn
         self._loss_fn = loss_fn
-        self._options = options or StageOptions(plan.options.semantics)
+        options = options or StageOptions()
+        self.semantics: Semantics = options.semantics or plan.options.semantics
+        self._options = replace(options, semantics=self.semantics)
         self._traced: TracedModel
         self._stage: Stage
         self._optimizer: torch.optim.Optimizer
@@ -76,10 +79,6 @@ class Pipeline:
     @property
     def stage_number(self) -> int:
         return self.pipe.stages[self.number]
-
-    @property
-    def semantics(self) -> Semantics:
-        return self._options.semantics
 
     @property
     def stage(self) -> Stage:

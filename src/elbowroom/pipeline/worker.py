@@ -67,7 +67,8 @@ class StageOptions:
     """How a pipeline trains.
 
     Args:
-        semantics: of the weights' versions, see ``versions``.
+        semantics: of the weights' versions, see ``versions``. None: the plan's; without one
+            ``stash``.
         microbatches: of which a minibatch is made with ``flush``; 1 otherwise.
         seed: of dropout and other randomness, with the stage and the minibatch.
         autocast: compute in this type where ``torch.autocast`` does.
@@ -83,7 +84,7 @@ class StageOptions:
 
     """
 
-    semantics: Semantics = "stash"
+    semantics: Semantics | None = None
     microbatches: int = 1
     seed: int = 0
     autocast: torch.dtype | None = None
@@ -135,7 +136,8 @@ class StageWorker:
         self._scheduler = scheduler
         self._loss_fn = loss_fn
         self._options = options or StageOptions()
-        self.versions = Versions(stage, self._options.semantics)
+        self._semantics: Semantics = self._options.semantics or "stash"
+        self.versions = Versions(stage, self._semantics)
         self._before = self._link(self.number - 1, num_kept=self._warmup + 1)
         self._behind = self._link(self.number + 1, num_kept=1)
         self._links = [link for link in (self._before, self._behind) if link is not None]
@@ -174,7 +176,7 @@ class StageWorker:
         ``flush``, of the microbatches run here.
         """
         inputs = tuple(tensor.detach() for tensor in inputs)
-        if self._options.semantics != "flush":
+        if self._semantics != "flush":
             return self._feed(inputs, targets)
         count = self._options.microbatches
         parts = [_split(tensor, count) for tensor in inputs]
@@ -190,7 +192,7 @@ class StageWorker:
         self._bring_back()
         replicas = self._pipe.replicas[self.number]
         begun = self._num_fed // replicas * replicas
-        if self._options.semantics != "flush" and begun + self._replica >= self._num_fed > begun:
+        if self._semantics != "flush" and begun + self._replica >= self._num_fed > begun:
             self._replicas.tell(0)  # the others of the last round wait for us
             self._update()
         self._begin_rounds()
@@ -219,7 +221,7 @@ class StageWorker:
         With ``vertical-sync``, the newest that counts no minibatch which the first stage's newest
         does not count: a replica there has updated after each of its forwards but the first few.
         """
-        if self._options.semantics != "vertical-sync":
+        if self._semantics != "vertical-sync":
             return self.versions.newest
         first, here = self._pipe.replicas[0], self._pipe.replicas[self.number]
         begun = (minibatch - self._drained_at.minibatch) // first
@@ -243,7 +245,7 @@ class StageWorker:
     def _return_oldest(self) -> None:
         """Backward, and what the minibatch kept is let go before weights are updated."""
         self._backward(self._flights.popleft())
-        if self._options.semantics != "flush":
+        if self._semantics != "flush":
             self._update()
 
     def _forward(self, minibatch: int, inputs: Tensors, targets: object) -> float | None:
@@ -280,7 +282,7 @@ class StageWorker:
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}
         wanted = [*inputs, *leaves.values()]
-        is_round = self._options.semantics != "flush"
+        is_round = self._semantics != "flush"
         if is_round:
             self._replicas.tell(1)
         with self._replicas.watch(leaves if is_round else {}):
@@ -324,10 +326,10 @@ class StageWorker:
         self._gradients = {}
         replicas = self._pipe.replicas[self.number]
         upcoming = self._num_fed + (self._replica - self._num_fed) % replicas
-        is_synced = self._options.semantics == "vertical-sync"
+        is_synced = self._semantics == "vertical-sync"
         oldest_needed = self._version(upcoming) if is_synced else None
         missing = len(self._flights)  # updates, before that of the next minibatch
-        ahead = HORIZON * missing if self._options.semantics == "predict" else 0
+        ahead = HORIZON * missing if self._semantics == "predict" else 0
         self.versions.step(self._optimizer, gradients, oldest_needed, ahead)
         if self._scheduler is not None:
             self._scheduler.step()
@@ -338,7 +340,7 @@ class StageWorker:
         if limit is None:
             return gradients
         norm = norm_of(gradients)
-        if self._options.semantics == "flush":
+        if self._semantics == "flush":
             return clipped(gradients, norm_of_stages(norm, self._pipe), limit)
         return clipped(gradients, norm, limit / sqrt(self._pipe.num_stages))
 
