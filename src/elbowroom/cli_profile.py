@@ -61,7 +61,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     screen = Console(markup=False, highlight=False)  # names may have brackets
     screen.width = max(screen.width, _TABLE_WIDTH)
     _print_graph(screen, graph)
-    _print_notes(console, graph)
+    _print_notes(console, graph, args.text)
     taken = time.perf_counter() - begin
     console.print(f"{taken:.1f} s taken: plan with plan-pipeline {args.out}", highlight=False)
     return 0
@@ -106,10 +106,12 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3f} ms"
 
 
-def _print_notes(console: Console, graph: LayerGraph) -> None:
+def _print_notes(console: Console, graph: LayerGraph, text: Path | None) -> None:
+    but = f" (not those for {text}, whose format cannot say so)" if text is not None else ""
     for names in graph.tied:
         console.print(
-            f"{', '.join(names)} share weights: plans keep them and all between them in one stage",
+            f"{', '.join(names)} share weights or running statistics: plans{but} keep them and all "
+            "between them in one stage",
             markup=False,
             highlight=False,
             soft_wrap=True,

@@ -242,7 +242,7 @@ def test_limits_of_nothing(limits: dict[str, Any]) -> None:
 
 
 def test_microbatches_without_a_flush() -> None:
-    with pytest.raises(InputError, match="4 microbatches with semantics 'stash'"):
+    with pytest.raises(InputError, match="4 microbatches with semantics stash"):
         StageOptions("stash", 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -102,6 +103,26 @@ def test_inputs_and_idle_outputs_are_set_aside() -> None:
     assert cuts.seconds.tolist() == [0, 3, 5], "loading is not counted"
     assert cuts.crossing_bytes.tolist() == [0, 10, 0], "nor is what is loaded"
     assert cuts.output_bytes.tolist() == [0, 110, 118], "but it is kept; idle outputs are not"
+
+
+def test_cuts_between_layers_that_share_weights_make_no_room_scarce() -> None:
+    """Each second one is cheap, and between layers that share weights."""
+    layers = chain([(0.1, 1 + number % 2, 1) for number in range(300)])
+    tied = tuple((f"n{number}", f"n{number + 1}") for number in range(0, 300, 2))
+    cuts = find_cuts(replace(layers, tied=tied), 100)
+    assert cuts.num_cuts == 100
+    assert all(len(cuts.members(index)) % 2 == 0 for index in range(100))
+
+
+def test_layers_that_share_weights_with_inputs_lie_in_the_first_stage() -> None:
+    layers = LayerGraph(
+        (Layer("data", 0, 0, 1, 0, "Input0"), *chain([(0.1, 1, 1)] * 3).layers),
+        (Edge("data", "n0"), Edge("n0", "n1"), Edge("n1", "n2")),
+        tied=(("data", "n1"),),
+    )
+    cuts = find_cuts(layers, 10)
+    assert cuts.layers_between(0, 1) == ("data", "n0", "n1")
+    assert cuts.num_cuts == 3
 
 
 def test_nothing_to_cut() -> None:

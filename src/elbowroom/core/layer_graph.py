@@ -132,8 +132,9 @@ class Layer:
 class LayerGraph:
     """Layers, in any order, and the edges between them: acyclic, and in one piece.
 
-    Of each group in ``tied`` the layers, named, share weights: one stage must have all of them.
-    Raises InputError when it is not so, with the names of the layers that are wrong.
+    Raises InputError when it is not, and for other names than theirs, with the layers that are
+    wrong. The layers that a group in ``tied`` names share weights or running statistics: one stage
+    must have all of them.
     """
 
     layers: tuple[Layer, ...]

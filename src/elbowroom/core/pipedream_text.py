@@ -75,8 +75,9 @@ def parse_pipedream(text: str) -> LayerGraph:
 
 
 def write_pipedream(graph: LayerGraph) -> str:
-    """What ``parse_pipedream`` reads back as an equal graph, but for memory, gradients and updates.
+    """What ``parse_pipedream`` reads back as an equal graph.
 
+    But for what the format has no place for: memory, gradients, updates, and who shares weights.
     Raises InputError for names and descriptions that the format cannot hold.
     """
     lines = [_layer_line(layer) for layer in graph.layers]

@@ -2,7 +2,7 @@
 
 From each worker to each other leads one channel, in order. A message is a header, then its tensors.
 A thread per sender receives ahead of compute, into memory that was given back; one per stage next
-to this one holds what is being sent until it is.
+to this one waits until what is sent has left.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Link:
     """One worker's ends of its channels to the workers of a stage next to its own.
 
     They take turns: minibatch i is worker ``workers[i % len(workers)]``'s. This worker has each
-    ``stride``-th, and reads messages in the order of minibatches; the next ``ahead`` of these are
-    received before they are read, whoever sends them, and later ones stay with their senders. So
-    ``num_messages``, for which memory is made when the first one comes, are never exceeded where
-    not more than ``num_messages - ahead`` are kept here.
+    ``stride``-th, and reads messages in the order of minibatches. Once one is asked for, the next
+    ``ahead`` are received before they are read, whoever sends them; later ones stay with their
+    senders. So ``num_messages``, for which memory is made when the first one comes, are never
+    exceeded where not more than ``num_messages - ahead`` are kept here.
 
     Raises what ``torch.distributed`` raises where no process group is there.
     """
@@ -131,7 +131,11 @@ class _Outbox:
         self._thread.start()
 
     def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
-        begun = (distributed.isend(tensor, worker) for tensor in tensors)
+        """Raises PeerLostError when the worker is gone."""
+        try:
+            begun = [distributed.isend(tensor, worker) for tensor in tensors]
+        except RuntimeError as error:
+            raise _lost(worker) from error
         works = [work for work in begun if work is not None]
         sending = _Sending(worker, works, threading.Event())
         self._kept.append((sending, tensors))
@@ -169,7 +173,7 @@ class _Outbox:
             while sending.works:
                 sending.works.pop(0).wait()
         except RuntimeError as error:
-            self._failure = PeerLostError(f"worker {sending.worker} ended: see its output")
+            self._failure = _lost(sending.worker)
             self._failure.__cause__ = error
             sending.works.clear()
         sending.sent.set()
@@ -207,12 +211,15 @@ class _Inbox:
     def receive(self) -> Message:
         message = self._messages.get()
         if isinstance(message, Exception):
-            raise PeerLostError(f"worker {self._source} ended: see its output") from message
+            self._messages.put(message)
+            raise _lost(self._source) from message
         return message
 
     def close(self) -> None:
-        """Wait for the sender to close."""
+        """Wait for the sender to close. Raises PeerLostError when it does not."""
         self._thread.join()
+        if not self._messages.empty():
+            self.receive()
 
     def _run(self) -> None:
         header = torch.empty(_HEADER_SIZE, dtype=torch.int64)
@@ -230,6 +237,10 @@ class _Inbox:
                 self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
         except Exception as error:  # handed to whoever waits for a message
             self._messages.put(error)
+
+
+def _lost(worker: int) -> PeerLostError:
+    return PeerLostError(f"worker {worker} ended: see its output")
 
 
 class _Memory:

@@ -264,8 +264,8 @@ def _check_tied(traced: TracedModel, stage_of: dict[str, int]) -> None:
             where = ", ".join(f"'{name}' (stage {stage_of[name]})" for name in tied.layers)
             raise SplitError(
                 f"'{tied.name}' is shared by layers of stages {', '.join(map(str, stages))}: "
-                f"{where}. A plan that puts them into one stage works; or give each layer "
-                "weights of its own (untie them), or train data parallel"
+                f"{where}. Profile the model again: plans for a profile that names them keep them "
+                "in one stage; or give each layer weights of its own (untie them)"
             )
 
 

@@ -95,8 +95,8 @@ class StageOptions:
     def __post_init__(self) -> None:
         if self.microbatches < 1 or (self.microbatches > 1 and self.semantics != "flush"):
             raise InputError(
-                f"{self.microbatches} microbatches with semantics '{self.semantics}': give 1, or "
-                f"more with 'flush'"
+                f"{self.microbatches} microbatches with semantics {self.semantics}: give 1, or "
+                "more with 'flush'"
             )
         if self.bucket_bytes < 1 or (self.clip_norm is not None and not self.clip_norm > 0):
             raise InputError(
@@ -276,8 +276,6 @@ class StageWorker:
             given = list(message.tensors)
         else:
             given = [torch.full_like(loss, 1 / self._options.microbatches) for loss in outputs]
-        if self._before is not None:
-            self._before.wait_until_sent(but=self._depth)  # a plan counts no more
         begin = time.perf_counter()
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}
@@ -287,17 +285,18 @@ class StageWorker:
             self._replicas.tell(1)
         with self._replicas.watch(leaves if is_round else {}):
             found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
-        if self._before is not None:
-            back = [
-                torch.zeros_like(tensor) if grad is None else grad
-                for tensor, grad in zip(inputs, found, strict=False)
-            ]
-            self._before.send(flight.minibatch, back)
         self._add(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
         end = time.perf_counter()
         self._note(Done("backward", flight.minibatch, flight.version, begin, end))
         self._give_back(flight, message, found)
+        if self._before is not None:
+            back = [
+                torch.zeros_like(tensor) if grad is None else grad
+                for tensor, grad in zip(inputs, found, strict=False)
+            ]
+            self._before.wait_until_sent(but=self._depth - 1)  # a plan counts ``depth``
+            self._before.send(flight.minibatch, back)
 
     def _give_back(
         self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]

@@ -29,7 +29,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +52,7 @@ class Pieces(NamedTuple):
     """What the planner moves: a layer with the idle outputs that go with it.
 
     Masks have a bit for each piece, in the graph's order: what a piece reads, and who reads it.
+    Those of ``tied``, each of pieces that share weights, have one more, of the inputs.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -57,6 +60,12 @@ class Pieces(NamedTuple):
     sources: tuple[int, ...]
     readers: tuple[int, ...]
     activation_bytes: tuple[int, ...]
+    tied: tuple[int, ...]
+
+    def keeps_tied(self, mask: int) -> bool:
+        """A cut with these pieces before it lies between none that share weights."""
+        inside = mask | 1 << len(self.layers) if mask else 0
+        return all(inside & group in (0, group) for group in self.tied)
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +156,10 @@ def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cut
         width = max(1, (max_cuts - 1) // len(pieces.layers))
         cuts = _some_cuts(pieces, width, max_cuts)
     measured = _measure(graph, pieces, cuts, is_exact, with_needs)
-    return measured.only(_between_no_tied(measured)) if graph.tied else measured
+    if not graph.tied:
+        return measured
+    kept = np.fromiter((pieces.keeps_tied(mask) for mask in measured.masks), bool)
+    return measured.only(np.flatnonzero(kept))
 
 
 def _find_pieces(graph: LayerGraph) -> Pieces:
@@ -161,12 +173,15 @@ def _find_pieces(graph: LayerGraph) -> Pieces:
     for layer in graph.order:
         if owners[layer] in members:
             members[owners[layer]].append(layer)
+    inputs_bit = 1 << len(kept)
+    groups = ({owners[graph.index[name]] for name in names} for names in graph.tied)
     return Pieces(
         layers=tuple(tuple(members[layer]) for layer in kept),
         inputs=tuple(i for i in graph.order if owners[i] in inputs),
         sources=tuple(sum(bit.get(s, 0) for s in graph.sources[layer]) for layer in kept),
         readers=tuple(sum(bit.get(r, 0) for r in graph.readers[layer]) for layer in kept),
         activation_bytes=tuple(graph.layers[layer].activation_bytes for layer in kept),
+        tied=tuple(reduce(or_, (bit.get(one, inputs_bit) for one in group)) for group in groups),
     )
 
 
@@ -223,9 +238,11 @@ def _some_cuts(pieces: Pieces, width: int, max_cuts: int) -> list[_Cut]:
                 mask = cut.mask | 1 << position
                 if mask not in larger:
                     larger[mask] = _Step(_crossing_with(pieces, cut, position), mask, cut, position)
-        cheapest = heapq.nsmallest(width, larger.values())
+        cheapest = heapq.nsmallest(
+            width, larger.values(), key=lambda step: (not pieces.keeps_tied(step.mask), step)
+        )
         kept = [_extended(pieces, step.cut, step.position) for step in cheapest]
-        sizes.append(kept)
+        sizes.append([cut for cut in kept if pieces.keeps_tied(cut.mask)])
     cuts = [cut for size in sizes for cut in sorted(size, key=lambda cut: cut.mask)]
     spread = _cheapest(np.array([cut.crossing_bytes for cut in cuts]), max_cuts)
     return [cuts[index] for index in spread]
@@ -241,17 +258,6 @@ def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
     pairs = zip(starts[starts < ends], ends[starts < ends], strict=True)
     inner = [low + int(crossing_bytes[low:high].argmin()) for low, high in pairs]
     return np.array([0, *inner, size - 1])
-
-
-def _between_no_tied(cuts: Cuts) -> Integers:
-    """Indices of the cuts that have all layers that share weights on one side."""
-    graph, pieces = cuts.graph, cuts.pieces
-    groups = []
-    for names in graph.tied:
-        layers = {graph.index[name] for name in names}
-        groups.append(sum(1 << p for p, own in enumerate(pieces.layers) if layers & set(own)))
-    kept = (all(mask & group in (0, group) for group in groups) for mask in cuts.masks)
-    return np.flatnonzero(np.fromiter(kept, bool))
 
 
 def _first(pieces: Pieces) -> _Cut:

@@ -143,9 +143,11 @@ def _nothing_fits(search: StageSearch) -> InputError | MemoryPlanError:
     limit = search.options.memory_limit_bytes
     least = _least_memory(search)
     if least is None or limit is None:
+        where = " between layers that share no weights" if search.cuts.graph.tied else ""
         return InputError(
             f"{num_workers} workers in a straight pipeline need as many stages, which the "
-            f"{search.cuts.num_cuts} cuts of the graph do not give: allow fewer workers or replicas"
+            f"{search.cuts.num_cuts} cuts of the graph{where} do not give: allow fewer workers or "
+            "replicas"
         )
     return MemoryPlanError(
         f"no plan on {num_workers} workers fits in {format_bytes(limit)} of a worker: the least "

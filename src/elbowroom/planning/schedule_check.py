@@ -15,9 +15,9 @@ worker as far as it comes, and every action is checked where it stands:
 
 Sends are buffered: they do not wait for their receive, as ``isend`` beside receives that are posted
 early. With ``rendezvous`` a send waits until its receive is reached. Flushed GPipe passes that,
-1F1B does not: one stage sends an activation while the next sends a gradient, and both wait. It
-passes where ``gradients`` alone wait; so workers of ``pipeline``, which do not wait as long, may
-wait until few of their gradients are unsent.
+1F1B does not: one stage sends an activation while the next sends a gradient, and both wait. With
+``gradients`` only sends of gradients wait, and all schedules pass. Workers of ``pipeline`` wait for
+fewer of them, so they come to an end as well.
 """
 
 from __future__ import annotations
