@@ -181,7 +181,7 @@ def _find_pieces(graph: LayerGraph) -> Pieces:
         sources=tuple(sum(bit.get(s, 0) for s in graph.sources[layer]) for layer in kept),
         readers=tuple(sum(bit.get(r, 0) for r in graph.readers[layer]) for layer in kept),
         activation_bytes=tuple(graph.layers[layer].activation_bytes for layer in kept),
-        tied=tuple(reduce(or_, (bit.get(one, inputs_bit) for one in group)) for group in groups),
+        tied=tuple(reduce(or_, (bit.get(one, inputs_bit) for one in group), 0) for group in groups),
     )
 
 
