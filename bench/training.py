@@ -2,11 +2,12 @@
 
     python -m bench.training [--repeats 3] [--steps 40]
 
-Every round profiles the model of examples/train_demo_lm.py on one core while the other one does the
-same, plans two straight stages, simulates that plan and trains by it, each worker on one core.
-Compared are seconds per minibatch while the pipe is full, and each worker's idle share of the whole
-run. The floor is the slowest stage's compute; gloo over the loopback device stands in for a link
-(10 Gbit/s assumed).
+Every round trains the model of examples/train_demo_lm.py by a plan of two straight stages, each
+worker on one core. The layers are profiled before and after it, on one core while the other one
+does the same, as the machine may change its speed meanwhile: simulated is the mean of both, and
+``drift`` is what the second says over the first. Compared are seconds per minibatch while the pipe
+is full, and each worker's idle share of the whole run. The floor is the slowest stage's compute;
+gloo over the loopback device stands in for a link (10 Gbit/s assumed).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.common import BUILD, write_result
+from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.pace import steady_seconds
 from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
@@ -44,43 +46,55 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
-    rounds = [compare(args.steps) for _ in range(args.repeats)]
+    before = profile()
+    rounds = []
+    for _ in range(args.repeats):
+        plan = plan_on_levels(
+            before, (Level(NUM_WORKERS, BANDWIDTH),), PipelineOptions(straight=True)
+        )
+        measured = train(plan, args.steps)
+        after = profile()
+        simulated = [simulate(plan, graph, args.steps) for graph in (before, after)]
+        rounds.append(compare(plan, simulated, measured))
+        before = after
     ratios = [one["measured_over_simulated"] for one in rounds]
     write_result("training", {"rounds": rounds, "median": statistics.median(ratios)})
 
 
-def compare(num_steps: int) -> dict[str, Any]:
+def profile() -> LayerGraph:
     BUILD.mkdir(parents=True, exist_ok=True)
-    profile, path = BUILD / "lm.json", BUILD / "lm.plan.json"
+    path = BUILD / "lm.json"
     measure = (sys.executable, "-m", "elbowroom.cli", "profile-model", str(SCRIPT))
     flags = ("--threads", "1", "--seconds", "5", "--workers", str(NUM_WORKERS))
-    run(*measure, "--out", str(profile), *flags)
-    graph = read_layer_graph(profile)
-    plan = plan_on_levels(graph, (Level(NUM_WORKERS, BANDWIDTH),), PipelineOptions(straight=True))
-    path.write_text(json.dumps(plan.to_json()))
+    run(*measure, "--out", str(path), *flags)
+    return read_layer_graph(path)
+
+
+def simulate(plan: PipelinePlan, graph: LayerGraph, num_steps: int) -> Run:
     timeline = simulate_plan(plan, graph, plan_schedule((1,) * NUM_WORKERS, num_steps))
-    simulated = Run(timeline.steady_seconds, timeline.bubbles)
-    measured = train(path, num_steps)
+    return Run(timeline.steady_seconds, timeline.bubbles)
+
+
+def compare(plan: PipelinePlan, simulated: list[Run], measured: Run) -> dict[str, Any]:
+    seconds = statistics.mean(one.seconds for one in simulated)
+    bubbles = zip(*(one.bubbles for one in simulated), strict=True)
     outcome = {
-        "planned_seconds": plan.seconds,
-        "floor_seconds": slowest_compute(plan),
-        "simulated": simulated._asdict(),
+        "floor_seconds": max(stage.seconds for stage in plan.stages),
+        "simulated": {"seconds": seconds, "bubbles": [statistics.mean(each) for each in bubbles]},
+        "drift": simulated[-1].seconds / simulated[0].seconds,
         "measured": measured._asdict(),
-        "measured_over_simulated": measured.seconds / simulated.seconds,
+        "measured_over_simulated": measured.seconds / seconds,
     }
     print(json.dumps(outcome), flush=True)
     return outcome
 
 
-def slowest_compute(plan: PipelinePlan) -> float:
-    return max(stage.seconds for stage in plan.stages)
-
-
-def train(plan: Path, num_steps: int) -> Run:
+def train(plan: PipelinePlan, num_steps: int) -> Run:
     """By torchrun, and what its trace shows."""
-    trace = BUILD / "lm.trace.json"
+    path, trace = BUILD / "lm.plan.json", BUILD / "lm.trace.json"
+    path.write_text(json.dumps(plan.to_json()))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-    worker = (str(NUM_WORKERS), "-m", "elbowroom.pipeline", str(SCRIPT), "--plan", str(plan))
+    worker = (str(NUM_WORKERS), "-m", "elbowroom.pipeline", str(SCRIPT), "--plan", str(path))
     run(*torchrun, *worker, "--steps", str(num_steps), "--trace", str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
     spans = [event for event in events if event["ph"] == "X"]
