@@ -242,8 +242,10 @@ def test_limits_of_nothing(limits: dict[str, Any]) -> None:
 
 
 def test_microbatches_without_a_flush() -> None:
-    with pytest.raises(InputError, match="4 microbatches with semantics stash"):
+    with pytest.raises(InputError, match="4 microbatches with semantics 'stash'"):
         StageOptions("stash", 4)
+    with pytest.raises(InputError, match="4 microbatches with semantics of the plan"):
+        StageOptions(microbatches=4)
 
 
 def test_stages_are_different() -> None:

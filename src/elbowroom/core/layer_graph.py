@@ -132,9 +132,9 @@ class Layer:
 class LayerGraph:
     """Layers, in any order, and the edges between them: acyclic, and in one piece.
 
-    Raises InputError when it is not, and for other names than theirs, with the layers that are
-    wrong. The layers that a group in ``tied`` names share weights or running statistics: one stage
-    must have all of them.
+    The layers that a group in ``tied`` names share weights or running statistics: one stage must
+    have all of them. Raises InputError when the layers are not one such piece, and for a name that
+    none of them has, with what is wrong.
     """
 
     layers: tuple[Layer, ...]

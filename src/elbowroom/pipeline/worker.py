@@ -94,9 +94,10 @@ class StageOptions:
 
     def __post_init__(self) -> None:
         if self.microbatches < 1 or (self.microbatches > 1 and self.semantics != "flush"):
+            semantics = f"'{self.semantics}'" if self.semantics else "of the plan"
             raise InputError(
-                f"{self.microbatches} microbatches with semantics {self.semantics}: give 1, or "
-                "more with 'flush'"
+                f"{self.microbatches} microbatches with semantics {semantics}: give 1, or more "
+                "with 'flush'"
             )
         if self.bucket_bytes < 1 or (self.clip_norm is not None and not self.clip_norm > 0):
             raise InputError(

@@ -158,6 +158,7 @@ def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cut
     measured = _measure(graph, pieces, cuts, is_exact, with_needs)
     if not graph.tied:
         return measured
+    # Left out only now: memory is the most over all orders of layers, whatever may be cut.
     kept = np.fromiter((pieces.keeps_tied(mask) for mask in measured.masks), bool)
     return measured.only(np.flatnonzero(kept))
 

@@ -45,7 +45,6 @@ from elbowroom.core.pipeline_action import (
 
 Sends = Literal["buffered", "rendezvous", "gradients"]
 
-
 _WAITING: dict[Sends, tuple[type[Send], ...]] = {
     "buffered": (),
     "rendezvous": (SendActivation, SendGradient),
