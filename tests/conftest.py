@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from itertools import product
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from elbowroom.planner import cache_path, split_cores
+from elbowroom.core.model import DTYPE_BYTES
+from elbowroom.machine import cache_path, split_cores
 from tests.planning.facts import CPU
 
 # Machines that run tests are shared: how long an example takes says nothing about our code.
@@ -23,11 +24,12 @@ settings.load_profile("shared")
 def measured_machine(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A cache of our own that has this machine's measurements: no run stops to make them."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    for num_devices in range(1, 9):
-        path = cache_path(split_cores(num_devices))
+    for num_devices, dtype in product(range(1, 9), DTYPE_BYTES):
+        path = cache_path(split_cores(num_devices), dtype)
+        assert path is not None
         path.parent.mkdir(parents=True, exist_ok=True)
         link = replace(CPU.links[0], num_devices=num_devices)
-        Path(path).write_text(replace(CPU, num_devices=num_devices, links=(link,)).to_toml())
+        path.write_text(replace(CPU, num_devices=num_devices, links=(link,)).to_toml())
 
 
 @pytest.fixture

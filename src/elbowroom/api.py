@@ -8,154 +8,92 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from elbowroom.core.errors import InputError, MemoryPlanError
-from elbowroom.core.model import ModelFacts, check_runnable, read_model
-from elbowroom.core.plan import (
-    POOL_MODES,
-    EngineOptions,
-    FetchOrder,
-    Layout,
-    MemoryAccount,
-    PoolMode,
-    RunPlan,
-)
-from elbowroom.core.units import format_bytes, parse_bytes
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import optional
+from elbowroom.core.model import ModelFacts, check_runnable
+from elbowroom.core.plan import RunPlan
+from elbowroom.core.units import parse_bytes
+from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import job_identity
+from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import FinishedRow, OnCommit
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
-from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
-from elbowroom.planner import THIS_MACHINE, Predictor, find_cluster, split_cores
+from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
+from elbowroom.machine import Say, find_cluster, split_cores
+from elbowroom.plan_table import print_plan_table
+from elbowroom.planner import (
+    Planned,
+    PlanSettings,
+    check_possible,
+    model_facts,
+    plan_job,
+    run_plan,
+)
 from elbowroom.planning.memory import check_fits, longest_row
-from elbowroom.planning.search import EngineLimits, account_layout, engine_limits, layout_shares
+from elbowroom.planning.search import Candidate, engine_limits, replica_limits
+from elbowroom.predict import Predictor
 
 PREDICTION_ROWS = 1000
 """Rows of the input that are counted for a prediction."""
 
 _QUEUE_ROWS = 1000
+_UNKNOWN_ROW = ([512], [256])
+"""Prompt and output tokens of a job of which nothing is known."""
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """What ``elbowroom run`` is told. ``memory_bytes`` is the memory of one device.
+    """What ``elbowroom run`` is told.
 
-    A replica has ``tensor_parallel`` devices, each of which pools with its like in other replicas.
-
-    ``errors`` and ``report`` lie beside the output unless they are named. ``max_model_len`` None
-    is the longest row that fits, ``slots`` None one less than there are replicas. ``ship`` lets a
-    streamed pool ship the rows of small batches, as the prediction advises. ``cluster`` is
-    where predictions come from. ``given_plan`` says all that is asked of layout and engine.
+    ``errors`` and ``report`` lie beside the output unless they are named, and the replicas' logs in
+    the journal's folder. ``given_plan`` says all that is asked of layout and engine.
     """
 
-    model: Path
-    input: Path
+    inputs: tuple[Path, ...]
     output: Path
-    memory_bytes: int
+    plan: PlanSettings
     errors: Path | None = None
     report: Path | None = None
     logs: Path | None = None
-    replicas: int = 1
-    tensor_parallel: int = 1
-    pool: PoolMode = "mapped"
-    slots: int | None = None
-    fetch_order: FetchOrder = "peak-shift"
-    ship: bool = True
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    served_model_names: tuple[str, ...] = ()
-    seed: int = 0
-    prefix_caching: bool = True
-    vllm_options: tuple[str, ...] = ()
     job: JobOptions = field(default_factory=JobOptions)
-    cluster: str = THIS_MACHINE
     given_plan: RunPlan | None = None
 
-    def files(self) -> JobFiles:
+    def files(self, source: BatchInput) -> JobFiles:
         output = self.output
         return JobFiles(
-            input=self.input,
+            input=source,
             output=output,
             errors=self.errors or errors_beside(output),
             report=self.report or output.parent / f"{output.stem}.report.json",
             logs=self.logs,
         )
 
-    def layout(self, mode: PoolMode) -> Layout:
-        """Replicas without a pool are groups of one."""
-        width = self.tensor_parallel
-        if mode == "none":
-            return Layout(width, 1, self.replicas, mode)
-        slots = max(1, self.replicas - 1) if self.slots is None else self.slots
-        if mode == "mapped":
-            return Layout(width, self.replicas, 1, mode)
-        ships = self.ship and self.replicas > 1
-        return Layout(width, self.replicas, 1, mode, slots, ships)
-
-    @property
-    def engine_limits(self) -> EngineLimits:
-        return EngineLimits(self.max_num_seqs, self.max_num_batched_tokens)
-
-    def account(self, model: ModelFacts, mode: PoolMode) -> MemoryAccount:
-        return account_layout(model, self.layout(mode), self.memory_bytes, self.engine_limits)
-
-    def plan(self, model: ModelFacts) -> RunPlan:
-        """What these settings ask for, or ``given_plan``. Raises MemoryPlanError if no row fits."""
-        check_runnable(model)
-        if model.num_heads % self.tensor_parallel:
-            raise InputError(
-                f"--tensor-parallel {self.tensor_parallel} does not divide the {model.num_heads} "
-                f"attention heads of {model.name}: lower it"
-            )
-        if self.given_plan is not None:
-            return replace(self.given_plan, cores=split_cores(self.given_plan.num_replicas))
-        layout, account = self.layout(self.pool), self.account(model, self.pool)
-        names = (*self.served_model_names, model.name, str(self.model))
-        hosts = sorted(self.job.limits.allowed_url_hosts)
-        media = ("--allowed-media-domains", *hosts) if hosts else ()
-        plan = RunPlan(
-            model_dir=str(self.model),
-            account=account,
-            shares=layout_shares(model, layout, self.fetch_order) * layout.num_groups,
-            cores=split_cores(self.replicas),
-            engine=EngineOptions(
-                dtype=model.dtype,
-                max_model_len=self.max_model_len or longest_row(model, account),
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens,
-                served_model_names=tuple(dict.fromkeys(names)),
-                seed=self.seed,
-                prefix_caching=self.prefix_caching,
-                extra=(*media, *self.vllm_options),
-            ),
-            layout=layout,
-        )
-        check_fits(account, plan.engine.max_model_len)
-        return plan
-
 
 def run_batch(
     model: str | os.PathLike[str],
-    input: str | os.PathLike[str],
+    input: Paths,
     output: str | os.PathLike[str],
     *,
-    memory: int | str,
+    memory: int | str | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> JobReport:
-    """Answer an OpenAI batch file, or go on with it. Returns the report.
+    """Answer an OpenAI batch file, or several, or go on with it. Returns the report.
 
-    ``memory`` is bytes, or text such as "2GiB". ``options`` are the other fields of
-    ``BatchSettings``. Nothing is shown unless a ``console`` is given.
+    ``memory`` of one replica is bytes, or text such as "2GiB"; by default it is what is free.
+    ``options`` are the other fields of ``BatchSettings`` and ``PlanSettings``. Nothing is shown
+    unless a ``console`` is given.
 
     Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
     """
@@ -165,10 +103,10 @@ def run_batch(
 
 def iter_batch(
     model: str | os.PathLike[str],
-    input: str | os.PathLike[str],
+    input: Paths,
     output: str | os.PathLike[str],
     *,
-    memory: int | str,
+    memory: int | str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Answer a batch file, and yield the result lines of rows once they are safe on disk.
@@ -215,83 +153,168 @@ async def run_settings(
     stop: StopRequest | None = None,
     on_rows: OnCommit | None = None,
 ) -> JobReport:
-    """Plan, predict and run. The account is shown before a layout that does not fit is refused."""
-    files = settings.files()
-    check_paths(files.input, files.output, files.errors, files.report)
-    model = read_model(settings.model, settings.dtype)
-    if settings.given_plan is None:
-        console.print(_account_table(settings, model))
-    plan = settings.plan(model)
+    """Plan, predict and run. What was compared is shown before a job that does not fit is refused.
+
+    Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
+    """
+
+    def say(text: str) -> None:
+        with suppress(Exception):  # the terminal may be gone, and the job is not
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    output = settings.output
+    report = settings.report or output.parent / f"{output.stem}.report.json"
+    check_paths(settings.inputs, output, settings.errors or errors_beside(output), report)
+    with BatchInput(settings.inputs, output.parent) as source:
+        prepared = prepare(settings, source, console, say)
+        identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
+        return await run_job(
+            prepared.plan,
+            settings.files(source),
+            prepared.job,
+            identity,
+            console,
+            stop,
+            on_rows,
+            prepared.hindsight,
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can start."""
+
+    plan: RunPlan
+    job: JobOptions
+    hindsight: Hindsight | None = None
+
+
+def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: Say) -> Prepared:
+    """Decide what was left open, and predict. Nothing is started.
+
+    Raises InputError and UnsupportedModelError for a model that cannot be run, MemoryPlanError when
+    no row fits.
+    """
+    asked = settings.plan
+    model = model_facts(asked, say)
+    check_runnable(model)
+    lengths = None
+    with optional("prediction", say):
+        lengths = read_lengths(source, asked.model, settings.job.limits, PREDICTION_ROWS)
+    rows = None if lengths is None else lengths.workload
+    if rows is not None and settings.job.order != "input":
+        rows = rows.longest_first()
+    if settings.given_plan is not None:
+        plan = _renewed(settings.given_plan, source.name, say)
+        cluster = None
+        with optional("prediction", say):
+            cluster = find_cluster(asked.cluster, plan.cores, plan.engine.dtype, say)
+    else:
+        planned, best = _decide(asked, model, rows, str(lengths), console, say)
+        plan = run_plan(planned, best, asked, source.name)
+        check_fits(plan.account, plan.engine.max_model_len)
+        _say_choice(planned, plan, say)
+        cluster = best.cluster if planned.machines.is_measured else None
     job, hindsight = settings.job, None
-    predictor = _predictor(settings, model, plan, console)
-    if predictor is not None:
-        plan = replace(plan, prediction=predictor.prediction)
-        if settings.given_plan is None:
-            plan = plan.shipping_below(predictor.ship_below_rows)
-        job = replace(job, bytes_per_token=predictor.lengths.bytes_per_token)
-        hindsight = predictor.in_hindsight
-    identity = job_identity(settings.model, plan.engine)
-    return await run_job(plan, files, job, identity, console, stop, on_rows, hindsight)
+    if lengths is not None and rows is not None:
+        job = replace(job, bytes_per_token=lengths.bytes_per_token)
+        with optional("prediction", say):
+            predictor = None if cluster is None else _predictor(plan, model, cluster, rows)
+            if predictor is not None:
+                plan = replace(plan, prediction=predictor.prediction)
+                hindsight = predictor.in_hindsight
+                say(f"predicted for {lengths}: {predictor.prediction}")
+    return Prepared(plan, job, hindsight)
 
 
 def errors_beside(output: Path) -> Path:
     return output.parent / f"{output.stem}.errors.jsonl"
 
 
-def _predictor(
-    settings: BatchSettings, model: ModelFacts, plan: RunPlan, console: Console
-) -> Predictor | None:
-    """Of this job on this machine, whatever job and cluster a given plan was made for.
+def _decide(
+    asked: PlanSettings,
+    model: ModelFacts,
+    rows: Workload | None,
+    about_rows: str,
+    console: Console,
+    say: Say,
+) -> tuple[Planned, Candidate]:
+    """The best of the layouts that are allowed, which are shown.
 
-    None where it cannot be told: a job without rows that could be answered.
+    Rows that the model or the cache cannot hold will fail alone: they count for nothing. Raises
+    MemoryPlanError, with the numbers, when no row fits.
     """
+    most = asked.max_model_len or model.max_position_embeddings
+    rows = (rows and rows.up_to(most)) or workload(*_UNKNOWN_ROW).up_to(most) or workload([1], [1])
+    planned = plan_job(asked, model, rows, about_rows, say)
+    if planned.choice.best is None:
+        room = max(replica_limits(c.account, c.engine).num_kv_tokens for c in planned.candidates)
+        if (fitting := rows.up_to(room)) is not None:
+            num_longer = rows.num_rows - fitting.num_rows
+            say(f"{num_longer} rows of more than {room} tokens do not fit: give more --memory")
+            planned = plan_job(asked, model, fitting, about_rows, say)
+    with optional("table of layouts", say):
+        print_plan_table(console, planned)
+    best = planned.choice.best
+    if best is None:
+        nearest = min(planned.candidates, key=lambda candidate: candidate.missing_bytes)
+        longest = asked.max_model_len or longest_row(model, nearest.account)
+        check_fits(nearest.account, longest)
+        return planned, check_possible(planned)
+    return planned, best
+
+
+def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
+    """What is taken, and what the next best would take."""
+    best, other = planned.choice.best, planned.choice.next_best
+    assert best is not None
+    say(
+        f"taken: {best.describe()}, {plan.engine.dtype}: {plan.account.num_kv_tokens} KV tokens, "
+        f"{plan.engine.max_num_seqs} rows at once"
+    )
+    if other is not None and planned.machines.is_measured:
+        longer = other.seconds / best.seconds
+        say(f"next best: {other.describe()}: {longer:.2f}x as long, as far as can be told")
+
+
+def _renewed(plan: RunPlan, source_name: str, say: Say) -> RunPlan:
+    """A given plan on the cores that this process has."""
+    if plan.made_for not in ("", source_name):
+        say(f"the plan was made for {plan.made_for}, and is now run for {source_name}")
+    return replace(plan, cores=split_cores(plan.num_replicas))
+
+
+def _predictor(
+    plan: RunPlan, model: ModelFacts, cluster: Cluster, rows: Workload
+) -> Predictor | None:
+    """None where no row fits."""
     assert plan.layout is not None
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    cluster = find_cluster(settings.cluster, plan.cores, say)
-    engine = engine_limits(plan.engine)
-    try:
-        lengths = read_lengths(settings.input, settings.model, settings.job.limits, PREDICTION_ROWS)
-        in_order = settings.job.order == "input"
-        predictor = Predictor(model, cluster, plan.layout, plan.account, engine, lengths, in_order)
-        prediction = predictor.prediction
-    except (InputError, MemoryPlanError) as error:
-        say(f"no prediction: {error}")
+    limits = engine_limits(plan.engine)
+    room = replica_limits(plan.account, limits).num_kv_tokens
+    fitting = rows.up_to(min(plan.engine.max_model_len, room))
+    if fitting is None:
         return None
-    say(f"predicted for {lengths}: {prediction}")
-    return predictor
+    return Predictor(model, cluster, plan.layout, plan.account, limits, fitting)
 
 
 def _settings(
     model: str | os.PathLike[str],
-    input: str | os.PathLike[str],
+    input: Paths,
     output: str | os.PathLike[str],
-    memory: int | str,
+    memory: int | str | None,
     options: dict[str, Any],
 ) -> BatchSettings:
-    memory_bytes = parse_bytes(memory) if isinstance(memory, str) else memory
-    return BatchSettings(Path(model), Path(input), Path(output), memory_bytes, **options)
-
-
-def _account_table(settings: BatchSettings, model: ModelFacts) -> Table:
-    """Where one replica's memory goes, for the layout asked for and for the others."""
-    memory = format_bytes(settings.memory_bytes)
-    num_devices = settings.replicas * settings.tensor_parallel
-    title = f"{model.name}: {num_devices} x {memory} ({model.dtype})"
-    table = Table(title=title, title_justify="left", box=None)
-    for column in ("pool", "replicated", "own FFN", "slots", "workspace", "KV", "KV tokens"):
-        table.add_column(column, justify="right")
-    for mode in POOL_MODES:
-        account = settings.account(model, mode)
-        table.add_row(
-            f"> {mode}" if mode == settings.pool else mode,
-            format_bytes(account.replicated_bytes),
-            format_bytes(account.ffn_bytes),
-            format_bytes(account.slot_bytes),
-            format_bytes(account.workspace_bytes),
-            format_bytes(account.kv_bytes),
-            str(account.num_kv_tokens) if account.kv_bytes > 0 else "does not fit",
-        )
-    return table
+    """Options go to the plan or to the job, by their names. Raises TypeError for others."""
+    inputs = [input] if isinstance(input, str | os.PathLike) else input
+    planned = {f.name for f in fields(PlanSettings)} - {"limits", "runs_here"}
+    of_plan = {name: value for name, value in options.items() if name in planned}
+    of_job = {name: value for name, value in options.items() if name not in planned}
+    job = options.get("job", JobOptions())
+    plan = PlanSettings(
+        model=Path(model),
+        memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
+        limits=job.limits,
+        runs_here=True,
+        **of_plan,
+    )
+    return BatchSettings(tuple(map(Path, inputs)), Path(output), plan, **of_job)

@@ -6,36 +6,48 @@ import argparse
 import asyncio
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from elbowroom.api import BatchSettings, errors_beside, run_settings
-from elbowroom.cli_flags import add_limits, count, limits_of, number, seconds, size
+from elbowroom.cli_flags import (
+    PLANNED,
+    add_inputs,
+    add_limits,
+    add_planned,
+    count,
+    limits_of,
+    number,
+    planned_of,
+    seconds,
+)
 from elbowroom.cli_pipeline import add_pipeline_commands
 from elbowroom.cli_plan import add_plan_commands
 from elbowroom.cli_profile import add_profile_command
+from elbowroom.cli_signals import Signals
 from elbowroom.core.errors import (
     ElbowroomError,
     InputError,
     JobStoppedError,
     MemoryPlanError,
     OutputError,
+    optional,
 )
-from elbowroom.core.model import DTYPE_BYTES
-from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES, RunPlan
+from elbowroom.core.plan import RunPlan
+from elbowroom.hub import find_model
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
+from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import JournalReader
 from elbowroom.jobs.report import print_summary
 from elbowroom.jobs.runner import JobOptions, StopRequest
 from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
-from elbowroom.planner import THIS_MACHINE, read_run_plan
+from elbowroom.machine import THIS_MACHINE
+from elbowroom.planner import PlanSettings, read_run_plan
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
 _EXIT_CODES = """\
@@ -47,13 +59,6 @@ exit codes:
   1   a failure inside
 """
 
-_PLANNED = (
-    *("model", "memory", "replicas", "tensor_parallel", "pool", "slots", "fetch_order", "ship"),
-    *("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "served_model_name"),
-    *("seed", "no_prefix_caching"),
-)
-"""Flags of ``run`` that a plan stands for."""
-
 EXIT_GOOD = 0
 EXIT_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -63,16 +68,22 @@ EXIT_RESUMABLE = 75
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``elbowroom``. Returns the exit code."""
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
     console = Console(stderr=True)
     command: Callable[[argparse.Namespace, Console], int] = args.command
     try:
+        if args.vllm and not args.takes_vllm:
+            raise InputError("only `run` and `plan` take options for vLLM, behind --")
         return command(args, console)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_GOOD
     except ElbowroomError as error:
-        console.print(f"elbowroom: {error}", style="red", markup=False, highlight=False)
+        console.print(
+            f"elbowroom: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         return _exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError):
         console.print("elbowroom: stopped at once; run the same command again to go on")
@@ -88,31 +99,20 @@ def _exit_code(error: ElbowroomError) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    return asyncio.run(_run_until_signalled(_settings(args), console))
-
-
-async def _run_until_signalled(settings: BatchSettings, console: Console) -> int:
-    """The first signal asks the job to stop, the second ends it."""
-    task = asyncio.current_task()
-    assert task is not None
     stop = StopRequest()
-    loop = asyncio.get_running_loop()
-
-    def on_signal(received: signal.Signals) -> None:
-        if stop.reason is None:
-            stop(f"stopped by {received.name}")
-        else:
-            task.cancel()
-
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signal_number, partial(on_signal, signal_number))
-    report = await run_settings(settings, console, stop)
-    print_summary(console, report)
+    with Signals(stop) as signals:
+        report = asyncio.run(signals.watch(run_settings(_settings(args), console, stop)))
+    with optional("summary", lambda text: console.print(text, markup=False)):
+        print_summary(console, report)
     return EXIT_FAILED_ROWS if report.num_failed else EXIT_GOOD
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    report = check_file(args.input, args.model, args.max_model_len, limits_of(args))
+    model = None
+    if args.model is not None and not args.no_tokens:
+        model = find_model(args.model, args.revision, with_weights=False)
+    with BatchInput(args.input) as source:
+        report = check_file(source, model, args.max_model_len, limits_of(args))
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
@@ -141,7 +141,7 @@ def _results(args: argparse.Namespace, console: Console) -> int:
 def _verify(args: argparse.Namespace, console: Console) -> int:
     errors = args.errors or errors_beside(args.output)
     paths = [args.output, *([errors] if args.errors or errors.exists() else [])]
-    with BatchFile(args.input, limits_of(args)) as batch:
+    with BatchInput(args.input) as source, BatchFile(source, limits_of(args)) as batch:
         verification = verify_results(batch.scan(), paths)
     if args.json:
         print(json.dumps(verification.to_json(), indent=2))
@@ -167,13 +167,17 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EXIT_CODES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, takes_vllm=False)
         return added
 
     _add_run_flags(add("run", _run, "answer a batch file, or go on with it"))
     check = add("check", _check, "tell all that can be known before a device is touched")
-    check.add_argument("input", type=Path, help="OpenAI batch lines")
-    check.add_argument("--model", type=Path, help="Hugging Face model folder, to count tokens")
+    check.add_argument("input", type=Path, nargs="+", help="OpenAI batch lines, of one job")
+    check.add_argument("--model", help="Hugging Face folder or name on the hub, to count tokens")
+    check.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    check.add_argument(
+        "--no-tokens", action="store_true", help="do not count tokens, which needs transformers"
+    )
     check.add_argument("--max-model-len", type=count, help="tokens of the longest row")
     check.add_argument("--json", action="store_true", help="for machines")
     add_limits(check)
@@ -184,7 +188,7 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("output", type=Path, help="the --output of the run")
     results.add_argument("--rows", choices=("all", "succeeded", "failed"), default="all")
     verify = add("verify", _verify, "check that each row of the input has exactly one result")
-    verify.add_argument("input", type=Path, help="OpenAI batch lines")
+    verify.add_argument("input", type=Path, nargs="+", help="OpenAI batch lines, of one job")
     verify.add_argument("output", type=Path, help="answers")
     verify.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
     verify.add_argument("--json", action="store_true", help="for machines")
@@ -197,46 +201,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_run_flags(run: argparse.ArgumentParser) -> None:
     files = run.add_argument_group("files")
-    files.add_argument("--model", type=Path, help="Hugging Face model folder")
-    files.add_argument("--input", type=Path, required=True, help="OpenAI batch lines")
+    add_inputs(files, required=True)
     files.add_argument("--output", type=Path, required=True, help="answers, in input order")
     files.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
     files.add_argument("--report", type=Path, help="report.json (default: beside the output)")
-    files.add_argument("--logs", type=Path, help="folder to keep the replicas' logs in")
-    layout = run.add_argument_group("layout")
-    layout.add_argument(
+    files.add_argument(
+        "--logs", type=Path, help="folder for the replicas' logs (default: in the journal's)"
+    )
+    files.add_argument(
         "--plan", type=Path, help="of `elbowroom plan --json`: model, layout and engine are its own"
     )
-    layout.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
-    layout.add_argument("--replicas", type=count, default=1, help="engines (default 1)")
-    layout.add_argument(
-        "--tensor-parallel", type=count, default=1, help="devices of one replica (default 1)"
-    )
-    layout.add_argument("--memory", type=size, help="memory of one device, such as 2GiB")
-    layout.add_argument(
-        "--pool",
-        choices=POOL_MODES,
-        default="mapped",
-        help="how a replica uses layers that others own (default mapped; none: full copies)",
-    )
-    layout.add_argument("--slots", type=count, help="buffers for streamed layers (default d-1)")
-    layout.add_argument(
-        "--ship",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with a streamed pool: ship rows of small batches to owners (default: where it pays)",
-    )
-    layout.add_argument("--fetch-order", choices=FETCH_ORDERS, default=FETCH_ORDERS[0])
-    engine = run.add_argument_group("engine")
-    engine.add_argument("--dtype", choices=("auto", *DTYPE_BYTES), default="auto")
-    engine.add_argument(
-        "--max-model-len", type=count, help="tokens of the longest row (default: what fits)"
-    )
-    engine.add_argument("--max-num-seqs", type=count, default=256, help="rows at once")
-    engine.add_argument("--max-num-batched-tokens", type=count, default=2048)
-    engine.add_argument("--served-model-name", action="append", default=[], metavar="NAME")
-    engine.add_argument("--seed", type=int, default=0)
-    engine.add_argument("--no-prefix-caching", action="store_true")
+    files.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
+    add_planned(run)
     job = run.add_argument_group("job")
     defaults = JobOptions()
     job.add_argument(
@@ -263,7 +239,7 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
         help="of one replica in ten minutes (default %(default)d)",
     )
     add_limits(run)
-    run.add_argument("vllm", nargs="*", metavar="-- VLLM OPTIONS", help="passed on to vLLM")
+    run.usage = f"{run.prog} --model MODEL --input FILE --output FILE [options] [-- VLLM OPTIONS]"
 
 
 def _settings(args: argparse.Namespace) -> BatchSettings:
@@ -274,49 +250,32 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         grace_seconds=args.grace,
         restart=args.restart,
     )
-    plan = None if args.plan is None else _plan_alone(args)
-    if plan is None:
-        for name in ("model", "memory"):
-            if getattr(args, name) is None:
-                raise InputError(f"give --{name}, or a --plan that says it")
+    given = None if args.plan is None else _plan_alone(args)
+    if given is None:
+        plan = planned_of(args, args.cluster, runs_here=True)
+    else:
+        engine = given.engine
+        plan = PlanSettings(Path(given.model_dir), args.cluster, dtype=engine.dtype, runs_here=True)
     return BatchSettings(
-        model=Path(plan.model_dir) if plan else args.model,
-        memory_bytes=plan.account.memory_bytes if plan else args.memory,
-        input=args.input,
+        inputs=tuple(args.input),
         output=args.output,
+        plan=plan,
         errors=args.errors,
         report=args.report,
         logs=args.logs,
-        replicas=args.replicas,
-        tensor_parallel=args.tensor_parallel,
-        pool=args.pool,
-        slots=args.slots,
-        fetch_order=args.fetch_order,
-        ship=args.ship,
-        dtype=plan.engine.dtype if plan else args.dtype,
-        max_model_len=args.max_model_len,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        served_model_names=tuple(args.served_model_name),
-        seed=args.seed,
-        prefix_caching=not args.no_prefix_caching,
-        vllm_options=tuple(args.vllm),
         job=job,
-        cluster=args.cluster,
-        given_plan=plan,
+        given_plan=given,
     )
 
 
 def _plan_alone(args: argparse.Namespace) -> RunPlan:
     """The plan. What it says is not said again beside it."""
     parser = argparse.ArgumentParser()
-    _add_run_flags(parser)
-    for name in _PLANNED:
-        if getattr(args, name) != parser.get_default(name):
-            flag = f"--{name.replace('_', '-')}"
+    add_planned(parser)
+    for name in PLANNED:
+        if getattr(args, name) != ([] if name == "vllm" else parser.get_default(name)):
+            flag = "what stands behind --" if name == "vllm" else f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
-    if args.vllm:
-        raise InputError("options for vLLM cannot be given beside a --plan")
     return read_run_plan(args.plan)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.cli_flags import add_cluster, bandwidth, count, size
+from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.pipedream_text import read_layer_graph
@@ -27,7 +28,7 @@ from elbowroom.core.pipeline_plan import (
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.jobs.results import write_atomically
-from elbowroom.planner import THIS_MACHINE, find_cluster, split_cores
+from elbowroom.machine import THIS_MACHINE, find_cluster, split_cores
 from elbowroom.planning.pipeline import plan_on_levels, plan_pipeline
 from elbowroom.planning.prediction import (
     Prediction,
@@ -118,7 +119,9 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
     else:
         is_here = args.cluster == THIS_MACHINE
         cores = split_cores(args.workers) if is_here else None
-        cluster = find_cluster(args.cluster, cores, lambda text: console.print(text))
+        cluster = find_cluster(
+            args.cluster, cores, host.fastest_dtype("bfloat16"), lambda text: console.print(text)
+        )
         plan = plan_pipeline(graph, cluster, args.workers, options)
     screen = Console()
     screen.width = max(screen.width, _TABLE_WIDTH)

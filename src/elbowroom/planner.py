@@ -3,71 +3,102 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 
-from elbowroom.core.cluster import Cluster, read_cluster
-from elbowroom.core.errors import InputError, MemoryPlanError, OutputError
+from elbowroom.core import host
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
 from elbowroom.core.model_shapes import read_json
 from elbowroom.core.plan import (
     EngineOptions,
+    FetchOrder,
     Layout,
-    MemoryAccount,
-    Prediction,
+    PoolMode,
     RunPlan,
 )
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
-from elbowroom.jobs.lengths import FileLengths, read_lengths
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.results import write_atomically
+from elbowroom.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
 from elbowroom.planning.cost import Batch, Term
 from elbowroom.planning.memory import check_fits, longest_row
 from elbowroom.planning.search import (
+    LEAST_TOKENS,
     Candidate,
     Choice,
     EngineLimits,
     choose,
     enumerate_layouts,
-    job_seconds,
+    first_that_fits,
     layout_shares,
     pool_times,
-    replica_limits,
     ship_threshold,
+    without_idle_cache,
 )
-from elbowroom.profiling.machine import measure_machine
-
-THIS_MACHINE = "this-machine"
+from elbowroom.predict import prediction_of
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What ``elbowroom plan`` is told. None leaves a choice to the planner.
+    """What is asked of a plan. None leaves a choice to the planner.
 
-    ``memory_bytes`` is what the engine may use of one device; else it is the cluster's own.
-    ``lengths`` is text for ``parse_lengths``, ``input`` a batch file: one of both is given.
+    ``memory_bytes`` is what the engine may use of one device; None is the cluster's own, and on
+    this machine what is free. A replica has ``tensor_parallel`` devices, each of which pools with
+    its like in other replicas. ``ship`` lets a streamed pool ship the rows of small batches.
+    ``dtype`` "auto" is the model's own, and on this machine what its CPU computes fastest without
+    losing digits. ``max_model_len`` None is the longest row that the model and the cache can hold.
+    ``runs_here`` says that the plan is for this machine, whatever ``cluster`` its times are from.
     """
 
     model: Path
-    cluster: str
-    input: Path | None = None
-    lengths: str | None = None
+    cluster: str = THIS_MACHINE
     memory_bytes: int | None = None
     tensor_parallel: int | None = None
     replicas: int | None = None
-    pool: str | None = None
+    pool: PoolMode | None = None
     slots: int | None = None
+    ship: bool | None = None
+    fetch_order: FetchOrder = "peak-shift"
     dtype: str = "auto"
     weight_dtype: str | None = None
     kv_dtype: str | None = None
-    engine: EngineLimits = field(default_factory=EngineLimits)
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    activation_bytes: int | None = None
+    served_model_names: tuple[str, ...] = ()
+    seed: int = 0
+    prefix_caching: bool = True
+    vllm_options: tuple[str, ...] = ()
     calibrate: Path | None = None
     limits: RowLimits = field(default_factory=RowLimits)
+    runs_here: bool = False
+
+    @property
+    def engine(self) -> EngineLimits:
+        return EngineLimits(
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            self.activation_bytes,
+            self.max_model_len,
+        )
+
+    @property
+    def is_here(self) -> bool:
+        return self.runs_here or self.cluster == THIS_MACHINE
+
+    @property
+    def num_devices(self) -> int | None:
+        """Into how many devices this machine is to be divided; None where nothing asks for any."""
+        if self.replicas is not None or self.tensor_parallel is not None:
+            return (self.replicas or 1) * (self.tensor_parallel or 1)
+        return max(2, len(host.cores())) if self.pool in ("mapped", "streamed") else None
 
 
 @dataclass(frozen=True)
@@ -75,71 +106,118 @@ class Planned:
     """Facts, and what was decided from them. ``changes`` would make an impossible job possible."""
 
     model: ModelFacts
-    cluster: Cluster
+    machines: Machines
     workload: Workload
     about_workload: str
     choice: Choice
     changes: tuple[str, ...] = ()
 
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return self.choice.candidates
 
-def plan_job(settings: PlanSettings) -> Planned:
-    """Compare layouts. Raises InputError for files and names that cannot be used."""
+    @property
+    def cluster(self) -> Cluster:
+        best = self.choice.best
+        return best.cluster if best else self.machines.clusters[0]
+
+
+def plan_job(
+    settings: PlanSettings, model: ModelFacts, rows: Workload, about_rows: str, say: Say = quiet
+) -> Planned:
+    """Compare layouts on a job, whose rows are in the order in which they are worked on.
+
+    Raises InputError for names that cannot be used, and when no layout is as it is asked for.
+    """
+    rows, about_rows = _within_model(model, settings, rows, about_rows)
+    machines = find_machines(
+        settings.cluster,
+        settings.num_devices,
+        settings.memory_bytes,
+        model.dtype,
+        settings.calibrate,
+        say,
+        settings.runs_here,
+    )
+
+    def search(model: ModelFacts, machines: Machines, engine: EngineLimits) -> Choice:
+        choices = []
+        for cluster in machines.clusters:
+            layouts = enumerate_layouts(model, cluster, settings.slots)
+            asked = [layout for layout in layouts if _is_asked(layout, settings)]
+            if asked:
+                choices.append(choose(model, cluster, rows, engine, asked))
+        if not choices:
+            raise InputError(_why_no_layout(settings, model, machines.clusters[0]))
+        return first_that_fits(choices)
+
+    choice = search(model, machines, settings.engine)
+    changes: tuple[str, ...] = ()
+    if choice.best is None:
+        changes = tuple(_smallest_changes(settings, model, machines, rows, choice, search))
+    return Planned(model, machines, rows, about_rows, choice, changes)
+
+
+def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
+    """Facts of the model, in the dtype in which it is to be computed."""
     model = read_model(settings.model, settings.dtype)
-    model = replace(
+    if settings.is_here and settings.dtype == "auto":
+        dtype = host.fastest_dtype(model.dtype)
+        if dtype != model.dtype:
+            say(
+                f"computed in {dtype}: this CPU has no instructions for {model.dtype} "
+                f"(--dtype {model.dtype} asks for it all the same)"
+            )
+            model = replace(model, dtype=dtype)
+    return replace(
         model,
         weight_dtype=_storage(settings.weight_dtype, "--weight-dtype"),
         kv_dtype=_storage(settings.kv_dtype, "--kv-dtype"),
     )
-    cluster = find_cluster(
-        settings.cluster, split_cores(settings.replicas) if settings.replicas else None
-    )
-    if settings.memory_bytes is not None:
-        cluster = cluster.with_memory(settings.memory_bytes)
-    if settings.calibrate is not None:
-        cluster = calibrated(cluster, settings.calibrate)
-    workload, about = read_workload(
-        settings.lengths, settings.input, settings.model, settings.limits
-    )
-    workload = workload.longest_first()
-
-    def search(model: ModelFacts, cluster: Cluster, engine: EngineLimits) -> Choice:
-        layouts = enumerate_layouts(model, cluster, settings.slots)
-        asked = [layout for layout in layouts if _is_asked(layout, settings)]
-        return choose(model, cluster, workload, engine, asked)
-
-    choice = search(model, cluster, settings.engine)
-    changes: tuple[str, ...] = ()
-    if choice.best is None:
-        changes = tuple(_smallest_changes(settings, model, cluster, workload, choice, search))
-    return Planned(model, cluster, workload, about, choice, changes)
 
 
-def run_plan(planned: Planned, candidate: Candidate, settings: PlanSettings) -> RunPlan:
+def run_plan(
+    planned: Planned, candidate: Candidate, settings: PlanSettings, made_for: str = ""
+) -> RunPlan:
     """The plan that carries a layout out. Raises InputError for weights that are not there."""
     if planned.model.weight_dtype is not None:
         raise InputError(
             "--weight-dtype asks what if: convert the weights, and plan with what is stored then"
         )
-    layout, account = candidate.layout, candidate.account
-    model, engine = planned.model, settings.engine
-    names = (model.name, str(settings.model))
-    extra = ("--kv-cache-dtype", model.kv_dtype) if model.kv_dtype else ()
-    threshold = ship_threshold(model, planned.cluster, layout, planned.workload.mean_context)
+    model, layout, engine = planned.model, candidate.layout, candidate.engine
+    account = candidate.account
+    if settings.is_here and settings.memory_bytes is None:
+        account = without_idle_cache(model, candidate, planned.workload)
+    names = (*settings.served_model_names, model.name, str(settings.model))
+    hosts = sorted(settings.limits.allowed_url_hosts)
+    extra = (
+        *(("--kv-cache-dtype", model.kv_dtype) if model.kv_dtype else ()),
+        *(("--allowed-media-domains", *hosts) if hosts else ()),
+        *settings.vllm_options,
+    )
+    threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
+    shares = layout_shares(model, layout, settings.fetch_order, threshold)
+    prediction = None
+    if planned.machines.is_measured:
+        prediction = prediction_of(candidate.seconds, planned.workload, candidate.cluster)
     return RunPlan(
         model_dir=str(settings.model),
         account=account,
-        shares=layout_shares(model, layout, ship_below_rows=threshold) * layout.num_groups,
+        shares=shares * layout.num_groups,
         cores=split_cores(layout.num_replicas),
         engine=EngineOptions(
             dtype=model.dtype,
-            max_model_len=longest_row(model, account),
-            max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_model_len=engine.max_model_len or longest_row(model, account),
+            max_num_seqs=engine.num_rows,
+            max_num_batched_tokens=engine.num_tokens,
             served_model_names=tuple(dict.fromkeys(names)),
+            seed=settings.seed,
+            prefix_caching=settings.prefix_caching,
             extra=extra,
         ),
         layout=layout,
-        prediction=prediction_of(candidate.seconds, planned.workload, planned.cluster),
+        prediction=prediction,
+        made_for=made_for,
     )
 
 
@@ -175,68 +253,10 @@ def write_run_plan(path: Path, plan: RunPlan) -> None:
     write_atomically(path, iter([text.encode()]))
 
 
-@dataclass(frozen=True)
-class Predictor:
-    """Says what a run of a layout on a job should take, before it and in hindsight.
-
-    ``in_order`` takes the job's rows as they come in its file, else those of long outputs first.
-    """
-
-    model: ModelFacts
-    cluster: Cluster
-    layout: Layout
-    account: MemoryAccount
-    engine: EngineLimits
-    lengths: FileLengths
-    in_order: bool = False
-
-    @cached_property
-    def prediction(self) -> Prediction:
-        """Of the job as it is expected. Raises MemoryPlanError when a row cannot fit."""
-        return self._predict(self._workload)
-
-    @property
-    def ship_below_rows(self) -> int:
-        context = self.lengths.workload.mean_context
-        return ship_threshold(self.model, self.cluster, self.layout, context)
-
-    @property
-    def _workload(self) -> Workload:
-        workload = self.lengths.workload
-        return workload if self.in_order else workload.longest_first()
-
-    def _predict(self, workload: Workload) -> Prediction:
-        limits = replica_limits(self.account, self.engine)
-        seconds = job_seconds(self.model, self.cluster, workload, self.layout, limits)
-        return prediction_of(seconds, workload, self.cluster)
-
-    def in_hindsight(self, prompt_tokens: int, output_tokens: int) -> Prediction | None:
-        """With the tokens that came out, spread over rows as they were expected to be."""
-        expected = self._workload
-        prompts = prompt_tokens / expected.num_prompt_tokens
-        came = expected.scaled(prompts, output_tokens / expected.num_output_tokens)
-        try:
-            return self._predict(came)
-        except MemoryPlanError:  # what came out is longer than what was thought to fit
-            return None
-
-
-def prediction_of(seconds: float, workload: Workload, cluster: Cluster) -> Prediction:
-    return Prediction(
-        cluster=cluster.name,
-        num_rows=workload.num_rows,
-        prompt_tokens=workload.num_prompt_tokens,
-        output_tokens=workload.num_output_tokens,
-        seconds=seconds,
-        low_seconds=seconds * (1 - cluster.uncertainty),
-        high_seconds=seconds * (1 + cluster.uncertainty),
-    )
-
-
 def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     """Every term of a candidate: its memory, an iteration at its usual batch, and its pool."""
     account, layout = candidate.account, candidate.layout
-    times = pool_times(planned.model, planned.cluster, layout)
+    times = pool_times(planned.model, candidate.cluster, layout)
     rows = candidate.rows_at_once
     context = planned.workload.mean_context
     terms = [
@@ -265,89 +285,71 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
 
 
 def read_workload(
-    lengths: str | None, path: Path | None, model_dir: Path, limits: RowLimits
+    lengths: str | None, inputs: Sequence[Path] | None, model_dir: Path, limits: RowLimits
 ) -> tuple[Workload, str]:
-    """A job, and a line about it, from text for ``parse_lengths`` or from a batch file.
+    """A job, and a line about it, from text for ``parse_lengths`` or from batch files.
 
     Raises InputError for what cannot be read, and without either.
     """
     if lengths is not None:
-        workload = parse_lengths(lengths)
-        return workload, str(workload)
-    if path is None:
+        rows = parse_lengths(lengths)
+        return rows, str(rows)
+    if inputs is None:
         raise InputError("a plan needs to know the job: give --input or --lengths")
-    of_file = read_lengths(path, model_dir, limits)
+    with BatchInput(inputs) as source:
+        of_file = read_lengths(source, model_dir, limits)
     return of_file.workload, str(of_file)
-
-
-def find_cluster(
-    name: str,
-    cores: Sequence[Sequence[int]] | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Cluster:
-    """A preset, a file, or ``this-machine`` with one device per group of cores.
-
-    A machine is measured when it is first asked for, and kept in the user's cache. One that cannot
-    be written costs a measurement each time, and nothing else.
-    """
-    if name != THIS_MACHINE:
-        return read_cluster(name)
-    groups = cores or split_cores(len(os.sched_getaffinity(0)))
-    path = cache_path(groups)
-    if path.exists():
-        return read_cluster(path)
-    say(f"measuring this machine once, about twenty seconds; kept in {path}")
-    cluster = measure_machine(groups)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, iter([cluster.to_toml().encode()]))
-    except (OSError, OutputError) as error:
-        say(f"cannot keep the measurement: {error}")
-    return cluster
-
-
-def cache_path(cores: Sequence[Sequence[int]]) -> Path:
-    """Where the measurements of a machine lie whose cores are split in this way."""
-    split = "_".join("-".join(map(str, group)) for group in cores)
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "elbowroom" / f"machine-{split}.toml"
-
-
-def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
-    """A cluster slowed down, or sped up, to what a run's report found against its prediction.
-
-    Raises InputError when the report has no prediction to compare with.
-    """
-    report = read_json(report_path)
-    predicted = report.get("hindsight") or (report.get("plan") or {}).get("prediction") or {}
-    try:
-        expected = predicted["output_tokens"] / predicted["seconds"]
-        factor = expected / report["output_tokens_per_second"]
-    except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{report_path} has no prediction beside its outcome: give the report.json of a run"
-        ) from error
-    slowed = replace(cluster.slowed(factor), uncertainty=min(0.1, cluster.uncertainty))
-    note = f"a run took {factor:.3f} times as long as predicted: all device times are scaled"
-    return replace(slowed, sources={**cluster.sources, "calibration": note})
-
-
-def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
-    """The cores of this process, divided among replicas; with too few, replicas share cores."""
-    cores = sorted(os.sched_getaffinity(0))
-    if num_replicas > len(cores):
-        return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
-    bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
-    return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
 
 
 def _is_asked(layout: Layout, settings: PlanSettings) -> bool:
     return (
-        settings.tensor_parallel in (None, layout.tensor_parallel)
+        (settings.tensor_parallel or (1 if settings.is_here else None))
+        in (None, layout.tensor_parallel)
         and settings.replicas in (None, layout.num_replicas)
         and settings.slots in (None, layout.num_slots)
-        and settings.pool in (None, layout.pool_name)
+        and settings.pool in (None, layout.pool)
+        and (layout.pool != "streamed" or settings.ship in (None, layout.ships))
+        and not (settings.is_here and _has_several_pools(layout))
     )
+
+
+def _has_several_pools(layout: Layout) -> bool:
+    return layout.num_groups > 1 and layout.pool != "none"
+
+
+def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) -> str:
+    """Which of the things asked for cannot be had."""
+    width, replicas = settings.tensor_parallel or 1, settings.replicas
+    if model.num_heads % width:
+        return (
+            f"--tensor-parallel {width} does not divide the {model.num_heads} attention heads of "
+            f"{model.name}: lower it"
+        )
+    if replicas == 1 and settings.pool not in (None, "none"):
+        return "a pool is shared by replicas: give --replicas 2 or more, or --pool none"
+    if cluster.num_devices % width or cluster.num_devices != width * (
+        replicas or cluster.num_devices // width
+    ):
+        asked = f"{replicas} replicas of {width} devices" if replicas else f"{width} devices each"
+        return f"{asked} cannot be had: {cluster.name} has {cluster.num_devices} devices"
+    return "no layout is as all of these options want it: leave one of them out"
+
+
+def _within_model(
+    model: ModelFacts, settings: PlanSettings, rows: Workload, about_rows: str
+) -> tuple[Workload, str]:
+    """The job without rows that no engine would take. Raises InputError if that is all of them."""
+    most = settings.max_model_len or model.max_position_embeddings
+    if rows.longest_row <= most:
+        return rows, about_rows
+    kept = rows.up_to(most)
+    if kept is None:
+        raise InputError(
+            f"every row has more tokens than {model.name} takes: the shortest has "
+            f"{rows.shortest_row}, and it takes {most}"
+        )
+    num_longer = rows.num_rows - kept.num_rows
+    return kept, f"{about_rows}; {num_longer} of more than {most} tokens are left out"
 
 
 def _storage(dtype: str | None, flag: str) -> str | None:
@@ -359,17 +361,18 @@ def _storage(dtype: str | None, flag: str) -> str | None:
 def _smallest_changes(
     settings: PlanSettings,
     model: ModelFacts,
-    cluster: Cluster,
+    machines: Machines,
     workload: Workload,
     choice: Choice,
-    search: Callable[[ModelFacts, Cluster, EngineLimits], Choice],
+    search: Callable[[ModelFacts, Machines, EngineLimits], Choice],
 ) -> Iterator[str]:
     """Single changes after which something fits, each tried."""
     nearest = min(choice.candidates, key=lambda c: c.missing_bytes)
     yield f"{format_bytes(nearest.missing_bytes)} more memory per device, for {nearest.layout}"
-    free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None)
+    free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None, ship=None)
     if free != settings:
-        layouts = list(enumerate_layouts(model, cluster))
+        cluster = machines.clusters[0]
+        layouts = [x for x in enumerate_layouts(model, cluster) if _is_asked(x, free)]
         found = choose(model, cluster, workload, settings.engine, layouts).best
         if found is not None:
             yield f"another layout: {found.layout} fits"
@@ -379,13 +382,13 @@ def _smallest_changes(
     ):
         if changed == model:
             continue
-        found = search(changed, cluster, settings.engine).best
+        found = search(changed, machines, settings.engine).best
         if found is not None:
             yield f"{flag}: {found.layout} fits"
-    engine = settings.engine
-    while engine.max_num_batched_tokens > 256 and engine.activation_bytes is None:
-        engine = replace(engine, max_num_batched_tokens=engine.max_num_batched_tokens // 2)
-        found = search(model, cluster, engine).best
+    engine = replace(settings.engine, max_num_batched_tokens=settings.engine.num_tokens)
+    while engine.num_tokens > LEAST_TOKENS and engine.activation_bytes is None:
+        engine = replace(engine, max_num_batched_tokens=engine.num_tokens // 2)
+        found = search(model, machines, engine).best
         if found is not None:
             yield f"--max-num-batched-tokens {engine.max_num_batched_tokens}: {found.layout} fits"
             return

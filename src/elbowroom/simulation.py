@@ -17,7 +17,8 @@ from elbowroom.core.plan import Layout, PoolShare, RunPlan
 from elbowroom.core.trace import Count, Span
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.planner import THIS_MACHINE, find_cluster, read_workload
+from elbowroom.machine import THIS_MACHINE, find_cluster
+from elbowroom.planner import read_workload
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.job import JobOutcome, simulate_job
 from elbowroom.planning.search import (
@@ -41,7 +42,7 @@ class SimulationSettings:
 
     plan: RunPlan
     cluster: str | None = None
-    input: Path | None = None
+    inputs: Sequence[Path] | None = None
     lengths: str | None = None
     limits: RowLimits = field(default_factory=RowLimits)
 
@@ -91,7 +92,7 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     plan, layout = settings.plan, settings.plan.layout
     assert layout is not None
     model = _model(plan)
-    cluster = find_cluster(settings.cluster or _planned_for(plan), plan.cores)
+    cluster = find_cluster(settings.cluster or _planned_for(plan), plan.cores, plan.engine.dtype)
     limits = replica_limits(plan.account, engine_limits(plan.engine))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)
@@ -157,8 +158,8 @@ def _planned_for(plan: RunPlan) -> str:
 
 def _workload(settings: SimulationSettings) -> Workload:
     model, predicted = Path(settings.plan.model_dir), settings.plan.prediction
-    if settings.lengths is not None or settings.input is not None:
-        return read_workload(settings.lengths, settings.input, model, settings.limits)[0]
+    if settings.lengths is not None or settings.inputs is not None:
+        return read_workload(settings.lengths, settings.inputs, model, settings.limits)[0]
     if predicted is None:
         raise InputError("the plan was made for no job: give --input or --lengths")
     rows = predicted.num_rows

@@ -72,7 +72,7 @@ def test_slowed_scales_every_time_of_a_device() -> None:
         ('name = "this', "name = [", "not valid TOML"),
         ("num_devices = 2\n", "", "'num_devices' is missing"),
         ("memory = 8000000000", 'memory = "much"', "is not a size"),
-        ("flops = { peak = 200000000000.0", "flops = { peak = -1", "'peak' must be a positive"),
+        ("[device.flops]\npeak = 2", "[device.flops]\npeak = -2", "'peak' must be a positive"),
         ("layer_seconds = 0.0002", "layer_seconds = -1", "must be a number of seconds"),
         ("rows = 16", 'rows = "many"', "'<' not supported"),
     ],

@@ -18,13 +18,12 @@ from typing import Any
 import psutil
 import pytest
 
-from elbowroom.api import BatchSettings
-from elbowroom.core.model import read_model
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import MIB
 from elbowroom.jobs.journal import JournalReader, journal_folder
-from elbowroom.planner import write_run_plan
+from elbowroom.planner import PlanSettings, write_run_plan
 from elbowroom.pool.run_dir import default_root
+from tests.jobs.plans import plan_here
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # many starts of engines
 
@@ -61,17 +60,16 @@ class DemoJob:
         self.run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
     def shipping_plan(self) -> RunPlan:
-        settings = BatchSettings(
+        settings = PlanSettings(
             model=DEMO / "model",
-            input=DEMO / "requests.jsonl",
-            output=self.output,
             memory_bytes=64 * MIB,
             replicas=2,
             pool="streamed",
+            ship=True,
             max_num_seqs=4,
             served_model_names=("demo",),
         )
-        return settings.plan(read_model(settings.model)).shipping_below(10**6)
+        return plan_here(settings).shipping_below(10**6)
 
     def look(self) -> None:
         """Take note of the processes of the run."""

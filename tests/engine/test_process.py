@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from elbowroom.core.host import die_with_parent
 from elbowroom.core.units import MIB
-from elbowroom.engine.process import die_with_parent, resident_bytes, return_freed_memory
+from elbowroom.engine.process import resident_bytes, return_freed_memory
 
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
@@ -25,7 +26,7 @@ sys.stdin.read()
 """
 _CHILD = """
 import time
-from elbowroom.engine.process import die_with_parent
+from elbowroom.core.host import die_with_parent
 die_with_parent()
 print("tied", flush=True)
 time.sleep(60)
@@ -52,7 +53,7 @@ def test_a_child_ends_with_its_parent_however_that_ends() -> None:
 
 @linux_only
 def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
-    code = "from elbowroom.engine.process import die_with_parent as d; d(1)"  # 1 is not its parent
+    code = "from elbowroom.core.host import die_with_parent as d; d(1)"  # 1 is not its parent
     assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
 
 

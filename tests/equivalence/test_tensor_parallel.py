@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 from tools.make_model import make_model
 
-from elbowroom.api import BatchSettings
-from elbowroom.core.model import read_model
 from elbowroom.core.units import MIB
-from elbowroom.planner import write_run_plan
+from elbowroom.planner import PlanSettings, write_run_plan
+from tests.jobs.plans import plan_here
 
 # Nightly, as one of 26 starts so far failed: a worker of vLLM's ended. And it takes minutes.
 pytestmark = [pytest.mark.vllm, pytest.mark.nightly]
@@ -46,10 +45,9 @@ def test_pooled_equals_plain(tmp_path: Path) -> None:
 
 def _run(model: Path, requests: Path, mode: str) -> list[Any]:
     output, plan = requests.with_name(f"{mode}.jsonl"), requests.with_name(f"{mode}.plan.json")
-    settings = BatchSettings(
+    settings = PlanSettings(
         model=model,
-        input=requests,
-        output=output,
+        ship=mode == "shipped",
         pool="streamed" if mode == "shipped" else mode,  # type: ignore[arg-type]
         replicas=2,
         tensor_parallel=2,
@@ -57,7 +55,7 @@ def _run(model: Path, requests: Path, mode: str) -> list[Any]:
         max_model_len=256,
     )
     ship_below = ALWAYS if mode == "shipped" else 0
-    write_run_plan(plan, settings.plan(read_model(model)).shipping_below(ship_below))
+    write_run_plan(plan, plan_here(settings).shipping_below(ship_below))
     files = ("--input", str(requests), "--output", str(output), "--plan", str(plan))
     command = (sys.executable, "-m", "elbowroom.cli", "run", *files)
     subprocess.run(command, check=True, timeout=300)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from elbowroom.core.plan import EngineOptions, MemoryAccount, PoolMode, RunPlan
+from elbowroom.core.workload import parse_lengths
+from elbowroom.planner import PlanSettings, check_possible, model_facts, plan_job, run_plan
 from elbowroom.planning.pool import plan_shares
 
 
@@ -29,6 +32,14 @@ def make_plan(num_replicas: int = 1, mode: PoolMode = "mapped", max_num_seqs: in
         cores=((),) * num_replicas,
         engine=EngineOptions("bfloat16", 128, max_num_seqs, 64, ("stub",)),
     )
+
+
+def plan_here(settings: PlanSettings) -> RunPlan:
+    """The plan for a job of short rows on this machine, as ``run`` would make it."""
+    settings = replace(settings, runs_here=True)
+    rows = parse_lengths("20:16x100")
+    planned = plan_job(settings, model_facts(settings), rows, str(rows))
+    return run_plan(planned, check_possible(planned), settings)
 
 
 def write_batch(path: Path, num_rows: int, **body: Any) -> Path:

@@ -22,7 +22,7 @@ from tests.jobs.plans import make_plan
 def main() -> int:
     folder, num_replicas, *options = sys.argv[1:]
     root = Path(folder)
-    run_dir.default_root = lambda: root / "run"
+    run_dir.default_root = lambda *_: root / "run"
     restarts._FIRST_DELAY_SECONDS = 0.02
     files = JobFiles(
         *(root / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report.json"))

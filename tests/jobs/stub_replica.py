@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elbowroom.engine.process import die_with_parent
+from elbowroom.core.host import die_with_parent
 from elbowroom.engine.wire import Channel, Message
 
 
@@ -96,7 +96,7 @@ class Stub:
 
     async def start_core(self) -> asyncio.subprocess.Process:
         """A child in the place of vLLM's engine core: it does nothing but be there."""
-        code = "from elbowroom.engine.process import die_with_parent as d; d(); input()"
+        code = "from elbowroom.core.host import die_with_parent as d; d(); input()"
         core = await asyncio.create_subprocess_exec(
             sys.executable, "-c", code, stdin=asyncio.subprocess.PIPE
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
@@ -24,6 +23,7 @@ from elbowroom.jobs.batch_file import (
     hash_id,
 )
 from elbowroom.jobs.limits import RowLimits
+from tests.jobs.test_inputs import is_no_text
 
 WriteFile = Callable[[bytes], Path]
 
@@ -60,7 +60,7 @@ def test_a_row_carries_what_its_line_says(write: WriteFile) -> None:
     line = request("x", body=body)
     (row,) = read(write(line))
     content_hash = int.from_bytes(blake2b(line, digest_size=8).digest(), "little")
-    assert row == Row(0, 1, "x", "/v1/completions", body, content_hash)
+    assert row == Row(0, 1, "x", "/v1/completions", body, content_hash, "line 1")
 
 
 def test_every_supported_url_is_accepted(write: WriteFile) -> None:
@@ -256,10 +256,11 @@ def test_a_line_that_changes_meanwhile_is_an_error(write: WriteFile, now: bytes)
 
 
 def test_a_file_that_is_replaced_meanwhile_is_read_on(write: WriteFile, tmp_path: Path) -> None:
-    with BatchFile(write(request("a"))) as batch:
+    path = write(request("a"))
+    with BatchFile(path) as batch:
         batch.scan()
         (tmp_path / "new").write_bytes(b"something else")
-        (tmp_path / "new").replace(batch.path)
+        (tmp_path / "new").replace(path)
         assert batch.read(0).custom_id == "a"
 
 
@@ -272,11 +273,8 @@ def test_a_file_without_rows_is_refused(write: WriteFile, data: bytes) -> None:
 def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"No such file.*Check its name"):
         read(tmp_path / "missing.jsonl")
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match="is a folder: name the files in it"):
         read(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="not a regular file"):
-        read(tmp_path / "pipe")
 
 
 def test_a_file_without_permission_is_refused(
@@ -317,11 +315,12 @@ lines = st.one_of(
 def test_any_bytes_give_each_row_once(tmp_path: Path, data: bytes, max_line_bytes: int) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(data)
+    assume(not is_no_text(data))
     with BatchFile(path, RowLimits(max_line_bytes=max_line_bytes)) as batch:
         try:
             batch.scan()
         except InputError:
-            assert not data.removeprefix(b"\xef\xbb\xbf").strip()
+            assert not data.replace(b"\xef\xbb\xbf", b"").strip()
             return
         rows = list(batch.rows())
         assert [row.index for row in rows] == list(range(batch.num_rows))

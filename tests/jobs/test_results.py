@@ -191,7 +191,7 @@ def test_half_a_surrogate_pair_in_an_answer_is_written_as_an_escape() -> None:
 
 
 def test_good_paths_pass_and_missing_folders_are_made(tmp_path: Path) -> None:
-    check_paths(tmp_path / "in", tmp_path / "a/b/out", tmp_path / "a/err", tmp_path / "c/report")
+    check_paths([tmp_path / "in"], tmp_path / "a/b/out", tmp_path / "a/err", tmp_path / "c/report")
     assert names(tmp_path) == ["a", "c"]
 
 
@@ -202,9 +202,9 @@ def test_an_output_that_is_the_input_is_refused(tmp_path: Path, link: Any) -> No
     link(given, tmp_path / "link")
     for output in (given, tmp_path / "link", tmp_path / "." / "in.jsonl"):
         with pytest.raises(OutputError, match="input and --output are the same file"):
-            check_paths(given, output, tmp_path / "errors", tmp_path / "report")
+            check_paths([given], output, tmp_path / "errors", tmp_path / "report")
         with pytest.raises(OutputError, match="input and --errors are the same file"):
-            check_paths(given, tmp_path / "out", output, tmp_path / "report")
+            check_paths([given], tmp_path / "out", output, tmp_path / "report")
     assert given.read_text() == "precious"
 
 
@@ -213,18 +213,18 @@ def test_outputs_that_are_one_file_are_refused_before_they_exist(tmp_path: Path)
     (tmp_path / "link").symlink_to(tmp_path / "folder")
     one, other = tmp_path / "folder/out", tmp_path / "link/out"
     with pytest.raises(OutputError, match=r"--output and --errors .* give each its own"):
-        check_paths(tmp_path / "in", one, other, tmp_path / "report")
+        check_paths([tmp_path / "in"], one, other, tmp_path / "report")
     with pytest.raises(OutputError, match="--errors and --report are the same file"):
-        check_paths(tmp_path / "in", tmp_path / "out", one, other)
+        check_paths([tmp_path / "in"], tmp_path / "out", one, other)
 
 
 def test_outputs_that_are_no_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "in").write_text("")
     for output in (tmp_path, Path(os.devnull)):
         with pytest.raises(OutputError, match="is not a regular file: name a file to write"):
-            check_paths(tmp_path / "in", output, tmp_path / "errors", tmp_path / "report")
+            check_paths([tmp_path / "in"], output, tmp_path / "errors", tmp_path / "report")
     with pytest.raises(OutputError, match="choose another folder"):
-        check_paths(tmp_path / "in", tmp_path / "in/out", tmp_path / "e", tmp_path / "r")
+        check_paths([tmp_path / "in"], tmp_path / "in/out", tmp_path / "e", tmp_path / "r")
 
 
 def test_a_folder_without_write_permission_is_refused(
@@ -232,4 +232,4 @@ def test_a_folder_without_write_permission_is_refused(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OutputError, match="is not writable: choose another folder"):
-        check_paths(tmp_path / "in", tmp_path / "out", tmp_path / "errors", tmp_path / "report")
+        check_paths([tmp_path / "in"], tmp_path / "out", tmp_path / "errors", tmp_path / "report")

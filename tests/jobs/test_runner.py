@@ -97,7 +97,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     job = Job(tmp_path)
-    monkeypatch.setattr(run_dir_module, "default_root", lambda: job.run_root)
+    monkeypatch.setattr(run_dir_module, "default_root", lambda *_: job.run_root)
     monkeypatch.setattr("elbowroom.jobs.restarts._FIRST_DELAY_SECONDS", 0.02)
     monkeypatch.chdir(ROOT)
     return job
@@ -171,7 +171,8 @@ def test_a_replica_that_is_killed_is_started_again(
     assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(200)]
     num_restarts = report.replicas[-1].num_restarts
     assert num_restarts == 1 or num_replicas == 2, "unless the other was faster"
-    assert len(job.lives(num_replicas - 1)) == 1 + num_restarts
+    lives = len(job.lives(num_replicas - 1))
+    assert num_restarts <= lives <= 1 + num_restarts, "the last may be ended while it starts"
     assert "was killed by SIGKILL" in job.screen.getvalue()
     job.check_nothing_is_left(published=True)
 
@@ -252,7 +253,7 @@ def test_a_stop_lets_rows_in_flight_finish(job: Job) -> None:
     threading.Timer(1.5, job.stop, ["stopped by SIGTERM"]).start()
     with pytest.raises(JobStoppedError, match=r"stopped by SIGTERM\. \d+ of 400 rows"):
         job.run("--latency", 0.1, num_replicas=2)
-    assert "rows in flight have 30 s" in job.screen.getvalue()
+    assert "rows in flight have 5 s" in job.screen.getvalue()
     finished = job.num_finished()
     assert 0 < finished < 400
     job.check_nothing_is_left()

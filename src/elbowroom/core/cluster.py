@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tomli_w
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.units import parse_bytes
 
-_SCALARS = ("name", "num_devices", "uncertainty")
 PRESETS = ("h20-8", "h100-8", "h200-8", "b200-8", "a100-80-8")
 
 
@@ -185,7 +185,10 @@ class Cluster:
         return replace(self, device=slow)
 
     def to_toml(self) -> str:
-        return _to_toml(self)
+        """What ``read_cluster`` reads back as an equal cluster."""
+        table = asdict(self)
+        table["device"]["memory"] = table["device"].pop("memory_bytes")
+        return tomli_w.dumps(table)
 
 
 def read_cluster(name: str | Path) -> Cluster:
@@ -280,35 +283,3 @@ def _seconds(table: dict[str, Any], key: str) -> float:
 
 def _what_is_wrong(error: Exception) -> str:
     return f"{error} is missing" if isinstance(error, KeyError) else str(error)
-
-
-def _to_toml(cluster: Cluster) -> str:
-    """What ``parse_cluster`` reads back as an equal cluster."""
-    device = asdict(cluster.device)
-    points = device.pop("matmul")
-    device["memory"] = device.pop("memory_bytes")
-    lines = [f"{key} = {_value(getattr(cluster, key))}" for key in _SCALARS]
-    lines += ["", "[device]", *_entries(device)]
-    for point in points:
-        lines += ["", "[[device.matmul]]", *_entries(point)]
-    for link in cluster.links:
-        lines += ["", "[[links]]", *_entries(asdict(link))]
-    if cluster.sources:
-        lines += ["", "[sources]"]
-        lines += [f"{_value(key)} = {_value(text)}" for key, text in cluster.sources.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _entries(table: dict[str, Any]) -> list[str]:
-    return [f"{key} = {_value(value)}" for key, value in table.items()]
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return "{ " + ", ".join(_entries(value)) + " }"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in escaped) + '"'
-    return repr(value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
 
 class ElbowroomError(Exception):
     """Base of every error that a user can cause or mend."""
@@ -17,6 +20,10 @@ class OutputError(ElbowroomError):
 
 class MemoryPlanError(ElbowroomError):
     """The layout does not fit in the memory of one replica."""
+
+
+class MeasuringError(ElbowroomError):
+    """Measuring a machine failed, or took longer than it may."""
 
 
 class UntraceableModelError(InputError):
@@ -58,3 +65,19 @@ class ScheduleError(ElbowroomError):
         super().__init__(": ".join([", ".join(places), problem] if places else [problem]))
         self.worker = worker
         self.action = action
+
+
+@contextmanager
+def optional(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """What a job can do without: a failure inside is said in one line, and the job goes on.
+
+    Only a request to stop passes through.
+    """
+    try:
+        yield
+    except JobStoppedError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        with suppress(Exception):  # the screen may be what fails
+            say(f"no {what}: {text}")

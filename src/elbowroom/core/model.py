@@ -143,7 +143,7 @@ def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
         )
     has_experts = any(elements.experts)
     return ModelFacts(
-        name=model_dir.resolve().name,
+        name=_name_of(model_dir.resolve()),
         model_type=model_type,
         dtype=_resolve_dtype(config, dtype),
         num_layers=num_layers,
@@ -206,6 +206,14 @@ def _num_experts(config: Mapping[str, Any]) -> int:
         if key in config:
             return config_int(config, key)
     raise InputError("config.json names no number of experts, but the weights hold experts")
+
+
+def _name_of(folder: Path) -> str:
+    """The folder's own; that of the repository for one in the cache of the Hugging Face hub."""
+    snapshots, repository = folder.parent, folder.parent.parent.name
+    if snapshots.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return folder.name
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

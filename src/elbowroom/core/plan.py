@@ -166,7 +166,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run of one model on equal replicas; each has a share, those of a group differ."""
+    """One run of one model on equal replicas; each has a share, those of a group differ.
+
+    ``made_for`` names the job that it was made for: files, or lengths.
+    """
 
     model_dir: str
     account: MemoryAccount
@@ -175,10 +178,20 @@ class RunPlan:
     engine: EngineOptions
     layout: Layout | None = None
     prediction: Prediction | None = None
+    made_for: str = ""
 
     @property
     def num_replicas(self) -> int:
         return len(self.shares)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that replicas of a pool share: all layers that it holds, and mailboxes."""
+        if all(share.mode == "none" for share in self.shares):
+            return 0
+        width = self.layout.tensor_parallel if self.layout else 1
+        mailboxes = sum(2 * (share.num_ranks - 1) * share.ship_bytes for share in self.shares)
+        return width * self.num_replicas * self.account.ffn_bytes + mailboxes
 
     def shipping_below(self, num_rows: int) -> RunPlan:
         """The same plan with another threshold between shipping and streaming."""
@@ -206,4 +219,5 @@ class RunPlan:
             ),
             layout=Layout(**layout) if layout else None,
             prediction=Prediction(**prediction) if prediction else None,
+            made_for=str(data.get("made_for", "")),
         )

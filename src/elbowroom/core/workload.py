@@ -40,6 +40,10 @@ class Workload:
         return int((self.prompt_tokens + self.output_tokens).max())
 
     @property
+    def shortest_row(self) -> int:
+        return int((self.prompt_tokens + self.output_tokens).min())
+
+    @property
     def mean_row(self) -> float:
         return (self.num_prompt_tokens + self.num_output_tokens) / self.num_rows
 
@@ -51,6 +55,11 @@ class Workload:
     def every(self, step: int) -> Workload:
         """Every ``step``-th row: what one of so many equal groups would take."""
         return Workload(self.prompt_tokens[::step], self.output_tokens[::step])
+
+    def up_to(self, most_tokens: int) -> Workload | None:
+        """The rows of at most so many tokens, or None if there are none."""
+        fits = self.prompt_tokens + self.output_tokens <= most_tokens
+        return Workload(self.prompt_tokens[fits], self.output_tokens[fits]) if fits.any() else None
 
     def scaled(self, prompt_factor: float, output_factor: float) -> Workload:
         """As many rows, with lengths in other proportions; each keeps a token of both."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from elbowroom.core import host
 from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.engine.wire import Channel
 
@@ -59,8 +60,7 @@ async def start_replica(
             env=replica_environment(len(cores)),
             start_new_session=True,  # a Ctrl-C in the terminal is for the runner to handle
         )
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(process.pid, cores)
+    host.pin(process.pid, cores)
     return ReplicaProcess(rank, process, await Channel.over(ours))
 
 
@@ -78,11 +78,11 @@ def replica_environment(num_cores: int) -> dict[str, str]:
     return environment
 
 
-def remove_openmp_leftovers(shared_memory: Path = Path("/dev/shm")) -> None:
+def remove_openmp_leftovers(shared_memory: Path | None = None) -> None:
     """Remove what Intel's OpenMP runtime leaves in shared memory when its process is killed."""
-    for path in shared_memory.glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
-        pid = path.name.split("_")[-2]
-        if not Path("/proc", pid).exists():
+    folder = shared_memory or host.shared_memory_folder()
+    for path in folder.glob(f"__KMP_REGISTERED_LIB_*_{host.user_id()}") if folder else ():
+        if not host.is_alive(int(path.name.split("_")[-2])):
             path.unlink(missing_ok=True)
 
 

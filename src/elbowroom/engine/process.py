@@ -1,29 +1,14 @@
-"""Facts about processes, and their ties to each other (Linux; elsewhere they do nothing)."""
+"""The processes of a replica: children that end with it, and the memory that it holds."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
-import sys
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
-_PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the process that started us ends, however it ends.
-
-    At once if it has ended already, which is noticed if ``parent`` tells its id.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    parent = parent or os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+from elbowroom.core import host
 
 
 def tie_children() -> None:
@@ -36,7 +21,7 @@ def tie_children() -> None:
     def get_command_line(**options: Any) -> list[str]:
         command = list(original(**options))
         code = command.index("-c") + 1
-        tie = f"from {__name__} import die_with_parent; die_with_parent({os.getpid()})"
+        tie = f"from {host.__name__} import die_with_parent; die_with_parent({os.getpid()})"
         command[code] = f"{tie}; {command[code]}"
         return command
 

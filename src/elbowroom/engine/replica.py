@@ -15,9 +15,10 @@ import time
 import traceback
 from typing import TYPE_CHECKING
 
+from elbowroom.core import host
 from elbowroom.core.errors import ElbowroomError
 from elbowroom.core.plan import RunPlan
-from elbowroom.engine.process import die_with_parent, tie_children
+from elbowroom.engine.process import tie_children
 from elbowroom.engine.wire import Channel, Message
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ STATS_SECONDS = 0.5
 
 def main(descriptor: int) -> None:
     """Serve the socket ``descriptor`` until the runner says stop or goes away."""
-    die_with_parent()
+    host.die_with_parent()
     tie_children()
     sys.exit(asyncio.run(_serve(socket.socket(fileno=descriptor))))
 

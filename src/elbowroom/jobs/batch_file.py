@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import numpy as np
 
 from elbowroom.core.errors import InputError
+from elbowroom.jobs.inputs import BatchInput, explained
 from elbowroom.jobs.limits import RowLimits, violation
 
 SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
@@ -31,7 +31,8 @@ _BOM = b"\xef\xbb\xbf"
 class Row:
     """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
 
-    ``content_hash`` is 64 bits of BLAKE2b over the line without its end.
+    ``content_hash`` is 64 bits of BLAKE2b over the line without its end. ``place`` says where the
+    line stands, for messages.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Row:
     url: str
     body: dict[str, Any]
     content_hash: int
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ class _RejectionError(Exception):
 
 class _Line(NamedTuple):
     number: int
+    place: str
     offset: int
     data: bytes | None  # None: longer than the cap, and not kept
     content_hash: int
@@ -79,10 +82,11 @@ class BatchFile:
     Use as a context manager.
     """
 
-    def __init__(self, path: Path, limits: RowLimits | None = None) -> None:
+    def __init__(self, source: BatchInput | Path, limits: RowLimits | None = None) -> None:
         """Raises InputError when the file cannot be opened. ``scan`` comes next."""
-        self.path = path
-        self.num_bytes = _file_bytes(path)
+        self._own_input = BatchInput([source]) if isinstance(source, Path) else None
+        self._input = self._own_input or cast(BatchInput, source)
+        self.name = self._input.name
         self._limits = limits or RowLimits()
         self._offsets = array("Q")
         self._line_numbers = array("I")
@@ -90,14 +94,17 @@ class BatchFile:
         self._id_hashes = np.empty(0, np.uint64)
         self._has_own_id = np.empty(0, bool)
         self._made_up_prefix = "line-"
-        with _explained(path):
-            self._file = path.open("rb")
+        with explained(self.name):
+            self._file = self._input.open()
+        self.num_bytes = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> BatchFile:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+        if self._own_input is not None:
+            self._own_input.close()
 
     def scan(self, visit: Visitor | None = None) -> BatchFile:
         """Find the rows and ids that occur twice. Raises InputError when there are no rows."""
@@ -123,7 +130,7 @@ class BatchFile:
             if visit is not None:
                 visit(row)
         if not self._offsets:
-            raise InputError(f"{self.path} has no rows: give one JSON request per line")
+            raise InputError(f"{self.name} has no rows: give one JSON request per line")
         self._id_hashes = np.frombuffer(id_hashes, np.uint64)
         usable = np.frombuffer(has_id, bool)
         _, first = np.unique(self._id_hashes[usable], return_index=True)
@@ -144,11 +151,11 @@ class BatchFile:
 
         Raises InputError when the file cannot be read, or no longer has the row that was seen.
         """
-        with _explained(self.path):
+        with explained(self.name):
             line = self._line_at(index)
         if line.content_hash != self._content_hashes[index]:
             raise InputError(
-                f"{self.path} changed while it was read (line {line.number}): restore it and run "
+                f"{self.name} changed while it was read (line {line.number}): restore it and run "
                 f"again; finished rows are kept"
             )
         custom_id = f"{self._made_up_prefix}{line.number}"
@@ -184,7 +191,7 @@ class BatchFile:
 
     def _lines(self) -> Iterator[_Line]:
         """Non-blank lines without their ends; one longer than the cap is skipped over, not kept."""
-        with _explained(self.path):
+        with explained(self.name):
             self._file.seek(0)
             number = offset = 0
             while True:
@@ -200,7 +207,8 @@ class BatchFile:
         offset = self._offsets[index]
         self._file.seek(offset)
         line, _ = self._next_line(self._line_numbers[index], offset)
-        return line or _Line(self._line_numbers[index], offset, None, 0)
+        number = self._line_numbers[index]
+        return line or _Line(number, self._input.place(number), offset, None, 0)
 
     def _next_line(self, number: int, offset: int) -> tuple[_Line | None, int]:
         """The line that starts here, None for a blank one, and its bytes, 0 at the end."""
@@ -211,13 +219,13 @@ class BatchFile:
             while not data.endswith(b"\n") and (data := self._file.readline(1024**2)):
                 hasher.update(data)
                 num_bytes += len(data)
-            return _Line(number, offset, None, _as_int(hasher.digest())), num_bytes
-        if number == 1:
-            data = data.removeprefix(_BOM)
-        data = data.strip()
+            place = self._input.place(number)
+            return _Line(number, place, offset, None, _as_int(hasher.digest())), num_bytes
+        data = data.removeprefix(_BOM).strip()  # where files were joined, at any line
         if not data:
             return None, num_bytes
-        return _Line(number, offset, data, _hash(data)), num_bytes
+        place = self._input.place(number)
+        return _Line(number, place, offset, data, _hash(data)), num_bytes
 
     def _load(self, line: _Line) -> Any:
         if line.data is None:
@@ -235,33 +243,13 @@ class BatchFile:
 
 
 def _rejected(index: int, line: _Line, custom_id: str, reason: _RejectionError) -> RejectedRow:
-    message = f"line {line.number}: {reason}"
+    message = f"{line.place}: {reason}"
     return RejectedRow(index, line.number, custom_id, reason.code, message)
 
 
 def hash_id(custom_id: str) -> int:
     """64 bits that stand for an id where a million of them must fit in memory."""
     return _hash(custom_id.encode("utf-8", "surrogatepass"))
-
-
-def _file_bytes(path: Path) -> int:
-    """The size of a regular file: a pipe could not be read twice."""
-    with _explained(path):
-        status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise InputError(f"{path} is not a regular file: write the requests to one and name it")
-    return status.st_size
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path}: {error.strerror}. Check its name and permissions; it must be a "
-            f"file with one JSON request per line"
-        ) from error
 
 
 def _load(line: bytes) -> Any:
@@ -300,7 +288,7 @@ def _parse(index: int, line: _Line, data: Any) -> Row:
         _reject("invalid_body", "'body' must be a JSON object")
     if body.get("stream"):
         _reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
-    return Row(index, line.number, custom_id, url, body, line.content_hash)
+    return Row(index, line.number, custom_id, url, body, line.content_hash, line.place)
 
 
 def _usable_id(data: Any) -> str | None:

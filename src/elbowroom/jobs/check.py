@@ -16,6 +16,7 @@ from rich.table import Table
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits, regexes, schemas
 from elbowroom.jobs.prompts import (
     EMBEDDINGS,
@@ -73,7 +74,7 @@ class CheckReport:
 
 
 def check_file(
-    path: Path, model_dir: Path | None, max_model_len: int | None, limits: RowLimits
+    source: BatchInput | Path, model_dir: Path | None, max_model_len: int | None, limits: RowLimits
 ) -> CheckReport:
     """One pass over a file. Memory does not depend on its size, but for 29 bytes per row.
 
@@ -102,7 +103,7 @@ def check_file(
                 counter.count(waiting, report)
                 waiting.clear()
 
-    with BatchFile(path, limits) as batch:
+    with BatchFile(source, limits) as batch:
         batch.scan(visit)
         if counter is not None:
             counter.count(waiting, report)
@@ -122,8 +123,13 @@ class PromptCounter:
         self, model_dir: Path, max_model_len: int | None, max_prompt_tokens: int | None
     ) -> None:
         """Loads the tokenizer. Raises InputError when it cannot."""
-        from transformers import AutoConfig, AutoTokenizer  # takes seconds
-
+        try:
+            from transformers import AutoConfig, AutoTokenizer  # takes seconds
+        except ImportError as error:
+            raise InputError(
+                "to count tokens needs transformers: pip install 'elbowroom[cpu]', or give "
+                "--no-tokens"
+            ) from error
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 str(model_dir), local_files_only=True, trust_remote_code=False
@@ -144,10 +150,10 @@ class PromptCounter:
             try:
                 prompts, add_special_tokens = prompts_of(row, self._tokenizer)
             except RefusedError as error:
-                report.add_problem(row, "template_error", f"line {row.line_number}: {error}")
+                report.add_problem(row, "template_error", f"{row.place}: {error}")
                 continue
             except Exception as error:  # a template may raise anything
-                problem = f"line {row.line_number}: the chat template refused it: {error}"
+                problem = f"{row.place}: the chat template refused it: {error}"
                 report.add_problem(row, "template_error", problem)
                 continue
             lengths[at] = [len(prompt) for prompt in prompts if not isinstance(prompt, str)]
@@ -173,7 +179,7 @@ class PromptCounter:
             asked = max_output_tokens(row)
             if asked is not None and asked > room:
                 problem = f"asks for {asked} output tokens, at most {room} fit with the prompt"
-                report.add_problem(row, "max_tokens", f"line {row.line_number}: {problem}")
+                report.add_problem(row, "max_tokens", f"{row.place}: {problem}")
             room -= 1  # an answer has at least one token
         most = min(
             (cap for cap in (room, self._max_prompt_tokens) if cap is not None), default=None
@@ -182,7 +188,7 @@ class PromptCounter:
             report.add_problem(
                 row,
                 "prompt_too_long",
-                f"line {row.line_number}: the prompt has {longest} tokens, at most {most} fit",
+                f"{row.place}: the prompt has {longest} tokens, at most {most} fit",
             )
 
 
@@ -219,7 +225,7 @@ def _check_row(row: Row, report: CheckReport) -> None:
     else:
         report.output_token_limit += limit * num_answers(row)
     for name, reason in _faults(row.body):
-        report.add_problem(row, "invalid_schema", f"line {row.line_number}: {name}: {reason}")
+        report.add_problem(row, "invalid_schema", f"{row.place}: {name}: {reason}")
 
 
 def _faults(body: dict[str, Any]) -> list[tuple[str, str]]:

@@ -21,7 +21,7 @@ from elbowroom.engine.launch import (
 from elbowroom.engine.wire import Message
 
 _LOG_TAIL_LINES = 15
-_GRACE_SECONDS = 5.0  # for a replica to end after each step of ending it
+_GRACE_SECONDS = 3.0  # for a replica to end after each step of ending it
 _LAST_WORDS_SECONDS = 1.0  # the same for one that has closed its channel
 _POLL_SECONDS = 0.05
 
@@ -54,6 +54,7 @@ class ReplicaGroup:
         self._command = command
         self._replicas: dict[int, ReplicaProcess] = {}
         self._listeners: set[asyncio.Task[None]] = set()
+        self._ready: set[int] = set()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def __aenter__(self) -> ReplicaGroup:
@@ -64,7 +65,12 @@ class ReplicaGroup:
         for listener in self._listeners:
             listener.cancel()
         await asyncio.gather(*self._listeners, return_exceptions=True)
-        await asyncio.gather(*(_end(replica) for replica in self._replicas.values()))
+        await asyncio.gather(
+            *(
+                _end(replica, listens=rank in self._ready)
+                for rank, replica in self._replicas.items()
+            )
+        )
         remove_openmp_leftovers()
 
     async def start(self, rank: int) -> None:
@@ -72,6 +78,7 @@ class ReplicaGroup:
         with open(self._log_path(rank), "ab", opener=_private) as log:
             replica = await start_replica(rank, self._plan.cores[rank], log, self._command)
         self._replicas[rank] = replica
+        self._ready.discard(rank)
         listener = asyncio.create_task(self._listen(replica))
         self._listeners.add(listener)
         listener.add_done_callback(self._listeners.discard)
@@ -103,6 +110,8 @@ class ReplicaGroup:
                     reason = f"failed: {message['error']}"
                 else:
                     has_stopped = has_stopped or message["type"] == "stopped"
+                    if message["type"] == "ready":
+                        self._ready.add(replica.rank)
                     self._events.put_nowait(Event(replica.rank, message))
         if has_stopped:
             return  # it ends as it was told to
@@ -130,14 +139,19 @@ def _how_it_ended(replica: ReplicaProcess) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
-async def _end(replica: ReplicaProcess, grace_seconds: float = _GRACE_SECONDS) -> None:
+async def _end(
+    replica: ReplicaProcess, grace_seconds: float = _GRACE_SECONDS, *, listens: bool = True
+) -> None:
     """End a replica's process group: the replica leads it, its engine core is in it.
 
-    A replica that was told to stop ends by itself. SIGTERM comes next, which leaves Python's
-    resource tracker time to remove semaphores, and SIGKILL for whatever is left.
+    A replica that was told to stop ends by itself, unless it is still starting and does not listen.
+    SIGTERM comes next, which leaves Python's resource tracker time to remove semaphores, and
+    SIGKILL for whatever is left.
     """
     replica.channel.close()
-    for sign in (None, signal.SIGTERM, signal.SIGKILL):
+    for sign in (
+        (None, signal.SIGTERM, signal.SIGKILL) if listens else (signal.SIGTERM, signal.SIGKILL)
+    ):
         if sign is not None:
             _signal_group(replica.process.pid, sign)
         deadline = time.monotonic() + grace_seconds

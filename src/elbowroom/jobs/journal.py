@@ -6,7 +6,6 @@ process and of the machine; a torn end is ignored by SQLite. One process at a ti
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -20,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from elbowroom.core import host
 from elbowroom.core.errors import InputError, OutputError
 from elbowroom.jobs.batch_file import BatchFile
 
@@ -27,6 +27,7 @@ COMMIT_SECONDS = 0.5
 """A finished row is safe on disk at most so long after it came."""
 
 _MAX_PENDING = 2000
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows passes no file on unless it is told to
 _SCHEMA = """
     CREATE TABLE job (field TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE rows (
@@ -209,7 +210,7 @@ class Journal:
             query = "SELECT custom_id FROM rows WHERE row_index = ?"
             (custom_id,) = self._database.execute(query, (first,)).fetchone()
             raise InputError(
-                f"{batch.path} is not the input of {self._folder}: the line of {custom_id!r}, "
+                f"{batch.name} is not the input of {self._folder}: the line of {custom_id!r}, "
                 f"which was answered, is gone or changed. Give the same lines to go on (more may "
                 f"follow), or --restart to start over"
             )
@@ -270,14 +271,11 @@ class JournalReader:
 
     def is_running(self) -> bool:
         with _explained(self.folder):
-            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | _CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not host.try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
-        return False
 
 
 def read_lines(database: sqlite3.Connection, succeeded: bool | None) -> Iterator[bytes]:
@@ -306,7 +304,7 @@ def _database_path(folder: Path) -> Path:
 def _connect(folder: Path) -> sqlite3.Connection:
     """Created by ourselves first: SQLite gives its other files the same mode."""
     path = _database_path(folder)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600))
     database = sqlite3.connect(path, timeout=10)
     try:
         database.execute("PRAGMA journal_mode = WAL")
@@ -333,15 +331,13 @@ def _remove(folder: Path) -> None:
 
 def _lock(folder: Path, output: Path) -> int:
     """Hold ``folder``'s lock until we die, however that happens: the kernel frees it."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600)
+    if not host.try_lock(descriptor):
         os.close(descriptor)
         raise OutputError(
             f"another run is writing {output}: wait for it, or watch it with "
             f"'elbowroom status {output}'"
-        ) from None
+        )
     return descriptor
 
 

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from elbowroom.core.errors import InputError
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.prompts import (
     BYTES_PER_TOKEN,
@@ -56,7 +57,7 @@ class FileLengths:
 
 
 def read_lengths(
-    path: Path, model_dir: Path, limits: RowLimits, max_rows: int | None = None
+    source: BatchInput | Path, model_dir: Path, limits: RowLimits, max_rows: int | None = None
 ) -> FileLengths:
     """Count prompts in the model's tokens. Chat templates are estimated, not rendered.
 
@@ -67,7 +68,8 @@ def read_lengths(
     prompts: list[int] = []
     outputs: list[int] = []
     num_counted = num_unlimited = num_bytes = num_tokens = 0
-    with BatchFile(path, limits) as batch:
+    with BatchFile(source, limits) as batch:
+        name = batch.name
         num_rows = batch.scan().num_rows
         step = max(1, -(-num_rows // max_rows)) if max_rows else 1
         for row in batch.rows(range(0, num_rows, step)):
@@ -83,7 +85,7 @@ def read_lengths(
             prompts += [sum(of_prompts) // max(1, len(of_prompts))] * answers
             outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
     if not prompts:
-        raise InputError(f"{path} has no row that could be answered: see `elbowroom check`")
+        raise InputError(f"{name} has no row that could be answered: see `elbowroom check`")
     wanted = len(prompts) if step == 1 else round(len(prompts) * num_rows / num_counted)
     order = np.arange(wanted) % len(prompts)
     counted = workload(np.array(prompts)[order], np.array(outputs)[order])

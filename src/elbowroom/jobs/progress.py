@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -69,6 +70,8 @@ class _Sample(NamedTuple):
 class ProgressView:
     """Shows snapshots as they come. Has no thread: whoever calls ``update`` sets the pace.
 
+    A screen that fails is not tried again: the job does not depend on it.
+
     May be told every message: what is newer than the last drawing by less than DRAW_SECONDS waits.
     """
 
@@ -79,19 +82,36 @@ class ProgressView:
         self._shown_at = float("-inf")
         self._unshown: JobSnapshot | None = None
         self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._is_blind = False
 
     def __enter__(self) -> ProgressView:
-        if self._console.is_terminal:
-            self._live.start()
+        with self._optional():
+            if self._console.is_terminal:
+                self._live.start()
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        self._live.stop()
-        if self._unshown and exc_type is None and not self._console.is_terminal:
-            self._show(self._unshown)  # a short job ends between two lines
+        with self._optional():
+            self._live.stop()
+            if self._unshown and exc_type is None and not self._console.is_terminal:
+                self._show(self._unshown)  # a short job ends between two lines
 
     def update(self, snapshot: JobSnapshot) -> None:
         """Take note of a snapshot, and show it if the last one shown is old enough."""
+        if not self._is_blind:
+            with self._optional():
+                self._update(snapshot)
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._is_blind = True
+            with suppress(Exception):
+                self._console.print(f"no progress is shown: {error}", markup=False)
+
+    def _update(self, snapshot: JobSnapshot) -> None:
         now = self._clock()
         self._unshown = snapshot
         pause_seconds = DRAW_SECONDS if self._console.is_terminal else PLAIN_SECONDS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -90,18 +90,18 @@ def _rename(temporary: Path, path: Path) -> None:
             os.close(folder)
 
 
-def check_paths(input_path: Path, output: Path, errors: Path, report: Path) -> None:
+def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path) -> None:
     """Raise OutputError, before anything is loaded, if results could not be written.
 
     Folders that are missing are made.
     """
-    paths = {"input": input_path, "--output": output, "--errors": errors, "--report": report}
-    names = list(paths)
-    for at, name in enumerate(names):
-        for other in names[at + 1 :]:
-            if _is_same(paths[name], paths[other]):
+    written = [("--output", output), ("--errors", errors), ("--report", report)]
+    named = [*(("input", path) for path in inputs), *written]
+    for at, (name, path) in enumerate(named):
+        for other_name, other in named[at + 1 :]:
+            if _is_same(path, other):
                 raise OutputError(
-                    f"{name} and {other} are the same file ({paths[name]}): give each its own"
+                    f"{name} and {other_name} are the same file ({path}): give each its own"
                 )
     check_writable((output, errors, report))
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError
+from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError, optional
 from elbowroom.core.plan import Prediction, RunPlan
 from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import MIB, format_bytes
@@ -23,7 +23,8 @@ from elbowroom.engine.wire import Message
 from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
 from elbowroom.jobs.dispatcher import Dispatcher, TokenUsage, token_usage
 from elbowroom.jobs.group import ReplicaGroup
-from elbowroom.jobs.journal import FinishedRow, Journal, OnCommit
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.journal import FinishedRow, Journal, OnCommit, journal_folder
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import JobSnapshot, ProgressView, ReplicaStats
@@ -47,9 +48,9 @@ Hindsight = Callable[[int, int], Prediction | None]
 
 @dataclass(frozen=True)
 class JobFiles:
-    """Where a job reads and writes. Logs of replicas go to the run directory if not asked for."""
+    """Where a job reads and writes. Logs of replicas go to the journal's folder unless named."""
 
-    input: Path
+    input: BatchInput | Path
     output: Path
     errors: Path
     report: Path
@@ -67,19 +68,32 @@ class JobOptions:
     limits: RowLimits = field(default_factory=RowLimits)
     order: Order = "auto"
     max_restarts: int = 3
-    grace_seconds: float = 30.0
+    grace_seconds: float = 5.0
     restart: bool = False
     bytes_per_token: float = BYTES_PER_TOKEN
 
 
 class StopRequest:
-    """Asks a job, from its own thread, to stop after the rows in flight."""
+    """Asks a job, from its own thread, to stop after the rows in flight.
+
+    ``is_heard`` while replicas run. Before and after, a job reads, plans and writes on the thread
+    that calls it and asks nobody: who wants it to stop then interrupts that thread.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self.is_heard = False
 
     def __call__(self, reason: str) -> None:
         self.reason = self.reason or reason
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        self.is_heard = True
+        try:
+            yield
+        finally:
+            self.is_heard = False
 
 
 async def run_job(
@@ -102,30 +116,36 @@ async def run_job(
     start, OutputError when another run has the journal or it cannot be opened, JobStoppedError when
     the job ended early, also for want of disk. Rows that were finished stay finished.
     """
+    stop = stop or StopRequest()
     with ExitStack() as stack:
         batch = stack.enter_context(BatchFile(files.input, options.limits))
         order = _scan(batch, options.order)
         journal = stack.enter_context(Journal(files.output, options.restart, on_rows))
         is_finished = journal.admit(identity, batch)
         rows = batch.rows(int(index) for index in order if not is_finished[index])
-        job = _Job(plan, options, batch, journal, console, stop or StopRequest())
+        job = _Job(plan, options, batch, journal, console, stop)
         try:
             if (first := job.refuse_until_row(rows)) is not None:
-                with run_directory() as run_dir:
-                    log_dir = files.logs or run_dir
-                    log_dir.mkdir(parents=True, exist_ok=True)
+                log_dir = files.logs or journal_folder(files.output) / "logs"
+                log_dir.mkdir(parents=True, exist_ok=True)
+                place = run_directory(num_bytes=plan.shared_bytes, say=job.say)
+                with place as run_dir, stop.heard():
                     async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
                         await job.answer(chain([first], rows), group)
             journal.commit()
+            if stop.reason is not None:
+                raise JobStoppedError(f"{stop.reason}. {job.how_far()}")
             publish(journal, batch, files.output, files.errors)
-            report = job.report()
-            if hindsight is not None:
-                told = hindsight(report.prompt_tokens, report.output_tokens)
-                report = replace(report, hindsight=told)
-            if first is not None or not files.report.exists():
-                report.write(files.report)
         except OutputError as error:
             raise JobStoppedError(f"{error}. Then run the same command to go on") from error
+        report = job.report()
+        if hindsight is not None:
+            with optional("prediction for the tokens that came", job.say):
+                told = hindsight(report.prompt_tokens, report.output_tokens)
+                report = replace(report, hindsight=told)
+        if first is not None or not files.report.exists():
+            with optional("report file", job.say):
+                report.write(files.report)
         return report
 
 
@@ -329,7 +349,7 @@ class _Job:
         among_suspects = self._dispatcher.holds_suspects(replica.rank)
         for row in self._dispatcher.lose(replica.rank):
             message = (
-                f"line {row.line_number}: the engine crashed twice with this row, the second time "
+                f"{row.place}: the engine crashed twice with this row, the second time "
                 f"with no other row in it"
             )
             self._fail(row, "engine_crashed", message)
@@ -342,14 +362,14 @@ class _Job:
         )
         if delay is not None:
             replica.restart_at = time.monotonic() + delay
-            self._say(f"{what}\nit is started again in {delay:.0f} s")
+            self.say(f"{what}\nit is started again in {delay:.0f} s")
             return
         gone = f"{what}\nit died more than {self._options.max_restarts} times and is given up"
         if not replica.was_ready and self._plan.shares[replica.rank].mode != "none":
-            raise JobStoppedError(f"{gone}: its layers are missing in the pool. {self._how_far()}")
+            raise JobStoppedError(f"{gone}: its layers are missing in the pool. {self.how_far()}")
         if all(other.is_lost for other in self._replicas):
-            raise JobStoppedError(f"{gone}, as all others were. {self._how_far()}")
-        self._say(f"{gone}; the others go on")
+            raise JobStoppedError(f"{gone}, as all others were. {self.how_far()}")
+        self.say(f"{gone}; the others go on")
 
     async def _restart_due(self) -> None:
         for replica in self._replicas:
@@ -363,7 +383,7 @@ class _Job:
         """Let rows in flight finish for a while, then end the job."""
         in_flight = self._dispatcher.num_in_flight
         if in_flight:
-            self._say(
+            self.say(
                 f"{reason}: {in_flight} rows in flight have {self._options.grace_seconds:g} s; "
                 f"once more to stop at once"
             )
@@ -374,7 +394,7 @@ class _Job:
                 await self._hear(self._replicas[event.rank], event.message)
             self._view.update(self._snapshot())
         self._journal.commit()
-        raise JobStoppedError(f"{reason}. {self._how_far()}")
+        raise JobStoppedError(f"{reason}. {self.how_far()}")
 
     async def _stop_replicas(self) -> None:
         """Let every replica end by itself and send its last counters."""
@@ -405,7 +425,7 @@ class _Job:
         usage = None if error else token_usage(message["body"])
         row = self._dispatcher.finish(replica.rank, message["id"], usage)
         if error:
-            self._fail(row, error["code"], f"line {row.line_number}: {error['message']}")
+            self._fail(row, error["code"], f"{row.place}: {error['message']}")
             return
         status = message["status"]
         failure = None if 200 <= status < 300 else f"http_{status}"
@@ -415,15 +435,16 @@ class _Job:
             FinishedRow(row.index, row.custom_id, row.content_hash, failure, line, *tokens)
         )
 
-    def _how_far(self) -> str:
+    def how_far(self) -> str:
         self._journal.commit()
         return (
             f"{self._journal.totals.num_finished} of {self._batch.num_rows} rows are finished and "
             f"kept: run the same command again to go on"
         )
 
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        with suppress(Exception):  # the terminal may be gone, and the job is not
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _note(self) -> None:
         """For ``elbowroom status``."""
@@ -458,7 +479,7 @@ class _Job:
             if replica.resident_bytes and abs(difference) > max(
                 MEMORY_TOLERANCE * expected, _MEMORY_SLACK_BYTES
             ):
-                self._say(
+                self.say(
                     f"warning: replica {replica.rank} holds {format_bytes(replica.resident_bytes)} "
                     f"of weights and slots, the account says {format_bytes(expected)}"
                 )

@@ -60,13 +60,17 @@ def workspace_bytes(
     """Activations of the largest iteration: two layer inputs, the widest layer, the logits.
 
     Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which
-    is its widest; sampling works on float32 logits and one copy of them.
+    is its widest.
     """
     hidden = 3 * model.hidden_size  # layer input, residual, output
     widest = 3 * model.intermediate_size // tensor_parallel  # gate, up, their product
     tokens = max_num_batched_tokens * (hidden + widest) * model.dtype_bytes()
-    logits = 2 * max_num_seqs * model.vocab_size * 4
-    return tokens + logits
+    return tokens + logits_bytes(model, max_num_seqs)
+
+
+def logits_bytes(model: ModelFacts, num_rows: int) -> int:
+    """In float32, and one copy of them."""
+    return 2 * num_rows * model.vocab_size * 4
 
 
 def longest_row(model: ModelFacts, account: MemoryAccount) -> int:

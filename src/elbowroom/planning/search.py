@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import MemoryPlanError
@@ -13,7 +13,7 @@ from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.job import Policy, ReplicaLimits, simulate_job
-from elbowroom.planning.memory import account_memory
+from elbowroom.planning.memory import account_memory, logits_bytes
 from elbowroom.planning.modes import PoolTimes
 from elbowroom.planning.pool import SHIP_ROWS, plan_shares
 
@@ -27,25 +27,50 @@ _NUM_FINE, _MOST_REPLICAS = 2, 16
 Of more replicas than ``_MOST_REPLICAS``, one group stands for all also in a short job.
 """
 
+USUAL_ROWS, USUAL_TOKENS = 256, 2048
+"""Rows at once and tokens of one iteration where nothing is known of the job."""
+
+MOST_ROWS, LEAST_TOKENS = 1024, 256
+"""Bounds of what is chosen: vLLM's own for its largest devices, and prompts in small parts."""
+
 _TIE = 0.01
 """Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine is told, of what matters to a plan. ``activation_bytes`` None is derived."""
+    """What an engine is told, of what matters to a plan. None leaves a choice to the planner.
 
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    ``activation_bytes`` None is derived. ``max_model_len`` is the longest row answered, None is
+    what the model and the cache can hold.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     activation_bytes: int | None = None
+    max_model_len: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.max_num_seqs or USUAL_ROWS
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one iteration: vLLM wants room for a token of every row."""
+        return self.max_num_batched_tokens or max(USUAL_TOKENS, self.num_rows)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its account and its predicted job, or what each device lacks for it."""
+    """A layout with its account and its predicted job, or what each device lacks for it.
+
+    ``engine`` leaves nothing open. ``cluster`` is where the layout lies.
+    """
 
     layout: Layout
     account: MemoryAccount
+    engine: EngineLimits
+    cluster: Cluster
     rows_at_once: int = 0
     seconds: float = float("inf")
     tokens_per_second: float = 0.0
@@ -54,6 +79,17 @@ class Candidate:
     @property
     def fits(self) -> bool:
         return not self.missing_bytes
+
+    def describe(self) -> str:
+        """For people: how many engines, on what each, and what they share."""
+        layout, device = self.layout, self.cluster.device.name
+        if layout.tensor_parallel > 1:
+            device = f"{layout.tensor_parallel} devices ({device})"
+        replicas = f"{layout.num_replicas} replicas, each"
+        if layout.num_replicas == 1:
+            replicas = "1 replica"
+        pool = "no pool" if layout.pool == "none" else f"{layout.pool} pool"
+        return f"{replicas} on {device}, {pool}"
 
     @property
     def why_out(self) -> str:
@@ -69,6 +105,11 @@ class Choice:
     candidates: tuple[Candidate, ...]
     best: Candidate | None
     reason: str
+
+    @property
+    def next_best(self) -> Candidate | None:
+        """The fastest of another kind that fits."""
+        return _next_best(self.best, self.candidates) if self.best else None
 
     def pareto(self) -> tuple[Candidate, ...]:
         """Candidates that no other beats in both finish time and KV tokens of a replica."""
@@ -138,6 +179,19 @@ def choose(
     return Choice(tuple(candidates), best, _reason(best, fitting))
 
 
+def first_that_fits(choices: Sequence[Choice]) -> Choice:
+    """The first choice that has a best, with the candidates of all, and what the next would take.
+
+    Raises IndexError without any choice.
+    """
+    candidates = sorted((c for choice in choices for c in choice.candidates), key=_by_time)
+    best = next((choice.best for choice in choices if choice.best is not None), None)
+    if best is None:
+        return Choice(tuple(candidates), None, choices[0].reason)
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    return Choice(tuple(candidates), best, _reason(best, fitting))
+
+
 def evaluate(
     model: ModelFacts,
     cluster: Cluster,
@@ -147,15 +201,92 @@ def evaluate(
     depth: int = _FINE,
 ) -> Candidate:
     """One layout on one job; ``depth`` as for ``job_seconds``."""
-    account = account_layout(model, layout, cluster.device.usable_bytes, engine)
-    limits = replica_limits(account, engine)
-    longest = limits.row_tokens(workload.longest_row)
-    if longest > limits.num_kv_tokens:
-        needed = (longest + account.block_tokens) * account.kv_bytes_per_token
-        return Candidate(layout, account, missing_bytes=needed - account.kv_bytes)
+    memory = cluster.device.usable_bytes
+    engine = fill_in(model, layout, memory, engine, workload)
+    candidate = Candidate(layout, account_layout(model, layout, memory, engine), engine, cluster)
+    missing = _missing_bytes(candidate.account, engine, workload)
+    if missing > 0:
+        return replace(candidate, missing_bytes=missing)
+    limits = replica_limits(candidate.account, engine)
     seconds = job_seconds(model, cluster, workload, layout, limits, depth)
-    rate = workload.num_output_tokens / seconds
-    return Candidate(layout, account, limits.rows_at_once(workload), seconds, rate)
+    return replace(
+        candidate,
+        rows_at_once=limits.rows_at_once(workload),
+        seconds=seconds,
+        tokens_per_second=workload.num_output_tokens / seconds,
+    )
+
+
+def fill_in(
+    model: ModelFacts,
+    layout: Layout,
+    memory_bytes: int,
+    engine: EngineLimits,
+    workload: Workload,
+) -> EngineLimits:
+    """What ``engine`` leaves open, chosen for a job.
+
+    As many rows at once as a replica's cache holds at their mean length, but no more than it has to
+    answer; and 2,048 tokens of one iteration, or fewer where the longest row would not fit else.
+    """
+    tokens = engine.max_num_batched_tokens or USUAL_TOKENS
+    while True:
+        tried = replace(engine, max_num_batched_tokens=tokens)
+        rows = engine.max_num_seqs or _rows_that_fit(model, layout, memory_bytes, tried, workload)
+        if engine.max_num_batched_tokens is None:
+            tokens = max(tokens, rows)
+        tried = replace(tried, max_num_seqs=rows, max_num_batched_tokens=tokens)
+        account = account_layout(model, layout, memory_bytes, tried)
+        is_given = engine.max_num_batched_tokens is not None
+        if is_given or tokens // 2 < LEAST_TOKENS or not _missing_bytes(account, tried, workload):
+            return tried
+        tokens //= 2
+
+
+def _rows_that_fit(
+    model: ModelFacts,
+    layout: Layout,
+    memory_bytes: int,
+    engine: EngineLimits,
+    workload: Workload,
+) -> int:
+    """Each takes its KV cache to its end, and room for its logits."""
+    account = account_layout(model, layout, memory_bytes, replace(engine, max_num_seqs=1))
+    row_tokens = replica_limits(account, engine).row_tokens(workload.mean_row)
+    each = row_tokens * account.kv_bytes_per_token
+    if engine.activation_bytes is None:
+        each += logits_bytes(model, 1)
+    room = account.kv_bytes - account.block_tokens * account.kv_bytes_per_token
+    to_answer = -(-workload.num_rows // layout.num_replicas)
+    return max(1, min(room // each, to_answer, MOST_ROWS))
+
+
+def _missing_bytes(account: MemoryAccount, engine: EngineLimits, workload: Workload) -> int:
+    """What a device lacks for the job's longest row, and for the one that is asked for."""
+    limits = replica_limits(account, engine)
+    longest = limits.row_tokens(max(workload.longest_row, engine.max_model_len or 1))
+    if longest <= limits.num_kv_tokens:
+        return 0
+    return (longest + account.block_tokens) * account.kv_bytes_per_token - account.kv_bytes
+
+
+def without_idle_cache(
+    model: ModelFacts, candidate: Candidate, workload: Workload
+) -> MemoryAccount:
+    """The account, without KV cache that this job cannot fill: on a CPU it costs others memory.
+
+    There is room for all rows of the job at once, and for one of the longest that the model takes.
+    """
+    account = candidate.account
+    block = account.block_tokens
+    of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
+    longest = -(-model.max_position_embeddings // block)
+    blocks = max(-(-of_all // candidate.layout.num_replicas), longest) + 2
+    needed = blocks * block * account.kv_bytes_per_token
+    idle = max(0, account.kv_bytes - needed)
+    return replace(
+        account, memory_bytes=account.memory_bytes - idle, kv_bytes=account.kv_bytes - idle
+    )
 
 
 def job_seconds(
@@ -198,8 +329,8 @@ def account_layout(
         model,
         layout_shares(model, layout),
         memory_bytes,
-        engine.max_num_batched_tokens,
-        engine.max_num_seqs,
+        engine.num_tokens,
+        engine.num_rows,
         layout.tensor_parallel,
         engine.activation_bytes,
     )
@@ -234,15 +365,19 @@ def ship_threshold(
 
 
 def engine_limits(options: EngineOptions) -> EngineLimits:
-    return EngineLimits(options.max_num_seqs, options.max_num_batched_tokens)
+    return EngineLimits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+    )
 
 
 def replica_limits(account: MemoryAccount, engine: EngineLimits) -> ReplicaLimits:
     """What a replica may hold; the engine keeps one block for itself."""
     return ReplicaLimits(
         num_kv_tokens=max(0, account.num_kv_tokens - account.block_tokens),
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=engine.num_rows,
+        max_num_batched_tokens=engine.num_tokens,
         block_tokens=account.block_tokens,
     )
 
@@ -262,15 +397,22 @@ def _by_time(candidate: Candidate) -> tuple[float, int, str]:
     return candidate.seconds, -candidate.account.num_kv_tokens, str(candidate.layout)
 
 
+def _next_best(best: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    def kind(candidate: Candidate) -> tuple[int, int, str]:
+        layout = candidate.layout
+        return layout.tensor_parallel, candidate.cluster.num_devices, layout.pool
+
+    others = [c for c in candidates if c.fits and kind(c) != kind(best)]
+    return min(others, key=lambda c: c.seconds, default=None)
+
+
 def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
     """Why it is the best: what the next best of another kind would take."""
-    kind = (best.layout.tensor_parallel, best.layout.pool)
-    others = [c for c in fitting if (c.layout.tensor_parallel, c.layout.pool) != kind]
-    if not others:
+    other = _next_best(best, fitting)
+    if other is None:
         return "the only kind of layout that fits"
-    other = min(others, key=lambda c: c.seconds)
     ratio = other.seconds / best.seconds
     tokens = best.account.num_kv_tokens / max(1, other.account.num_kv_tokens)
-    if ratio > 1 + _TIE:
+    if abs(ratio - 1) > _TIE:
         return f"{ratio:.2f}x as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
     return f"as fast as {other.layout}, with {tokens:.2f}x its KV tokens"

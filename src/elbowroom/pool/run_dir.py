@@ -7,34 +7,64 @@ nobody any more, and the next start sweeps it away, also after ``kill -9``.
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from elbowroom.core import host
+from elbowroom.core.errors import PoolError
+from elbowroom.core.units import format_bytes
 
 _PREFIX = "elbowroom-"
 _LOCK = "owner.lock"
 _LOCK_SECONDS = 1.0  # a peer that looks holds the lock for a moment
 
 
-def default_root() -> Path:
-    """Shared memory of this host, or the temporary directory where there is none."""
-    shared_memory = Path("/dev/shm")
-    return shared_memory if shared_memory.is_dir() else Path(tempfile.gettempdir())
+def default_root(num_bytes: int = 0, say: Callable[[str], None] = lambda _: None) -> Path:
+    """Shared memory of this host, or the temporary directory where it has no ``num_bytes`` free.
+
+    Files there are mapped just as well, through the page cache; the system may write them to disk.
+    Raises PoolError where neither has the room.
+    """
+    memory, temporary = host.shared_memory_folder(), host.temporary_folder()
+    if memory is not None and host.free_bytes(memory) >= num_bytes:
+        return memory
+    rooms = ", ".join(
+        f"{folder} has {format_bytes(host.free_bytes(folder))}"
+        for folder in (memory, temporary)
+        if folder is not None
+    )
+    if num_bytes and host.free_bytes(temporary) < num_bytes:
+        raise PoolError(
+            f"the pool needs {format_bytes(num_bytes)} of files in memory, and {rooms}: enlarge "
+            f"it (docker run --shm-size), set TMPDIR to a larger folder, or use --pool none"
+        )
+    if num_bytes:
+        say(
+            f"the pool lies in {temporary}: it needs {format_bytes(num_bytes)}, and {rooms} "
+            f"(docker run --shm-size enlarges /dev/shm)"
+        )
+    return temporary
 
 
 @contextmanager
-def run_directory(root: Path | None = None) -> Iterator[Path]:
-    """A new directory, mode 0700, removed at exit. Leftovers of dead runs are swept first."""
-    root = root or default_root()
+def run_directory(
+    root: Path | None = None, num_bytes: int = 0, say: Callable[[str], None] = lambda _: None
+) -> Iterator[Path]:
+    """A new directory, mode 0700, removed at exit. Leftovers of dead runs are swept first.
+
+    Without a ``root``, where ``default_root`` finds room for ``num_bytes``.
+    """
+    root = root or default_root(num_bytes, say)
     sweep(root)
     # Takes its name once it is locked: before, another start could sweep it away.
-    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{os.getuid()}-", dir=root))
+    hidden = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{host.user_id()}-", dir=root))
     lock = hold_lock(hidden / _LOCK)
     path = hidden.rename(hidden.with_name(hidden.name.removeprefix(".")))
     try:
@@ -47,13 +77,13 @@ def run_directory(root: Path | None = None) -> Iterator[Path]:
 def sweep(root: Path) -> list[Path]:
     """Remove this user's run directories whose creator is gone. Returns what was removed."""
     removed = []
-    for path in root.glob(f"{_PREFIX}{os.getuid()}-*"):
+    for path in root.glob(f"{_PREFIX}{host.user_id()}-*"):
         lock = path / _LOCK
         try:
             status = path.lstat()
         except FileNotFoundError:
             continue  # its run ended meanwhile
-        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != host.user_id():
             continue
         if lock.exists() and not is_held(lock):
             shutil.rmtree(path, ignore_errors=True)
@@ -68,15 +98,12 @@ def hold_lock(path: Path) -> int:
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise
-            time.sleep(0.01)
+    while not host.try_lock(descriptor):
+        if time.monotonic() > deadline:
+            os.close(descriptor)
+            raise BlockingIOError(errno.EWOULDBLOCK, "locked by another process", str(path))
+        time.sleep(0.01)
+    return descriptor
 
 
 def is_held(path: Path) -> bool:
@@ -86,9 +113,6 @@ def is_held(path: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: lookers see no lookers
-    except BlockingIOError:
-        return True
+        return not host.try_lock(descriptor, shared=True)  # shared: lookers see no lookers
     finally:
         os.close(descriptor)
-    return False

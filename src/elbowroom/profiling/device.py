@@ -1,10 +1,11 @@
 """Measures one device with decoder layers as an engine runs them. Runs as a process of its own.
 
-    python -m elbowroom.profiling.device CORES SHARE
+    python -m elbowroom.profiling.device CORES SHARE DTYPE
 
-reads the name of a measurement per line and answers with one JSON line each, so that all devices of
-a machine can be measured at the same time: they share caches and memory. SHARE is this device's
-part of the machine, which bounds what it allocates.
+reads the name of a measurement and its seconds per line and answers with one JSON line each, so
+that all devices of a machine can be measured at the same time: they share caches and memory. SHARE
+is this device's part of the machine, which bounds what it allocates. A measurement that has used up
+its seconds ends with what it has, so on a slow machine with fewer numbers of rows.
 
 Parts are timed where they stand in a layer, not in loops of their own: in a model each part finds
 caches that others have filled, which costs a batch of one row half as much again.
@@ -14,20 +15,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from elbowroom.core import host
+
 HIDDEN, WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 2048, 5632, 64, 32, 8
 DECODE_ROWS = (1, 4, 8, 16, 24, 32, 64)
 PREFILL_ROWS = (256, 1024)
+ALL_ROWS = (*DECODE_ROWS, *PREFILL_ROWS)
 CONTEXT = 512
 KV_ROWS = 24
 """Attention's bandwidth is taken at this batch."""
@@ -67,80 +72,108 @@ class DecoderLayer(NamedTuple):
 
 def main() -> None:
     cores, share = [int(core) for core in sys.argv[1].split(",")], float(sys.argv[2])
-    os.sched_setaffinity(0, cores)
+    dtype = getattr(torch, sys.argv[3])
+    host.die_with_parent()
+    host.pin(0, cores)
     torch.set_num_threads(len(cores))
-    measurements: dict[str, Callable[[], object]] = {
-        "layers": lambda: measure_layers(_part_of(share, LEAST_LAYERS, MOST_LAYERS)),
-        "copy": lambda: copy_bytes_per_second(_part_of(share, LEAST_COPIES, MOST_COPIES)),
+    measurements: dict[str, Callable[[float], object]] = {
+        "layers": lambda s: measure_layers(_part_of(share, LEAST_LAYERS, MOST_LAYERS), dtype, s),
+        "copy": lambda s: copy_bytes_per_second(_part_of(share, LEAST_COPIES, MOST_COPIES), s),
     }
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
-        print(json.dumps(measurements[line.strip()]()), flush=True)
+        name, seconds = line.split()
+        print(json.dumps(measurements[name](float(seconds))), flush=True)
 
 
-def measure_layers(num_layers: int) -> dict[str, object]:
-    """Rates as ``core.cluster.Device`` has them: by rows for products, one for each other part."""
-    pack, linear = find_kernel()
-    layers = [_random_layer(pack) for _ in range(num_layers)]
-    seconds = _layer_seconds(layers, linear)
+def measure_layers(num_layers: int, dtype: torch.dtype, seconds: float = inf) -> dict[str, object]:
+    """Rates as ``core.cluster.Device`` has them: by rows for products, one for each other part.
+
+    In ``seconds`` or little more: rows that would take longer are left out.
+    """
+    until = time.perf_counter() + seconds
+    pack, linear = find_kernel(dtype)
+    layers = _random_layers(num_layers, pack, dtype)
+    parts = _layer_seconds(layers, linear, until)
     weights = (layers[0].qkv, layers[0].out, layers[0].gate_and_up, *layers[0].down)
     elements = sum(weight.numel() for weight in weights)
-    tokens = PREFILL_ROWS[-1]
-    flops = 4 * HEAD_DIM * NUM_HEADS * tokens * CONTEXT / 2
-    kv_bytes = sum(cache.nbytes for cache in layers[0].kv)
-    elementwise_bytes = 2 * tokens * (12 * HIDDEN + 3 * WIDTH)  # as the cost model counts them
-    return {
-        "matmul": [(rows, elements / parts.products) for rows, parts in seconds.items()],
-        "decode": kv_bytes / seconds[KV_ROWS].attention,
-        "prefill": flops / seconds[tokens].attention,
-        "launch": seconds[1].small_kernels,
-        "elementwise": elementwise_bytes / seconds[tokens].small_kernels,
+    of_decode = max(rows for rows in parts if rows <= KV_ROWS)
+    kv_bytes = sum(cache[:of_decode].nbytes for cache in layers[0].kv)
+    most = max(parts)
+    # As the cost model counts them.
+    elementwise_bytes = dtype.itemsize * most * (12 * HIDDEN + 3 * WIDTH)
+    measured: dict[str, object] = {
+        "matmul": [(rows, elements / of_rows.products) for rows, of_rows in parts.items()],
+        "decode": kv_bytes / parts[of_decode].attention,
+        "launch": parts[1].small_kernels,
+        "elementwise": elementwise_bytes / parts[most].small_kernels,
     }
+    if most in PREFILL_ROWS:
+        flops = 4 * HEAD_DIM * NUM_HEADS * most * min(most, CONTEXT) / 2
+        measured["prefill"] = flops / parts[most].attention
+    return measured
 
 
-def find_kernel() -> tuple[Pack, Linear]:
-    """What brings a bf16 matrix [out, in] into a kernel's form, and that kernel.
+def find_kernel(dtype: torch.dtype = torch.bfloat16) -> tuple[Pack, Linear]:
+    """What brings a matrix [out, in] of ``dtype`` into a kernel's form, and that kernel.
 
-    vLLM's own, which the engine runs, from its library; PyTorch's where there is none. Of few rows
-    they differ by a factor of two.
+    vLLM's own, which the engine runs, from its library; PyTorch's where it has none for this dtype
+    or this CPU. Of few rows they differ by a factor of two.
     """
+    if dtype == torch.bfloat16 and _load_vllm_kernels():
+        return torch.ops._C.convert_weight_packed, _packed_linear
+    return lambda weight: weight, functional.linear
+
+
+def _load_vllm_kernels() -> bool:
+    """Whether vLLM's packed kernel for bf16 can be had on this CPU."""
     package = importlib.util.find_spec("vllm")
     for folder in (package and package.submodule_search_locations) or ():
         library = Path(folder) / "_C.abi3.so"
         if library.exists() and torch.cpu._is_avx512_bf16_supported():
-            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    if hasattr(torch.ops._C, "weight_packed_linear"):
-        return torch.ops._C.convert_weight_packed, _packed_linear
-    return lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, KV_ROWS), _mkldnn_linear
+            with suppress(OSError):  # of another PyTorch, or without a library that it needs
+                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    return hasattr(torch.ops._C, "weight_packed_linear")
 
 
-def copy_bytes_per_second(num_sources: int) -> float:
+def copy_bytes_per_second(num_sources: int, most_seconds: float = inf) -> float:
     """From memory to memory, of pages that exist."""
+    until = time.perf_counter() + most_seconds
     sources = [torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(num_sources)]
     target = torch.zeros(COPY_BYTES, dtype=torch.uint8)
     seconds: list[float] = []
-    while not _is_enough(seconds):
+    while not _is_enough(seconds) and (len(seconds) < 2 or time.perf_counter() < until):
         begin = time.perf_counter()
         target.copy_(sources[len(seconds) % num_sources])
         seconds.append(time.perf_counter() - begin)
     return COPY_BYTES / statistics.median(seconds[1:])
 
 
-def _layer_seconds(layers: list[DecoderLayer], linear: Linear) -> dict[int, LayerSeconds]:
+def _layer_seconds(
+    layers: list[DecoderLayer], linear: Linear, until: float
+) -> dict[int, LayerSeconds]:
     """The median of every part by rows, over layers that follow each other.
 
-    Each number of rows has its turn several times: the machine's speed changes between them.
+    Each number of rows has its turn several times: the machine's speed changes between them. Those
+    that would last beyond ``until``, as fewer rows show, are left out; one row never is.
     """
-    inputs = {rows: _random(rows, HIDDEN) for rows in (*DECODE_ROWS, *PREFILL_ROWS)}
-    samples: dict[int, list[LayerSeconds]] = {rows: [] for rows in inputs}
+    inputs = {rows: _random(layers[0].norm.dtype, rows, HIDDEN) for rows in ALL_ROWS}
+    samples: dict[int, list[LayerSeconds]] = {}
     for _ in range(_SWEEPS):
+        pace = 0.0  # seconds per row, of the sizes so far
         for rows, x in inputs.items():
+            if samples and time.perf_counter() + 2 * pace * rows > until:
+                break
             attend = _decode_attention if rows in DECODE_ROWS else _prefill_attention
+            begin = time.perf_counter()
             _run_layer(x, layers[-1], linear, attend)  # discarded: fresh memory
             turn: list[LayerSeconds] = []
             while not _is_enough([sum(sample) for sample in turn]):
                 turn.append(_run_layer(x, layers[len(turn) % len(layers)], linear, attend))
-            samples[rows] += turn
+                if time.perf_counter() > until:
+                    break
+            pace = (time.perf_counter() - begin) / (len(turn) + 1) / rows
+            samples.setdefault(rows, []).extend(turn)
     return {
         rows: LayerSeconds(*map(statistics.median, zip(*of_rows, strict=True)))
         for rows, of_rows in samples.items()
@@ -199,7 +232,7 @@ def _decode_attention(queries: torch.Tensor, kv: tuple[torch.Tensor, torch.Tenso
     grouped = queries[:rows].reshape(rows, NUM_KV_HEADS, -1, HEAD_DIM)
     scores = (grouped @ keys.transpose(-1, -2)).float().softmax(-1)
     queries = queries.clone()
-    queries[:rows] = (scores.to(torch.bfloat16) @ values).reshape(rows, HIDDEN)
+    queries[:rows] = (scores.to(queries.dtype) @ values).reshape(rows, HIDDEN)
     return queries
 
 
@@ -216,28 +249,40 @@ def _packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _mkldnn_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return out
+def _random_layers(num_layers: int, pack: Pack, dtype: torch.dtype) -> list[DecoderLayer]:
+    """Equal layers, each in memory of its own: to draw numbers takes longer than to copy them."""
+    first = _random_layer(pack, dtype)
+    return [first, *(_copied(first) for _ in range(num_layers - 1))]
 
 
-def _random_layer(pack: Pack) -> DecoderLayer:
+def _random_layer(pack: Pack, dtype: torch.dtype) -> DecoderLayer:
     def weight(num_out: int, num_in: int) -> torch.Tensor:
-        return pack(_random(num_out, num_in))
+        return pack(_random(dtype, num_out, num_in))
 
     cache = (KV_ROWS, NUM_KV_HEADS, CONTEXT, HEAD_DIM)
     return DecoderLayer(
-        norm=_random(HIDDEN),
+        norm=_random(dtype, HIDDEN),
         qkv=weight(HIDDEN + 2 * NUM_KV_HEADS * HEAD_DIM, HIDDEN),
         out=weight(HIDDEN, HIDDEN),
         gate_and_up=weight(2 * WIDTH, HIDDEN),
         down=(weight(HIDDEN, WIDTH // 2), weight(HIDDEN, WIDTH // 2)),
-        kv=(_random(*cache), _random(*cache)),
+        kv=(_random(dtype, *cache), _random(dtype, *cache)),
     )
 
 
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape).to(torch.bfloat16)
+def _copied(layer: DecoderLayer) -> DecoderLayer:
+    return DecoderLayer(
+        norm=layer.norm.clone(),
+        qkv=layer.qkv.clone(),
+        out=layer.out.clone(),
+        gate_and_up=layer.gate_and_up.clone(),
+        down=(layer.down[0].clone(), layer.down[1].clone()),
+        kv=(layer.kv[0].clone(), layer.kv[1].clone()),
+    )
+
+
+def _random(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype)
 
 
 def _is_enough(seconds: list[float]) -> bool:

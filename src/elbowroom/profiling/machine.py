@@ -4,17 +4,34 @@ from __future__ import annotations
 
 import json
 import os
-import platform
+import selectors
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
-from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.errors import MeasuringError
+from elbowroom.core.model import DTYPE_BYTES
+from elbowroom.core.units import GIB
+
+BUDGET_SECONDS = 30.0
+"""Longest time for a measurement, also on a slow or busy machine."""
+
+_COPY_SECONDS, _SPARE_SECONDS = 3.0, 4.0
+"""Of it: for copies, and for answers to arrive and processes to end."""
+
+DEVICE_COMMAND = (sys.executable, "-m", "elbowroom.profiling.device")
 
 MEMORY_FRACTION = 0.8
 """Of the machine's memory, for all engines together: the rest is for the system and processes."""
+
+ASSUMED_MEMORY_BYTES = 8 * GIB
+"""Of a machine that does not tell."""
 
 ITERATION_SECONDS = 1.6e-3
 ROW_SECONDS = 5e-5
@@ -32,7 +49,7 @@ UNCERTAINTY = 0.15
 """Of times made of these measurements, against whole runs: ``bench/prediction.py``."""
 
 _SOURCES = {
-    "matmul": "bf16 products in decoder layers (hidden 2048, FFN 5632), all devices; median",
+    "matmul": "products in decoder layers (hidden 2048, FFN 5632), all devices; median",
     "memory_bandwidth": "the same with one row: weight bytes per second",
     "attention_bandwidth": "attention of 24 rows over 512 tokens each: KV bytes per second",
     "attention_flops": "causal attention over 512 tokens",
@@ -43,51 +60,89 @@ _SOURCES = {
 }
 
 
-def measure_machine(cores: Sequence[Sequence[int]]) -> Cluster:
-    """A cluster with one device per group of cores. Takes about twenty seconds.
+def measure_machine(
+    cores: Sequence[Sequence[int]],
+    dtype: str = "bfloat16",
+    seconds: float = BUDGET_SECONDS,
+    command: Sequence[str] = DEVICE_COMMAND,
+) -> Cluster:
+    """A cluster with one device per group of cores, as fast as it computes in ``dtype``.
 
-    Raises ElbowroomError when a measuring process fails.
+    Takes about ten seconds and at most ``seconds``: a slow machine is measured with fewer rows.
+    Raises MeasuringError when a measuring process ends or does not answer in time; what it printed
+    is in a file that the message names.
     """
-    workers = [_start(group, 1 / len(cores)) for group in cores]
+    until = time.monotonic() + seconds
+    descriptor, name = tempfile.mkstemp(prefix="elbowroom-measuring-", suffix=".log")
+    log = Path(name)
+    workers: list[subprocess.Popen[bytes]] = []
     try:
+        with os.fdopen(descriptor, "wb") as output:
+            for group in cores:
+                device = [",".join(map(str, group)), str(1 / len(cores)), dtype]
+                workers.append(_start([*command, *device], output))
         for worker in workers:
-            _answer(worker)
-        layers, copies = _measure(workers, "layers"), _measure(workers, "copy")
+            _answer(worker, until)
+        for_layers = until - time.monotonic() - _COPY_SECONDS - _SPARE_SECONDS
+        layers = _measure(workers, "layers", for_layers, until)
+        copies = _measure(workers, "copy", _COPY_SECONDS, until)
+    except (OSError, MeasuringError) as error:
+        raise MeasuringError(f"{error}. What it printed: {log}") from error
+    except BaseException:  # a signal: nobody asks why
+        log.unlink()
+        raise
+    else:
+        log.unlink()
     finally:
         for worker in workers:
             worker.kill()
             worker.communicate()
     devices = [{**rates, "copy": rate} for rates, rate in zip(layers, copies, strict=True)]
-    return _cluster(devices, len(cores[0]))
+    return _cluster(devices, len(cores[0]), dtype)
 
 
-def _start(cores: Sequence[int], share: float) -> subprocess.Popen[str]:
-    device = [",".join(map(str, cores)), str(share)]
-    command = [sys.executable, "-m", "elbowroom.profiling.device", *device]
-    return subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def _start(command: Sequence[str], log: Any) -> subprocess.Popen[bytes]:
+    """In a session of its own: a Ctrl-C in the terminal is for us to handle."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=log, bufsize=0, start_new_session=True
+    )
 
 
-def _measure(workers: Sequence[subprocess.Popen[str]], name: str) -> list[Any]:
+def _measure(
+    workers: Sequence[subprocess.Popen[bytes]], name: str, seconds: float, until: float
+) -> list[Any]:
     """One measurement, on all devices at the same time."""
     for worker in workers:
         assert worker.stdin is not None
-        worker.stdin.write(f"{name}\n")
-        worker.stdin.flush()
-    return [_answer(worker) for worker in workers]
+        worker.stdin.write(f"{name} {max(1.0, seconds):.1f}\n".encode())
+    return [_answer(worker, until) for worker in workers]
 
 
-def _answer(worker: subprocess.Popen[str]) -> Any:
+def _answer(worker: subprocess.Popen[bytes], until: float) -> Any:
+    """The next line of a worker, as JSON."""
     assert worker.stdout is not None
-    line = worker.stdout.readline()
-    if not line:
-        raise ElbowroomError(
-            f"a measuring process ended with code {worker.wait()}: run `elbowroom profile` to see "
-            f"what it prints"
-        )
-    return json.loads(line)
+    line = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(worker.stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, until - time.monotonic())):
+                raise MeasuringError("a measuring process did not answer in time")
+            read = worker.stdout.read(65536)
+            if not read:
+                raise MeasuringError(f"a measuring process ended with code {worker.wait()}")
+            line += read
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise MeasuringError(f"a measuring process said {line[:80]!r}") from error
 
 
-def _cluster(devices: Sequence[dict[str, Any]], num_cores: int) -> Cluster:
+def format_cores(number: int) -> str:
+    return "1 core" if number == 1 else f"{number} cores"
+
+
+def _cluster(devices: Sequence[dict[str, Any]], num_cores: int, dtype: str) -> Cluster:
     """The means over devices, as they are taken to be equal."""
 
     def mean(name: str) -> float:
@@ -96,22 +151,24 @@ def _cluster(devices: Sequence[dict[str, Any]], num_cores: int) -> Cluster:
     tables = [device["matmul"] for device in devices]
     points = tuple(
         MatmulPoint(rows[0][0], sum(rate for _, rate in rows) / len(rows))
-        for rows in zip(*tables, strict=True)
+        for rows in zip(*tables, strict=False)  # a device out of time has fewer
     )
     flops = Rate(2 * points[-1].rows * points[-1].elements_per_second)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # Without prompts long enough to be timed: as fast as products are.
+    has_prefill = all("prefill" in device for device in devices)
+    memory = host.memory_bytes() or ASSUMED_MEMORY_BYTES
     link = Link("shared memory", len(devices), Rate(mean("copy")), 0.0)
     return Cluster(
         name="this-machine",
         num_devices=len(devices),
         device=Device(
-            name=f"{num_cores} core(s) of {platform.processor() or platform.machine()}",
+            name=format_cores(num_cores),
             memory_bytes=memory // len(devices),
             memory_fraction=MEMORY_FRACTION,
             flops=flops,
             flops_fp8=flops,
-            memory_bandwidth=Rate(2 * points[0].elements_per_second),
-            attention_flops=Rate(mean("prefill")),
+            memory_bandwidth=Rate(DTYPE_BYTES[dtype] * points[0].elements_per_second),
+            attention_flops=Rate(mean("prefill")) if has_prefill else flops,
             attention_bandwidth=Rate(mean("decode")),
             elementwise_bandwidth=Rate(mean("elementwise")),
             layer_seconds=mean("launch") + ENGINE_LAYER_SECONDS,
@@ -123,5 +180,5 @@ def _cluster(devices: Sequence[dict[str, Any]], num_cores: int) -> Cluster:
         ),
         links=(link,) if len(devices) > 1 else (),
         uncertainty=UNCERTAINTY,
-        sources=_SOURCES,
+        sources={**_SOURCES, "dtype": dtype},
     )

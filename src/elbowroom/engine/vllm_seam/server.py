@@ -14,6 +14,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
+from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.plan import RunPlan
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
@@ -137,7 +138,7 @@ class Engine:
 
 def _cores(num_ranks: int) -> str:
     """The replica's cores, divided among its ranks as vLLM writes it; with too few, shared."""
-    cores = sorted(os.sched_getaffinity(0))
+    cores = host.cores()
     of_ranks = [cores[rank::num_ranks] or [cores[rank % len(cores)]] for rank in range(num_ranks)]
     return "|".join(",".join(map(str, of_rank)) for of_rank in of_ranks)
 

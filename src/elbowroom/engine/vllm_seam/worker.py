@@ -17,6 +17,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.offloader.base import BaseOffloader, get_offloader
 from vllm.platforms import current_platform
 
+from elbowroom.core import host
 from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
 from elbowroom.engine.process import resident_bytes, return_freed_memory
@@ -28,9 +29,6 @@ from elbowroom.pool.store import LocalStore, Store
 
 LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
 """Environment variable that holds streaming back: benchmarks try other links with it."""
-
-
-_SHARED_MEMORY = Path("/dev/shm")
 
 
 class PoolOffloader(BaseOffloader):
@@ -180,8 +178,9 @@ def forget_shared_names() -> None:
 
     vLLM does so when a worker ends by itself; of one that is killed, a name would stay.
     """
-    replica = os.environ.get("VLLM_DIST_IDENT")
-    for path in _SHARED_MEMORY.glob(f"{glob.escape(replica)}-*cpushm*") if replica else ():
+    replica, folder = os.environ.get("VLLM_DIST_IDENT"), host.shared_memory_folder()
+    pattern = f"{glob.escape(replica)}-*cpushm*" if replica else ""
+    for path in folder.glob(pattern) if folder and pattern else ():
         path.unlink(missing_ok=True)  # another rank may have been here
 
 

@@ -1,0 +1,52 @@
+"""What SIGINT and SIGTERM do while a job runs."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from elbowroom.core.errors import JobStoppedError
+from elbowroom.jobs.runner import StopRequest
+
+T = TypeVar("T")
+
+
+class Signals:
+    """SIGINT and SIGTERM: the first asks a job to stop, the second ends it.
+
+    While nobody hears a request, because the job reads, plans, measures or writes, the first
+    interrupts that. The ways of before come back with the end, and with the second interruption.
+    """
+
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+        self._before: dict[signal.Signals, Any] = {}
+        self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._received)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    async def watch(self, job: Coroutine[Any, Any, T]) -> T:
+        self._task, self._loop = asyncio.current_task(), asyncio.get_running_loop()
+        return await job
+
+    def _received(self, number: int, _: object) -> None:
+        reason = f"stopped by {signal.Signals(number).name}"
+        if not self._stop.is_heard:
+            self.__exit__()
+            raise JobStoppedError(f"{reason}: run the same command again to go on")
+        if self._stop.reason is None:
+            self._stop(reason)
+        elif self._task is not None and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._task.cancel)

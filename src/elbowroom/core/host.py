@@ -1,0 +1,251 @@
+"""What this process may use of the machine it runs on: cores, memory, shared memory, locks.
+
+The one module that reaches for what Linux has and other systems lack (``sched_getaffinity``,
+``fcntl``, ``/proc``, control groups). Where something is missing it answers as well as it can;
+nothing here raises because of it. Functions that read files take the root of the file system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from math import ceil
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_ROOT = Path("/")
+_PR_SET_PDEATHSIG = 1
+_BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""As ``/proc/cpuinfo`` names them on x86-64 and on Arm."""
+
+_FP16_INSTRUCTIONS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
+_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+"""Hold oneDNN and PyTorch to older instructions than the machine has."""
+
+_ISAS_WITH_BF16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
+_UNLIMITED_BYTES = 1 << 60
+"""Control groups of version 1 say "no limit" by a number near 2^63."""
+
+
+def cores(root: Path = _ROOT) -> tuple[int, ...]:
+    """The cores that this process may run on, no more of them than its CPU quota pays for."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = sorted(os.sched_getaffinity(0))
+    else:
+        allowed = list(range(os.cpu_count() or 1))
+    quota = _cpu_quota(root)
+    return tuple(allowed if quota is None else allowed[: max(1, ceil(quota))])
+
+
+def pin(pid: int, cores: Sequence[int]) -> None:
+    """Keep a process (0 is this one) on ``cores``, where the system can."""
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(pid, cores)
+
+
+def memory_bytes(root: Path = _ROOT) -> int | None:
+    """Memory of this machine or container, or None where the system does not tell."""
+    known = [_meminfo(root).get("MemTotal"), *(limit for limit, _ in _memory_groups(root))]
+    if known[0] is None and hasattr(os, "sysconf"):  # macOS
+        with suppress(ValueError, OSError):
+            known[0] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min((size for size in known if size is not None), default=None)
+
+
+def free_memory_bytes(root: Path = _ROOT) -> int | None:
+    """Memory that can be had without swapping, in this container too; None if nobody tells."""
+    known = [_meminfo(root).get("MemAvailable")]
+    known += [max(0, limit - used) for limit, used in _memory_groups(root)]
+    return min((size for size in known if size is not None), default=None)
+
+
+def shared_memory_folder(root: Path = _ROOT) -> Path | None:
+    """The folder whose files are memory, if there is one."""
+    folder = root / "dev" / "shm"
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def free_bytes(folder: Path) -> int:
+    """What may still be written below ``folder``; 0 where nobody tells."""
+    if not hasattr(os, "statvfs"):
+        return 0
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
+
+
+def user_id() -> int:
+    """Distinguishes users in names of shared files."""
+    return os.getuid() if hasattr(os, "getuid") else 0
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """Be killed when the process that started us ends, however it ends (on Linux).
+
+    At once if it has ended already, which is noticed if ``parent`` tells its id.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    parent = parent or os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_alive(pid: int, root: Path = _ROOT) -> bool:
+    """Whether a process runs. True where nobody tells."""
+    processes = root / "proc"
+    return (processes / str(pid)).exists() or not (processes / "self").exists()
+
+
+def cache_folder() -> Path | None:
+    """Where this user's programs keep what they can make again; None without a home."""
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return Path(chosen)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        return None
+
+
+def temporary_folder() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file until its descriptor is closed or this process dies. False: it is taken.
+
+    Without file locks the answer is True: nothing then guards against a second process.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def fastest_dtype(own: str, root: Path = _ROOT) -> str:
+    """The dtype in which this CPU computes a model of dtype ``own`` fastest without losing digits.
+
+    Without instructions for it, products in bfloat16 or float16 take several times as long as in
+    float32, which holds every value of both. Where nobody tells, it stays as it is.
+    """
+    instructions = {"bfloat16": _BF16_INSTRUCTIONS, "float16": _FP16_INSTRUCTIONS}.get(own)
+    flags = _cpu_flags(root)
+    if instructions is None or not flags:
+        return own
+    return own if instructions & flags and not _is_narrowed() else "float32"
+
+
+def has_bf16(root: Path = _ROOT) -> bool:
+    """Whether this CPU is known to compute in bfloat16."""
+    return bool(_BF16_INSTRUCTIONS & _cpu_flags(root)) and not _is_narrowed()
+
+
+def _is_narrowed() -> bool:
+    """Whether the environment forbids instructions for 16-bit numbers."""
+    for name in _ISA_VARIABLES:
+        isa = os.environ.get(name, "").upper()
+        if isa and not any(part in isa for part in _ISAS_WITH_BF16) and isa != "AVX512":
+            return True
+    return False
+
+
+def _cpu_flags(root: Path) -> frozenset[str]:
+    for line in _lines(root / "proc" / "cpuinfo"):
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """Bytes by name."""
+    found = {}
+    for line in _lines(root / "proc" / "meminfo"):
+        name, _, value = line.partition(":")
+        if value.split()[1:] == ["kB"]:
+            found[name] = 1024 * int(value.split()[0])
+    return found
+
+
+def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of every control group around this process that has a limit.
+
+    Of the use, files that nobody has touched for long are left out: they give way.
+    """
+    for folder in _groups(root, "memory"):
+        for limit, use in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            most, used = _number(folder / limit), _number(folder / use)
+            if most is not None and used is not None and most < _UNLIMITED_BYTES:
+                yield most, max(0, used - _inactive_files(folder))
+
+
+def _inactive_files(folder: Path) -> int:
+    for line in _lines(folder / "memory.stat"):
+        name, _, value = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(value)
+    return 0
+
+
+def _cpu_quota(root: Path) -> float | None:
+    """Cores' worth of time that control groups give this process; None without a limit."""
+    quotas = []
+    for folder in _groups(root, "cpu"):
+        words = next(iter(_lines(folder / "cpu.max")), "").split()
+        if len(words) == 2 and words[0].isdecimal():
+            quotas.append(int(words[0]) / int(words[1]))
+        quota = _number(folder / "cpu.cfs_quota_us")
+        period = _number(folder / "cpu.cfs_period_us")
+        if quota is not None and quota > 0 and period:
+            quotas.append(quota / period)
+    return min(quotas, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of the control groups around this process, from its own to the outermost.
+
+    A container sees its own group as the outermost, and may be told a path that is not there.
+    """
+    mounted = root / "sys" / "fs" / "cgroup"
+    for line in _lines(root / "proc" / "self" / "cgroup"):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        top = mounted / controller if controllers else mounted
+        folder = top / path.lstrip("/")
+        yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top))
+
+
+def _number(path: Path) -> int | None:
+    text = next(iter(_lines(path)), "")
+    try:
+        return int(text)
+    except ValueError:  # "max"
+        return None
+
+
+def _lines(path: Path) -> list[str]:
+    """Nothing for what is not there or cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,61 @@
+"""Models by their name on the Hugging Face hub: from its cache, or downloaded by its library."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+from elbowroom.core.errors import InputError
+
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FACTS = ("*.json", "*.jinja", "*.model", "*.txt")
+_WEIGHTS = ("*.safetensors",)
+_UNWANTED = ("original/*", "*.bin", "*.pth", "*.gguf", "*.onnx")
+
+
+def find_model(name: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
+    """The folder of a model that is given as a folder, or by its name on the hub.
+
+    What is in the hub's cache is taken from there; the rest is downloaded, unless HF_HUB_OFFLINE is
+    set. ``revision`` pins a branch, tag or commit. Raises InputError when there is no such model.
+    """
+    folder = Path(name)
+    if folder.exists():
+        if revision is not None:
+            raise InputError(f"--revision is for models of the hub, and {name} is a folder")
+        return folder
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name} is not a directory: give --model a Hugging Face folder, or a name on the hub "
+            f"such as Qwen/Qwen3-0.6B"
+        )
+    # Takes a second to import. It comes with tokenizers.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    patterns = [*_FACTS, *(_WEIGHTS if with_weights else ())]
+    get = partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        allow_patterns=patterns,
+        ignore_patterns=[*_UNWANTED],
+    )
+    try:
+        cached = Path(get(local_files_only=True))
+        if not with_weights or any(cached.glob("*.safetensors")):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    if constants.HF_HUB_OFFLINE:
+        raise InputError(
+            f"{name} is no folder, and not in the hub's cache ({constants.HF_HUB_CACHE}): unset "
+            f"HF_HUB_OFFLINE to download it, or give a folder"
+        )
+    try:
+        return Path(get())
+    except Exception as error:  # of the network, the hub, or the disk
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        message = f"{name} is no folder, and cannot be had from the hub: {reason}"
+        raise InputError(message) from error

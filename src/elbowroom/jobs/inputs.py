@@ -1,0 +1,214 @@
+"""Where the rows of a job come from: one file or several, compressed or not, or standard input."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import os
+import stat
+import sys
+import tempfile
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from elbowroom.core.errors import InputError
+
+STDIN = Path("-")
+"""Stands for standard input."""
+
+_CHUNK_BYTES = 1024**2
+_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+_FOREIGN = {
+    b"PK\x03\x04": "a zip archive: unpack it",
+    b"PAR1": "a Parquet file: write its rows as JSON lines",
+    b"BZh9": "compressed by bzip2: decompress it, or use gzip or zstd",
+    b"\xfd7zXZ\x00": "compressed by xz: decompress it, or use gzip or zstd",
+}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_LONGEST_MAGIC = 6
+
+
+class _Part(NamedTuple):
+    """One file of several. ``before`` counts lines of the parts in front of it."""
+
+    name: str
+    before: int
+
+
+class BatchInput:
+    """The lines of a job. Use as a context manager; ``open`` gives them as often as wanted.
+
+    One plain file is read where it lies. Several, compressed ones and standard input are copied,
+    one behind the other, into a temporary file in ``folder``: rows are read more than once, and in
+    an order of their own.
+    """
+
+    def __init__(self, paths: Sequence[Path], folder: Path | None = None) -> None:
+        """Raises InputError for files that cannot be read, and for what holds no JSON lines."""
+        if not paths:
+            raise InputError("a job needs at least one input: give --input")
+        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        self.name = f"{'standard input' if paths[0] == STDIN else paths[0]}{others}"
+        self._paths = tuple(paths)
+        self._parts: list[_Part] = []
+        self._copy: IO[bytes] | None = None
+        kinds = [_kind(path) for path in paths]
+        if kinds != ["plain"]:
+            self._copy = tempfile.NamedTemporaryFile(dir=folder, prefix=".elbowroom-input-")  # noqa: SIM115
+            try:
+                self._copy_all(kinds)
+            except BaseException:
+                self._copy.close()
+                raise
+
+    def __enter__(self) -> BatchInput:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+
+    def open(self) -> IO[bytes]:
+        """All lines. Raises OSError."""
+        return Path(self._copy.name if self._copy else self._paths[0]).open("rb")
+
+    def place(self, line_number: int) -> str:
+        """Where a line stands, for messages; lines are counted from 1 over all files."""
+        if len(self._parts) < 2:
+            return f"line {line_number}"
+        part = self._parts[bisect_right(self._parts, line_number - 1, key=lambda p: p.before) - 1]
+        return f"{part.name}, line {line_number - part.before}"
+
+    def _copy_all(self, kinds: Sequence[str]) -> None:
+        assert self._copy is not None
+        num_lines = 0
+        for path, kind in zip(self._paths, kinds, strict=True):
+            self._parts.append(_Part(str(path), num_lines))
+            start = self._copy.tell()
+            with explained(path):
+                num_lines += _append(_chunks(path, kind), self._copy)
+            self._copy.seek(start)
+            if kind in ("stdin", "pipe"):
+                what = _look_at(self._copy.read(_LONGEST_MAGIC), path)
+                if what != "plain":
+                    raise InputError(f"{path} gives {what} data: decompress it on the way")
+            self._copy.seek(0, os.SEEK_END)
+        self._copy.flush()
+
+
+@contextmanager
+def explained(path: Path | str) -> Iterator[None]:
+    """Turn what reading may raise into an InputError that says what to look at."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f"{path} is damaged or cut off: {error}. Make it again") from error
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}. Check its name and permissions; it "
+            f"must be a file with one JSON request per line"
+        ) from error
+
+
+def _kind(path: Path) -> str:
+    """What must be done to read a file. Raises InputError for what cannot hold JSON lines."""
+    if path == STDIN:
+        return "stdin"
+    with explained(path):
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            if stat.S_ISDIR(mode):
+                raise InputError(f"{path} is a folder: name the files in it")
+            return "pipe"
+        with path.open("rb") as file:
+            return _look_at(file.read(_LONGEST_MAGIC), path)
+
+
+def _look_at(beginning: bytes, path: Path) -> str:
+    """What a file is by its first bytes: plain, gzip or zstd. Raises InputError for others."""
+    if beginning.startswith(_GZIP):
+        return "gzip"
+    if beginning.startswith(_ZSTD):
+        return "zstd"
+    for magic, what in _FOREIGN.items():
+        if beginning.startswith(magic):
+            raise InputError(f"{path} is {what}, with one JSON request per line")
+    if beginning[:2] in _UTF16 and 0 in beginning[2:4]:
+        raise InputError(f"{path} is UTF-16: save it as UTF-8")
+    return "plain"
+
+
+def _chunks(path: Path, kind: str) -> Iterator[bytes]:
+    """What a file holds, decompressed. Raises EOFError and others for one that is cut off."""
+    if kind == "stdin":
+        yield from _read(sys.stdin.buffer)
+        return
+    with path.open("rb") as file:
+        if kind == "gzip":
+            with gzip.open(file) as lines:
+                yield from _read(lines)
+        elif kind == "zstd":
+            yield from _decompress(_read(file), path)
+        else:
+            yield from _read(file)
+
+
+def _read(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
+    while chunk := file.read(_CHUNK_BYTES):
+        yield chunk
+
+
+def _decompress(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
+    """Frames of zstd, one behind the other."""
+    make, failure = _zstd(path)
+    frame = None
+    try:
+        for chunk in chunks:
+            rest = chunk
+            while rest:
+                frame = frame or make()
+                yield frame.decompress(rest)
+                if not frame.eof:
+                    break
+                rest, frame = frame.unused_data, None
+    except failure as error:
+        raise EOFError(str(error)) from error
+    if frame is not None:
+        raise EOFError("the last frame has no end")
+
+
+def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
+    """What makes a decompressor of one frame, and its error: Python 3.14's, or a package's."""
+    library: Any
+    try:
+        library = importlib.import_module("compression.zstd")
+        return library.ZstdDecompressor, library.ZstdError
+    except ImportError:
+        pass
+    try:
+        library = importlib.import_module("zstandard")
+    except ImportError as error:
+        raise InputError(
+            f"{path} is compressed by zstd: pip install zstandard, or decompress it"
+        ) from error
+    return lambda: library.ZstdDecompressor().decompressobj(), library.ZstdError
+
+
+def _append(chunks: Iterator[bytes], target: IO[bytes]) -> int:
+    """Write everything, with an end behind the last line. Returns the number of lines."""
+    num_lines, last = 0, b"\n"
+    for chunk in filter(None, chunks):
+        target.write(chunk)
+        num_lines += chunk.count(b"\n")
+        last = chunk[-1:]
+    if last != b"\n":
+        target.write(b"\n")
+        num_lines += 1
+    return num_lines

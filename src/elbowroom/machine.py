@@ -1,0 +1,251 @@
+"""The machine we run on, as a cluster: measured once and kept, or assumed; and its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from elbowroom.core import host
+from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
+from elbowroom.core.errors import InputError, MeasuringError, OutputError
+from elbowroom.core.model_shapes import read_json
+from elbowroom.core.units import GIB
+from elbowroom.jobs.results import write_atomically
+from elbowroom.profiling.machine import (
+    ASSUMED_MEMORY_BYTES,
+    MEMORY_FRACTION,
+    format_cores,
+    measure_machine,
+)
+
+THIS_MACHINE = "this-machine"
+
+ENGINE_BYTES = GIB
+"""What a vLLM process holds besides weights, workspace and KV cache: 0.9 GiB with vLLM 0.32."""
+
+_FREE_FRACTION = 0.9
+"""Of what is free: the rest is for the runner, and for whoever else works on this machine."""
+
+DIVIDED_UNCERTAINTY = 0.35
+"""Of times on parts of a device that was measured whole."""
+
+MOST_PARTS = 8
+"""A CPU is compared with its halves, and with its cores if there are no more than so many."""
+
+Say = Callable[[str], None]
+
+
+def quiet(_: str) -> None:
+    """Say nothing."""
+
+
+def find_cluster(
+    name: str,
+    cores: Sequence[Sequence[int]] | None = None,
+    dtype: str = "bfloat16",
+    say: Say = quiet,
+) -> Cluster:
+    """A preset, a file, or ``this-machine`` with one device per group of cores.
+
+    A machine is measured when it is first asked for, in each dtype, and kept in the user's cache.
+    A cache that cannot be used costs a measurement each time, and nothing else. Raises InputError
+    for a cluster that is not there, MeasuringError when this machine cannot be measured.
+    """
+    if name != THIS_MACHINE:
+        return read_cluster(name)
+    groups = cores or split_cores(len(host.cores()))
+    path = cache_path(groups, dtype)
+    if (kept := _read_kept(path)) is not None:
+        return kept
+    where = f"kept in {path}" if path else "not kept: there is no home folder"
+    say(f"measuring this machine in {dtype} once, about ten seconds; {where}")
+    cluster = measure_machine(groups, dtype)
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, iter([cluster.to_toml().encode()]))
+        except (OSError, OutputError) as error:
+            say(f"the measurement is not kept: {error}")
+    return cluster
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Clusters to choose from: the first on which something fits is taken.
+
+    Without measurements, layouts are compared by assumed rates, which say nothing about times.
+    """
+
+    clusters: tuple[Cluster, ...]
+    is_measured: bool = True
+
+
+def find_machines(
+    name: str,
+    num_devices: int | None,
+    memory_bytes: int | None,
+    dtype: str,
+    calibrate: Path | None = None,
+    say: Say = quiet,
+    runs_here: bool = False,
+) -> Machines:
+    """A cluster by its name, with ``memory_bytes`` for each device, or else its own.
+
+    This machine is measured as it is to be divided, and has the memory that is free. Where
+    ``num_devices`` is None it is one device, all of its cores; its parts, which share what was
+    measured, are there to compare with. A file that describes this machine (``runs_here``) stands
+    for any number of such devices. ``calibrate`` is for ``calibrated``.
+    """
+    if name != THIS_MACHINE:
+        cluster = _calibrated(read_cluster(name), calibrate)
+        if runs_here:
+            return Machines((_with_memory(_of_devices(cluster, num_devices), memory_bytes),))
+        return Machines((cluster if memory_bytes is None else cluster.with_memory(memory_bytes),))
+    cores = split_cores(num_devices or 1)
+    is_measured = True
+    try:
+        cluster = find_cluster(name, cores, dtype, say)
+    except MeasuringError as error:
+        say(f"not measured, so no times are predicted: {error}")
+        cluster, is_measured = assumed_machine(cores), False
+    clusters = [_calibrated(cluster, calibrate)]
+    num_cores = len(cores[0])
+    if num_devices is None and num_cores > 1:
+        parts = sorted({2, num_cores} if num_cores <= MOST_PARTS else {2})
+        clusters += [divided(clusters[0], number, num_cores // number) for number in parts]
+    return Machines(tuple(_with_memory(cluster, memory_bytes) for cluster in clusters), is_measured)
+
+
+def cache_path(cores: Sequence[Sequence[int]], dtype: str = "bfloat16") -> Path | None:
+    """Where the measurements of a machine lie whose cores are split in this way."""
+    folder = host.cache_folder()
+    if folder is None:
+        return None
+    split = "_".join("-".join(map(str, group)) for group in cores)
+    return folder / "elbowroom" / f"machine-{split}-{dtype}.toml"
+
+
+def assumed_machine(cores: Sequence[Sequence[int]]) -> Cluster:
+    """A machine of which nothing is known but its cores: good to compare layouts, not for times.
+
+    A core is taken to compute 50 GFLOP/s and to read 5 GB/s, as those of small servers do.
+    """
+    per_device = len(cores[0])
+    flops, bandwidth = Rate(50e9 * per_device), Rate(5e9 * per_device)
+    device = Device(
+        name=format_cores(per_device),
+        memory_bytes=(host.memory_bytes() or ASSUMED_MEMORY_BYTES) // len(cores),
+        memory_fraction=MEMORY_FRACTION,
+        flops=flops,
+        flops_fp8=flops,
+        memory_bandwidth=bandwidth,
+        attention_flops=flops,
+        attention_bandwidth=bandwidth,
+        elementwise_bandwidth=bandwidth,
+        layer_seconds=1e-3,
+        iteration_seconds=2e-3,
+        row_seconds=5e-5,
+        copies_overlap=False,
+        maps_peers=True,
+    )
+    links = (Link("shared memory", len(cores), bandwidth, 0.0),) if len(cores) > 1 else ()
+    return Cluster(THIS_MACHINE, len(cores), device, links, uncertainty=1.0)
+
+
+def divided(cluster: Cluster, num_devices: int, cores_per_device: int) -> Cluster:
+    """A cluster of one device, divided into equal parts: each has its part of every rate.
+
+    What an engine takes per iteration, row and layer stays: it does not share that work.
+    """
+    device = cluster.device
+
+    def part(rate: Rate) -> Rate:
+        return replace(rate, peak=rate.peak / num_devices)
+
+    points = tuple(
+        replace(point, elements_per_second=point.elements_per_second / num_devices)
+        for point in device.matmul
+    )
+    part_of_device = replace(
+        device,
+        name=format_cores(cores_per_device),
+        memory_bytes=device.memory_bytes // num_devices,
+        flops=part(device.flops),
+        flops_fp8=part(device.flops_fp8),
+        memory_bandwidth=part(device.memory_bandwidth),
+        attention_flops=part(device.attention_flops),
+        attention_bandwidth=part(device.attention_bandwidth),
+        elementwise_bandwidth=part(device.elementwise_bandwidth),
+        matmul=points,
+    )
+    link = Link("shared memory", num_devices, part_of_device.memory_bandwidth, 0.0)
+    return replace(
+        cluster,
+        num_devices=num_devices,
+        device=part_of_device,
+        links=(link,),
+        uncertainty=max(cluster.uncertainty, DIVIDED_UNCERTAINTY),
+    )
+
+
+def free_device_bytes(num_replicas: int) -> int | None:
+    """What each of ``num_replicas`` engines may use of the memory that is free now."""
+    free = host.free_memory_bytes()
+    if free is None:
+        return None
+    return max(0, int(free * _FREE_FRACTION) // num_replicas - ENGINE_BYTES)
+
+
+def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
+    """A cluster slowed down, or sped up, to what a run's report found against its prediction.
+
+    Raises InputError when the report has no prediction to compare with.
+    """
+    report = read_json(report_path)
+    predicted = report.get("hindsight") or (report.get("plan") or {}).get("prediction") or {}
+    try:
+        expected = predicted["output_tokens"] / predicted["seconds"]
+        factor = expected / report["output_tokens_per_second"]
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{report_path} has no prediction beside its outcome: give the report.json of a run"
+        ) from error
+    slowed = replace(cluster.slowed(factor), uncertainty=min(0.1, cluster.uncertainty))
+    note = f"a run took {factor:.3f} times as long as predicted: all device times are scaled"
+    return replace(slowed, sources={**cluster.sources, "calibration": note})
+
+
+def _calibrated(cluster: Cluster, report_path: Path | None) -> Cluster:
+    return cluster if report_path is None else calibrated(cluster, report_path)
+
+
+def _of_devices(cluster: Cluster, num_devices: int | None) -> Cluster:
+    """So many devices like those of the cluster, all on its nearest link."""
+    number = num_devices or 1
+    links = tuple(replace(link, num_devices=number) for link in cluster.links[:1])
+    return replace(cluster, num_devices=number, links=links if number > 1 else ())
+
+
+def _with_memory(cluster: Cluster, memory_bytes: int | None) -> Cluster:
+    """With what was given, or what is free now; what it has where nobody tells."""
+    memory = free_device_bytes(cluster.num_devices) if memory_bytes is None else memory_bytes
+    return cluster if memory is None else cluster.with_memory(memory)
+
+
+def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
+    """The cores of this process, divided among replicas; with too few, replicas share cores."""
+    cores = host.cores()
+    if num_replicas > len(cores):
+        return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
+    bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]
+    return tuple(tuple(cores[start:end]) for start, end in pairwise(bounds))
+
+
+def _read_kept(path: Path | None) -> Cluster | None:
+    """A kept measurement; None for one that is not there, is damaged, or cannot be read."""
+    try:
+        return read_cluster(path) if path is not None and path.exists() else None
+    except (InputError, OSError):
+        return None
