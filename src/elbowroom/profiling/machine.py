@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import selectors
@@ -72,6 +73,8 @@ def measure_machine(
     Raises MeasuringError when a measuring process ends or does not answer in time; what it printed
     is in a file that the message names.
     """
+    if importlib.util.find_spec("torch") is None:
+        raise MeasuringError("PyTorch is not installed: pip install 'elbowroom[cpu]'")
     until = time.monotonic() + seconds
     descriptor, name = tempfile.mkstemp(prefix="elbowroom-measuring-", suffix=".log")
     log = Path(name)
