@@ -8,7 +8,7 @@ from pathlib import Path
 
 from elbowroom.core.errors import InputError
 
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FACTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors",)
 _UNWANTED = ("original/*", "*.bin", "*.pth", "*.gguf", "*.onnx")

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.errors import MeasuringError
 from elbowroom.profiling.companions import companions
 
 SCRIPT = """\
@@ -75,7 +75,12 @@ def test_they_end_with_whoever_is_killed(script: Path) -> None:
     wait_until(lambda: not any(map(psutil.pid_exists, sweeps(script))))
 
 
-def test_one_that_fails_is_told(script: Path) -> None:
-    script.write_text("raise SystemExit(3)")
-    with pytest.raises(ElbowroomError, match="ended with code"), companions(1, script, 0, 1):
-        pytest.fail("it was not ready")
+def test_one_that_fails_is_told(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script.write_text("raise ValueError('mine')")
+    ended = pytest.raises(MeasuringError, match="ended with code")
+    with ended as caught, companions(2, script, 0, 1):
+        pytest.fail("they were not ready")
+    assert capfd.readouterr().err == "", "tracebacks go to a file"
+    log = Path(str(caught.value).rpartition(": ")[2])
+    assert "ValueError: mine" in log.read_text()
+    log.unlink()

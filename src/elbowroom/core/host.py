@@ -28,10 +28,14 @@ _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 """As ``/proc/cpuinfo`` names them on x86-64 and on Arm."""
 
 _FP16_INSTRUCTIONS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
-_ISA_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-"""Hold oneDNN and PyTorch to older instructions than the machine has."""
+_ISAS = {
+    "ONEDNN_MAX_CPU_ISA": ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"),
+    "DNNL_MAX_CPU_ISA": ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"),
+    "ATEN_CPU_CAPABILITY": ("AVX512", "AMX", "SVE"),
+}
+"""Environment variables that keep oneDNN and PyTorch from instructions that the machine has, and
+the parts of their values that leave them those for 16-bit numbers."""
 
-_ISAS_WITH_BF16 = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 _UNLIMITED_BYTES = 1 << 60
 """Control groups of version 1 say "no limit" by a number near 2^63."""
 
@@ -150,18 +154,12 @@ def fastest_dtype(own: str, root: Path = _ROOT) -> str:
     return own if instructions & flags and not _is_narrowed() else "float32"
 
 
-def has_bf16(root: Path = _ROOT) -> bool:
-    """Whether this CPU is known to compute in bfloat16."""
-    return bool(_BF16_INSTRUCTIONS & _cpu_flags(root)) and not _is_narrowed()
-
-
 def _is_narrowed() -> bool:
     """Whether the environment forbids instructions for 16-bit numbers."""
-    for name in _ISA_VARIABLES:
-        isa = os.environ.get(name, "").upper()
-        if isa and not any(part in isa for part in _ISAS_WITH_BF16) and isa != "AVX512":
-            return True
-    return False
+    values = {name: os.environ.get(name, "").upper() for name in _ISAS}
+    return any(
+        value and not any(part in value for part in _ISAS[name]) for name, value in values.items()
+    )
 
 
 def _cpu_flags(root: Path) -> frozenset[str]:

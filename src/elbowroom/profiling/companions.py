@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from elbowroom.core.errors import ElbowroomError
+from elbowroom.core.errors import MeasuringError
+from elbowroom.profiling.child_log import child_log
 
 READY = b"sweeping\n"
 
@@ -17,7 +18,7 @@ READY = b"sweeping\n"
 def companions(count: int, script: Path, seed: int, num_threads: int) -> Iterator[None]:
     """While the block runs, ``count`` processes sweep through the model of a script.
 
-    They end with it, and with this process: each watches its standard input. Raises ElbowroomError
+    They end with it, and with this process: each watches its standard input. Raises MeasuringError
     if one ends before.
     """
     command = (
@@ -26,25 +27,26 @@ def companions(count: int, script: Path, seed: int, num_threads: int) -> Iterato
     )
     pipe = subprocess.PIPE
     processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for _ in range(count):
-            processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe))
-        for process in processes:
-            assert process.stdout is not None
-            if process.stdout.readline() != READY:
-                raise _ended(process.wait())
-        yield
-        for process in processes:
-            if (code := process.poll()) is not None:
-                raise _ended(code)
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+    with child_log("companion") as log:
+        try:
+            for _ in range(count):
+                processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log))
+            for process in processes:
+                assert process.stdout is not None
+                if process.stdout.readline() != READY:
+                    raise _ended(process.wait())
+            yield
+            for process in processes:
+                if (code := process.poll()) is not None:
+                    raise _ended(code)
+        finally:
+            for process in processes:
+                process.kill()
+                process.communicate()
 
 
-def _ended(code: int) -> ElbowroomError:
-    return ElbowroomError(
-        f"a process that was to run beside the measured one ended with code {code}: see its output "
-        "above, or measure alone with --workers 1"
+def _ended(code: int) -> MeasuringError:
+    return MeasuringError(
+        f"a process that was to run beside the measured one ended with code {code}: mend the "
+        f"script, or measure alone with --workers 1"
     )

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import selectors
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
 from elbowroom.core.errors import MeasuringError
 from elbowroom.core.model import DTYPE_BYTES
 from elbowroom.core.units import GIB
+from elbowroom.profiling.child_log import child_log
 
 BUDGET_SECONDS = 30.0
 """Longest time for a measurement, also on a slow or busy machine."""
@@ -76,35 +74,28 @@ def measure_machine(
     if importlib.util.find_spec("torch") is None:
         raise MeasuringError("PyTorch is not installed: pip install 'elbowroom[cpu]'")
     until = time.monotonic() + seconds
-    descriptor, name = tempfile.mkstemp(prefix="elbowroom-measuring-", suffix=".log")
-    log = Path(name)
     workers: list[subprocess.Popen[bytes]] = []
-    try:
-        with os.fdopen(descriptor, "wb") as output:
+    with child_log("measuring") as log:
+        try:
             for group in cores:
                 device = [",".join(map(str, group)), str(1 / len(cores)), dtype]
-                workers.append(_start([*command, *device], output))
-        for worker in workers:
-            _answer(worker, until)
-        for_layers = until - time.monotonic() - _COPY_SECONDS - _SPARE_SECONDS
-        layers = _measure(workers, "layers", for_layers, until)
-        copies = _measure(workers, "copy", _COPY_SECONDS, until)
-    except (OSError, MeasuringError) as error:
-        raise MeasuringError(f"{error}. What it printed: {log}") from error
-    except BaseException:  # a signal: nobody asks why
-        log.unlink()
-        raise
-    else:
-        log.unlink()
-    finally:
-        for worker in workers:
-            worker.kill()
-            worker.communicate()
+                workers.append(_start([*command, *device], log))
+            for worker in workers:
+                _answer(worker, until)
+            for_layers = until - time.monotonic() - _COPY_SECONDS - _SPARE_SECONDS
+            layers = _measure(workers, "layers", for_layers, until)
+            copies = _measure(workers, "copy", _COPY_SECONDS, until)
+        except OSError as error:
+            raise MeasuringError(f"a measuring process cannot be talked to: {error}") from error
+        finally:
+            for worker in workers:
+                worker.kill()
+                worker.communicate()
     devices = [{**rates, "copy": rate} for rates, rate in zip(layers, copies, strict=True)]
     return _cluster(devices, len(cores[0]), dtype)
 
 
-def _start(command: Sequence[str], log: Any) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """In a session of its own: a Ctrl-C in the terminal is for us to handle."""
     pipe = subprocess.PIPE
     return subprocess.Popen(
