@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from tools.make_model import make_model
 
+from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Rate
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.engine.vllm_seam import ENVIRONMENT
@@ -121,12 +123,25 @@ def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -
 
 
 def run_plain_vllm(
-    requests: list[Path], cores: list[list[int]], kv_bytes: int, *options: str
+    requests: list[Path],
+    cores: list[list[int]],
+    kv_bytes: int,
+    *options: str,
+    served: str = "bench",
+    is_default: bool = False,
 ) -> Timed:
     """``vllm run-batch``, one engine per requests file, all at once, each on its cores.
 
-    The run counts from when the last engine has started to when the last has ended.
+    The run counts from when the last engine has started to when the last has ended. ``is_default``
+    leaves lengths and batches as vLLM has them.
     """
+    if not is_default:
+        options += (
+            *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
+            *("--block-size", str(BLOCK_TOKENS)),
+            *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
+        )
+    options += ("--served-model-name", served)
     outputs = [BUILD / f"plain-{index}.jsonl" for index in range(len(requests))]
     begin = time.monotonic()
     engines = [
@@ -156,9 +171,6 @@ def _start_run_batch(
         *("taskset", "-c", ",".join(map(str, cores))),
         *(sys.executable, "-m", "vllm.entrypoints.openai.run_batch"),
         *("-i", str(requests), "-o", str(output), "--model", str(bench_model())),
-        *("--served-model-name", "bench", "--max-model-len", str(MAX_MODEL_LEN)),
-        *("--max-num-seqs", str(MAX_NUM_SEQS), "--block-size", str(BLOCK_TOKENS)),
-        *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
         *("--kv-cache-memory-bytes", str(kv_bytes), *options),
     ]
     environment = {**ENVIRONMENT, **os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
@@ -185,15 +197,30 @@ def _wait_for_line(engine: subprocess.Popen[str], text: str) -> None:
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version()}
+    return {
+        "cpu": cpu,
+        "has_bf16": host.fastest_dtype("bfloat16") == "bfloat16",
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
+
+
+def commit() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True).stdout.strip()
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Keep a result with its date and machine, and print it."""
+    """Keep a result with its date, commit and machine, and print it. None is overwritten."""
     today = datetime.date.today().isoformat()
     path = RESULTS / f"{name}-{today}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"date": today, "machine": machine(), **result}, indent=2)
+    for number in itertools.count(2):
+        if not path.exists():
+            break
+        path = RESULTS / f"{name}-{today}-{number}.json"
+    about = {"date": today, "commit": commit(), "machine": machine()}
+    text = json.dumps({**about, **result}, indent=2)
     path.write_text(text + "\n")
     print(text)
     return path

@@ -30,7 +30,7 @@ from bench.common import (
     write_requests,
     write_result,
 )
-from elbowroom.planner import split_cores
+from elbowroom.machine import split_cores
 from elbowroom.profiling.machine import measure_machine
 
 LAYOUTS = ("none", "mapped", "streamed")

@@ -28,7 +28,7 @@ from bench.blocks import Shape
 from bench.common import bench_facts, with_link, write_result
 from bench.pool_group import MODES, Group, Setup, group
 from elbowroom.core.cluster import Cluster
-from elbowroom.planner import split_cores
+from elbowroom.machine import split_cores
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.modes import PoolTimes
 from elbowroom.profiling.device import (

@@ -38,7 +38,7 @@ from elbowroom.api import iter_batch
 from elbowroom.engine.vllm_seam.worker import LINK_VARIABLE
 from elbowroom.jobs.journal import COMMIT_SECONDS
 from elbowroom.jobs.runner import JobOptions
-from elbowroom.planner import split_cores
+from elbowroom.machine import split_cores
 from elbowroom.profiling.machine import measure_machine
 
 BYTES_PER_SECOND = 1e9

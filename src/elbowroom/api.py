@@ -22,7 +22,7 @@ from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import parse_bytes
 from elbowroom.core.workload import Workload, workload
-from elbowroom.jobs.identity import job_identity
+from elbowroom.jobs.identity import engine_version, job_identity
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import FinishedRow, OnCommit
 from elbowroom.jobs.lengths import read_lengths
@@ -165,6 +165,7 @@ async def run_settings(
 
     if importlib.util.find_spec("vllm") is None:
         raise InputError("to run a model needs vLLM: pip install 'elbowroom[cpu]', or [cuda]")
+    _check_devices(settings)
     output = settings.output
     report = settings.report or output.parent / f"{output.stem}.report.json"
     check_paths(settings.inputs, output, settings.errors or errors_beside(output), report)
@@ -180,6 +181,15 @@ async def run_settings(
             stop,
             on_rows,
             prepared.hindsight,
+        )
+
+
+def _check_devices(settings: BatchSettings) -> None:
+    """Raise InputError where nothing is known of the devices that the engine would run on."""
+    is_open = settings.given_plan is None and settings.plan.memory_bytes is None
+    if is_open and engine_version().startswith("vllm "):
+        raise InputError(
+            "this vLLM runs on GPUs, of which nothing is decided yet: give --memory of one device"
         )
 
 
