@@ -127,7 +127,7 @@ async def run_job(
         try:
             if (first := job.refuse_until_row(rows)) is not None:
                 log_dir = files.logs or journal_folder(files.output) / "logs"
-                log_dir.mkdir(parents=True, exist_ok=True)
+                log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 place = run_directory(num_bytes=plan.shared_bytes, say=job.say)
                 with place as run_dir, stop.heard():
                     async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
