@@ -14,6 +14,7 @@ from elbowroom.core.cluster import read_cluster
 from elbowroom.core.model import read_model
 from elbowroom.core.plan import Layout, RunPlan
 from elbowroom.core.workload import parse_lengths
+from elbowroom.machine import ENGINE_BYTES
 from elbowroom.planner import PlanSettings, model_facts, plan_job, read_any_plan, run_plan
 from elbowroom.planning.search import (
     LEAST_TOKENS,
@@ -101,8 +102,8 @@ def test_memory_is_divided_among_replicas_and_what_engines_hold(
 ) -> None:
     write_batch(run.folder / "in.jsonl", 3000, max_tokens=4000)
     one, two = run(), run("--replicas", "2")
-    assert one.account.memory_bytes <= 0.9 * 4 * GIB - GIB
-    assert two.account.memory_bytes <= 0.9 * 4 * GIB / 2 - GIB
+    assert one.account.memory_bytes <= 0.9 * 4 * GIB - ENGINE_BYTES
+    assert two.account.memory_bytes <= 0.9 * 4 * GIB / 2 - ENGINE_BYTES
     monkeypatch.setattr(host, "free_memory_bytes", lambda: None)
     assert run().account.memory_bytes <= CPU.device.usable_bytes
 
