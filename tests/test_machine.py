@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from elbowroom import cli, machine
+from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster
 from elbowroom.core.errors import InputError, MeasuringError
 from elbowroom.core.workload import parse_lengths
@@ -134,6 +135,15 @@ def test_one_device_of_all_cores_is_compared_with_its_parts(
     found = find_machines("this-machine", None, None, "bfloat16")
     assert measured.calls == [((tuple(range(6)),), "bfloat16")], "parts are not measured again"
     assert [cluster.num_devices for cluster in found.clusters] == [CPU.num_devices, 2, 6]
+
+
+def test_each_socket_has_an_engine_of_its_own(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "cores", lambda: (0, 1, 2, 3))
+    monkeypatch.setattr(host, "num_memory_nodes", lambda: 2)
+    assert len(find_machines("this-machine", None, None, "bfloat16").clusters) == 1
+    assert measured.calls == [(((0, 1), (2, 3)), "bfloat16")]
 
 
 def test_parts_share_rates_and_not_the_work_of_engines() -> None:

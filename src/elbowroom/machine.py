@@ -97,16 +97,17 @@ def find_machines(
     """A cluster by its name, with ``memory_bytes`` for each device, or else its own.
 
     This machine is measured as it is to be divided, and has the memory that is free. Where
-    ``num_devices`` is None it is one device, all of its cores; its parts, which share what was
-    measured, are there to compare with. A file that describes this machine (``runs_here``) stands
-    for any number of such devices. ``calibrate`` is for ``calibrated``.
+    ``num_devices`` is None it is one device, all of its cores, or one of each socket, near to its
+    memory. Parts of one device, which share what was measured, are there to compare with. A file
+    that describes this machine (``runs_here``) stands for any number of such devices. ``calibrate``
+    is for ``calibrated``.
     """
     if name != THIS_MACHINE:
         cluster = _calibrated(read_cluster(name), calibrate)
         if runs_here:
             return Machines((_with_memory(_of_devices(cluster, num_devices), memory_bytes),))
         return Machines((cluster if memory_bytes is None else cluster.with_memory(memory_bytes),))
-    cores = split_cores(num_devices or 1)
+    cores = split_cores(num_devices or host.num_memory_nodes())
     is_measured = True
     try:
         cluster = find_cluster(name, cores, dtype, say)
@@ -117,7 +118,7 @@ def find_machines(
         cluster, is_measured = assumed_machine(cores), False
     clusters = [_calibrated(cluster, calibrate)]
     num_cores = len(cores[0])
-    if num_devices is None and num_cores > 1:
+    if num_devices is None and len(cores) == 1 and num_cores > 1:
         parts = sorted({2, num_cores} if num_cores <= MOST_PARTS else {2})
         clusters += [divided(clusters[0], number, num_cores // number) for number in parts]
     return Machines(tuple(_with_memory(cluster, memory_bytes) for cluster in clusters), is_measured)

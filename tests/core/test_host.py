@@ -75,6 +75,23 @@ def test_limits_of_control_groups(
     assert len(host.cores(root)) == (num_cores or len(os.sched_getaffinity(0)))
 
 
+def test_cores_and_not_the_threads_that_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sockets of two cores of two threads, numbered as Linux does; one thread is not ours."""
+    cpu = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = {cpu.format(n): f"{n % 4},{n % 4 + 4}\n" for n in range(8)}
+    files["sys/devices/system/node/node0/cpulist"] = "0-1,4-5\n"
+    files["sys/devices/system/node/node1/cpulist"] = "2-3,6-7\n"
+    root = system(tmp_path, files)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3, 4, 5, 6, 7})
+    assert host.cores(root) == (1, 2, 3, 4)
+    assert host.num_memory_nodes(root) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 6})
+    assert host.cores(root) == (2,)
+    assert host.num_memory_nodes(root) == 1
+
+
 def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("sched_getaffinity", "sched_setaffinity", "sysconf", "getuid", "statvfs"):
         monkeypatch.delattr(os, name)
@@ -82,6 +99,7 @@ def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert host.memory_bytes(tmp_path) is None
     assert host.free_memory_bytes(tmp_path) is None
     assert host.cores(tmp_path) == tuple(range(os.cpu_count() or 1))
+    assert host.num_memory_nodes(tmp_path) == 1
     assert host.shared_memory_folder(tmp_path) is None
     assert host.fastest_dtype("bfloat16", tmp_path) == "bfloat16"
     assert host.free_bytes(tmp_path) == host.user_id() == 0

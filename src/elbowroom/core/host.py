@@ -41,13 +41,31 @@ _UNLIMITED_BYTES = 1 << 60
 
 
 def cores(root: Path = _ROOT) -> tuple[int, ...]:
-    """The cores that this process may run on, no more of them than its CPU quota pays for."""
+    """The cores that this process may run on, no more of them than its CPU quota pays for.
+
+    Of logical CPUs that share a core it is the first: two threads of products would only wait for
+    each other.
+    """
     if hasattr(os, "sched_getaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
     else:
         allowed = list(range(os.cpu_count() or 1))
+    taken: set[int] = set()
+    physical = []
+    for cpu in allowed:
+        if cpu not in taken:
+            physical.append(cpu)
+            topology = root / "sys" / "devices" / "system" / "cpu" / f"cpu{cpu}" / "topology"
+            taken |= _id_list(topology / "thread_siblings_list")
     quota = _cpu_quota(root)
-    return tuple(allowed if quota is None else allowed[: max(1, ceil(quota))])
+    return tuple(physical if quota is None else physical[: max(1, ceil(quota))])
+
+
+def num_memory_nodes(root: Path = _ROOT) -> int:
+    """Parts of the memory that are near to some of our cores and far from others; 1 if unknown."""
+    ours = set(cores(root))
+    nodes = (root / "sys" / "devices" / "system" / "node").glob("node[0-9]*")
+    return max(1, sum(bool(ours & _id_list(node / "cpulist")) for node in nodes))
 
 
 def pin(pid: int, cores: Sequence[int]) -> None:
@@ -231,6 +249,16 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         top = mounted / controller if controllers else mounted
         folder = top / path.lstrip("/")
         yield from (place for place in (folder, *folder.parents) if place.is_relative_to(top))
+
+
+def _id_list(path: Path) -> set[int]:
+    """Numbers written as in ``0-3,8``."""
+    numbers: set[int] = set()
+    with suppress(ValueError):
+        for part in next(iter(_lines(path)), "").split(","):
+            first, _, last = part.partition("-")
+            numbers |= set(range(int(first), int(last or first) + 1))
+    return numbers
 
 
 def _number(path: Path) -> int | None:

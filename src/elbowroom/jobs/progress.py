@@ -21,6 +21,11 @@ WINDOW_SECONDS = 10.0
 DRAW_SECONDS = 0.25
 PLAIN_SECONDS = 5.0
 
+_COLUMNS = ("replica", "state", "running", "waiting", "KV use", "output tokens", "pool")
+_NARROW = ("replica", "state", "running", "KV use")
+_FULL_WIDTH = 75
+"""Columns of a terminal that has room for the whole table."""
+
 
 @dataclass(frozen=True)
 class ReplicaStats:
@@ -154,19 +159,21 @@ class ProgressView:
         )
 
     def _screen(self, snapshot: JobSnapshot) -> Group:
+        columns = _COLUMNS if self._console.width >= _FULL_WIDTH else _NARROW
         table = Table(box=None)
-        for name in ("replica", "state", "running", "waiting", "KV use", "output tokens", "pool"):
+        for name in columns:
             table.add_column(name, justify="right")
         for replica in snapshot.replicas:
-            table.add_row(
-                str(replica.replica),
-                replica.state,
-                str(replica.num_running),
-                str(replica.num_waiting),
-                f"{replica.kv_usage:.0%}",
-                str(replica.generation_tokens),
-                _describe_pool(replica.pool),
-            )
+            values = {
+                "replica": str(replica.replica),
+                "state": replica.state,
+                "running": str(replica.num_running),
+                "waiting": str(replica.num_waiting),
+                "KV use": f"{replica.kv_usage:.0%}",
+                "output tokens": str(replica.generation_tokens),
+                "pool": _describe_pool(replica.pool),
+            }
+            table.add_row(*(values[name] for name in columns))
         return Group(Text(self._headline(snapshot)), table)
 
 
