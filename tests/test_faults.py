@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "prediction fails": (broken(Predictor, "_predict"), "no prediction: this part fails"),
     "looking back fails": (broken(Predictor, "in_hindsight"), "this part fails"),
     "the table of layouts fails": (broken(api, "print_plan_table"), "no table of layouts"),
-    "the live view fails": (broken(ProgressView, "_show"), "no progress is shown"),
+    "the live view fails": (broken(ProgressView, "_show"), "no progress: this part fails"),
     "the report cannot be written": (report_refused, "no report file: cannot write report"),
     "the summary fails": (broken(cli, "print_summary"), "no summary: this part fails"),
     "the terminal has 50 columns": (screen(width=50, force_terminal=True), "KV tokens"),

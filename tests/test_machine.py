@@ -166,13 +166,11 @@ def test_profile_measures_this_machine(tmp_path: Path) -> None:
     assert cli.main(["profile", "--out", str(path), "--replicas", "1000"]) == 2
 
 
-def test_a_slow_machine_is_measured_with_fewer_rows() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_slow_machine_is_measured_with_fewer_rows(dtype: str) -> None:
     """What takes longer than there is time is left out; a rate of each kind is there."""
-    seconds = 9.0
-    begin = time.monotonic()
-    cluster = measure_machine([[0]], "float32", seconds)
-    assert time.monotonic() - begin < 2 * seconds
-    assert cluster.sources["dtype"] == "float32"
+    cluster = measure_machine([[host.cores()[0]]], dtype, 12.0)
+    assert cluster.sources["dtype"] == dtype
     rows = [point.rows for point in cluster.device.matmul]
     assert rows[0] == 1
     assert cluster.device.attention_flops.peak > 0

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from elbowroom.core.errors import optional
 from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import format_bytes
 
@@ -90,13 +90,13 @@ class ProgressView:
         self._is_blind = False
 
     def __enter__(self) -> ProgressView:
-        with self._optional():
+        with optional("progress", self._give_up):
             if self._console.is_terminal:
                 self._live.start()
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-        with self._optional():
+        with optional("progress", self._give_up):
             self._live.stop()
             if self._unshown and exc_type is None and not self._console.is_terminal:
                 self._show(self._unshown)  # a short job ends between two lines
@@ -104,17 +104,12 @@ class ProgressView:
     def update(self, snapshot: JobSnapshot) -> None:
         """Take note of a snapshot, and show it if the last one shown is old enough."""
         if not self._is_blind:
-            with self._optional():
+            with optional("progress", self._give_up):
                 self._update(snapshot)
 
-    @contextmanager
-    def _optional(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._is_blind = True
-            with suppress(Exception):
-                self._console.print(f"no progress is shown: {error}", markup=False)
+    def _give_up(self, text: str) -> None:
+        self._is_blind = True
+        self._console.print(text, markup=False)
 
     def _update(self, snapshot: JobSnapshot) -> None:
         now = self._clock()
