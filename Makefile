@@ -46,7 +46,8 @@ test-avx2: setup
 
 nightly: setup
 	$(BIN)/python -m pytest -m nightly
-	ELBOWROOM_SHIPPING_KILLS=15 $(BIN)/python -m pytest tests/engine/test_crash.py
+	ELBOWROOM_KILLS=5 ELBOWROOM_SHIPPING_KILLS=15 ELBOWROOM_STUB_KILLS=50 \
+	    $(BIN)/python -m pytest tests/engine/test_crash.py tests/jobs/test_crash.py
 
 # The layouts and the demo on another vLLM, in an environment of its own.
 OTHER := .venv-vllm-$(VLLM)
