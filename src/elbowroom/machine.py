@@ -53,12 +53,21 @@ def find_cluster(
     """A preset, a file, or ``this-machine`` with one device per group of cores.
 
     A machine is measured when it is first asked for, in each dtype, and kept in the user's cache.
-    A cache that cannot be used costs a measurement each time, and nothing else. Raises InputError
-    for a cluster that is not there, MeasuringError when this machine cannot be measured.
+    A cache that cannot be used costs a measurement each time, and nothing else. Groups that are the
+    same cores are measured once, and share them. Raises InputError for a cluster that is not there,
+    MeasuringError when this machine cannot be measured.
     """
     if name != THIS_MACHINE:
         return read_cluster(name)
-    groups = cores or split_cores(len(host.cores()))
+    asked = cores or split_cores(len(host.cores()))
+    groups = tuple(dict.fromkeys(map(tuple, asked)))
+    cluster = _measured_once(groups, dtype, say)
+    if len(groups) == len(asked):
+        return cluster
+    return divided(cluster, len(asked), cluster.device.name)
+
+
+def _measured_once(groups: Sequence[Sequence[int]], dtype: str, say: Say) -> Cluster:
     path = cache_path(groups, dtype)
     if (kept := _read_kept(path)) is not None:
         return kept
@@ -120,7 +129,9 @@ def find_machines(
     num_cores = len(cores[0])
     if num_devices is None and len(cores) == 1 and num_cores > 1:
         parts = sorted({2, num_cores} if num_cores <= MOST_PARTS else {2})
-        clusters += [divided(clusters[0], number, num_cores // number) for number in parts]
+        clusters += [
+            divided(clusters[0], number, format_cores(num_cores // number)) for number in parts
+        ]
     return Machines(tuple(_with_memory(cluster, memory_bytes) for cluster in clusters), is_measured)
 
 
@@ -160,24 +171,24 @@ def assumed_machine(cores: Sequence[Sequence[int]]) -> Cluster:
     return Cluster(THIS_MACHINE, len(cores), device, links, uncertainty=1.0)
 
 
-def divided(cluster: Cluster, num_devices: int, cores_per_device: int) -> Cluster:
-    """A cluster of one device, divided into equal parts: each has its part of every rate.
+def divided(cluster: Cluster, num_devices: int, name: str) -> Cluster:
+    """The cluster as more devices, called ``name``: each has its part of every rate.
 
     What an engine takes per iteration, row and layer stays: it does not share that work.
     """
-    device = cluster.device
+    device, parts = cluster.device, num_devices / cluster.num_devices
 
     def part(rate: Rate) -> Rate:
-        return replace(rate, peak=rate.peak / num_devices)
+        return replace(rate, peak=rate.peak / parts)
 
     points = tuple(
-        replace(point, elements_per_second=point.elements_per_second / num_devices)
+        replace(point, elements_per_second=point.elements_per_second / parts)
         for point in device.matmul
     )
     part_of_device = replace(
         device,
-        name=format_cores(cores_per_device),
-        memory_bytes=device.memory_bytes // num_devices,
+        name=name,
+        memory_bytes=int(device.memory_bytes / parts),
         flops=part(device.flops),
         flops_fp8=part(device.flops_fp8),
         memory_bandwidth=part(device.memory_bandwidth),

@@ -82,7 +82,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_the_runner_is_killed(tmp_path: Path, uninterrupted: bytes) -> None:
-    """At random points, from its first import to its last rename; each run goes on with the last."""
+    """Anywhere from its first import to its last rename; each run goes on with the last."""
     chance = random.Random(0)
     num_kills = 0
     for number in range(100):
