@@ -148,7 +148,7 @@ def test_flags_that_cannot_be_read(
 def test_what_was_compared_is_shown_before_a_refusal(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command.run(memory="1MiB", max_num_seqs="100000", replicas="2") == 2
+    assert command.run(memory="1MiB", max_num_batched_tokens="100000", replicas="2") == 2
     err = capsys.readouterr().err
     for word in ("d2 mapped", "d2 WaS", "g2 none", "KV tokens", "needs"):
         assert word in err, word

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,53 @@ def test_fewer_tokens_of_an_iteration_where_memory_is_short() -> None:
     assert plenty.max_num_batched_tokens == 2048
     given = fill_in(QWEN, layout, memory, EngineLimits(None, 1024), rows)
     assert given.max_num_batched_tokens == 1024, "what is said is taken"
+
+
+@pytest.mark.parametrize("max_model_len", [None, 40_960])
+def test_fewer_rows_where_a_long_one_needs_room(max_model_len: int | None) -> None:
+    """Many short rows would fill a small cache; one of 30,000 tokens is to be answered, too."""
+    layout = Layout(1, 1, 1, "none")
+    rows = parse_lengths("20:4x100000,29000:1000x1")
+    engine = EngineLimits(max_model_len=max_model_len)
+    longest = max_model_len or 30_000
+    fixed = account_layout(QWEN, layout, 0, EngineLimits(1, LEAST_TOKENS))
+    memory = -fixed.kv_bytes + (longest + 200) * fixed.kv_bytes_per_token
+    chosen = fill_in(QWEN, layout, memory, engine, rows)
+    assert chosen.num_rows <= chosen.num_tokens
+    limits = replica_limits(account_layout(QWEN, layout, memory, chosen), chosen)
+    assert limits.num_kv_tokens >= longest
+    hopeless = fill_in(QWEN, layout, memory // 2, engine, rows)
+    assert (hopeless.max_num_seqs, hopeless.max_num_batched_tokens) == (1, LEAST_TOKENS)
+
+
+def test_never_more_rows_than_tokens(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    """VLLM would refuse it, after minutes."""
+    layout, rows = Layout(1, 1, 8, "none"), parse_lengths("8:8x100000")
+    chosen = fill_in(QWEN, layout, H200.device.usable_bytes, EngineLimits(None, 256), rows)
+    assert chosen.max_num_seqs == 256
+    files = ("--input", str(run.folder / "in.jsonl"), "--output", str(run.folder / "out"))
+    flags = ("--model", str(run.folder / "model"), "--max-num-seqs", "9")
+    assert cli.main(["run", *files, *flags, "--max-num-batched-tokens", "8"]) == 2
+    assert "has no token for each of" in capsys.readouterr().err
+
+
+def test_a_job_of_which_nothing_is_known_has_all_room(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no job of one row; and rows without a limit may be longer than was assumed."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no lengths")
+
+    body = {"messages": [{"role": "user", "content": "on and on"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (run.folder / "in.jsonl").write_text(json.dumps(line))
+    assert run().account.memory_bytes > 2 * GIB
+    monkeypatch.setattr(api, "read_lengths", fail)
+    plan = run()
+    assert plan.engine.max_num_seqs == MOST_ROWS
+    assert plan.account.memory_bytes > 2 * GIB
+    assert plan.prediction is None
 
 
 def test_a_plan_of_a_preset_takes_the_fastest() -> None:

@@ -10,9 +10,10 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from elbowroom import hub
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import read_model
-from elbowroom.hub import find_model
+from elbowroom.hub import complete, find_model
 from tests.tiny_model import write_model
 
 COMMIT, OLDER = "a" * 40, "b" * 40
@@ -51,6 +52,30 @@ def test_a_folder_comes_first(cache: Path, tmp_path: Path, monkeypatch: pytest.M
 def test_what_is_no_name(cache: Path, name: str) -> None:
     with pytest.raises(InputError, match=r"is not a directory|is a folder"):
         read_model(find_model(name or "./missing"))
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/b..c", "a/b.git"])
+def test_what_the_hub_takes_for_no_name(cache: Path, name: str) -> None:
+    with pytest.raises(InputError, match="no name on the hub"):
+        find_model(name)
+
+
+def test_a_plan_finds_the_weights_that_it_lacked(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``plan`` needs no weights; ``run --plan`` fetches them into the same folder."""
+    assert complete(cache / COMMIT) == cache / COMMIT
+    (cache / COMMIT / "model.safetensors").unlink()
+    asked: list[tuple[str, str | None]] = []
+
+    def find(name: str, revision: str | None = None) -> Path:
+        asked.append((name, revision))
+        return cache / COMMIT
+
+    monkeypatch.setattr(hub, "find_model", find)
+    complete(cache / COMMIT)
+    assert asked == [("org/tiny", COMMIT)]
+    assert complete(cache.parent) == cache.parent, "what is not of the hub stays as it is"
 
 
 @pytest.mark.parametrize("revision", [None, "v1"])

@@ -22,6 +22,7 @@ from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import parse_bytes
 from elbowroom.core.workload import Workload, workload
+from elbowroom.hub import find_model
 from elbowroom.jobs.identity import engine_version, job_identity
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import FinishedRow, OnCommit
@@ -29,7 +30,7 @@ from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
-from elbowroom.machine import Say, find_cluster, split_cores
+from elbowroom.machine import Say, device_cores, find_cluster, split_cores
 from elbowroom.plan_table import print_plan_table
 from elbowroom.planner import (
     Planned,
@@ -47,8 +48,8 @@ PREDICTION_ROWS = 1000
 """Rows of the input that are counted for a prediction."""
 
 _QUEUE_ROWS = 1000
-_UNKNOWN_ROW = ([512], [256])
-"""Prompt and output tokens of a job of which nothing is known."""
+_UNKNOWN_ROWS = replace(workload([512] * 10_000, [256] * 10_000), is_bounded=False)
+"""A job of which nothing is known."""
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -186,10 +187,13 @@ async def run_settings(
 
 def _check_devices(settings: BatchSettings) -> None:
     """Raise InputError where nothing is known of the devices that the engine would run on."""
-    is_open = settings.given_plan is None and settings.plan.memory_bytes is None
-    if is_open and engine_version().startswith("vllm "):
+    asked, version = settings.plan, engine_version()
+    is_open = None in (asked.memory_bytes, asked.replicas, asked.pool) or asked.dtype == "auto"
+    on_gpus = version.startswith("vllm ") and "+cpu" not in version
+    if on_gpus and is_open and settings.given_plan is None:
         raise InputError(
-            "this vLLM runs on GPUs, of which nothing is decided yet: give --memory of one device"
+            f"{version} runs on GPUs, of which nothing is decided yet: give --replicas 1, "
+            f"--pool none, --dtype and the --memory of one device"
         )
 
 
@@ -221,10 +225,12 @@ def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: 
         plan = _renewed(settings.given_plan, source.name, say)
         cluster = None
         with optional("prediction", say):
-            cluster = find_cluster(asked.cluster, plan.cores, plan.engine.dtype, say)
+            cluster = find_cluster(asked.cluster, device_cores(plan), plan.engine.dtype, say)
     else:
         planned, best = _decide(asked, model, rows, str(lengths), console, say)
         plan = run_plan(planned, best, asked, source.name)
+        if rows is None:
+            plan = replace(plan, prediction=None)
         check_fits(plan.account, plan.engine.max_model_len)
         _say_choice(planned, plan, say)
         cluster = best.cluster if planned.machines.is_measured else None
@@ -258,14 +264,15 @@ def _decide(
     MemoryPlanError, with the numbers, when no row fits.
     """
     most = asked.max_model_len or model.max_position_embeddings
-    rows = (rows and rows.up_to(most)) or workload(*_UNKNOWN_ROW).up_to(most) or workload([1], [1])
+    rows = (rows and rows.up_to(most)) or _UNKNOWN_ROWS.up_to(most) or workload([1], [1])
     planned = plan_job(asked, model, rows, about_rows, say)
     if planned.choice.best is None:
         room = max(replica_limits(c.account, c.engine).num_kv_tokens for c in planned.candidates)
-        if (fitting := rows.up_to(room)) is not None:
+        fitting = rows.up_to(room)
+        if fitting is not None and fitting.num_rows < rows.num_rows:
             num_longer = rows.num_rows - fitting.num_rows
             say(f"{num_longer} rows of more than {room} tokens do not fit: give more --memory")
-            planned = plan_job(asked, model, fitting, about_rows, say)
+            planned = plan_job(asked, model, fitting, about_rows, say, planned.machines)
     with optional("table of layouts", say):
         print_plan_table(console, planned)
     best = planned.choice.best
@@ -319,12 +326,13 @@ def _settings(
 ) -> BatchSettings:
     """Options go to the plan or to the job, by their names. Raises TypeError for others."""
     inputs = [input] if isinstance(input, str | os.PathLike) else input
+    revision = options.pop("revision", None)
     planned = {f.name for f in fields(PlanSettings)} - {"limits", "runs_here"}
     of_plan = {name: value for name, value in options.items() if name in planned}
     of_job = {name: value for name, value in options.items() if name not in planned}
     job = options.get("job", JobOptions())
     plan = PlanSettings(
-        model=Path(model),
+        model=find_model(os.fspath(model), revision),
         memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
         limits=job.limits,
         runs_here=True,

@@ -37,7 +37,7 @@ from elbowroom.core.errors import (
     optional,
 )
 from elbowroom.core.plan import RunPlan
-from elbowroom.hub import find_model
+from elbowroom.hub import complete, find_model
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.inputs import BatchInput
@@ -85,8 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"elbowroom: {error}", style="red", markup=False, highlight=False, soft_wrap=True
         )
         return _exit_code(error)
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        console.print("elbowroom: stopped at once; run the same command again to go on")
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        reason = str(error) or "stopped at once"
+        console.print(f"elbowroom: {reason}; run the same command again to go on", soft_wrap=True)
         return EXIT_RESUMABLE
 
 
@@ -255,7 +256,9 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         plan = planned_of(args, args.cluster, runs_here=True)
     else:
         engine = given.engine
-        plan = PlanSettings(Path(given.model_dir), args.cluster, dtype=engine.dtype, runs_here=True)
+        plan = PlanSettings(
+            complete(Path(given.model_dir)), args.cluster, dtype=engine.dtype, runs_here=True
+        )
     return BatchSettings(
         inputs=tuple(args.input),
         output=args.output,

@@ -23,7 +23,7 @@ from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
-from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.inputs import input_name
 from elbowroom.jobs.results import write_atomically
 from elbowroom.machine import split_cores
 from elbowroom.plan_table import print_plan_table
@@ -96,11 +96,12 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
     screen = Console()
     _print_plan(screen, planned)
     best = check_possible(planned)
-    screen.print(f"> {best.layout}: {planned.choice.reason}", highlight=False, soft_wrap=True)
+    reason = planned.choice.reason if planned.machines.is_measured else "taken untimed"
+    screen.print(f"> {best.layout}: {reason}", highlight=False, soft_wrap=True)
     if args.explain:
         screen.print(_terms(planned, best))
     if args.json is not None:
-        made_for = args.lengths or BatchInput(args.input).name
+        made_for = args.lengths or input_name(args.input)
         write_run_plan(args.json, run_plan(planned, best, settings, made_for))
     return 0
 

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from elbowroom.core.errors import JobStoppedError
 from elbowroom.jobs.runner import StopRequest
 
 T = TypeVar("T")
@@ -45,7 +44,7 @@ class Signals:
         reason = f"stopped by {signal.Signals(number).name}"
         if not self._stop.is_heard:
             self.__exit__()
-            raise JobStoppedError(f"{reason}: run the same command again to go on")
+            raise KeyboardInterrupt(reason)  # what takes every Exception lets it pass
         if self._stop.reason is None:
             self._stop(reason)
         elif self._task is not None and self._loop is not None:

@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.model import repository_of
+from elbowroom.core.model_shapes import weight_files
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FACTS = ("*.json", "*.jinja", "*.model", "*.txt")
 _WEIGHTS = ("*.safetensors",)
-_UNWANTED = ("original/*", "*.bin", "*.pth", "*.gguf", "*.onnx")
+_OTHER_FORMATS = ("original/*", "onnx/*")
 
 
 def find_model(name: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
@@ -40,14 +42,16 @@ def find_model(name: str, revision: str | None = None, *, with_weights: bool = T
         name,
         revision=revision,
         allow_patterns=patterns,
-        ignore_patterns=[*_UNWANTED],
+        ignore_patterns=[*_OTHER_FORMATS],
     )
     try:
         cached = Path(get(local_files_only=True))
-        if not with_weights or any(cached.glob("*.safetensors")):
+        if not with_weights or _has_weights(cached):
             return cached
     except LocalEntryNotFoundError:
         pass
+    except ValueError as error:  # no name that the hub would give
+        raise InputError(f"{name} is no folder, and no name on the hub: {error}") from error
     if constants.HF_HUB_OFFLINE:
         raise InputError(
             f"{name} is no folder, and not in the hub's cache ({constants.HF_HUB_CACHE}): unset "
@@ -59,3 +63,16 @@ def find_model(name: str, revision: str | None = None, *, with_weights: bool = T
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         message = f"{name} is no folder, and cannot be had from the hub: {reason}"
         raise InputError(message) from error
+
+
+def complete(folder: Path) -> Path:
+    """A folder that a plan names. One in the hub's cache gets the weights that it lacks."""
+    name = repository_of(folder)
+    if name is None or _has_weights(folder):
+        return folder
+    return find_model(name, folder.name)
+
+
+def _has_weights(folder: Path) -> bool:
+    files = weight_files(folder)
+    return bool(files) and all(file.exists() for file in files)

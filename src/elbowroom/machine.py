@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
-from elbowroom.core.errors import InputError, JobStoppedError, OutputError
+from elbowroom.core.errors import InputError, OutputError
 from elbowroom.core.model_shapes import read_json
+from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import GIB
 from elbowroom.jobs.results import write_atomically
 from elbowroom.profiling.machine import (
@@ -116,12 +118,10 @@ def find_machines(
         if runs_here:
             return Machines((_with_memory(_of_devices(cluster, num_devices), memory_bytes),))
         return Machines((cluster if memory_bytes is None else cluster.with_memory(memory_bytes),))
-    cores = split_cores(num_devices or host.num_memory_nodes())
+    cores = split_cores(num_devices or len(host.memory_nodes()))
     is_measured = True
     try:
         cluster = find_cluster(name, cores, dtype, say)
-    except JobStoppedError:
-        raise
     except Exception as error:  # whatever it is, layouts can be compared without
         say(f"not measured, so no times are predicted: {error}")
         cluster, is_measured = assumed_machine(cores), False
@@ -136,12 +136,13 @@ def find_machines(
 
 
 def cache_path(cores: Sequence[Sequence[int]], dtype: str = "bfloat16") -> Path | None:
-    """Where the measurements of a machine lie whose cores are split in this way."""
+    """Where the measurements lie of this kind of CPU, with its cores split in this way."""
     folder = host.cache_folder()
     if folder is None:
         return None
-    split = "_".join("-".join(map(str, group)) for group in cores)
-    return folder / "elbowroom" / f"machine-{split}-{dtype}.toml"
+    facts = f"{host.cpu_name()} {[tuple(group) for group in cores]}"
+    digest = blake2b(facts.encode(), digest_size=4).hexdigest()
+    return folder / "elbowroom" / f"machine-{len(cores)}x{len(cores[0])}-{digest}-{dtype}.toml"
 
 
 def assumed_machine(cores: Sequence[Sequence[int]]) -> Cluster:
@@ -234,13 +235,18 @@ def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
     return replace(slowed, sources={**cluster.sources, "calibration": note})
 
 
+def device_cores(plan: RunPlan) -> tuple[tuple[int, ...], ...]:
+    """The cores of each device of a plan: those of a replica's devices are parts of its own."""
+    return split_cores(plan.layout.num_devices if plan.layout else plan.num_replicas)
+
+
 def _calibrated(cluster: Cluster, report_path: Path | None) -> Cluster:
     return cluster if report_path is None else calibrated(cluster, report_path)
 
 
 def _of_devices(cluster: Cluster, num_devices: int | None) -> Cluster:
     """So many devices like those of the cluster, all on its nearest link."""
-    number = num_devices or 1
+    number = num_devices or cluster.num_devices
     links = tuple(replace(link, num_devices=number) for link in cluster.links[:1])
     return replace(cluster, num_devices=number, links=links if number > 1 else ())
 
@@ -252,8 +258,13 @@ def _with_memory(cluster: Cluster, memory_bytes: int | None) -> Cluster:
 
 
 def split_cores(num_replicas: int) -> tuple[tuple[int, ...], ...]:
-    """The cores of this process, divided among replicas; with too few, replicas share cores."""
-    cores = host.cores()
+    """The cores of this process, divided among replicas; with too few, replicas share cores.
+
+    As many replicas as there are memory nodes have one each.
+    """
+    cores, nodes = host.cores(), host.memory_nodes()
+    if num_replicas == len(nodes):
+        return nodes
     if num_replicas > len(cores):
         return tuple((cores[rank % len(cores)],) for rank in range(num_replicas))
     bounds = [rank * len(cores) // num_replicas for rank in range(num_replicas + 1)]

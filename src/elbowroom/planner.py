@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 
 from elbowroom.core import host
@@ -123,14 +124,25 @@ class Planned:
 
 
 def plan_job(
-    settings: PlanSettings, model: ModelFacts, rows: Workload, about_rows: str, say: Say = quiet
+    settings: PlanSettings,
+    model: ModelFacts,
+    rows: Workload,
+    about_rows: str,
+    say: Say = quiet,
+    machines: Machines | None = None,
 ) -> Planned:
     """Compare layouts on a job, whose rows are in the order in which they are worked on.
 
-    Raises InputError for names that cannot be used, and when no layout is as it is asked for.
+    ``machines`` are those of an earlier look, else they are found. Raises InputError for names that
+    cannot be used, and when no layout is as it is asked for.
     """
     rows, about_rows = _within_model(model, settings, rows, about_rows)
-    machines = find_machines(
+    if (settings.max_num_seqs or 0) > (settings.max_num_batched_tokens or inf):
+        raise InputError(
+            f"--max-num-batched-tokens {settings.max_num_batched_tokens} has no token for each of "
+            f"--max-num-seqs {settings.max_num_seqs} rows: raise it, or lower the rows"
+        )
+    machines = machines or find_machines(
         settings.cluster,
         settings.num_devices,
         settings.memory_bytes,

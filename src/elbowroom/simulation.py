@@ -17,7 +17,7 @@ from elbowroom.core.plan import Layout, PoolShare, RunPlan
 from elbowroom.core.trace import Count, Span
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.machine import THIS_MACHINE, find_cluster
+from elbowroom.machine import THIS_MACHINE, device_cores, find_cluster
 from elbowroom.planner import read_workload
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.job import JobOutcome, simulate_job
@@ -92,7 +92,9 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     plan, layout = settings.plan, settings.plan.layout
     assert layout is not None
     model = _model(plan)
-    cluster = find_cluster(settings.cluster or _planned_for(plan), plan.cores, plan.engine.dtype)
+    cluster = find_cluster(
+        settings.cluster or _planned_for(plan), device_cores(plan), plan.engine.dtype
+    )
     limits = replica_limits(plan.account, engine_limits(plan.engine))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)

@@ -86,10 +86,10 @@ def test_cores_and_not_the_threads_that_share_them(
     root = system(tmp_path, files)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 2, 3, 4, 5, 6, 7})
     assert host.cores(root) == (1, 2, 3, 4)
-    assert host.num_memory_nodes(root) == 2
+    assert host.memory_nodes(root) == ((1, 4), (2, 3))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 6})
     assert host.cores(root) == (2,)
-    assert host.num_memory_nodes(root) == 1
+    assert host.memory_nodes(root) == ((2,),)
 
 
 def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def test_a_system_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert host.memory_bytes(tmp_path) is None
     assert host.free_memory_bytes(tmp_path) is None
     assert host.cores(tmp_path) == tuple(range(os.cpu_count() or 1))
-    assert host.num_memory_nodes(tmp_path) == 1
+    assert host.memory_nodes(tmp_path) == (host.cores(tmp_path),)
     assert host.shared_memory_folder(tmp_path) is None
     assert host.fastest_dtype("bfloat16", tmp_path) == "bfloat16"
     assert host.free_bytes(tmp_path) == host.user_id() == 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, OutputError
 from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
 from elbowroom.jobs.inputs import STDIN, BatchInput
 from tests.jobs.plans import write_batch
@@ -102,7 +102,7 @@ def test_standard_input_and_pipes(
     writer.join()
     packed = io.TextIOWrapper(io.BytesIO(gzip.compress(plain.read_bytes())))
     monkeypatch.setattr(sys, "stdin", packed)
-    with pytest.raises(InputError, match="gives gzip data: decompress it on the way"):
+    with pytest.raises(InputError, match="gives compressed data: decompress it on the way"):
         ids_of(STDIN)
 
 
@@ -131,12 +131,21 @@ def test_zstd_without_its_library(plain: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_is_left_of_a_copy(plain: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
     folder.mkdir()
-    with BatchInput([plain, plain], folder):
-        assert len(list(folder.iterdir())) == 1
-    assert not list(folder.iterdir())
+    with BatchInput([plain, plain], folder) as source, BatchFile(source) as batch:
+        assert batch.scan().num_rows == 6
+        assert not list(folder.iterdir()), "also when we are killed"
     with pytest.raises(InputError, match="No such file"):
         BatchInput([plain, tmp_path / "missing"], folder)
     assert not list(folder.iterdir())
+
+
+def test_a_disc_that_is_full(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputError, match=f"cannot copy the input to {tmp_path}: No space left"):
+        BatchInput([plain, plain], tmp_path)
 
 
 def test_a_file_whose_beginning_was_joined_to_another(plain: Path) -> None:

@@ -69,14 +69,9 @@ class ScheduleError(ElbowroomError):
 
 @contextmanager
 def optional(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """What a job can do without: a failure inside is said in one line, and the job goes on.
-
-    Only a request to stop passes through.
-    """
+    """What a job can do without: a failure inside is said in one line, and the job goes on."""
     try:
         yield
-    except JobStoppedError:
-        raise
     except Exception as error:
         text = " ".join(str(error).split()) or type(error).__name__
         with suppress(Exception):  # the screen may be what fails

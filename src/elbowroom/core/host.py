@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import sys
 import tempfile
@@ -61,11 +62,23 @@ def cores(root: Path = _ROOT) -> tuple[int, ...]:
     return tuple(physical if quota is None else physical[: max(1, ceil(quota))])
 
 
-def num_memory_nodes(root: Path = _ROOT) -> int:
-    """Parts of the memory that are near to some of our cores and far from others; 1 if unknown."""
-    ours = set(cores(root))
-    nodes = (root / "sys" / "devices" / "system" / "node").glob("node[0-9]*")
-    return max(1, sum(bool(ours & _id_list(node / "cpulist")) for node in nodes))
+def memory_nodes(root: Path = _ROOT) -> tuple[tuple[int, ...], ...]:
+    """Our cores by the part of the memory that they are near to; in one group if nobody tells."""
+    ours = cores(root)
+    folders = sorted((root / "sys" / "devices" / "system" / "node").glob("node[0-9]*"))
+    lists = [_id_list(folder / "cpulist") for folder in folders]
+    groups = [tuple(core for core in ours if core in of_node) for of_node in lists]
+    found = tuple(group for group in groups if group)
+    return found if sum(map(len, found)) == len(ours) else (ours,)
+
+
+def cpu_name(root: Path = _ROOT) -> str:
+    """What the CPU calls itself."""
+    for line in _lines(root / "proc" / "cpuinfo"):
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            return value.strip()
+    return platform.machine()
 
 
 def pin(pid: int, cores: Sequence[int]) -> None:

@@ -143,7 +143,7 @@ def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
         )
     has_experts = any(elements.experts)
     return ModelFacts(
-        name=_name_of(model_dir.resolve()),
+        name=repository_of(model_dir.resolve()) or model_dir.resolve().name,
         model_type=model_type,
         dtype=_resolve_dtype(config, dtype),
         num_layers=num_layers,
@@ -208,12 +208,12 @@ def _num_experts(config: Mapping[str, Any]) -> int:
     raise InputError("config.json names no number of experts, but the weights hold experts")
 
 
-def _name_of(folder: Path) -> str:
-    """The folder's own; that of the repository for one in the cache of the Hugging Face hub."""
+def repository_of(folder: Path) -> str | None:
+    """The name on the hub of a folder in the Hugging Face cache; None for any other folder."""
     snapshots, repository = folder.parent, folder.parent.parent.name
     if snapshots.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
-    return folder.name
+    return None
 
 
 def _read_config(model_dir: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,14 @@ _MAX_ROWS = 50_000_000
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Rows in the order in which they are worked on. Both arrays are int64 [num_rows]."""
+    """Rows in the order in which they are worked on. Both arrays are int64 [num_rows].
+
+    ``is_bounded`` says that no row gives more output than is counted here.
+    """
 
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
+    is_bounded: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -54,23 +58,28 @@ class Workload:
 
     def every(self, step: int) -> Workload:
         """Every ``step``-th row: what one of so many equal groups would take."""
-        return Workload(self.prompt_tokens[::step], self.output_tokens[::step])
+        return self._with(self.prompt_tokens[::step], self.output_tokens[::step])
 
     def up_to(self, most_tokens: int) -> Workload | None:
         """The rows of at most so many tokens, or None if there are none."""
         fits = self.prompt_tokens + self.output_tokens <= most_tokens
-        return Workload(self.prompt_tokens[fits], self.output_tokens[fits]) if fits.any() else None
+        return (
+            self._with(self.prompt_tokens[fits], self.output_tokens[fits]) if fits.any() else None
+        )
 
     def scaled(self, prompt_factor: float, output_factor: float) -> Workload:
         """As many rows, with lengths in other proportions; each keeps a token of both."""
         prompts = np.maximum(1, np.rint(self.prompt_tokens * prompt_factor)).astype(np.int64)
         outputs = np.maximum(1, np.rint(self.output_tokens * output_factor)).astype(np.int64)
-        return Workload(prompts, outputs)
+        return self._with(prompts, outputs)
 
     def longest_first(self) -> Workload:
         """By output length: the order in which a run takes rows, so that the end is short."""
         order = np.argsort(-self.output_tokens, kind="stable")
-        return Workload(self.prompt_tokens[order], self.output_tokens[order])
+        return self._with(self.prompt_tokens[order], self.output_tokens[order])
+
+    def _with(self, prompts: NDArray[np.int64], outputs: NDArray[np.int64]) -> Workload:
+        return replace(self, prompt_tokens=prompts, output_tokens=outputs)
 
     def __str__(self) -> str:
         return (

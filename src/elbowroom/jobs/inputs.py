@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, OutputError
 
 STDIN = Path("-")
 """Stands for standard input."""
@@ -51,16 +51,16 @@ class BatchInput:
         """Raises InputError for files that cannot be read, and for what holds no JSON lines."""
         if not paths:
             raise InputError("a job needs at least one input: give --input")
-        others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-        self.name = f"{'standard input' if paths[0] == STDIN else paths[0]}{others}"
+        self.name = input_name(paths)
         self._paths = tuple(paths)
         self._parts: list[_Part] = []
         self._copy: IO[bytes] | None = None
         kinds = [_kind(path) for path in paths]
         if kinds != ["plain"]:
-            self._copy = tempfile.NamedTemporaryFile(dir=folder, prefix=".elbowroom-input-")  # noqa: SIM115
+            with _copying(folder):
+                self._copy = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (see close)
             try:
-                self._copy_all(kinds)
+                self._copy_all(kinds, folder)
             except BaseException:
                 self._copy.close()
                 raise
@@ -76,8 +76,11 @@ class BatchInput:
             self._copy.close()
 
     def open(self) -> IO[bytes]:
-        """All lines. Raises OSError."""
-        return Path(self._copy.name if self._copy else self._paths[0]).open("rb")
+        """All lines; those of a copy for one reader at a time. Raises OSError."""
+        if self._copy is None:
+            return self._paths[0].open("rb")
+        self._copy.seek(0)
+        return os.fdopen(os.dup(self._copy.fileno()), "rb")
 
     def place(self, line_number: int) -> str:
         """Where a line stands, for messages; lines are counted from 1 over all files."""
@@ -86,21 +89,43 @@ class BatchInput:
         part = self._parts[bisect_right(self._parts, line_number - 1, key=lambda p: p.before) - 1]
         return f"{part.name}, line {line_number - part.before}"
 
-    def _copy_all(self, kinds: Sequence[str]) -> None:
+    def _copy_all(self, kinds: Sequence[str], folder: Path | None) -> None:
         assert self._copy is not None
         num_lines = 0
         for path, kind in zip(self._paths, kinds, strict=True):
             self._parts.append(_Part(str(path), num_lines))
-            start = self._copy.tell()
-            with explained(path):
-                num_lines += _append(_chunks(path, kind), self._copy)
-            self._copy.seek(start)
-            if kind in ("stdin", "pipe"):
-                what = _look_at(self._copy.read(_LONGEST_MAGIC), path)
-                if what != "plain":
-                    raise InputError(f"{path} gives {what} data: decompress it on the way")
-            self._copy.seek(0, os.SEEK_END)
-        self._copy.flush()
+            last, is_first = b"\n", True
+            for chunk in _explained_chunks(path, kind):
+                if is_first and kind in ("stdin", "pipe") and _look_at(chunk, path) != "plain":
+                    raise InputError(f"{path} gives compressed data: decompress it on the way")
+                is_first = False
+                with _copying(folder):
+                    self._copy.write(chunk)
+                num_lines += chunk.count(b"\n")
+                last = chunk[-1:]
+            if last != b"\n":  # the next file's first line is one of its own
+                with _copying(folder):
+                    self._copy.write(b"\n")
+                num_lines += 1
+        with _copying(folder):
+            self._copy.flush()
+
+
+def input_name(paths: Sequence[Path]) -> str:
+    """What messages call the files of a job."""
+    others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{'standard input' if paths[0] == STDIN else paths[0]}{others}"
+
+
+@contextmanager
+def _copying(folder: Path | None) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot copy the input to {folder or tempfile.gettempdir()}: {error.strerror}. Free "
+            f"some space, or give one plain file, which is read where it lies"
+        ) from error
 
 
 @contextmanager
@@ -143,6 +168,17 @@ def _look_at(beginning: bytes, path: Path) -> str:
     if beginning[:2] in _UTF16 and 0 in beginning[2:4]:
         raise InputError(f"{path} is UTF-16: save it as UTF-8")
     return "plain"
+
+
+def _explained_chunks(path: Path, kind: str) -> Iterator[bytes]:
+    chunks = _chunks(path, kind)
+    while True:
+        with explained(path):
+            chunk = next(chunks, None)
+        if chunk is None:
+            return
+        if chunk:
+            yield chunk
 
 
 def _chunks(path: Path, kind: str) -> Iterator[bytes]:
@@ -199,16 +235,3 @@ def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
             f"{path} is compressed by zstd: pip install zstandard, or decompress it"
         ) from error
     return lambda: library.ZstdDecompressor().decompressobj(), library.ZstdError
-
-
-def _append(chunks: Iterator[bytes], target: IO[bytes]) -> int:
-    """Write everything, with an end behind the last line. Returns the number of lines."""
-    num_lines, last = 0, b"\n"
-    for chunk in filter(None, chunks):
-        target.write(chunk)
-        num_lines += chunk.count(b"\n")
-        last = chunk[-1:]
-    if last != b"\n":
-        target.write(b"\n")
-        num_lines += 1
-    return num_lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def read_lengths(
     order = np.arange(wanted) % len(prompts)
     counted = workload(np.array(prompts)[order], np.array(outputs)[order])
     return FileLengths(
-        workload=counted,
+        workload=replace(counted, is_bounded=not num_unlimited),
         num_counted=num_counted if step > 1 else num_rows,
         num_unlimited=num_unlimited,
         bytes_per_token=num_bytes / max(1, num_tokens),

@@ -227,20 +227,28 @@ def fill_in(
     """What ``engine`` leaves open, chosen for a job.
 
     As many rows at once as a replica's cache holds at their mean length, but no more than it has to
-    answer; and 2,048 tokens of one iteration, or fewer where the longest row would not fit else.
+    answer, and 2,048 tokens of one iteration. Where the longest row would not fit, fewer tokens,
+    and then fewer rows. Never more rows than tokens, which vLLM refuses.
     """
     tokens = engine.max_num_batched_tokens or USUAL_TOKENS
+    rows: int | None = None
     while True:
         tried = replace(engine, max_num_batched_tokens=tokens)
-        rows = engine.max_num_seqs or _rows_that_fit(model, layout, memory_bytes, tried, workload)
+        if rows is None:
+            fitting = _rows_that_fit(model, layout, memory_bytes, tried, workload)
+            rows = engine.max_num_seqs or min(fitting, engine.max_num_batched_tokens or fitting)
         if engine.max_num_batched_tokens is None:
-            tokens = max(tokens, rows)
-        tried = replace(tried, max_num_seqs=rows, max_num_batched_tokens=tokens)
+            tried = replace(tried, max_num_batched_tokens=max(tokens, rows))
+        tried = replace(tried, max_num_seqs=rows)
         account = account_layout(model, layout, memory_bytes, tried)
-        is_given = engine.max_num_batched_tokens is not None
-        if is_given or tokens // 2 < LEAST_TOKENS or not _missing_bytes(account, tried, workload):
+        if not _missing_bytes(account, tried, workload):
             return tried
-        tokens //= 2
+        if engine.max_num_batched_tokens is None and tokens > LEAST_TOKENS:
+            tokens, rows = tokens // 2, None
+        elif engine.max_num_seqs is None and rows > 1:
+            rows //= 2
+        else:
+            return tried
 
 
 def _rows_that_fit(
@@ -276,8 +284,11 @@ def without_idle_cache(
     """The account, without KV cache that this job cannot fill: on a CPU it costs others memory.
 
     There is room for all rows of the job at once, and for one of the longest that the model takes.
+    Of a job whose rows may be longer than was planned, all is kept.
     """
     account = candidate.account
+    if not workload.is_bounded:
+        return account
     block = account.block_tokens
     of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
     longest = -(-model.max_position_embeddings // block)
