@@ -159,6 +159,22 @@ def test_rows_that_cannot_fit_fail_alone(run: Runs, capsys: pytest.CaptureFixtur
     assert plan.prediction.num_rows == 50
 
 
+def test_outputs_end_where_the_row_is_full(run: Runs) -> None:
+    """A limit as long as the model's context is no row too long: vLLM shortens it."""
+    write_batch(run.folder / "in.jsonl", 50, max_tokens=4096)
+    plan = run()
+    assert plan.prediction is not None
+    assert plan.prediction.num_rows == 50
+    assert plan.prediction.output_tokens < 50 * 4096
+
+
+def test_more_memory_than_there_is(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ("--input", str(run.folder / "in.jsonl"), "--output", str(run.folder / "out"))
+    flags = ("--model", str(run.folder / "model"), "--memory", "5000TiB")
+    assert cli.main(["run", *files, *flags]) == 2
+    assert "that this machine has: lower --memory" in capsys.readouterr().err
+
+
 QWEN = read_model(MODELS / "Qwen3-32B")
 ROWS = parse_lengths("1024:512x10000")
 

@@ -72,6 +72,16 @@ def test_a_signal(
     assert len(run.output.read_text().splitlines()) == NUM_ROWS
 
 
+def test_a_reader_that_leaves_does_not_end_a_run(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.environment["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
+    process = run.start("none")
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert len(run.output.read_text().splitlines()) == NUM_ROWS
+
+
 def test_the_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.flags += ["--grace", "600"]

@@ -16,11 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
+from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
-from elbowroom.core.errors import InputError, optional
+from elbowroom.core.errors import InputError, MemoryPlanError, optional
 from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.plan import RunPlan
-from elbowroom.core.units import parse_bytes
+from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.hub import find_model
 from elbowroom.jobs.identity import engine_version, job_identity
@@ -28,7 +29,7 @@ from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import FinishedRow, OnCommit
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.results import check_paths
+from elbowroom.jobs.results import check_paths, check_writable
 from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.machine import Say, device_cores, find_cluster, split_cores
 from elbowroom.plan_table import print_plan_table
@@ -170,6 +171,8 @@ async def run_settings(
     output = settings.output
     report = settings.report or output.parent / f"{output.stem}.report.json"
     check_paths(settings.inputs, output, settings.errors or errors_beside(output), report)
+    if settings.logs is not None:
+        check_writable([settings.logs / "replica-0.log"])
     with BatchInput(settings.inputs, output.parent) as source:
         prepared = prepare(settings, source, console, say)
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
@@ -232,6 +235,7 @@ def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: 
         if rows is None:
             plan = replace(plan, prediction=None)
         check_fits(plan.account, plan.engine.max_model_len)
+        _check_machine(plan)
         _say_choice(planned, plan, say)
         cluster = best.cluster if planned.machines.is_measured else None
     job, hindsight = settings.job, None
@@ -264,7 +268,7 @@ def _decide(
     MemoryPlanError, with the numbers, when no row fits.
     """
     most = asked.max_model_len or model.max_position_embeddings
-    rows = (rows and rows.up_to(most)) or _UNKNOWN_ROWS.up_to(most) or workload([1], [1])
+    rows = (rows and rows.within(most)) or _UNKNOWN_ROWS.within(most) or workload([1], [1])
     planned = plan_job(asked, model, rows, about_rows, say)
     if planned.choice.best is None:
         room = max(replica_limits(c.account, c.engine).num_kv_tokens for c in planned.candidates)
@@ -282,6 +286,16 @@ def _decide(
         check_fits(nearest.account, longest)
         return planned, check_possible(planned)
     return planned, best
+
+
+def _check_machine(plan: RunPlan) -> None:
+    """Raise MemoryPlanError for more memory than this machine has."""
+    there, asked = host.memory_bytes(), plan.num_replicas * plan.account.memory_bytes
+    if there is not None and asked > there:
+        raise MemoryPlanError(
+            f"{plan.num_replicas} replicas of {format_bytes(plan.account.memory_bytes)} need more "
+            f"than the {format_bytes(there)} that this machine has: lower --memory or --replicas"
+        )
 
 
 def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
@@ -311,7 +325,8 @@ def _predictor(
     assert plan.layout is not None
     limits = engine_limits(plan.engine)
     room = replica_limits(plan.account, limits).num_kv_tokens
-    fitting = rows.up_to(min(plan.engine.max_model_len, room))
+    fitting = rows.within(plan.engine.max_model_len)
+    fitting = fitting and fitting.up_to(room)
     if fitting is None:
         return None
     return Predictor(model, cluster, plan.layout, plan.account, limits, fitting)

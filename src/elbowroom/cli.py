@@ -8,9 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-
-from rich.console import Console
 
 from elbowroom.api import BatchSettings, errors_beside, run_settings
 from elbowroom.cli_flags import (
@@ -48,6 +47,7 @@ from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
 from elbowroom.machine import THIS_MACHINE
 from elbowroom.planner import PlanSettings, read_run_plan
+from elbowroom.screen import Console
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
 _EXIT_CODES = """\
@@ -81,9 +81,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_GOOD
     except ElbowroomError as error:
-        console.print(
-            f"elbowroom: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        with suppress(BrokenPipeError):
+            console.print(
+                f"elbowroom: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
         return _exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         reason = str(error) or "stopped at once"

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from elbowroom.cli_flags import add_cluster, bandwidth, count, size
@@ -37,6 +36,7 @@ from elbowroom.planning.prediction import (
     predict,
     with_prediction,
 )
+from elbowroom.screen import Console
 
 _TABLE_WIDTH = 110
 _COLUMNS = (

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from elbowroom.cli_flags import (
@@ -40,6 +39,7 @@ from elbowroom.planner import (
 )
 from elbowroom.planning.search import Candidate
 from elbowroom.profiling.machine import measure_machine
+from elbowroom.screen import Console
 from elbowroom.simulation import SimulationSettings, print_simulation, simulate_plan
 
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from elbowroom.cli_flags import count, number, seconds
@@ -16,6 +15,7 @@ from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.pipedream_text import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.jobs.results import check_writable, write_atomically
+from elbowroom.screen import Console
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM do while a job runs."""
+"""What SIGINT, SIGTERM and SIGHUP do while a job runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class Signals:
-    """SIGINT and SIGTERM: the first asks a job to stop, the second ends it.
+    """SIGINT, SIGTERM and SIGHUP: the first asks a job to stop, the second ends it.
 
     While nobody hears a request, because the job reads, plans, measures or writes, the first
     interrupts that. The ways of before come back with the end, and with the second interruption.
@@ -28,8 +28,10 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._received)
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    self._before[number] = signal.signal(number, self._received)
         return self
 
     def __exit__(self, *_: object) -> None:

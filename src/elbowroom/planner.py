@@ -213,7 +213,7 @@ def run_plan(
     if planned.machines.is_measured:
         prediction = prediction_of(candidate.seconds, planned.workload, candidate.cluster)
     return RunPlan(
-        model_dir=str(settings.model),
+        model_dir=str(settings.model.absolute()),
         account=account,
         shares=shares * layout.num_groups,
         cores=split_cores(layout.num_replicas),
@@ -354,13 +354,15 @@ def _within_model(
     most = settings.max_model_len or model.max_position_embeddings
     if rows.longest_row <= most:
         return rows, about_rows
-    kept = rows.up_to(most)
+    kept = rows.within(most)
     if kept is None:
         raise InputError(
             f"every row has more tokens than {model.name} takes: the shortest has "
             f"{rows.shortest_row}, and it takes {most}"
         )
     num_longer = rows.num_rows - kept.num_rows
+    if not num_longer:
+        return kept, about_rows
     return kept, f"{about_rows}; {num_longer} of more than {most} tokens are left out"
 
 

@@ -60,7 +60,8 @@ def test_a_row_carries_what_its_line_says(write: WriteFile) -> None:
     line = request("x", body=body)
     (row,) = read(write(line))
     content_hash = int.from_bytes(blake2b(line, digest_size=8).digest(), "little")
-    assert row == Row(0, 1, "x", "/v1/completions", body, content_hash, "line 1")
+    assert row == Row(0, 1, "x", "/v1/completions", body, content_hash)
+    assert row.place == "line 1"
 
 
 def test_every_supported_url_is_accepted(write: WriteFile) -> None:

@@ -233,3 +233,12 @@ def test_a_folder_without_write_permission_is_refused(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(OutputError, match="is not writable: choose another folder"):
         check_paths([tmp_path / "in"], tmp_path / "out", tmp_path / "errors", tmp_path / "report")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """A rename would put a file in the place of a pipe, and of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OutputError, match="is not a regular file"):
+        write_atomically(pipe, iter([b"x"]))
+    assert pipe.is_fifo()

@@ -60,6 +60,18 @@ class Workload:
         """Every ``step``-th row: what one of so many equal groups would take."""
         return self._with(self.prompt_tokens[::step], self.output_tokens[::step])
 
+    def within(self, most_tokens: int) -> Workload | None:
+        """The rows that an engine of so long rows takes, or None if there are none.
+
+        It refuses prompts that leave no room and outputs that could never fit; other outputs end
+        where the row is full.
+        """
+        fits = (self.prompt_tokens < most_tokens) & (self.output_tokens <= most_tokens)
+        if not fits.any():
+            return None
+        prompts = self.prompt_tokens[fits]
+        return self._with(prompts, np.minimum(self.output_tokens[fits], most_tokens - prompts))
+
     def up_to(self, most_tokens: int) -> Workload | None:
         """The rows of at most so many tokens, or None if there are none."""
         fits = self.prompt_tokens + self.output_tokens <= most_tokens

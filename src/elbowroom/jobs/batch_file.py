@@ -7,7 +7,7 @@ import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
@@ -31,8 +31,7 @@ _BOM = b"\xef\xbb\xbf"
 class Row:
     """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
 
-    ``content_hash`` is 64 bits of BLAKE2b over the line without its end. ``place`` says where the
-    line stands, for messages.
+    ``content_hash`` is 64 bits of BLAKE2b over the line without its end.
     """
 
     index: int
@@ -41,7 +40,13 @@ class Row:
     url: str
     body: dict[str, Any]
     content_hash: int
-    place: str = ""
+    source: BatchInput | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Where the line stands, for messages."""
+        number = self.line_number
+        return f"line {number}" if self.source is None else self.source.place(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,6 @@ class _RejectionError(Exception):
 
 class _Line(NamedTuple):
     number: int
-    place: str
     offset: int
     data: bytes | None  # None: longer than the cap, and not kept
     content_hash: int
@@ -121,7 +125,7 @@ class BatchFile:
                 data = self._load(line)
                 row = self._parse(index, line, data)
             except _RejectionError as rejection:
-                row = _rejected(index, line, _usable_id(data) or "", rejection)
+                row = self._rejected(index, line, _usable_id(data) or "", rejection)
             custom_id = _usable_id(data)
             has_id.append(custom_id is not None)
             id_hashes.append(0 if custom_id is None else hash_id(custom_id))
@@ -169,7 +173,7 @@ class BatchFile:
                 _reject("duplicate_custom_id", f"{shown} is used by an earlier line: rename it")
             return self._parse(index, line, data)
         except _RejectionError as rejection:
-            return _rejected(index, line, custom_id, rejection)
+            return self._rejected(index, line, custom_id, rejection)
 
     def duplicates(self) -> list[int]:
         """Indices of rows whose id an earlier line uses."""
@@ -207,8 +211,7 @@ class BatchFile:
         offset = self._offsets[index]
         self._file.seek(offset)
         line, _ = self._next_line(self._line_numbers[index], offset)
-        number = self._line_numbers[index]
-        return line or _Line(number, self._input.place(number), offset, None, 0)
+        return line or _Line(self._line_numbers[index], offset, None, 0)
 
     def _next_line(self, number: int, offset: int) -> tuple[_Line | None, int]:
         """The line that starts here, None for a blank one, and its bytes, 0 at the end."""
@@ -219,13 +222,17 @@ class BatchFile:
             while not data.endswith(b"\n") and (data := self._file.readline(1024**2)):
                 hasher.update(data)
                 num_bytes += len(data)
-            place = self._input.place(number)
-            return _Line(number, place, offset, None, _as_int(hasher.digest())), num_bytes
+            return _Line(number, offset, None, _as_int(hasher.digest())), num_bytes
         data = data.removeprefix(_BOM).strip()  # where files were joined, at any line
         if not data:
             return None, num_bytes
-        place = self._input.place(number)
-        return _Line(number, place, offset, data, _hash(data)), num_bytes
+        return _Line(number, offset, data, _hash(data)), num_bytes
+
+    def _rejected(
+        self, index: int, line: _Line, custom_id: str, reason: _RejectionError
+    ) -> RejectedRow:
+        message = f"{self._input.place(line.number)}: {reason}"
+        return RejectedRow(index, line.number, custom_id, reason.code, message)
 
     def _load(self, line: _Line) -> Any:
         if line.data is None:
@@ -236,15 +243,10 @@ class BatchFile:
         return _load(line.data)
 
     def _parse(self, index: int, line: _Line, data: Any) -> Row:
-        row = _parse(index, line, data)
+        row = _parse(index, line, data, self._input)
         if broken := violation(row.body, self._limits):
             _reject(broken.code, broken.message)
         return row
-
-
-def _rejected(index: int, line: _Line, custom_id: str, reason: _RejectionError) -> RejectedRow:
-    message = f"{line.place}: {reason}"
-    return RejectedRow(index, line.number, custom_id, reason.code, message)
 
 
 def hash_id(custom_id: str) -> int:
@@ -272,7 +274,7 @@ def _load(line: bytes) -> Any:
         _reject("invalid_json", f"not valid JSON: {error}")
 
 
-def _parse(index: int, line: _Line, data: Any) -> Row:
+def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
     if not isinstance(data, dict):
         _reject("invalid_request", f"a JSON object is expected, not {type(data).__name__}")
     url, body = data.get("url"), data.get("body")
@@ -288,7 +290,7 @@ def _parse(index: int, line: _Line, data: Any) -> Row:
         _reject("invalid_body", "'body' must be a JSON object")
     if body.get("stream"):
         _reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
-    return Row(index, line.number, custom_id, url, body, line.content_hash, line.place)
+    return Row(index, line.number, custom_id, url, body, line.content_hash, source)
 
 
 def _usable_id(data: Any) -> str | None:

@@ -78,6 +78,9 @@ class JournalTotals:
 
 
 def journal_folder(output: Path) -> Path:
+    """Raises InputError for what names no file."""
+    if not output.name:
+        raise InputError(f"'{output}' is no file: name the --output of a run, as it was given")
     return output.with_name(f"{output.name}.elbowroom")
 
 

@@ -67,6 +67,8 @@ def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
 def _staged(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
     """A whole file beside ``path``, safe on disk. It is removed unless renamed in time."""
     with _explained(str(path)):
+        if path.exists() and not path.is_file():  # a rename would replace even /dev/null
+            raise OutputError(f"{path} is not a regular file: name a file to write")
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

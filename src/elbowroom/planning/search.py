@@ -291,8 +291,8 @@ def without_idle_cache(
         return account
     block = account.block_tokens
     of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
-    longest = -(-model.max_position_embeddings // block)
-    blocks = max(-(-of_all // candidate.layout.num_replicas), longest) + 2
+    longest = max(model.max_position_embeddings, candidate.engine.max_model_len or 0)
+    blocks = max(-(-of_all // candidate.layout.num_replicas), -(-longest // block)) + 2
     needed = blocks * block * account.kv_bytes_per_token
     idle = max(0, account.kv_bytes - needed)
     return replace(
@@ -424,6 +424,8 @@ def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
         return "the only kind of layout that fits"
     ratio = other.seconds / best.seconds
     tokens = best.account.num_kv_tokens / max(1, other.account.num_kv_tokens)
-    if abs(ratio - 1) > _TIE:
+    if ratio < 1 - _TIE:
+        return f"one engine on all cores; {other.layout} might take {ratio:.2f}x as long"
+    if ratio > 1 + _TIE:
         return f"{ratio:.2f}x as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
     return f"as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
