@@ -72,6 +72,22 @@ def test_a_signal(
     assert len(run.output.read_text().splitlines()) == NUM_ROWS
 
 
+def test_a_signal_that_a_script_s_shell_had_ignored(tmp_path: Path) -> None:
+    """As of what it starts in the background."""
+    run = Run(tmp_path)
+    run.environment["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process = run.start("starting")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "there\n"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+
+
 def test_a_reader_that_leaves_does_not_end_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.environment["XDG_CACHE_HOME"] = os.environ["XDG_CACHE_HOME"]
