@@ -182,21 +182,10 @@ def divided(cluster: Cluster, num_devices: int, name: str) -> Cluster:
     def part(rate: Rate) -> Rate:
         return replace(rate, peak=rate.peak / parts)
 
-    points = tuple(
-        replace(point, elements_per_second=point.elements_per_second / parts)
-        for point in device.matmul
-    )
     part_of_device = replace(
-        device,
+        device.with_rates(part, parts),
         name=name,
         memory_bytes=int(device.memory_bytes / parts),
-        flops=part(device.flops),
-        flops_fp8=part(device.flops_fp8),
-        memory_bandwidth=part(device.memory_bandwidth),
-        attention_flops=part(device.attention_flops),
-        attention_bandwidth=part(device.attention_bandwidth),
-        elementwise_bandwidth=part(device.elementwise_bandwidth),
-        matmul=points,
     )
     link = Link("shared memory", num_devices, part_of_device.memory_bandwidth, 0.0)
     return replace(

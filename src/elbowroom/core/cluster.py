@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
@@ -66,6 +67,20 @@ class Device:
     @property
     def usable_bytes(self) -> int:
         return int(self.memory_bytes * self.memory_fraction)
+
+    def with_rates(self, change: Callable[[Rate], Rate], factor: float) -> Device:
+        """The device with every rate changed; measured products take ``factor`` times as long."""
+        points = (MatmulPoint(p.rows, p.elements_per_second / factor) for p in self.matmul)
+        return replace(
+            self,
+            flops=change(self.flops),
+            flops_fp8=change(self.flops_fp8),
+            memory_bandwidth=change(self.memory_bandwidth),
+            attention_flops=change(self.attention_flops),
+            attention_bandwidth=change(self.attention_bandwidth),
+            elementwise_bandwidth=change(self.elementwise_bandwidth),
+            matmul=tuple(points),
+        )
 
     def matmul_seconds(
         self, rows: float, read: float, active: float, element_bytes: int = 2
@@ -163,24 +178,16 @@ class Cluster:
 
     def slowed(self, factor: float) -> Cluster:
         """The same cluster with everything that a device does ``factor`` times as long."""
-        device = self.device
 
         def slower(rate: Rate) -> Rate:
             return replace(rate, fraction=rate.fraction / factor)
 
-        points = (MatmulPoint(p.rows, p.elements_per_second / factor) for p in device.matmul)
+        device = self.device.with_rates(slower, factor)
         slow = replace(
             device,
-            flops=slower(device.flops),
-            flops_fp8=slower(device.flops_fp8),
-            memory_bandwidth=slower(device.memory_bandwidth),
-            attention_flops=slower(device.attention_flops),
-            attention_bandwidth=slower(device.attention_bandwidth),
-            elementwise_bandwidth=slower(device.elementwise_bandwidth),
             layer_seconds=device.layer_seconds * factor,
             iteration_seconds=device.iteration_seconds * factor,
             row_seconds=device.row_seconds * factor,
-            matmul=tuple(points),
         )
         return replace(self, device=slow)
 
