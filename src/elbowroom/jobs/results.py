@@ -67,8 +67,7 @@ def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
 def _staged(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
     """A whole file beside ``path``, safe on disk. It is removed unless renamed in time."""
     with _explained(str(path)):
-        if path.exists() and not path.is_file():  # a rename would replace even /dev/null
-            raise OutputError(f"{path} is not a regular file: name a file to write")
+        _refuse_what_is_no_file(path)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
@@ -112,14 +111,19 @@ def check_writable(paths: Iterable[Path]) -> None:
     """Raise OutputError if files could not be written there. Folders that are missing are made."""
     for path in paths:
         with _explained(str(path)):
-            if path.exists() and not path.is_file():  # a rename would replace even /dev/null
-                raise OutputError(f"{path} is not a regular file: name a file to write")
+            _refuse_what_is_no_file(path)
             path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path.parent} is not writable: choose another folder")
         # Root may write anywhere, but not on a read-only disk.
         with _explained(str(path)), tempfile.TemporaryFile(dir=path.parent):
             pass
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    """Raise OutputError for pipes, folders and devices: a rename would replace even /dev/null."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is not a regular file: name a file to write")
 
 
 def _is_same(one: Path, other: Path) -> bool:
