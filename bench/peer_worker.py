@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from elbowroom.core.pipeline_plan import read_pipeline_plan
 from elbowroom.pipeline.checkpoint import Checkpoint
-from elbowroom.pipeline.training import Pipeline, SchedulerFunction
+from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.worker import StageOptions
 
 WARM_UP = 5

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.common import ROOT, write_result
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.core.pipedream_text import read_layer_graph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan, Sync
 from elbowroom.planning.pipeline import plan_on_levels
 from elbowroom.planning.pipeline_costs import PipelineCosts, StageCosts, plan_costs

@@ -19,8 +19,8 @@ from itertools import pairwise
 from bench.common import ROOT, write_result
 from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.model import read_model
-from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level
 from elbowroom.core.plan import Layout
 from elbowroom.core.workload import parse_lengths

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 from bench.common import BUILD, write_result
 from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.pace import steady_seconds
-from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import plan_on_levels
 from elbowroom.planning.schedule import plan_schedule

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from bench.common import BUILD
-from elbowroom.core.pipedream_text import read_layer_graph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
 from elbowroom.planning.pipeline import plan_on_levels
 

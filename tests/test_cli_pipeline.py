@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
-from elbowroom.core.pipedream_text import write_pipedream
+from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.pipeline_plan import read_pipeline_plan
 from tests.planning.pipelines import PROFILES, chain, profile
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
-from elbowroom.core.pipedream_text import read_layer_graph
+from elbowroom.core.layer_graph_file import read_layer_graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

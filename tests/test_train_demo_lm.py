@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Qwen3ForCausalLM
 
-from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.script import TrainingScript, load_script
 from elbowroom.pipeline.split import split
+from elbowroom.training.layers import trace_model
+from elbowroom.training.script import TrainingScript, load_script
 from tests.pipeline.models import plan_of
 from tests.pipeline.runs import assert_equal, run_model, run_stages
 

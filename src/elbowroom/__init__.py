@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from elbowroom.api import iter_batch, run_batch
     from elbowroom.core.cluster import read_cluster
     from elbowroom.core.pipeline_plan import read_pipeline_plan
-    from elbowroom.pipeline.training import Pipeline
+    from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.pipeline.worker import StageOptions
     from elbowroom.planning.pipeline import plan_pipeline
     from elbowroom.profiling.layers import profile
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Pipeline": "elbowroom.pipeline.training",
+    "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.worker",
     "iter_batch": "elbowroom.api",
     "plan_pipeline": "elbowroom.planning.pipeline",

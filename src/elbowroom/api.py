@@ -19,6 +19,7 @@ from rich.console import Console
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError, optional
+from elbowroom.core.files import check_writable
 from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import format_bytes, parse_bytes
@@ -29,7 +30,7 @@ from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import FinishedRow, OnCommit
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.results import check_paths, check_writable
+from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.machine import Say, device_cores, find_cluster, split_cores
 from elbowroom.plan_table import print_plan_table

@@ -12,8 +12,9 @@ from rich.table import Table
 from elbowroom.cli_flags import add_cluster, bandwidth, count, size
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import write_atomically
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.core.pipedream_text import read_layer_graph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.pipeline_plan import (
     OPTIMIZERS,
     OVERLAPS,
@@ -26,7 +27,6 @@ from elbowroom.core.pipeline_plan import (
 )
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
-from elbowroom.jobs.results import write_atomically
 from elbowroom.machine import THIS_MACHINE, find_cluster, split_cores
 from elbowroom.planning.pipeline import plan_on_levels, plan_pipeline
 from elbowroom.planning.prediction import (

@@ -20,10 +20,10 @@ from elbowroom.cli_flags import (
 )
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import write_atomically
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
-from elbowroom.jobs.results import write_atomically
 from elbowroom.machine import split_cores
 from elbowroom.plan_table import print_plan_table
 from elbowroom.planner import (

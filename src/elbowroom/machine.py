@@ -11,10 +11,9 @@ from pathlib import Path
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.core.model_shapes import read_json
+from elbowroom.core.files import read_json, write_atomically
 from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import GIB
-from elbowroom.jobs.results import write_atomically
 from elbowroom.profiling.machine import (
     ASSUMED_MEMORY_BYTES,
     MEMORY_FRACTION,

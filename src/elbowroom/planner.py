@@ -11,8 +11,8 @@ from pathlib import Path
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
+from elbowroom.core.files import read_json, write_atomically
 from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
-from elbowroom.core.model_shapes import read_json
 from elbowroom.core.plan import (
     EngineOptions,
     FetchOrder,
@@ -25,7 +25,6 @@ from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.results import write_atomically
 from elbowroom.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
 from elbowroom.planning.cost import Batch, Term
 from elbowroom.planning.memory import check_fits, longest_row

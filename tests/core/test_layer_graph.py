@@ -19,7 +19,7 @@ from elbowroom.core.layer_graph import (
     LayerGraph,
     parse_layer_graph,
 )
-from elbowroom.core.pipedream_text import parse_pipedream, read_layer_graph, write_pipedream
+from elbowroom.core.layer_graph_file import parse_pipedream, read_layer_graph, write_pipedream
 from tests.planning.pipelines import PROFILES, profile
 
 LINES = """\

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from elbowroom.core.errors import OutputError
 from elbowroom.core.plan import EngineOptions, Layout, MemoryAccount, PoolShare, Prediction, RunPlan
-from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import GIB, MIB
 from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
+from elbowroom.pool.stats import PoolStats
 
 PLAN = RunPlan(
     model_dir="models/tiny",

@@ -15,9 +15,9 @@ import torch
 from torch import distributed
 
 from elbowroom.core.pipeline_plan import read_pipeline_plan
-from elbowroom.pipeline.memory import MemoryWatch
-from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.worker import StageOptions
+from elbowroom.training.memory_watch import MemoryWatch
 from tests.pipeline.memory_cases import MODELS, Case, make_optimizer
 
 WARM_UP, NUM_MINIBATCHES = 6, 10

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.pipeline.split import Stage
-from elbowroom.pipeline.traced import TracedModel
-from elbowroom.pipeline.values import TensorFacts
+from elbowroom.training.stage import Stage
+from elbowroom.training.traced import TracedModel
+from elbowroom.training.values import TensorFacts
 
 
 class Outcome(NamedTuple):

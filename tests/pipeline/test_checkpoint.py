@@ -17,7 +17,7 @@ from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.checkpoint import Checkpoint
-from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.pipeline import Pipeline
 from tests.pipeline.models import plan_of
 from tests.pipeline.test_training import files, start
 

@@ -22,7 +22,7 @@ import elbowroom
 from elbowroom import cli
 from elbowroom.core.pipeline_plan import PipelineOptions
 from elbowroom.pipeline.checkpoint import newest_checkpoint
-from elbowroom.pipeline.script import load_script
+from elbowroom.training.script import load_script
 
 SCRIPT = """
 import torch

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
+from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.pipe import BUCKET_BYTES
-from elbowroom.core.pipedream_text import read_layer_graph
 from elbowroom.core.pipeline_plan import Level, PipelineOptions
 
 PROFILES = Path(__file__).parents[3] / "shared" / "profiles" / "pipedream"

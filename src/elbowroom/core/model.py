@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import InputError, UnsupportedModelError
+from elbowroom.core.files import read_json
 from elbowroom.core.model_shapes import (
     KNOWN_TYPES,
     config_int,
     config_shapes,
     file_shapes,
-    read_json,
     weight_files,
 )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -17,19 +18,6 @@ KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qw
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError, with what is wrong."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path} must hold a JSON object, not a {type(data).__name__}")
-    return data
 
 
 def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:

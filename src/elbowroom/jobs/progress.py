@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from elbowroom.core.errors import optional
-from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import format_bytes
+from elbowroom.pool.stats import PoolStats
 
 WINDOW_SECONDS = 10.0
 DRAW_SECONDS = 0.25

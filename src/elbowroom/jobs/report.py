@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from elbowroom.core.files import write_atomically
 from elbowroom.core.plan import Prediction, RunPlan
-from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import format_bytes
-from elbowroom.jobs.results import write_atomically
+from elbowroom.pool.stats import PoolStats
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import OutputError
+from elbowroom.core.files import check_writable, explained_writes, publish_file, staged_file
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.verify import verify_results
@@ -41,54 +40,20 @@ def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> N
     published, and no half file is left.
     """
     with ExitStack() as stack:
-        answered = stack.enter_context(_staged(output, journal.lines(succeeded=True)))
+        answered = stack.enter_context(staged_file(output, journal.lines(succeeded=True)))
         staged = [answered]
         if journal.totals.num_failed:
-            failed = stack.enter_context(_staged(errors, journal.lines(succeeded=False)))
+            failed = stack.enter_context(staged_file(errors, journal.lines(succeeded=False)))
             staged.append(failed)
         verification = verify_results(batch, staged)
         if not verification.is_good:
             raise OutputError(f"{verification}: nothing was published; please report this")
         if len(staged) > 1:
-            _rename(failed, errors)
+            publish_file(failed, errors)
         else:
-            with _explained(str(errors)):
+            with explained_writes(str(errors)):
                 errors.unlink(missing_ok=True)
-        _rename(answered, output)  # last: who sees the output may trust the errors beside it
-
-
-def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
-    """Replace ``path`` by ``parts`` in one step, mode 0600. Raises OutputError; leaves no rest."""
-    with _staged(path, parts) as temporary:
-        _rename(temporary, path)
-
-
-@contextmanager
-def _staged(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
-    """A whole file beside ``path``, safe on disk. It is removed unless renamed in time."""
-    with _explained(str(path)):
-        _refuse_what_is_no_file(path)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with _explained(str(path)), os.fdopen(descriptor, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _rename(temporary: Path, path: Path) -> None:
-    with _explained(str(path)):
-        temporary.replace(path)
-    with suppress(OSError):  # the file is whole and in place; not every system can sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        publish_file(answered, output)  # last: who sees the output may trust the errors beside it
 
 
 def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path) -> None:
@@ -107,42 +72,12 @@ def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path
     check_writable((output, errors, report))
 
 
-def check_writable(paths: Iterable[Path]) -> None:
-    """Raise OutputError if files could not be written there. Folders that are missing are made."""
-    for path in paths:
-        with _explained(str(path)):
-            _refuse_what_is_no_file(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{path.parent} is not writable: choose another folder")
-        # Root may write anywhere, but not on a read-only disk.
-        with _explained(str(path)), tempfile.TemporaryFile(dir=path.parent):
-            pass
-
-
-def _refuse_what_is_no_file(path: Path) -> None:
-    """Raise OutputError for pipes, folders and devices: a rename would replace even /dev/null."""
-    if path.exists() and not path.is_file():
-        raise OutputError(f"{path} is not a regular file: name a file to write")
-
-
 def _is_same(one: Path, other: Path) -> bool:
     """Also through links; for files that are not there yet, through linked folders."""
     try:
         return one.samefile(other)
     except OSError:
         return one.resolve() == other.resolve()
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {what}: {error.strerror}. Free some space or choose another folder, "
-            f"then run again"
-        ) from error
 
 
 def _line(custom_id: str, response: Any, error: Any) -> bytes:

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError, optional
 from elbowroom.core.plan import Prediction, RunPlan
-from elbowroom.core.pool_stats import PoolStats
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import Message
@@ -33,6 +32,7 @@ from elbowroom.jobs.report import JobReport, ReplicaReport
 from elbowroom.jobs.restarts import RestartPolicy
 from elbowroom.jobs.results import error_line, publish, request_id, response_line
 from elbowroom.pool.run_dir import run_directory
+from elbowroom.pool.stats import PoolStats
 
 TICK_SECONDS = 0.25
 """Longest time between two looks at the progress view, the journal and requests to stop."""

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from elbowroom.core.pace import steady_seconds
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
-from elbowroom.pipeline.training import Pipeline
+from elbowroom.pipeline.pipeline import Pipeline
 
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20

@@ -20,12 +20,12 @@ from torch import nn
 
 from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelError
 from elbowroom.core.plan import PoolShare
-from elbowroom.core.pool_stats import PoolStats
 from elbowroom.pool.choice import Chooser
 from elbowroom.pool.ffn import Ffn, find_ffn
 from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS, Housekeeper
 from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS, Forward, Shipper, ShipServer
 from elbowroom.pool.slots import Slot
+from elbowroom.pool.stats import PoolStats
 from elbowroom.pool.store import Store
 from elbowroom.pool.streamer import DeviceStreamer, Streamer
 

@@ -19,10 +19,10 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from elbowroom.core.layer_graph import LayerMemory
-from elbowroom.pipeline.memory import MemoryWatch
-from elbowroom.pipeline.split import Stage
-from elbowroom.pipeline.traced import TracedModel
-from elbowroom.pipeline.values import tensors_in
+from elbowroom.training.memory_watch import MemoryWatch
+from elbowroom.training.stage import Stage
+from elbowroom.training.traced import TracedModel
+from elbowroom.training.values import tensors_in
 
 Tensors = dict[str, torch.Tensor]
 Loss = Callable[[Any], torch.Tensor]

@@ -20,13 +20,13 @@ from torch import nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Layer, LayerGraph, LayerMemory
-from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.script import OptimizerFunction
-from elbowroom.pipeline.split import Part, Stage, build_stage
-from elbowroom.pipeline.traced import TracedLayer, TracedModel
-from elbowroom.pipeline.tracing import untouched
 from elbowroom.profiling.layer_memory import measure_memory
 from elbowroom.profiling.updates import update_seconds, with_updates
+from elbowroom.training.layers import trace_model
+from elbowroom.training.script import OptimizerFunction
+from elbowroom.training.stage import Part, Stage, build_stage
+from elbowroom.training.traced import TracedLayer, TracedModel
+from elbowroom.training.tracing import untouched
 
 WARM_UP_SWEEPS = 2
 LEAST_SWEEPS = 5

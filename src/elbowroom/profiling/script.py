@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.script import OptimizerFunction, load_script
-from elbowroom.pipeline.traced import TracedModel
 from elbowroom.profiling.companions import companions
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
+from elbowroom.training.layers import trace_model
+from elbowroom.training.script import OptimizerFunction, load_script
+from elbowroom.training.traced import TracedModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.pipeline.script import OptimizerFunction
+from elbowroom.training.script import OptimizerFunction
 
 _WARM_UP, _TIMED = 2, 5
 

@@ -11,8 +11,8 @@ from torch import fx, nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import Edge
-from elbowroom.pipeline.tracing import ModelGraph
-from elbowroom.pipeline.values import TensorFacts, Value
+from elbowroom.training.tracing import ModelGraph
+from elbowroom.training.values import TensorFacts, Value
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError
-from elbowroom.pipeline.values import copy_of, tensors_in
+from elbowroom.training.values import copy_of, tensors_in
 
 RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
 """Of a graph against its model, in the norm: at most the larger of the first and so many roundings.

@@ -14,12 +14,13 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.pipe import Pipe
 from elbowroom.core.pipeline_plan import PipelinePlan
 from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
-from elbowroom.pipeline.layers import trace_model
-from elbowroom.pipeline.script import OptimizerFunction
-from elbowroom.pipeline.split import Stage, split
-from elbowroom.pipeline.traced import TracedModel
+from elbowroom.pipeline.split import split
 from elbowroom.pipeline.versions import Semantics
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
+from elbowroom.training.layers import trace_model
+from elbowroom.training.script import OptimizerFunction
+from elbowroom.training.stage import Stage
+from elbowroom.training.traced import TracedModel
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import InputError, UntraceableModelError
-from elbowroom.pipeline.layers import trace_model
+from elbowroom.training.layers import trace_model
 from tests.pipeline.models import Pair, Residual, looks, skips, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elbowroom.core.pool_stats import PoolStats
+from elbowroom.pool.stats import PoolStats
 
 
 def test_a_replica_that_was_started_again() -> None:

@@ -20,9 +20,9 @@ import torch
 from torch import fx, nn
 
 from elbowroom.core.errors import UntraceableModelError
-from elbowroom.pipeline.traced import TracedLayer, TracedModel
-from elbowroom.pipeline.tracing import ModelGraph, find_graph, untouched
-from elbowroom.pipeline.values import copy_of, tensors_in, value_of
+from elbowroom.training.traced import TracedLayer, TracedModel
+from elbowroom.training.tracing import ModelGraph, find_graph, untouched
+from elbowroom.training.values import copy_of, tensors_in, value_of
 
 _OUTPUT = "output"
 _LONGEST_DESCRIPTION = 80
