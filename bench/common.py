@@ -22,7 +22,7 @@ from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Rate
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.engine.vllm_seam import ENVIRONMENT
-from elbowroom.planning.memory import BLOCK_TOKENS, workspace_bytes
+from elbowroom.planning.pool.memory import BLOCK_TOKENS, workspace_bytes
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "bench"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from bench.common import write_result
 from bench.models import gpt_like, vgg_like
 from bench.two_workers import Host, plan_two_stages, run_workers, two_hosts
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.plans.pipeline import PipelinePlan
 
 MODELS = {"vgg_like": vgg_like, "gpt_like": gpt_like}
 GIGABIT = 1_000_000_000

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from bench.common import ROOT, write_result
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
-from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan, Sync
-from elbowroom.planning.pipeline import plan_on_levels
-from elbowroom.planning.pipeline_costs import PipelineCosts, StageCosts, plan_costs
-from elbowroom.planning.prediction import alternatives, fastest, predict, with_prediction
-from elbowroom.planning.schedule import plan_schedule
-from elbowroom.planning.simulate_pipeline import simulate_pipeline
+from elbowroom.planning.pipeline.action_cost import PipelineCosts, StageCosts, plan_costs
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.planning.pipeline.prediction import alternatives, fastest, predict, with_prediction
+from elbowroom.planning.pipeline.schedule import plan_schedule
+from elbowroom.planning.pipeline.timeline import simulate_pipeline
+from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan, Sync
 
 PROFILES = ROOT.parent / "shared" / "profiles" / "pipedream"
 DEPTHS = (1, 2, 3)

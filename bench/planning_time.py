@@ -21,13 +21,13 @@ from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.model import read_model
-from elbowroom.core.pipeline_plan import Level
-from elbowroom.core.plan import Layout
 from elbowroom.core.workload import parse_lengths
-from elbowroom.planning import modes
-from elbowroom.planning.job import ReplicaLimits, simulate_job
-from elbowroom.planning.pipeline import plan_on_levels
-from elbowroom.planning.search import EngineLimits, choose, policy_of, pool_times
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.planning.pool import modes
+from elbowroom.planning.pool.job import ReplicaLimits, simulate_job
+from elbowroom.planning.pool.search import EngineLimits, choose, policy_of, pool_times
+from elbowroom.plans.pipeline import Level
+from elbowroom.plans.pool import Layout
 
 NUM_ROWS = 100_000
 WORKERS = (Level(64, 1.25e9, "10 Gbit/s"),)

@@ -25,8 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from bench.blocks import Block, KeysAndValues, Linear, Pack, Shape
-from elbowroom.core.plan import PoolShare
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool.shares import plan_shares
+from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.shared_memory import SharedMemoryStore

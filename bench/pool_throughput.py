@@ -31,7 +31,7 @@ from bench.common import (
     write_requests,
     write_result,
 )
-from elbowroom.planning.memory import workspace_bytes
+from elbowroom.planning.pool.memory import workspace_bytes
 
 LAYOUTS = ("none", "mapped", "streamed")
 NUM_ROWS = 48

@@ -30,7 +30,7 @@ from bench.pool_group import MODES, Group, Setup, group
 from elbowroom.core.cluster import Cluster
 from elbowroom.machine import split_cores
 from elbowroom.planning.cost import CostModel
-from elbowroom.planning.modes import PoolTimes
+from elbowroom.planning.pool.modes import PoolTimes
 from elbowroom.profiling.device import (
     CONTEXT,
     HEAD_DIM,

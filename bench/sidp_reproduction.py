@@ -18,14 +18,14 @@ from bench.common import ROOT, write_result
 from bench.figures import label, save
 from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
 from elbowroom.core.model import ModelFacts, read_model
-from elbowroom.core.plan import FetchOrder, Layout
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.planning.cost import Batch, CostModel
-from elbowroom.planning.job import JobOutcome, Policy, ReplicaLimits, simulate_job
-from elbowroom.planning.modes import PoolTimes
-from elbowroom.planning.pool import plan_shares
-from elbowroom.planning.search import EngineLimits, account_layout, replica_limits
-from elbowroom.planning.simulate import link_share, simulate_pool
+from elbowroom.planning.pool.job import JobOutcome, Policy, ReplicaLimits, simulate_job
+from elbowroom.planning.pool.modes import PoolTimes
+from elbowroom.planning.pool.search import EngineLimits, account_layout, replica_limits
+from elbowroom.planning.pool.shares import plan_shares
+from elbowroom.planning.pool.timeline import link_share, simulate_pool
+from elbowroom.plans.pool import FetchOrder, Layout
 
 MODELS = ROOT / "tests" / "data" / "models"
 H20, H200, B200 = (read_cluster(name) for name in ("h20-8", "h200-8", "b200-8"))

@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 from bench.common import BUILD, write_result
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
-from elbowroom.core.pace import steady_seconds
-from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
-from elbowroom.planning.pipeline import plan_on_levels
-from elbowroom.planning.schedule import plan_schedule
-from elbowroom.planning.simulate_pipeline import simulate_plan
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.planning.pipeline.schedule import plan_schedule
+from elbowroom.planning.pipeline.timeline import simulate_plan
+from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
+from elbowroom.plans.pipeline_pace import steady_seconds
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_demo_lm.py"
 NUM_WORKERS, BANDWIDTH = 2, 1.25e9

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from bench.common import BUILD
 from elbowroom.core.layer_graph_file import read_layer_graph
-from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
-from elbowroom.planning.pipeline import plan_on_levels
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 
 _BURST, _LATENCY = "128kb", "50ms"
 

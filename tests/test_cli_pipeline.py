@@ -9,8 +9,8 @@ import pytest
 
 from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
 from elbowroom.core.layer_graph_file import write_pipedream
-from elbowroom.core.pipeline_plan import read_pipeline_plan
-from tests.planning.pipelines import PROFILES, chain, profile
+from elbowroom.plans.pipeline import read_pipeline_plan
+from tests.planning.pipeline.pipelines import PROFILES, chain, profile
 
 
 @pytest.fixture

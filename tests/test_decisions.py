@@ -13,11 +13,10 @@ from elbowroom import api, cli
 from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster
 from elbowroom.core.model import read_model
-from elbowroom.core.plan import Layout, RunPlan
 from elbowroom.core.workload import parse_lengths
 from elbowroom.machine import ENGINE_BYTES
 from elbowroom.planner import PlanSettings, model_facts, plan_job, read_any_plan, run_plan
-from elbowroom.planning.search import (
+from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     MOST_ROWS,
     EngineLimits,
@@ -26,6 +25,7 @@ from elbowroom.planning.search import (
     fill_in,
     replica_limits,
 )
+from elbowroom.plans.pool import Layout, RunPlan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, H200, MODELS
 from tests.tiny_model import CONFIG, write_model

@@ -11,12 +11,12 @@ from tools.make_model import make_model
 
 from elbowroom import api, cli
 from elbowroom.core.errors import InputError
-from elbowroom.core.plan import RunPlan
 from elbowroom.jobs.batch_file import Row
 from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.prompts import prompt_bytes
 from elbowroom.planner import read_run_plan
+from elbowroom.plans.pool import RunPlan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, MODELS
 

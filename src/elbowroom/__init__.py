@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elbowroom.api import iter_batch, run_batch
     from elbowroom.core.cluster import read_cluster
-    from elbowroom.core.pipeline_plan import read_pipeline_plan
     from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.pipeline.worker import StageOptions
-    from elbowroom.planning.pipeline import plan_pipeline
+    from elbowroom.planning.pipeline.plan import plan_pipeline
+    from elbowroom.plans.pipeline import read_pipeline_plan
     from elbowroom.profiling.layers import profile
 
 __all__ = [
@@ -33,10 +33,10 @@ _MODULES = {
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.worker",
     "iter_batch": "elbowroom.api",
-    "plan_pipeline": "elbowroom.planning.pipeline",
+    "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",
     "read_cluster": "elbowroom.core.cluster",
-    "read_pipeline_plan": "elbowroom.core.pipeline_plan",
+    "read_pipeline_plan": "elbowroom.plans.pipeline",
     "run_batch": "elbowroom.api",
 }
 

@@ -21,7 +21,6 @@ from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError, optional
 from elbowroom.core.files import check_writable
 from elbowroom.core.model import ModelFacts, check_runnable
-from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.hub import find_model
@@ -42,8 +41,9 @@ from elbowroom.planner import (
     plan_job,
     run_plan,
 )
-from elbowroom.planning.memory import check_fits, longest_row
-from elbowroom.planning.search import Candidate, engine_limits, replica_limits
+from elbowroom.planning.pool.memory import check_fits, longest_row
+from elbowroom.planning.pool.search import Candidate, engine_limits, replica_limits
+from elbowroom.plans.pool import RunPlan
 from elbowroom.predict import Predictor
 
 PREDICTION_ROWS = 1000

@@ -35,7 +35,6 @@ from elbowroom.core.errors import (
     OutputError,
     optional,
 )
-from elbowroom.core.plan import RunPlan
 from elbowroom.hub import complete, find_model
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
@@ -47,6 +46,7 @@ from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
 from elbowroom.machine import THIS_MACHINE
 from elbowroom.planner import PlanSettings, read_run_plan
+from elbowroom.plans.pool import RunPlan
 from elbowroom.screen import Console
 
 _ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."

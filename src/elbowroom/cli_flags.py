@@ -10,12 +10,12 @@ from typing import TypeVar
 from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES
-from elbowroom.core.plan import FETCH_ORDERS, POOL_MODES
 from elbowroom.core.units import parse_bandwidth, parse_bytes
 from elbowroom.hub import find_model
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.machine import THIS_MACHINE
 from elbowroom.planner import PlanSettings
+from elbowroom.plans.pool import FETCH_ORDERS, POOL_MODES
 
 T = TypeVar("T")
 

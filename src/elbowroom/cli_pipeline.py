@@ -15,7 +15,18 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_atomically
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
-from elbowroom.core.pipeline_plan import (
+from elbowroom.core.trace import write_trace
+from elbowroom.core.units import format_bandwidth, format_bytes
+from elbowroom.machine import THIS_MACHINE, find_cluster, split_cores
+from elbowroom.planning.pipeline.plan import plan_on_levels, plan_pipeline
+from elbowroom.planning.pipeline.prediction import (
+    Prediction,
+    alternatives,
+    fastest,
+    predict,
+    with_prediction,
+)
+from elbowroom.plans.pipeline import (
     OPTIMIZERS,
     OVERLAPS,
     PLANNED_SEMANTICS,
@@ -24,17 +35,6 @@ from elbowroom.core.pipeline_plan import (
     PipelineOptions,
     PipelinePlan,
     Stage,
-)
-from elbowroom.core.trace import write_trace
-from elbowroom.core.units import format_bandwidth, format_bytes
-from elbowroom.machine import THIS_MACHINE, find_cluster, split_cores
-from elbowroom.planning.pipeline import plan_on_levels, plan_pipeline
-from elbowroom.planning.prediction import (
-    Prediction,
-    alternatives,
-    fastest,
-    predict,
-    with_prediction,
 )
 from elbowroom.screen import Console
 

@@ -37,7 +37,7 @@ from elbowroom.planner import (
     run_plan,
     write_run_plan,
 )
-from elbowroom.planning.search import Candidate
+from elbowroom.planning.pool.search import Candidate
 from elbowroom.profiling.machine import measure_machine
 from elbowroom.screen import Console
 from elbowroom.simulation import SimulationSettings, print_simulation, simulate_plan

@@ -12,8 +12,8 @@ from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
 from elbowroom.core.errors import InputError, OutputError
 from elbowroom.core.files import read_json, write_atomically
-from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import GIB
+from elbowroom.plans.pool import RunPlan
 from elbowroom.profiling.machine import (
     ASSUMED_MEMORY_BYTES,
     MEMORY_FRACTION,

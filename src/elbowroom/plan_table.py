@@ -7,7 +7,7 @@ from rich.table import Table
 
 from elbowroom.core.units import format_bytes
 from elbowroom.planner import Planned
-from elbowroom.planning.search import Candidate
+from elbowroom.planning.pool.search import Candidate
 
 _COLUMNS = (
     *("layout", "weights", "slots", "workspace", "KV cache", "KV tokens", "rows"),

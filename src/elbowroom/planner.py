@@ -13,13 +13,6 @@ from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.files import read_json, write_atomically
 from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
-from elbowroom.core.plan import (
-    EngineOptions,
-    FetchOrder,
-    Layout,
-    PoolMode,
-    RunPlan,
-)
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.inputs import BatchInput
@@ -27,8 +20,8 @@ from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
 from elbowroom.planning.cost import Batch, Term
-from elbowroom.planning.memory import check_fits, longest_row
-from elbowroom.planning.search import (
+from elbowroom.planning.pool.memory import check_fits, longest_row
+from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     Candidate,
     Choice,
@@ -40,6 +33,13 @@ from elbowroom.planning.search import (
     pool_times,
     ship_threshold,
     without_idle_cache,
+)
+from elbowroom.plans.pool import (
+    EngineOptions,
+    FetchOrder,
+    Layout,
+    PoolMode,
+    RunPlan,
 )
 from elbowroom.predict import prediction_of
 

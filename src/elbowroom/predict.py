@@ -8,9 +8,9 @@ from functools import cached_property
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
-from elbowroom.core.plan import Layout, MemoryAccount, Prediction
 from elbowroom.core.workload import Workload
-from elbowroom.planning.search import EngineLimits, job_seconds, replica_limits
+from elbowroom.planning.pool.search import EngineLimits, job_seconds, replica_limits
+from elbowroom.plans.pool import Layout, MemoryAccount, Prediction
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,22 @@ from rich.table import Table
 from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
-from elbowroom.core.plan import Layout, PoolShare, RunPlan
 from elbowroom.core.trace import Count, Span
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.machine import THIS_MACHINE, device_cores, find_cluster
 from elbowroom.planner import read_workload
 from elbowroom.planning.cost import Batch, CostModel
-from elbowroom.planning.job import JobOutcome, simulate_job
-from elbowroom.planning.search import (
+from elbowroom.planning.pool.job import JobOutcome, simulate_job
+from elbowroom.planning.pool.search import (
     engine_limits,
     policy_of,
     pool_times,
     replica_limits,
     ship_threshold,
 )
-from elbowroom.planning.simulate import PoolTimeline, iteration_actions, simulate_pool
+from elbowroom.planning.pool.timeline import PoolTimeline, iteration_actions, simulate_pool
+from elbowroom.plans.pool import Layout, PoolShare, RunPlan
 
 _TRACE_ITERATIONS = 3
 

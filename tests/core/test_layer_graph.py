@@ -20,7 +20,7 @@ from elbowroom.core.layer_graph import (
     parse_layer_graph,
 )
 from elbowroom.core.layer_graph_file import parse_pipedream, read_layer_graph, write_pipedream
-from tests.planning.pipelines import PROFILES, profile
+from tests.planning.pipeline.pipelines import PROFILES, profile
 
 LINES = """\
 node1 -- Input0 -- forward_compute_time=17.972, backward_compute_time=0.000, \

@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
-from elbowroom.core.plan import RunPlan
 from elbowroom.core.units import MIB
 from elbowroom.jobs.journal import JournalReader, journal_folder
 from elbowroom.planner import PlanSettings, write_run_plan
+from elbowroom.plans.pool import RunPlan
 from elbowroom.pool.run_dir import default_root
 from tests.jobs.plans import plan_here
 

@@ -7,8 +7,8 @@ import importlib.metadata
 import pytest
 
 from elbowroom.core.errors import PoolError
-from elbowroom.core.plan import PoolShare
 from elbowroom.engine.vllm_seam import plugin
+from elbowroom.plans.pool import PoolShare
 
 pytestmark = pytest.mark.vllm
 

@@ -13,10 +13,10 @@ import pytest
 from tools.make_model import ARCHITECTURES, make_model
 
 from elbowroom.core.model import read_model
-from elbowroom.core.plan import PoolShare
 from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
-from elbowroom.planning.pool import SHIP_ROWS, plan_shares
+from elbowroom.planning.pool.shares import SHIP_ROWS, plan_shares
+from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.run_dir import run_directory
 
 pytestmark = pytest.mark.vllm

@@ -16,7 +16,7 @@ import torch
 from bench.blocks import Block, PackedLinear, Shape
 from bench.pool_group import ALWAYS, finish, kernel, open_store
 
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.pool.pool import Pool
 
 SHAPE = Shape(512, 1024, 8, 4, 64, 32)

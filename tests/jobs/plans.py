@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elbowroom.core.plan import EngineOptions, MemoryAccount, PoolMode, RunPlan
 from elbowroom.core.workload import parse_lengths
 from elbowroom.planner import PlanSettings, check_possible, model_facts, plan_job, run_plan
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool.shares import plan_shares
+from elbowroom.plans.pool import EngineOptions, MemoryAccount, PoolMode, RunPlan
 
 
 def make_plan(num_replicas: int = 1, mode: PoolMode = "mapped", max_num_seqs: int = 8) -> RunPlan:

@@ -11,9 +11,16 @@ import pytest
 from rich.console import Console
 
 from elbowroom.core.errors import OutputError
-from elbowroom.core.plan import EngineOptions, Layout, MemoryAccount, PoolShare, Prediction, RunPlan
 from elbowroom.core.units import GIB, MIB
 from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
+from elbowroom.plans.pool import (
+    EngineOptions,
+    Layout,
+    MemoryAccount,
+    PoolShare,
+    Prediction,
+    RunPlan,
+)
 from elbowroom.pool.stats import PoolStats
 
 PLAN = RunPlan(

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed
 
-from elbowroom.core.pipe import Pipe
 from elbowroom.pipeline.worker import StageOptions, StageWorker
+from elbowroom.plans.pipeline_shape import Pipe
 from tests.pipeline.cases import (
     Case,
     loss_of,

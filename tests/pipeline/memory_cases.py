@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.core.pipeline_plan import Optimizer
 from elbowroom.pipeline.versions import Semantics
+from elbowroom.plans.pipeline import Optimizer
 from tests.pipeline.models import Block
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.core.pipeline_plan import (
+from elbowroom.plans.pipeline import (
     DataParallel,
     Level,
     LevelTraffic,

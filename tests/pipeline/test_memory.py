@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.core.pipeline_plan import Level, PipelineOptions, PipelinePlan
-from elbowroom.planning.pipeline import plan_on_levels
-from elbowroom.planning.schedule import plan_schedule
-from elbowroom.planning.simulate_pipeline import simulate_plan
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.planning.pipeline.schedule import plan_schedule
+from elbowroom.planning.pipeline.timeline import simulate_plan
+from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.profiling.layers import SweepLimits, profile
 from tests.pipeline.members import run_together
 from tests.pipeline.memory_cases import MODELS, Case

@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.pipe import Pipe
-from elbowroom.core.pipeline_action import Backward, Forward, Schedule
-from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.pipeline.worker import StageOptions
-from elbowroom.planning.cuts import find_cuts
-from elbowroom.planning.schedule import plan_schedule
-from elbowroom.planning.stage_cost import StageCost
-from elbowroom.planning.weight_versions import VersionRule, forward_versions
+from elbowroom.planning.pipeline.cuts import find_cuts
+from elbowroom.planning.pipeline.schedule import plan_schedule
+from elbowroom.planning.pipeline.stage_cost import StageCost
+from elbowroom.planning.pipeline.weight_versions import VersionRule, forward_versions
+from elbowroom.plans.pipeline import Level, PipelineOptions
+from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule
+from elbowroom.plans.pipeline_shape import Pipe
 from tests.pipeline.cases import BATCH, WIDTH, Case, make_stages
 from tests.pipeline.members import Members
 from tests.pipeline.serial import Trained, train, train_flushed
-from tests.planning.pipelines import chain
+from tests.planning.pipeline.pipelines import chain
 
 STRAIGHT = [(1, 1), (1, 1, 1), (1, 1, 1, 1)]
 REPLICATED = [(2, 1), (1, 2), (2, 2), (3, 1), (3, 2), (2, 1, 1)]

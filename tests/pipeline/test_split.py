@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional
 
 from elbowroom.core.errors import InputError, SplitError
-from elbowroom.core.pipeline_plan import Level, PipelineOptions
 from elbowroom.pipeline.split import split
-from elbowroom.planning.pipeline import plan_on_levels
+from elbowroom.planning.pipeline.plan import plan_on_levels
+from elbowroom.plans.pipeline import Level, PipelineOptions
 from elbowroom.profiling.layers import profile
 from elbowroom.training.layers import trace_model
 from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm

@@ -20,8 +20,8 @@ from torch import distributed
 
 import elbowroom
 from elbowroom import cli
-from elbowroom.core.pipeline_plan import PipelineOptions
 from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.plans.pipeline import PipelineOptions
 from elbowroom.training.script import load_script
 
 SCRIPT = """

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelError
-from elbowroom.core.plan import FetchOrder, PoolMode, PoolShare
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool.shares import plan_shares
+from elbowroom.plans.pool import FetchOrder, PoolMode, PoolShare
 from elbowroom.pool.ffn import find_ffn
 from elbowroom.pool.housekeeper import Housekeeper
 from elbowroom.pool.pool import Pool

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elbowroom.core.action import Fetch
+from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot
 from elbowroom.pool.streamer import DeviceStreamer
 

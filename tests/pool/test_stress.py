@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from elbowroom.planning.pool import plan_shares
+from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from tests.pool.hf import blocks_of, make_model

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from elbowroom.core import host
 from elbowroom.core.errors import ElbowroomError
-from elbowroom.core.plan import RunPlan
 from elbowroom.engine.process import tie_children
 from elbowroom.engine.wire import Channel, Message
+from elbowroom.plans.pool import RunPlan
 
 if TYPE_CHECKING:
     from elbowroom.engine.vllm_seam.server import Engine

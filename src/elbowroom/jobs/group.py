@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from elbowroom.core.plan import RunPlan
 from elbowroom.engine.launch import (
     REPLICA_COMMAND,
     ReplicaProcess,
@@ -19,6 +18,7 @@ from elbowroom.engine.launch import (
     start_replica,
 )
 from elbowroom.engine.wire import Message
+from elbowroom.plans.pool import RunPlan
 
 _LOG_TAIL_LINES = 15
 _GRACE_SECONDS = 3.0  # for a replica to end after each step of ending it

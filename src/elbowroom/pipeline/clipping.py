@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import distributed
 
-from elbowroom.core.pipe import Pipe
+from elbowroom.plans.pipeline_shape import Pipe
 
 _MARGIN = 1e-6
 """Added to norms before they divide, as ``torch.nn.utils.clip_grad_norm_`` does."""

@@ -11,10 +11,10 @@ import torch
 from torch import distributed
 from torch.utils import _pytree as pytree
 
-from elbowroom.core.pace import steady_seconds
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.pipeline import Pipeline
+from elbowroom.plans.pipeline_pace import steady_seconds
 
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import Counter
 
 from elbowroom.core.errors import SplitError
-from elbowroom.core.pipeline_plan import PipelinePlan
+from elbowroom.plans.pipeline import PipelinePlan
 from elbowroom.training.stage import Part, Stage, build_stage, layer_value
 from elbowroom.training.traced import TracedModel
 

@@ -22,11 +22,11 @@ from torch import nn
 from torch.func import functional_call
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.pipe import BUCKET_BYTES, Pipe
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
 from elbowroom.pipeline.links import Link, Message
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
+from elbowroom.plans.pipeline_shape import BUCKET_BYTES, Pipe
 
 Tensors = tuple[torch.Tensor, ...]
 LossFunction = Callable[[Any, Any], torch.Tensor]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from elbowroom.core.action import Fetch
+from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot, Slots
 
 STREAM_TIMEOUT_SECONDS = 60.0

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelError
-from elbowroom.core.plan import PoolShare
+from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.choice import Chooser
 from elbowroom.pool.ffn import Ffn, find_ffn
 from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS, Housekeeper

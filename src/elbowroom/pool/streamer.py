@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from elbowroom.core.action import Fetch
+from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot, SlotState, check_slots
 
 

@@ -16,8 +16,8 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
-from elbowroom.core.plan import RunPlan
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
+from elbowroom.plans.pool import RunPlan
 
 try:  # vLLM 0.31 and newer
     from vllm.entrypoints.launchers.cli_args import make_arg_parser

@@ -19,9 +19,9 @@ from vllm.platforms import current_platform
 
 from elbowroom.core import host
 from elbowroom.core.errors import PoolError, UnsupportedModelError
-from elbowroom.core.plan import PoolShare
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
+from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.pool import Pool, TensorParallel
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.shipping import Forward

@@ -1,0 +1,1 @@
+"""Decisions about training pipelines: cuts, stages, schedules, and what they will take."""

@@ -1,0 +1,345 @@
+"""Where a graph of layers can be cut into stages.
+
+A cut is what lies before it: a set of layers that holds with each layer all that it reads (an
+antichain, as PipeDream's authors have it, and its predecessors). Stages are what lies between one
+cut and a later one that holds it. A chain of n layers has n + 1 cuts; branches multiply.
+
+- What crosses a cut is each output that a layer behind it reads, once, however many read it there.
+  A tensor that skips stages crosses every cut on its way, and is passed on from stage to stage.
+- No cut lies between layers that share weights.
+- Inputs (sources described as "Input..."), and layers that cost nothing and read nothing but
+  inputs, lie in the first stage. They take no time and cross no cut: loading overlaps with
+  training, and each stage can load what it reads. Nor do the authors give the planner a choice.
+- A free layer that reads one layer and is read by none (an unused element of a tuple, a view of the
+  result) goes with the layer that it reads, and its output is not kept.
+
+The last two keep such layers from multiplying the cuts. They change neither time nor bytes of the
+best plan: a stage of nothing but free layers is an idle worker, which is asked for by name.
+
+Where there are more than ``max_cuts``, some are looked at, in bounded time: layers are added one by
+one, the cheapest crossings first, and of equally many layers only so many cuts are kept, at least
+one; of graphs with more layers than ``max_cuts`` the cheapest cut of each window is. A plan made of
+these cuts is a plan of the graph, its numbers are the graph's own, and the one chosen is the best
+of all that are made of them. A better one may need a cut that was left out: ``is_exact`` tells when
+there are such.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import islice
+from operator import or_
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.layer_graph import LayerGraph
+from elbowroom.planning.pipeline.cut_memory import CutNeeds, PieceNeeds, find_needs
+
+_MOST_CANDIDATES = 32
+"""Layers that are tried as the next one, where not all cuts are looked at."""
+
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Pieces(NamedTuple):
+    """What the planner moves: a layer with the idle outputs that go with it.
+
+    Masks have a bit for each piece, in the graph's order: what a piece reads, and who reads it.
+    Those of ``tied``, each of pieces that share weights, have one more, of the inputs.
+    """
+
+    layers: tuple[tuple[int, ...], ...]
+    inputs: tuple[int, ...]
+    sources: tuple[int, ...]
+    readers: tuple[int, ...]
+    activation_bytes: tuple[int, ...]
+    tied: tuple[int, ...]
+
+    def keeps_tied(self, mask: int) -> bool:
+        """A cut with these pieces before it lies between none that share weights."""
+        inside = mask | 1 << len(self.layers) if mask else 0
+        return all(inside & group in (0, group) for group in self.tied)
+
+
+@dataclass(frozen=True, eq=False)
+class Cuts:
+    """Cuts by the number of layers before them, then the earliest layers; the last holds all.
+
+    Of what lies before each cut, arrays of [num_cuts]: ``seconds`` of forward and backward,
+    ``parameter_bytes``, and ``output_bytes``, which a minibatch in flight keeps.
+    ``crossing_bytes`` cross the cut, and ``returned_bytes`` of gradients come back. ``holds`` is
+    bool [num_cuts, num_cuts]: [i, j] says that j holds i and more, so that a stage may lie between.
+    ``needs`` of memory are there where they were asked for.
+    """
+
+    graph: LayerGraph
+    pieces: Pieces
+    masks: tuple[int, ...]
+    seconds: Floats
+    parameter_bytes: Integers
+    output_bytes: Integers
+    crossing_bytes: Integers
+    returned_bytes: Integers
+    holds: NDArray[np.bool_]
+    is_exact: bool
+    needs: CutNeeds | None = None
+
+    @property
+    def num_cuts(self) -> int:
+        return len(self.masks)
+
+    def members(self, index: int) -> frozenset[int]:
+        """Indices of the layers before a cut."""
+        mask = self.masks[index]
+        inside = (layer for position in _bits(mask) for layer in self.pieces.layers[position])
+        return frozenset((*self.pieces.inputs, *inside)) if mask else frozenset()
+
+    def spread(self, most: int) -> Cuts:
+        """At most so many of these cuts (at least 2), cheap ones all along the graph."""
+        return self.only(_cheapest(self.crossing_bytes, most))
+
+    def only(self, indices: Integers) -> Cuts:
+        """Some of these cuts, in their order. That they are fewer is not held against them."""
+        return replace(
+            self,
+            masks=tuple(self.masks[index] for index in indices),
+            seconds=self.seconds[indices],
+            parameter_bytes=self.parameter_bytes[indices],
+            output_bytes=self.output_bytes[indices],
+            crossing_bytes=self.crossing_bytes[indices],
+            returned_bytes=self.returned_bytes[indices],
+            needs=self.needs and self.needs.only(indices),
+            holds=self.holds[np.ix_(indices, indices)],
+        )
+
+    def layers_between(self, start: int, stop: int) -> tuple[str, ...]:
+        """Names of the layers of a stage, each after those that it reads."""
+        inside = self.members(stop) - self.members(start)
+        return tuple(self.graph.layers[i].name for i in self.graph.order if i in inside)
+
+
+class _Cut(NamedTuple):
+    crossing_bytes: int
+    mask: int
+    ready: int
+    """Pieces that could be added."""
+
+    crossing: int = 0
+    """Pieces whose output crosses it."""
+
+
+class _Step(NamedTuple):
+    """From a cut to one with one more piece; the first two say which is cheaper."""
+
+    crossing_bytes: int
+    mask: int
+    cut: _Cut
+    position: int
+
+
+def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cuts:
+    """All cuts, or at most ``max_cuts`` (at least 2) of them; ``with_needs`` of memory.
+
+    Raises InputError for a graph in which nothing costs anything.
+    """
+    pieces = _find_pieces(graph)
+    cuts = _all_cuts(pieces, max_cuts)
+    is_exact = cuts is not None
+    if cuts is None:
+        width = max(1, (max_cuts - 1) // len(pieces.layers))
+        cuts = _some_cuts(pieces, width, max_cuts)
+    measured = _measure(graph, pieces, cuts, is_exact, with_needs)
+    if not graph.tied:
+        return measured
+    # Left out only now: memory is the most over all orders of layers, whatever may be cut.
+    kept = np.fromiter((pieces.keeps_tied(mask) for mask in measured.masks), bool)
+    return measured.only(np.flatnonzero(kept))
+
+
+def _find_pieces(graph: LayerGraph) -> Pieces:
+    inputs = find_inputs(graph)
+    owners = _find_owners(graph, inputs)
+    kept = [i for i in graph.order if i not in inputs and owners[i] == i]
+    if not kept:
+        raise InputError("no layer takes time or memory: profile the model again")
+    bit = {layer: 1 << position for position, layer in enumerate(kept)}
+    members: dict[int, list[int]] = {layer: [] for layer in kept}
+    for layer in graph.order:
+        if owners[layer] in members:
+            members[owners[layer]].append(layer)
+    inputs_bit = 1 << len(kept)
+    groups = ({owners[graph.index[name]] for name in names} for names in graph.tied)
+    return Pieces(
+        layers=tuple(tuple(members[layer]) for layer in kept),
+        inputs=tuple(i for i in graph.order if owners[i] in inputs),
+        sources=tuple(sum(bit.get(s, 0) for s in graph.sources[layer]) for layer in kept),
+        readers=tuple(sum(bit.get(r, 0) for r in graph.readers[layer]) for layer in kept),
+        activation_bytes=tuple(graph.layers[layer].activation_bytes for layer in kept),
+        tied=tuple(reduce(or_, (bit.get(one, inputs_bit) for one in group), 0) for group in groups),
+    )
+
+
+def find_inputs(graph: LayerGraph) -> set[int]:
+    """Indices of layers that take no time wherever they are, and whose outputs cross no cut."""
+    inputs: set[int] = set()
+    for index in graph.order:
+        layer, sources = graph.layers[index], graph.sources[index]
+        is_input = not sources and layer.description.startswith("Input")
+        costs_nothing = layer.is_free and not layer.activation_bytes
+        if is_input or (costs_nothing and inputs.issuperset(sources)):
+            inputs.add(index)
+    return inputs
+
+
+def _find_owners(graph: LayerGraph, inputs: set[int]) -> list[int]:
+    """owners[i] is the layer that layer i goes with: itself, unless its output is idle."""
+    is_idle = [False] * len(graph.layers)
+    for index in reversed(graph.order):
+        is_read = any(not is_idle[reader] for reader in graph.readers[index])
+        one_source = len(graph.sources[index]) == 1
+        is_idle[index] = graph.layers[index].is_free and one_source and not is_read
+    owners = list(range(len(graph.layers)))
+    for index in graph.order:
+        if is_idle[index] and index not in inputs:
+            owners[index] = owners[graph.sources[index][0]]
+    return owners
+
+
+def _all_cuts(pieces: Pieces, max_cuts: int) -> list[_Cut] | None:
+    """All cuts by size; None if there are more than ``max_cuts``."""
+    found, sizes = 1, [{0: _first(pieces)}]
+    for _ in pieces.layers:
+        larger: dict[int, _Cut] = {}
+        for cut in sizes[-1].values():
+            for position in _bits(cut.ready):
+                mask = cut.mask | 1 << position
+                if mask not in larger:
+                    larger[mask] = _extended(pieces, cut, position)
+                    if found + len(larger) > max_cuts:
+                        return None
+        found += len(larger)
+        sizes.append(larger)
+    return [cuts[mask] for cuts in sizes for mask in sorted(cuts)]
+
+
+def _some_cuts(pieces: Pieces, width: int, max_cuts: int) -> list[_Cut]:
+    """At most ``width`` cuts of each size, those that the fewest bytes cross."""
+    kept, sizes = [_first(pieces)], [[_first(pieces)]]
+    for _ in pieces.layers:
+        larger: dict[int, _Step] = {}
+        for cut in kept:
+            for position in islice(_bits(cut.ready), _MOST_CANDIDATES):
+                mask = cut.mask | 1 << position
+                if mask not in larger:
+                    larger[mask] = _Step(_crossing_with(pieces, cut, position), mask, cut, position)
+        cheapest = heapq.nsmallest(
+            width, larger.values(), key=lambda step: (not pieces.keeps_tied(step.mask), step)
+        )
+        kept = [_extended(pieces, step.cut, step.position) for step in cheapest]
+        sizes.append([cut for cut in kept if pieces.keeps_tied(cut.mask)])
+    cuts = [cut for size in sizes for cut in sorted(size, key=lambda cut: cut.mask)]
+    spread = _cheapest(np.array([cut.crossing_bytes for cut in cuts]), max_cuts)
+    return [cuts[index] for index in spread]
+
+
+def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
+    """Indices of at most so many cuts: the ends, and of each of equal windows the cheapest."""
+    size = len(crossing_bytes)
+    if size <= most:
+        return np.arange(size)
+    bounds = np.linspace(1, size - 1, most - 1).astype(int)
+    starts, ends = bounds[:-1], bounds[1:]
+    pairs = zip(starts[starts < ends], ends[starts < ends], strict=True)
+    inner = [low + int(crossing_bytes[low:high].argmin()) for low, high in pairs]
+    return np.array([0, *inner, size - 1])
+
+
+def _first(pieces: Pieces) -> _Cut:
+    ready = sum(1 << position for position, sources in enumerate(pieces.sources) if not sources)
+    return _Cut(0, 0, ready)
+
+
+def _extended(pieces: Pieces, cut: _Cut, position: int) -> _Cut:
+    """The cut with one more piece before it."""
+    mask = cut.mask | 1 << position
+    readers = pieces.readers[position]
+    ready = cut.ready & ~(1 << position)
+    for reader in _bits(readers):
+        if not pieces.sources[reader] & ~mask:
+            ready |= 1 << reader
+    crossing = cut.crossing | 1 << position if readers else cut.crossing
+    for source in _bits(pieces.sources[position]):
+        if not pieces.readers[source] & ~mask:
+            crossing &= ~(1 << source)
+    return _Cut(_crossing_with(pieces, cut, position), mask, ready, crossing)
+
+
+def _crossing_with(pieces: Pieces, cut: _Cut, position: int) -> int:
+    """Bytes that cross the cut with one more piece before it."""
+    mask = cut.mask | 1 << position
+    crossing = cut.crossing_bytes
+    crossing += pieces.activation_bytes[position] if pieces.readers[position] else 0
+    for source in _bits(pieces.sources[position]):
+        if not pieces.readers[source] & ~mask:
+            crossing -= pieces.activation_bytes[source]
+    return crossing
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """Positions of the ones, the lowest first."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+def _measure(
+    graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool, with_needs: bool
+) -> Cuts:
+    num_pieces = len(pieces.layers)
+    width = (num_pieces + 7) // 8
+    rows = np.frombuffer(b"".join(cut.mask.to_bytes(width, "little") for cut in cuts), np.uint8)
+    inside = np.unpackbits(rows.reshape(-1, width), axis=1, count=num_pieces, bitorder="little")
+    first = [graph.layers[layers[0]] for layers in pieces.layers]
+    activations = np.array(pieces.activation_bytes, np.int64)
+    crossings = [cut.crossing for cut in cuts]
+    returned = [layer.returned_bytes for layer in first]
+    is_open = np.array([cut.mask != 0 for cut in cuts])
+    # A piece is missing from a cut that does not hold the other: counts below 2^24 are exact.
+    present = inside.astype(np.float32)
+    holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
+    whole = inside.astype(np.int64)
+    needs = None
+    if with_needs:
+        of_pieces = [PieceNeeds(layer.needs, layer.parameter_bytes) for layer in first]
+        loose = _crossing_sums(crossings, [layer.needs.loose_bytes for layer in first])
+        needs = find_needs(of_pieces, whole, holds, loose, _input_bytes(graph, pieces))
+    return Cuts(
+        graph=graph,
+        pieces=pieces,
+        masks=tuple(cut.mask for cut in cuts),
+        seconds=whole @ np.array([layer.seconds for layer in first]),
+        parameter_bytes=whole @ np.array([layer.parameter_bytes for layer in first], np.int64),
+        output_bytes=whole @ activations + is_open * _input_bytes(graph, pieces),
+        crossing_bytes=np.array([cut.crossing_bytes for cut in cuts], np.int64),
+        returned_bytes=_crossing_sums(crossings, returned),
+        holds=holds,
+        is_exact=is_exact,
+        needs=needs,
+    )
+
+
+def _crossing_sums(crossings: list[int], sizes: list[int]) -> Integers:
+    """[num_cuts]: sums over the pieces whose outputs cross each cut."""
+    return np.array([sum(sizes[p] for p in _bits(crossing)) for crossing in crossings], np.int64)
+
+
+def _input_bytes(graph: LayerGraph, pieces: Pieces) -> int:
+    return sum(graph.layers[index].activation_bytes for index in pieces.inputs)

@@ -1,0 +1,148 @@
+"""What a stage of a pipeline takes, moves and keeps: the terms that plans are compared by.
+
+Papers: arXiv 1806.03377 section 3.2, SOSP 2019 section 3.1. A stage of layers i..j on m units
+takes, per minibatch,
+
+    T(i..j, m) = max( U(i..j), c (m-1)/m w(i..j) / B ) / m        or the sum of the two,
+
+U being the seconds of one unit: forward and backward of all layers on one worker at the lowest
+level, and the best pipeline on all units of the level below at the others. Between two stages
+2 a / B passes, activations one way and gradients back, undivided however often the stages are
+replicated. B is the bandwidth of the level; latencies are left out. (The authors' results would
+come out as well if a transfer were shared out among the replicas that receive it, but not among
+those that send it; undivided is what the papers write.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+import numpy as np
+
+from elbowroom.planning.pipeline.cuts import Cuts, Floats, Integers
+from elbowroom.plans.pipeline import Level, Optimizer, PipelineOptions
+from elbowroom.plans.pipeline_shape import BUCKET_BYTES
+
+Counts = TypeVar("Counts", int, Integers)
+
+_STATES: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adamw": 2}
+"""Bytes of an optimizer's state for each byte of weights."""
+
+_OF_LARGEST: dict[Optimizer, int] = {"sgd": 0, "momentum": 0, "adamw": 2}
+"""Copies of a weight that a step makes for a while, one weight after the other.
+
+So torch.optim (2.13) does on a CPU. On CUDA it takes all weights at once (foreach): more."""
+
+
+@dataclass(frozen=True, eq=False)
+class StageCost:
+    """Of stages between cuts, on levels of which the lowest is first."""
+
+    cuts: Cuts
+    levels: tuple[Level, ...]
+    options: PipelineOptions
+
+    def transfer_seconds(self, level: int) -> Floats:
+        """[num_cuts]: activations over each cut, and gradients back."""
+        return self.transfer_bytes.astype(np.float64) / self.levels[level].bandwidth
+
+    @property
+    def transfer_bytes(self) -> Integers:
+        """[num_cuts]: what that moves. Integers have no gradients, and count one way."""
+        return self.cuts.crossing_bytes + self.cuts.returned_bytes
+
+    def sync_bytes(self, num_units: int, parameter_bytes: Integers) -> Integers:
+        """Moved per minibatch so that units agree on so many bytes of weights, rounded down."""
+        moved: Integers = self.options.sync_factor * (num_units - 1) * parameter_bytes // num_units
+        return moved
+
+    def replicated(
+        self, level: int, unit_seconds: Floats, num_units: int, parameter_bytes: Integers
+    ) -> Floats:
+        """T(i..j, m): seconds per minibatch on ``num_units`` units that agree on weights."""
+        factor = self.options.sync_factor * (num_units - 1) / num_units
+        sync = factor * parameter_bytes / self.levels[level].bandwidth
+        joined = unit_seconds + sync
+        if self.options.overlap == "max":
+            joined = np.maximum(unit_seconds, sync)
+        shared: Floats = joined / num_units
+        return shared
+
+    def minibatch_bytes(self, start: int, stops: slice | int) -> Integers:
+        """For each minibatch in flight: a version of the weights, and what it keeps."""
+        return self._weights(start, stops) + self._kept(start, stops)
+
+    def fixed_bytes(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> Integers:
+        """What a worker holds once: what is live beside ``minibatch_bytes`` when most is.
+
+        The weights that are updated, where minibatches use predicted ones; optimizer state; of the
+        minibatch that is worked on, what its pass takes, or the update after it, instead of what it
+        keeps; messages: ``depth`` activations and as many gradients that come ahead of time, a
+        gradient that is read, and ``depth`` on their way out. Replicas have gradients in buckets as
+        well, and room to receive one. Without an optimizer the first alone counts, as in the
+        papers.
+        """
+        cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
+        weights = self._weights(start, stops)
+        updated = weights * ((self.options.semantics == "predict") & np.greater(in_flight, 1))
+        if needs is None or optimizer is None:
+            return updated
+        kept_before = needs.kept_bytes[start]
+        at_end = needs.loose_bytes[stops]
+        is_replicated = num_units > 1 or len(self.levels) > 1
+        largest = needs.largest_bytes[start, stops]
+        step = _OF_LARGEST[optimizer] * largest
+        passing = needs.forward_bytes[start, stops] - kept_before
+        returning = needs.backward_bytes[start, stops] + cuts.parameter_bytes[stops] - kept_before
+        updating = np.maximum(weights, step) if is_replicated else weights + step
+        bucket = np.minimum(weights, np.maximum(BUCKET_BYTES, largest))
+        most = np.maximum(np.maximum(passing, returning + at_end), updating)
+        fixed: Integers = (
+            updated
+            + _STATES[optimizer] * weights
+            + (cuts.crossing_bytes[start] + most - self._kept(start, stops))
+            + is_replicated * (weights + bucket)
+            + self.options.depth * (cuts.crossing_bytes[start] + cuts.returned_bytes[start])
+            + (self.options.depth + 1) * cuts.returned_bytes[stops]
+        )
+        return fixed
+
+    def memory_bytes(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> Integers:
+        """Of a worker of a stage on ``num_units`` units, with so many minibatches in flight."""
+        held: Integers = in_flight * self.minibatch_bytes(start, stops)
+        return held + self.fixed_bytes(start, stops, in_flight, num_units)
+
+    def _weights(self, start: int, stops: slice | int) -> Integers:
+        weights: Integers = self.cuts.parameter_bytes[stops] - self.cuts.parameter_bytes[start]
+        return weights
+
+    def _kept(self, start: int, stops: slice | int) -> Integers:
+        """By one minibatch: what is received, and what layers keep; without facts, outputs."""
+        cuts, needs = self.cuts, self.cuts.needs
+        if needs is None:
+            made: Integers = cuts.output_bytes[stops] - cuts.output_bytes[start]
+        else:
+            made = needs.kept_bytes[stops] - needs.kept_bytes[start] + needs.loose_bytes[stops]
+        kept: Integers = made + cuts.crossing_bytes[start]
+        return kept
+
+    def in_flight(self, unit_behind: Counts) -> Counts:
+        """Minibatches that a worker keeps, with so many behind it: see ``Pipe.warmup_forwards``."""
+        return 1 + self.options.depth * unit_behind
+
+    def unit_behind(self, level: int, behind: int, num_units: int, units_behind: int) -> int:
+        """Workers behind each unit of a group that has ``units_behind`` units behind it.
+
+        ``behind`` are those behind the group's component. Both are shared out among the copies that
+        take turns with minibatches, and rounded up: a worker of a stage keeps ``depth`` minibatches
+        in flight for each that is then behind it, and one of its own. To round up at each level
+        is to round up once: ceil((x + n) / m) is ceil((ceil(x) + n) / m) for whole n and m.
+        """
+        unit_workers = prod(below.num_units for below in self.levels[:level])
+        return -(-(behind + units_behind * unit_workers) // num_units)

@@ -1,0 +1,1 @@
+"""Decisions about the weight pool: memory, layers and their owners, modes, layouts, jobs."""

@@ -1,0 +1,113 @@
+"""The memory account: where the bytes of one replica go, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.model import ModelFacts
+from elbowroom.core.units import format_bytes
+from elbowroom.plans.pool import MemoryAccount, PoolShare
+
+BLOCK_TOKENS = 32
+"""Tokens of one KV block: small, so that a row wastes little, and what vLLM's CPU kernels want."""
+
+MIN_KV_BLOCKS = 2
+"""vLLM keeps block 0 for itself: one more is the least that can hold a token."""
+
+
+def account_memory(
+    model: ModelFacts,
+    shares: Sequence[PoolShare],
+    memory_bytes: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    tensor_parallel: int = 1,
+    activation_bytes: int | None = None,
+) -> MemoryAccount:
+    """The account of one device of the replica with the most weights; the rest is KV cache.
+
+    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace,
+    and less what is needed to ship, which counts as slots
+    (SiDP, section 3, with t devices per replica and d replicas that share a pool).
+
+    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known.
+    Never raises: ``kv_bytes`` may be negative, see ``check_fits``.
+    """
+    ffn_bytes = model.ffn_bytes()
+    owned = -(-max(_owned_bytes(share, ffn_bytes) for share in shares) // tensor_parallel)
+    slots = max(share.num_slots for share in shares) * -(-max(ffn_bytes) // tensor_parallel)
+    slots += max(_ship_bytes(model, share, tensor_parallel) for share in shares)
+    replicated = -(-model.replicated_bytes() // tensor_parallel)
+    workspace = activation_bytes
+    if workspace is None:
+        workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs, tensor_parallel)
+    return MemoryAccount(
+        memory_bytes=memory_bytes,
+        replicated_bytes=replicated,
+        ffn_bytes=owned,
+        slot_bytes=slots,
+        workspace_bytes=workspace,
+        kv_bytes=memory_bytes - replicated - owned - slots - workspace,
+        kv_bytes_per_token=model.kv_bytes_per_token(tensor_parallel),
+        block_tokens=BLOCK_TOKENS,
+    )
+
+
+def workspace_bytes(
+    model: ModelFacts, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
+) -> int:
+    """Activations of the largest iteration: two layer inputs, the widest layer, the logits.
+
+    Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which
+    is its widest.
+    """
+    hidden = 3 * model.hidden_size  # layer input, residual, output
+    widest = 3 * model.intermediate_size // tensor_parallel  # gate, up, their product
+    tokens = max_num_batched_tokens * (hidden + widest) * model.dtype_bytes()
+    return tokens + logits_bytes(model, max_num_seqs)
+
+
+def logits_bytes(model: ModelFacts, num_rows: int) -> int:
+    """In float32, and one copy of them."""
+    return 2 * num_rows * model.vocab_size * 4
+
+
+def longest_row(model: ModelFacts, account: MemoryAccount) -> int:
+    """Tokens of the longest row that the model and the cache can hold; at least 1."""
+    return max(1, min(model.max_position_embeddings, account.num_kv_tokens - BLOCK_TOKENS))
+
+
+def check_fits(account: MemoryAccount, max_model_len: int) -> None:
+    """Raise MemoryPlanError, with the numbers and what to change, if no row can run."""
+    row_blocks = -(-max_model_len // account.block_tokens) + 1
+    least = max(MIN_KV_BLOCKS, row_blocks) * account.block_tokens * account.kv_bytes_per_token
+    if account.kv_bytes >= least:
+        return
+    fixed = account.memory_bytes - account.kv_bytes
+    raise MemoryPlanError(
+        f"one replica needs {format_bytes(fixed)} before its KV cache (weights "
+        f"{format_bytes(account.weight_bytes)}, slots {format_bytes(account.slot_bytes)}, "
+        f"workspace {format_bytes(account.workspace_bytes)}) and {format_bytes(least)} for one row "
+        f"of {max_model_len} tokens; --memory gives {format_bytes(account.memory_bytes)}. "
+        f"Give --memory at least {format_bytes(fixed + least)}, or lower --max-model-len, "
+        f"--max-num-batched-tokens or --max-num-seqs, or use more --replicas with a pool"
+    )
+
+
+def _ship_bytes(model: ModelFacts, share: PoolShare, tensor_parallel: int) -> int:
+    """Mailboxes for each peer, rows joined from all, and what the owner computes on them.
+
+    A mailbox holds rows in and out, and counts for the borrower; the widest layer has gate, up and
+    their product at once.
+    """
+    peers = share.num_ranks - 1
+    rows = peers * share.ship_bytes // (model.hidden_size * model.dtype_bytes())
+    widest = 3 * model.intermediate_size // tensor_parallel * model.dtype_bytes()
+    return 2 * peers * share.ship_bytes + share.num_ranks * share.ship_bytes + rows * widest
+
+
+def _owned_bytes(share: PoolShare, ffn_bytes: Sequence[int]) -> int:
+    return sum(
+        size for owner, size in zip(share.owners, ffn_bytes, strict=True) if owner == share.rank
+    )

@@ -1,0 +1,431 @@
+"""Enumerates layouts, times each on the job, and says which to take and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.model import ModelFacts
+from elbowroom.core.units import format_bytes
+from elbowroom.core.workload import Workload
+from elbowroom.planning.cost import CostModel
+from elbowroom.planning.pool.job import Policy, ReplicaLimits, simulate_job
+from elbowroom.planning.pool.memory import account_memory, logits_bytes
+from elbowroom.planning.pool.modes import PoolTimes
+from elbowroom.planning.pool.shares import SHIP_ROWS, plan_shares
+from elbowroom.plans.pool import EngineOptions, FetchOrder, Layout, MemoryAccount, PoolShare
+
+SAMPLE_ROWS_PER_REPLICA = 300
+"""Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
+
+_COARSE, _FINE = 2, 8
+_NUM_FINE, _MOST_REPLICAS = 2, 16
+"""Times that a sample fills the replicas: for all layouts, then for the best of them.
+
+Of more replicas than ``_MOST_REPLICAS``, one group stands for all also in a short job.
+"""
+
+USUAL_ROWS, USUAL_TOKENS = 256, 2048
+"""Rows at once and tokens of one iteration where nothing is known of the job."""
+
+MOST_ROWS, LEAST_TOKENS = 1024, 256
+"""Bounds of what is chosen: vLLM's own for its largest devices, and prompts in small parts."""
+
+_TIE = 0.01
+"""Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What an engine is told, of what matters to a plan. None leaves a choice to the planner.
+
+    ``activation_bytes`` None is derived. ``max_model_len`` is the longest row answered, None is
+    what the model and the cache can hold.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    activation_bytes: int | None = None
+    max_model_len: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.max_num_seqs or USUAL_ROWS
+
+    @property
+    def num_tokens(self) -> int:
+        """Of one iteration: vLLM wants room for a token of every row."""
+        return self.max_num_batched_tokens or max(USUAL_TOKENS, self.num_rows)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout with its account and its predicted job, or what each device lacks for it.
+
+    ``engine`` leaves nothing open. ``cluster`` is where the layout lies.
+    """
+
+    layout: Layout
+    account: MemoryAccount
+    engine: EngineLimits
+    cluster: Cluster
+    rows_at_once: int = 0
+    seconds: float = float("inf")
+    tokens_per_second: float = 0.0
+    missing_bytes: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return not self.missing_bytes
+
+    def describe(self) -> str:
+        """For people: how many engines, on what each, and what they share."""
+        layout, device = self.layout, self.cluster.device.name
+        if layout.tensor_parallel > 1:
+            device = f"{layout.tensor_parallel} devices ({device})"
+        replicas = f"{layout.num_replicas} replicas, each"
+        if layout.num_replicas == 1:
+            replicas = "1 replica"
+        pool = "no pool" if layout.pool == "none" else f"{layout.pool} pool"
+        return f"{replicas} on {device}, {pool}"
+
+    @property
+    def why_out(self) -> str:
+        if self.fits:
+            return ""
+        return f"needs {format_bytes(self.missing_bytes)} more"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """All candidates, the fastest first; ``best`` is None when none fits."""
+
+    candidates: tuple[Candidate, ...]
+    best: Candidate | None
+    reason: str
+
+    @property
+    def next_best(self) -> Candidate | None:
+        """The fastest of another kind that fits."""
+        return _next_best(self.best, self.candidates) if self.best else None
+
+    def pareto(self) -> tuple[Candidate, ...]:
+        """Candidates that no other beats in both finish time and KV tokens of a replica."""
+        kept: list[Candidate] = []
+        for candidate in self.candidates:
+            if not candidate.fits:
+                continue
+            tokens = candidate.account.num_kv_tokens
+            if all(tokens > other.account.num_kv_tokens for other in kept):
+                kept.append(candidate)
+        return tuple(kept)
+
+
+def enumerate_layouts(
+    model: ModelFacts, cluster: Cluster, num_slots: int | None = None
+) -> Iterator[Layout]:
+    """Layouts that use every device: t x d x groups, pools within the nearest links.
+
+    Tensor parallelism takes powers of two that divide the heads; a streamed pool 2 or d-1 slots
+    unless it is told, as one slot hides nothing.
+    """
+    width = 1
+    while width <= cluster.node_devices:
+        if cluster.num_devices % width == 0 and model.num_heads % width == 0:
+            replicas = cluster.num_devices // width
+            yield Layout(width, 1, replicas, "none")
+            for ranks in range(2, cluster.node_devices // width + 1):
+                if replicas % ranks == 0 and ranks <= model.num_layers:
+                    yield from _pools(width, ranks, replicas // ranks, cluster, num_slots)
+        width *= 2
+
+
+def _pools(
+    width: int, ranks: int, groups: int, cluster: Cluster, num_slots: int | None
+) -> Iterator[Layout]:
+    if cluster.device.maps_peers:
+        yield Layout(width, ranks, groups, "mapped")
+    for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
+        yield Layout(width, ranks, groups, "streamed", slots)
+        yield Layout(width, ranks, groups, "streamed", slots, ships=True)
+
+
+def choose(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    engine: EngineLimits,
+    layouts: Sequence[Layout] | None = None,
+) -> Choice:
+    """Time every layout on the workload. Under 2 s for 8 devices.
+
+    Raises MemoryPlanError when there is no layout to look at.
+    """
+    asked = list(enumerate_layouts(model, cluster) if layouts is None else layouts)
+    if not asked:
+        raise MemoryPlanError("no layout is left to choose from: allow more of them")
+    candidates = [evaluate(model, cluster, workload, engine, x, _COARSE) for x in asked]
+    candidates.sort(key=_by_time)
+    for index, candidate in enumerate(candidates[:_NUM_FINE]):
+        candidates[index] = evaluate(model, cluster, workload, engine, candidate.layout)
+    candidates.sort(key=_by_time)
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return Choice(tuple(candidates), None, "no layout fits")
+    near = [c for c in fitting if c.seconds <= fitting[0].seconds * (1 + _TIE)]
+    best = max(near, key=lambda c: (c.account.num_kv_tokens, -c.seconds, -c.layout.num_ranks))
+    return Choice(tuple(candidates), best, _reason(best, fitting))
+
+
+def first_that_fits(choices: Sequence[Choice]) -> Choice:
+    """The first choice that has a best, with the candidates of all, and what the next would take.
+
+    Raises IndexError without any choice.
+    """
+    candidates = sorted((c for choice in choices for c in choice.candidates), key=_by_time)
+    best = next((choice.best for choice in choices if choice.best is not None), None)
+    if best is None:
+        return Choice(tuple(candidates), None, choices[0].reason)
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    return Choice(tuple(candidates), best, _reason(best, fitting))
+
+
+def evaluate(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    engine: EngineLimits,
+    layout: Layout,
+    depth: int = _FINE,
+) -> Candidate:
+    """One layout on one job; ``depth`` as for ``job_seconds``."""
+    memory = cluster.device.usable_bytes
+    engine = fill_in(model, layout, memory, engine, workload)
+    candidate = Candidate(layout, account_layout(model, layout, memory, engine), engine, cluster)
+    missing = _missing_bytes(candidate.account, engine, workload)
+    if missing > 0:
+        return replace(candidate, missing_bytes=missing)
+    limits = replica_limits(candidate.account, engine)
+    seconds = job_seconds(model, cluster, workload, layout, limits, depth)
+    return replace(
+        candidate,
+        rows_at_once=limits.rows_at_once(workload),
+        seconds=seconds,
+        tokens_per_second=workload.num_output_tokens / seconds,
+    )
+
+
+def fill_in(
+    model: ModelFacts,
+    layout: Layout,
+    memory_bytes: int,
+    engine: EngineLimits,
+    workload: Workload,
+) -> EngineLimits:
+    """What ``engine`` leaves open, chosen for a job.
+
+    As many rows at once as a replica's cache holds at their mean length, but no more than it has to
+    answer, and 2,048 tokens of one iteration. Where the longest row would not fit, fewer tokens,
+    and then fewer rows. Never more rows than tokens, which vLLM refuses.
+    """
+    tokens = engine.max_num_batched_tokens or USUAL_TOKENS
+    rows: int | None = None
+    while True:
+        tried = replace(engine, max_num_batched_tokens=tokens)
+        if rows is None:
+            fitting = _rows_that_fit(model, layout, memory_bytes, tried, workload)
+            rows = engine.max_num_seqs or min(fitting, engine.max_num_batched_tokens or fitting)
+        if engine.max_num_batched_tokens is None:
+            tried = replace(tried, max_num_batched_tokens=max(tokens, rows))
+        tried = replace(tried, max_num_seqs=rows)
+        account = account_layout(model, layout, memory_bytes, tried)
+        if not _missing_bytes(account, tried, workload):
+            return tried
+        if engine.max_num_batched_tokens is None and tokens > LEAST_TOKENS:
+            tokens, rows = tokens // 2, None
+        elif engine.max_num_seqs is None and rows > 1:
+            rows //= 2
+        else:
+            return tried
+
+
+def _rows_that_fit(
+    model: ModelFacts,
+    layout: Layout,
+    memory_bytes: int,
+    engine: EngineLimits,
+    workload: Workload,
+) -> int:
+    """Each takes its KV cache to its end, and room for its logits."""
+    account = account_layout(model, layout, memory_bytes, replace(engine, max_num_seqs=1))
+    row_tokens = replica_limits(account, engine).row_tokens(workload.mean_row)
+    each = row_tokens * account.kv_bytes_per_token
+    if engine.activation_bytes is None:
+        each += logits_bytes(model, 1)
+    room = account.kv_bytes - account.block_tokens * account.kv_bytes_per_token
+    to_answer = -(-workload.num_rows // layout.num_replicas)
+    return max(1, min(room // each, to_answer, MOST_ROWS))
+
+
+def _missing_bytes(account: MemoryAccount, engine: EngineLimits, workload: Workload) -> int:
+    """What a device lacks for the job's longest row, and for the one that is asked for."""
+    limits = replica_limits(account, engine)
+    longest = limits.row_tokens(max(workload.longest_row, engine.max_model_len or 1))
+    if longest <= limits.num_kv_tokens:
+        return 0
+    return (longest + account.block_tokens) * account.kv_bytes_per_token - account.kv_bytes
+
+
+def without_idle_cache(
+    model: ModelFacts, candidate: Candidate, workload: Workload
+) -> MemoryAccount:
+    """The account, without KV cache that this job cannot fill: on a CPU it costs others memory.
+
+    There is room for all rows of the job at once, and for one of the longest that the model takes.
+    Of a job whose rows may be longer than was planned, all is kept.
+    """
+    account = candidate.account
+    if not workload.is_bounded:
+        return account
+    block = account.block_tokens
+    of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
+    longest = max(model.max_position_embeddings, candidate.engine.max_model_len or 0)
+    blocks = max(-(-of_all // candidate.layout.num_replicas), -(-longest // block)) + 2
+    needed = blocks * block * account.kv_bytes_per_token
+    idle = max(0, account.kv_bytes - needed)
+    return replace(
+        account, memory_bytes=account.memory_bytes - idle, kv_bytes=account.kv_bytes - idle
+    )
+
+
+def job_seconds(
+    model: ModelFacts,
+    cluster: Cluster,
+    workload: Workload,
+    layout: Layout,
+    limits: ReplicaLimits,
+    depth: int = _FINE,
+) -> float:
+    """Predicted seconds of a job. All rows of a short one are simulated.
+
+    Of a long one two samples are, on one group of replicas, one twice as large as the other: what
+    the larger adds is the pace of the rest. The larger fills the replicas ``depth`` times.
+    """
+    times, policy = pool_times(model, cluster, layout), policy_of(layout)
+
+    def seconds(rows: Workload, replicas: int) -> float:
+        return simulate_job(times, limits, rows, replicas, policy).seconds
+
+    sample = max(SAMPLE_ROWS_PER_REPLICA, depth * limits.rows_at_once(workload))
+    is_short = workload.num_rows <= sample * layout.num_replicas
+    if is_short and layout.num_replicas <= _MOST_REPLICAS:
+        return seconds(workload, layout.num_replicas)
+    of_group = workload.every(layout.num_groups)
+    step = -(-of_group.num_rows // (sample * layout.num_ranks))
+    if step == 1:
+        return seconds(of_group, layout.num_ranks)
+    whole, half = of_group.every(step), of_group.every(2 * step)
+    of_whole = seconds(whole, layout.num_ranks)
+    pace = (of_whole - seconds(half, layout.num_ranks)) / (whole.num_rows - half.num_rows)
+    return of_whole + pace * (of_group.num_rows - whole.num_rows)
+
+
+def account_layout(
+    model: ModelFacts, layout: Layout, memory_bytes: int, engine: EngineLimits
+) -> MemoryAccount:
+    """The account of one device, by the function that ``run`` uses."""
+    return account_memory(
+        model,
+        layout_shares(model, layout),
+        memory_bytes,
+        engine.num_tokens,
+        engine.num_rows,
+        layout.tensor_parallel,
+        engine.activation_bytes,
+    )
+
+
+def layout_shares(
+    model: ModelFacts,
+    layout: Layout,
+    order: FetchOrder = "peak-shift",
+    ship_below_rows: int = 0,
+) -> tuple[PoolShare, ...]:
+    """The shares of one group's replicas; the last argument is for layouts that ship."""
+    return plan_shares(
+        model.ffn_bytes(),
+        layout.num_ranks,
+        layout.pool,
+        layout.num_slots or None,
+        order,
+        ship_bytes=SHIP_ROWS * model.hidden_size * model.dtype_bytes() if layout.ships else 0,
+        ship_below_rows=ship_below_rows,
+    )
+
+
+def ship_threshold(
+    model: ModelFacts, cluster: Cluster, layout: Layout, context_tokens: float
+) -> int:
+    """B_th for layouts that ship, 0 for others: what ``PoolShare.ship_below_rows`` is made for."""
+    if not layout.ships or layout.num_ranks == 1:
+        return 0
+    times = pool_times(model, cluster, layout)
+    return times.threshold_batch(context_tokens) or SHIP_ROWS
+
+
+def engine_limits(options: EngineOptions) -> EngineLimits:
+    return EngineLimits(
+        options.max_num_seqs,
+        options.max_num_batched_tokens,
+        max_model_len=options.max_model_len,
+    )
+
+
+def replica_limits(account: MemoryAccount, engine: EngineLimits) -> ReplicaLimits:
+    """What a replica may hold; the engine keeps one block for itself."""
+    return ReplicaLimits(
+        num_kv_tokens=max(0, account.num_kv_tokens - account.block_tokens),
+        max_num_seqs=engine.num_rows,
+        max_num_batched_tokens=engine.num_tokens,
+        block_tokens=account.block_tokens,
+    )
+
+
+def policy_of(layout: Layout) -> Policy:
+    if layout.pool == "streamed":
+        return "per-replica" if layout.ships else "stream"
+    return "map" if layout.pool == "mapped" else "local"
+
+
+def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes:
+    cost = CostModel(model, cluster, layout.tensor_parallel)
+    return PoolTimes(cost, layout.num_ranks, layout.num_slots)
+
+
+def _by_time(candidate: Candidate) -> tuple[float, int, str]:
+    return candidate.seconds, -candidate.account.num_kv_tokens, str(candidate.layout)
+
+
+def _next_best(best: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
+    def kind(candidate: Candidate) -> tuple[int, int, str]:
+        layout = candidate.layout
+        return layout.tensor_parallel, candidate.cluster.num_devices, layout.pool
+
+    others = [c for c in candidates if c.fits and kind(c) != kind(best)]
+    return min(others, key=lambda c: c.seconds, default=None)
+
+
+def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
+    """Why it is the best: what the next best of another kind would take."""
+    other = _next_best(best, fitting)
+    if other is None:
+        return "the only kind of layout that fits"
+    ratio = other.seconds / best.seconds
+    tokens = best.account.num_kv_tokens / max(1, other.account.num_kv_tokens)
+    if ratio < 1 - _TIE:
+        return f"one engine on all cores; {other.layout} might take {ratio:.2f}x as long"
+    if ratio > 1 + _TIE:
+        return f"{ratio:.2f}x as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
+    return f"as fast as {other.layout}, with {tokens:.2f}x its KV tokens"

@@ -1,0 +1,382 @@
+"""Replays the action lists of every rank on the cost model: iterations of a pool, layer by layer.
+
+Compute and copies are streams of their own; a fetch takes its owner's outgoing and its reader's
+incoming link, and compute too where copies do not overlap. Each action has one handler, which says
+what it costs and what it waits for. ``planning/pool/job.py`` simulates whole jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from elbowroom.core.trace import Span
+from elbowroom.planning.cost import Batch, CostModel
+from elbowroom.planning.events import Task, Timeline, simulate
+from elbowroom.planning.pool.shares import plan_shares
+from elbowroom.plans.pool import FetchOrder, PoolShare
+from elbowroom.plans.pool_actions import Action, Fetch, Release, Run, Ship, Wait
+
+RESOURCES = ("compute", "out", "in")
+"""Of each rank: its device, and the two directions of its link."""
+
+_LINK_CYCLES = 2
+
+
+class RankActions(NamedTuple):
+    """One iteration of one rank: what its compute does, and what its copies do beside it."""
+
+    compute: tuple[Action, ...]
+    copies: tuple[Fetch, ...]
+
+
+class Slot(NamedTuple):
+    """A slot held by a layer from the first byte of its fetch to its release, in seconds."""
+
+    rank: int
+    layer: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PoolTimeline:
+    """Simulated iterations of a group.
+
+    ends[i][r] is when rank r ended iteration i; waits[r] sums the seconds in which its compute
+    waited, for weights or for an answer of an owner.
+    """
+
+    timeline: Timeline
+    ends: tuple[tuple[float, ...], ...]
+    waits: tuple[float, ...]
+    slots: tuple[Slot, ...]
+    copies_at_once: int = 1
+
+    @property
+    def iteration_seconds(self) -> float:
+        """The mean over ranks, from the end of the first iteration to the end of the last."""
+        first, last = sum(self.ends[0]), sum(self.ends[-1])
+        num_ranks = len(self.ends[0])
+        if len(self.ends) == 1:
+            return last / num_ranks
+        return (last - first) / num_ranks / (len(self.ends) - 1)
+
+    def busy_fractions(self) -> dict[str, float]:
+        """Mean over ranks, of the time until the last task ended."""
+        seconds = self.timeline.seconds * len(self.ends[0])
+        busy = self.timeline.busy_seconds
+        return {
+            name: sum(busy[index :: len(RESOURCES)]) / seconds
+            for index, name in enumerate(RESOURCES)
+        }
+
+    def spans(self, title: str = "iteration") -> Iterator[Span]:
+        """Compute and copies of every rank, for a trace; transfers of shipped rows beside them."""
+        timeline, num_ranks = self.timeline, len(self.ends[0])
+        for task, start, end in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
+            if end <= start:
+                continue
+            if task.stream is None:
+                rank, track = task.uses[0][0] // len(RESOURCES), "ship"
+            elif task.stream < num_ranks:
+                rank, track = task.stream, "compute"
+            else:
+                rank, lane = divmod(task.stream - num_ranks, self.copies_at_once)
+                track = f"copies {lane}"
+            yield Span(f"{title}, replica {rank}", track, task.name, start, end)
+
+    def most_slots(self, rank: int) -> int:
+        """Slots that were held at once."""
+        changes = [(slot.start, 1) for slot in self.slots if slot.rank == rank]
+        changes += [(slot.end, -1) for slot in self.slots if slot.rank == rank]
+        held = most = 0
+        for _, change in sorted(changes):
+            held += change
+            most = max(most, held)
+        return most
+
+
+def iteration_actions(share: PoolShare, shipped: frozenset[int] = frozenset()) -> RankActions:
+    """What one rank does in one iteration; layers in ``shipped`` go to their owners."""
+    compute: list[Action] = []
+    fetched = {fetch.layer for fetch in share.fetches} - shipped
+    for layer, owner in enumerate(share.owners):
+        compute.append(Run(layer, "A"))
+        if layer in shipped and owner != share.rank:
+            compute.append(Ship(layer))
+        elif layer in fetched:
+            compute += [Wait(layer), Run(layer, "F"), Release(layer)]
+        else:
+            compute.append(Run(layer, "F"))
+    copies = tuple(fetch for fetch in share.fetches if fetch.layer in fetched)
+    return RankActions(tuple(compute), copies)
+
+
+def simulate_pool(
+    cost: CostModel,
+    shares: Sequence[PoolShare],
+    batches: Sequence[Batch],
+    actions: Sequence[RankActions] | None = None,
+    num_iterations: int = 3,
+    joined: bool = False,
+    copies_at_once: int | None = None,
+) -> PoolTimeline:
+    """Iterations of a group whose rank r computes ``batches[r]`` over and over.
+
+    ``joined`` lets an owner wait for the rows of all ranks that ship a layer and run them at once,
+    as in the paper; else it serves each when it comes, beside its own work. A rank has as many
+    ``copies_at_once`` as slots, each layer's on a stream of its own; the paper's housekeeper has 1.
+    """
+    if actions is None:
+        actions = [iteration_actions(share) for share in shares]
+    lowering = _Lowering(cost, shares, batches, actions, joined, copies_at_once)
+    for _ in range(num_iterations):
+        lowering.add_iteration()
+    timeline = simulate(lowering.tasks, len(RESOURCES) * len(shares))
+    return PoolTimeline(
+        timeline=timeline,
+        ends=tuple(tuple(timeline.ends[task] for task in tasks) for tasks in lowering.last_tasks),
+        waits=tuple(_waits(timeline, rank) for rank in range(len(shares))),
+        slots=tuple(
+            Slot(rank, layer, timeline.starts[first], timeline.ends[release])
+            for rank, layer, first, release in lowering.held
+        ),
+        copies_at_once=lowering.copies_at_once,
+    )
+
+
+def link_share(
+    cost: CostModel,
+    num_ranks: int,
+    num_slots: int,
+    order: FetchOrder = "peak-shift",
+    copies_at_once: int | None = None,
+) -> float:
+    """Share of its link that each of ``num_ranks`` readers gets when all do nothing but fetch.
+
+    Readers that wait for one owner leave the others idle: with one copy at a time, about 0.6 as in
+    an input-queued switch (Karol et al. 1987); with d-1 copies at once nearly 1.
+    """
+    model = replace(
+        cost.model,
+        num_layers=_LINK_CYCLES * num_ranks,
+        ffn_elements=cost.model.ffn_elements[:1] * (_LINK_CYCLES * num_ranks),
+        expert_elements=cost.model.expert_elements[:1] * (_LINK_CYCLES * num_ranks),
+    )
+    one = replace(cost, model=model)
+    shares = plan_shares(model.ffn_bytes(), num_ranks, "streamed", num_slots, order)
+    idle = [Batch(0, 0)] * num_ranks
+    timeline = simulate_pool(one, shares, idle, copies_at_once=copies_at_once)
+    return min(1.0, one.fetch_seconds(num_ranks) / timeline.iteration_seconds)
+
+
+@dataclass
+class _Rank:
+    """What one rank's next actions refer to."""
+
+    fetched: dict[int, list[int]] = field(default_factory=dict)
+    first_piece: dict[int, int] = field(default_factory=dict)
+    releases: list[int] = field(default_factory=list)
+    lanes: dict[int, int] = field(default_factory=dict)
+    num_acquired: int = 0
+
+
+class _Lowering:
+    """Turns actions into tasks. A handler per action; the cost rules are those of ``cost``.
+
+    Tasks must be listed after those that they wait for, while the two streams of a rank wait for
+    each other in turns: fetches are listed as far as slots are free, then compute up to its next
+    release.
+    """
+
+    def __init__(
+        self,
+        cost: CostModel,
+        shares: Sequence[PoolShare],
+        batches: Sequence[Batch],
+        actions: Sequence[RankActions],
+        joined: bool,
+        copies_at_once: int | None,
+    ) -> None:
+        self.tasks: list[Task] = []
+        self.last_tasks: list[list[int]] = []
+        self.held: list[tuple[int, int, int, int]] = []
+        self._cost = cost
+        self._shares = shares
+        self._batches = batches
+        self._actions = actions
+        self._joined = joined
+        self.copies_at_once = copies_at_once or max(1, *(share.num_slots for share in shares))
+        self._ranks = [_Rank() for _ in shares]
+        self._shipped = {
+            action.layer
+            for of_rank in actions
+            for action in of_rank.compute
+            if isinstance(action, Ship)
+        }
+        self._parts = [self._part_seconds(batch) for batch in batches]
+        self._waiting: dict[int, list[tuple[int, int]]] = {}
+        self._compute: dict[type, Callable[[int, Action], None]] = {
+            Run: self._run,
+            Wait: self._wait,
+            Release: self._release,
+            Ship: self._ship,
+        }
+
+    def add_iteration(self) -> None:
+        """One more iteration of every rank, layer by layer so that owners come in order."""
+        queues = [list(actions.copies) for actions in self._actions]
+        compute = [list(actions.compute) for actions in self._actions]
+        for layer in range(self._cost.model.num_layers):
+            self._waiting.clear()
+            for rank, queue in enumerate(queues):
+                self._add_fetches(rank, queue)
+                while compute[rank] and compute[rank][0].layer == layer:
+                    action = compute[rank].pop(0)
+                    self._compute[type(action)](rank, action)
+            self._serve_joined(layer)
+        for rank, queue in enumerate(queues):
+            self._add_fetches(rank, queue)
+            assert not queue and not compute[rank]
+        self.last_tasks.append([self._add_tail(rank) for rank in range(len(self._shares))])
+
+    def _add_fetches(self, rank: int, queue: list[Fetch]) -> None:
+        """List fetches until one needs a slot whose release is not listed yet."""
+        state, share = self._ranks[rank], self._shares[rank]
+        while queue:
+            fetch = queue[0]
+            if fetch.layer not in state.fetched:
+                before = state.num_acquired - share.num_slots
+                if before >= len(state.releases):
+                    return
+                after = (state.releases[before],) if before >= 0 else ()
+                state.lanes[fetch.layer] = state.num_acquired
+                state.num_acquired += 1
+                state.fetched[fetch.layer] = []
+                state.first_piece[fetch.layer] = len(self.tasks)
+            else:
+                after = ()
+            queue.pop(0)
+            state.fetched[fetch.layer].append(len(self.tasks))
+            self._fetch(rank, fetch, after)
+
+    def _fetch(self, rank: int, fetch: Fetch, after: tuple[int, ...]) -> None:
+        """Bytes over the link; both ends' links are used, and compute if it does the copying."""
+        owner = self._shares[rank].owners[fetch.layer]
+        link = self._cost.peer_link(len(self._shares))
+        layer_bytes = self._cost.ffn_layer_bytes(fetch.layer)
+        uses = [(self._resource(owner, "out"), 1.0), (self._resource(rank, "in"), 1.0)]
+        if not self._cost.cluster.device.copies_overlap:
+            uses.append((self._resource(rank, "compute"), 1.0))
+        # The latency of a whole layer is that of its first piece: copies are issued ahead.
+        latency = link.latency_seconds if fetch.piece == 0 else 0.0
+        seconds = layer_bytes / fetch.num_pieces / link.bandwidth.achieved
+        lane = self._ranks[rank].lanes[fetch.layer] % self.copies_at_once
+        self._add(str(fetch), self._copy_stream(rank, lane), seconds, tuple(uses), after, latency)
+
+    def _run(self, rank: int, action: Action) -> None:
+        assert isinstance(action, Run)
+        if self._joined and action.part == "F" and action.layer in self._shipped:
+            return  # the owner's rows go with the others', see _serve_joined
+        attention, ffn = self._parts[rank]
+        seconds = attention if action.part == "A" else ffn[action.layer]
+        self._add_compute(rank, str(action), seconds)
+
+    def _wait(self, rank: int, action: Action) -> None:
+        self._add(str(action), rank, 0.0, after=tuple(self._ranks[rank].fetched[action.layer]))
+
+    def _release(self, rank: int, action: Action) -> None:
+        state = self._ranks[rank]
+        state.releases.append(len(self.tasks))
+        first = state.first_piece.pop(action.layer)
+        self.held.append((rank, action.layer, first, len(self.tasks)))
+        del state.fetched[action.layer]
+        self._add(str(action), rank, 0.0)
+
+    def _ship(self, rank: int, action: Action) -> None:
+        """Rows go to the owner; it runs them; they come back, and compute goes on."""
+        owner, rows = self._owner(rank, action), self._batches[rank].num_tokens
+        sent = self._transfer(f"{action} out", rank, owner, rows, len(self.tasks) - 1)
+        if self._joined:
+            self._waiting.setdefault(action.layer, []).append((rank, sent))
+            return
+        seconds = self._parts[rank][1][action.layer]
+        uses = ((self._resource(owner, "compute"), 1.0),)
+        served = self._add(f"{action} for {rank}", None, seconds, uses, (sent,))
+        self._answer(rank, action, served)
+
+    def _serve_joined(self, layer: int) -> None:
+        """One pass of the owner over its own rows and those of all ranks that shipped the layer."""
+        shipped = self._waiting.get(layer)
+        if not shipped:
+            return
+        owner = self._shares[0].owners[layer]
+        rows = sum(self._batches[rank].num_tokens for rank in {owner, *(r for r, _ in shipped)})
+        seconds = self._cost.ffn_layer_seconds(layer, rows)
+        uses = ((self._resource(owner, "compute"), 1.0),)
+        after = tuple(sent for _, sent in shipped)
+        served = self._add(f"S{layer} joined", owner, seconds, uses, after)
+        for rank, _ in shipped:
+            self._answer(rank, Ship(layer), served)
+
+    def _answer(self, rank: int, action: Action, served: int) -> None:
+        owner, rows = self._owner(rank, action), self._batches[rank].num_tokens
+        back = self._transfer(f"{action} back", owner, rank, rows, served)
+        self._add(str(action), rank, 0.0, after=(back,))
+
+    def _transfer(self, name: str, source: int, target: int, rows: float, after: int) -> int:
+        """Hidden states of ``rows`` rows over the link between two ranks."""
+        link = self._cost.peer_link(len(self._shares))
+        seconds = self._cost.hidden_bytes(rows) / link.bandwidth.achieved
+        uses = ((self._resource(source, "out"), 1.0), (self._resource(target, "in"), 1.0))
+        return self._add(name, None, seconds, uses, (after,), link.latency_seconds)
+
+    def _add_tail(self, rank: int) -> int:
+        """Head, sampling and scheduling: what an iteration does beside its layers."""
+        cost = self._cost.iteration(self._batches[rank])
+        return self._add_compute(rank, "head", cost.head + cost.engine)
+
+    def _add_compute(self, rank: int, name: str, seconds: float) -> int:
+        uses = ((self._resource(rank, "compute"), 1.0),)
+        return self._add(name, rank, seconds, uses)
+
+    def _add(
+        self,
+        name: str,
+        stream: int | None,
+        seconds: float,
+        uses: tuple[tuple[int, float], ...] = (),
+        after: tuple[int, ...] = (),
+        latency: float = 0.0,
+    ) -> int:
+        self.tasks.append(Task(name, stream, seconds, uses, after, latency))
+        return len(self.tasks) - 1
+
+    def _part_seconds(self, batch: Batch) -> tuple[float, list[float]]:
+        """Attention of one layer with its collectives and small kernels, and every FFN."""
+        cost, num_layers = self._cost.iteration(batch), self._cost.model.num_layers
+        outside = cost.head + cost.engine + cost.ffn
+        ffn = [self._cost.ffn_layer_seconds(i, batch.num_tokens) for i in range(num_layers)]
+        return (cost.total - outside) / num_layers, ffn
+
+    def _owner(self, rank: int, action: Action) -> int:
+        return self._shares[rank].owners[action.layer]
+
+    def _copy_stream(self, rank: int, lane: int) -> int:
+        return len(self._shares) + rank * self.copies_at_once + lane
+
+    @staticmethod
+    def _resource(rank: int, name: str) -> int:
+        return len(RESOURCES) * rank + RESOURCES.index(name)
+
+
+def _waits(timeline: Timeline, rank: int) -> float:
+    """Gaps between one compute task of a rank and the next."""
+    end = waited = 0.0
+    for task, start, ended in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
+        if task.stream == rank:
+            waited += start - end
+            end = ended
+    return waited

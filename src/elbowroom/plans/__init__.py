@@ -1,0 +1,1 @@
+"""Plans: what was decided, as frozen data with a versioned JSON form."""

@@ -1,0 +1,223 @@
+"""Plans: frozen, printable, with a JSON round trip. Whatever a run needs to know is in its plan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
+
+from elbowroom.plans.pool_actions import Fetch
+
+PoolMode = Literal["none", "mapped", "streamed"]
+FetchOrder = Literal["peak-shift", "sliced", "in-order"]
+
+POOL_MODES: tuple[PoolMode, ...] = get_args(PoolMode)
+FETCH_ORDERS: tuple[FetchOrder, ...] = get_args(FetchOrder)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How replicas of one model lie on devices.
+
+    ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
+    replicas of a group share one pool. ``ships`` says that small batches may be shipped to owners.
+    """
+
+    tensor_parallel: int
+    num_ranks: int
+    num_groups: int
+    pool: PoolMode
+    num_slots: int = 0
+    ships: bool = False
+
+    @property
+    def num_replicas(self) -> int:
+        return self.num_ranks * self.num_groups
+
+    @property
+    def num_devices(self) -> int:
+        return self.tensor_parallel * self.num_replicas
+
+    @property
+    def pool_name(self) -> str:
+        """In the paper's words where it has them: WaS streams, CaS ships."""
+        if self.pool == "streamed":
+            return "WaS+CaS" if self.ships else "WaS"
+        return self.pool
+
+    def __str__(self) -> str:
+        groups = f"g{self.num_groups}" if self.num_groups > 1 else ""
+        slots = f" {self.num_slots} slots" if self.num_slots else ""
+        return f"t{self.tensor_parallel}d{self.num_ranks}{groups} {self.pool_name}{slots}"
+
+
+@dataclass(frozen=True)
+class PoolShare:
+    """One rank's part in a pool: which layers it owns, and how it borrows the others.
+
+    owners[l] is the rank that keeps layer l. A pool of one rank owns every layer: that is what
+    ``mode`` "none" means. ``fetches`` is one forward pass' worth of copies, in order; it is empty
+    unless ``mode`` is "streamed".
+
+    A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
+    has no more than ``ship_bytes``, the size of a buffer; 0 never ships.
+    """
+
+    mode: PoolMode
+    rank: int
+    num_ranks: int
+    owners: tuple[int, ...]
+    num_slots: int = 0
+    fetches: tuple[Fetch, ...] = ()
+    ship_below_rows: int = 0
+    ship_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self),
+            "owners": list(self.owners),
+            "fetches": [str(fetch) for fetch in self.fetches],
+        }
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> PoolShare:
+        return PoolShare(
+            **{
+                **data,
+                "owners": tuple(data["owners"]),
+                "fetches": tuple(Fetch.parse(text) for text in data["fetches"]),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class MemoryAccount:
+    """Where the memory of one replica goes, in bytes; ``planning.memory`` makes it.
+
+    Sizes are those of the replica with the most weights, so that every replica fits. The cache
+    is handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
+    counted in ``num_kv_blocks``, as vLLM does when it reports its cache size.
+    """
+
+    memory_bytes: int
+    replicated_bytes: int
+    ffn_bytes: int
+    slot_bytes: int
+    workspace_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    block_tokens: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that stay: replicated parts and this replica's share of the FFN layers."""
+        return self.replicated_bytes + self.ffn_bytes
+
+    @property
+    def num_kv_blocks(self) -> int:
+        return self.kv_bytes // (self.kv_bytes_per_token * self.block_tokens)
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return self.num_kv_blocks * self.block_tokens
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What the engine is told besides the pool. ``None`` leaves the choice to vLLM."""
+
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    served_model_names: tuple[str, ...]
+    seed: int = 0
+    enforce_eager: bool = True
+    prefix_caching: bool = True
+    runner: str = "auto"
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a plan expects of a job, on a cluster; every row reaches its output limit.
+
+    The job is expected to take between ``low_seconds`` and ``high_seconds`` of answering rows,
+    start-up left out.
+    """
+
+    cluster: str
+    num_rows: int
+    prompt_tokens: int
+    output_tokens: int
+    seconds: float
+    low_seconds: float
+    high_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tokens_per_second:.1f} output tokens/s, {self.seconds:.1f} s "
+            f"({self.low_seconds:.1f} to {self.high_seconds:.1f})"
+        )
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """One run of one model on equal replicas; each has a share, those of a group differ.
+
+    ``made_for`` names the job that it was made for: files, or lengths.
+    """
+
+    model_dir: str
+    account: MemoryAccount
+    shares: tuple[PoolShare, ...]
+    cores: tuple[tuple[int, ...], ...]
+    engine: EngineOptions
+    layout: Layout | None = None
+    prediction: Prediction | None = None
+    made_for: str = ""
+
+    @property
+    def num_replicas(self) -> int:
+        return len(self.shares)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Memory that replicas of a pool share: all layers that it holds, and mailboxes."""
+        if all(share.mode == "none" for share in self.shares):
+            return 0
+        width = self.layout.tensor_parallel if self.layout else 1
+        mailboxes = sum(2 * (share.num_ranks - 1) * share.ship_bytes for share in self.shares)
+        return width * self.num_replicas * self.account.ffn_bytes + mailboxes
+
+    def shipping_below(self, num_rows: int) -> RunPlan:
+        """The same plan with another threshold between shipping and streaming."""
+        shares = tuple(replace(share, ship_below_rows=num_rows) for share in self.shares)
+        return replace(self, shares=shares)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "shares": [share.to_json() for share in self.shares]}
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> RunPlan:
+        """Raises KeyError, TypeError or ValueError for what ``to_json`` never writes."""
+        engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
+        return RunPlan(
+            model_dir=data["model_dir"],
+            account=MemoryAccount(**data["account"]),
+            shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
+            cores=tuple(tuple(cores) for cores in data["cores"]),
+            engine=EngineOptions(
+                **{
+                    **engine,
+                    "served_model_names": tuple(engine["served_model_names"]),
+                    "extra": tuple(engine["extra"]),
+                }
+            ),
+            layout=Layout(**layout) if layout else None,
+            prediction=Prediction(**prediction) if prediction else None,
+            made_for=str(data.get("made_for", "")),
+        )
