@@ -41,7 +41,7 @@ AVX2 := PYTHONPATH=$(CURDIR)/tests/avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_
 test-avx2: setup
 	rm -rf build/demo
 	$(AVX2) $(MAKE) demo
-	$(AVX2) $(BIN)/python -m pytest tests/test_machine.py tests/core/test_host.py tests/pool \
+	$(AVX2) $(BIN)/python -m pytest tests/app/test_machine.py tests/core/test_host.py tests/pool \
 	    tests/engine/test_packed.py tests/engine/test_plugin.py tests/engine/test_replica.py
 
 nightly: setup

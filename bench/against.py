@@ -77,7 +77,7 @@ def start_seconds(tree: Path, folder: Path) -> float:
     flags += ["--input", str(folder / "start.jsonl"), "--output", str(folder / "start.out.jsonl")]
     flags += ["--replicas", "2", "--pool", "mapped", "--memory", "160MiB"]
     begin = time.perf_counter()
-    python(tree, "-m", "elbowroom.cli", "run", *flags)
+    python(tree, "-m", "elbowroom", "run", *flags)
     return time.perf_counter() - begin
 
 

@@ -110,7 +110,7 @@ def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -
     """One ``elbowroom run`` with two replicas, without shipping. Returns its report."""
     output = BUILD / "elbowroom.jsonl"
     command = [
-        *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(bench_model())),
+        *(sys.executable, "-m", "elbowroom", "run", "--model", str(bench_model())),
         *("--input", str(requests), "--output", str(output), "--replicas", "2"),
         *("--memory", str(memory_bytes), "--pool", pool, "--served-model-name", "bench"),
         *("--restart", "--no-ship"),

@@ -102,7 +102,7 @@ def one_round(requests: Path) -> dict[str, dict[str, float]]:
 def run_default(requests: Path) -> dict[str, float]:
     """``elbowroom run`` with nothing but files."""
     output = BUILD / "default.jsonl"
-    command = [sys.executable, "-m", "elbowroom.cli", "run", "--model", str(bench_model())]
+    command = [sys.executable, "-m", "elbowroom", "run", "--model", str(bench_model())]
     command += ["--input", str(requests), "--output", str(output), "--restart"]
     begin = time.monotonic()
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)

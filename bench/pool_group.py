@@ -25,13 +25,13 @@ from torch import nn
 from torch.nn import functional
 
 from bench.blocks import Block, KeysAndValues, Linear, Pack, Shape
+from elbowroom.engine.vllm_seam.kernels import find_kernel
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import Store
-from elbowroom.profiling.device import find_kernel
 
 MODES = ("local", "streamed", "shipped")
 LEAST_SECONDS, LEAST_ITERATIONS = 1.0, 4

@@ -30,7 +30,7 @@ from bench.common import (
     write_requests,
     write_result,
 )
-from elbowroom.machine import split_cores
+from elbowroom.app.machine import split_cores
 from elbowroom.profiling.machine import measure_machine
 
 LAYOUTS = ("none", "mapped", "streamed")
@@ -63,7 +63,7 @@ def compare_kv() -> dict[str, Any]:
         for pool in ("none", "mapped"):
             output = BUILD / "prediction.jsonl"
             command = [
-                *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(model)),
+                *(sys.executable, "-m", "elbowroom", "run", "--model", str(model)),
                 *("--input", str(requests), "--output", str(output), "--replicas", "2"),
                 *("--memory", "96MiB", "--pool", pool, "--served-model-name", "bench"),
                 *("--max-model-len", "1024", "--restart", "--order", "input"),

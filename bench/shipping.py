@@ -27,8 +27,8 @@ from typing import Any
 from bench.blocks import Shape
 from bench.common import bench_facts, with_link, write_result
 from bench.pool_group import MODES, Group, Setup, group
+from elbowroom.app.machine import split_cores
 from elbowroom.core.cluster import Cluster
-from elbowroom.machine import split_cores
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.pool.modes import PoolTimes
 from elbowroom.profiling.device import (

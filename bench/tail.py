@@ -34,11 +34,11 @@ from bench.common import (
     write_lines,
     write_result,
 )
-from elbowroom.api import iter_batch
+from elbowroom.app.batch import iter_batch
+from elbowroom.app.machine import split_cores
 from elbowroom.engine.vllm_seam.worker import LINK_VARIABLE
 from elbowroom.jobs.journal import COMMIT_SECONDS
 from elbowroom.jobs.runner import JobOptions
-from elbowroom.machine import split_cores
 from elbowroom.profiling.machine import measure_machine
 
 BYTES_PER_SECOND = 1e9

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from elbowroom.app.machine import cache_path, split_cores
 from elbowroom.core.model import DTYPE_BYTES
-from elbowroom.machine import cache_path, split_cores
 from tests.planning.facts import CPU
 
 # Machines that run tests are shared: how long an example takes says nothing about our code.

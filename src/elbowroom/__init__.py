@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from elbowroom.api import iter_batch, run_batch
+    from elbowroom.app.batch import iter_batch, run_batch
     from elbowroom.core.cluster import read_cluster
     from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.pipeline.worker import StageOptions
@@ -32,12 +32,12 @@ __all__ = [
 _MODULES = {
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.worker",
-    "iter_batch": "elbowroom.api",
+    "iter_batch": "elbowroom.app.batch",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",
     "read_cluster": "elbowroom.core.cluster",
     "read_pipeline_plan": "elbowroom.plans.pipeline",
-    "run_batch": "elbowroom.api",
+    "run_batch": "elbowroom.app.batch",
 }
 
 

@@ -52,7 +52,7 @@ def python(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def elbowroom(*words: str | Path, cwd: Path, code: int = 0) -> str:
-    done = python("-m", "elbowroom.cli", *words, cwd=cwd)
+    done = python("-m", "elbowroom", *words, cwd=cwd)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -61,7 +61,7 @@ def elbowroom(*words: str | Path, cwd: Path, code: int = 0) -> str:
 def test_the_names_are_gone(tmp_path: Path) -> None:
     for code in ("import fcntl", "import torch", "open('/proc/self/stat')", "os.stat('/proc')"):
         assert python("-c", f"import os; {code}", cwd=tmp_path).returncode == 1, code
-    assert python("-c", "import elbowroom.cli", cwd=tmp_path).returncode == 0
+    assert python("-c", "import elbowroom.cli.main", cwd=tmp_path).returncode == 0
 
 
 def test_plan_and_simulate(tmp_path: Path) -> None:

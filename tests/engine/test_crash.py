@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 import pytest
 
+from elbowroom.app.plan import PlanSettings
 from elbowroom.core.units import MIB
 from elbowroom.jobs.journal import JournalReader, journal_folder
-from elbowroom.planner import PlanSettings, write_run_plan
-from elbowroom.plans.pool import RunPlan
+from elbowroom.plans.pool import RunPlan, write_run_plan
 from elbowroom.pool.run_dir import default_root
 from tests.jobs.plans import plan_here
 
@@ -52,7 +52,7 @@ class DemoJob:
 
     def start(self) -> None:
         files = ("--input", str(DEMO / "requests.jsonl"), "--output", str(self.output))
-        command = [sys.executable, "-m", "elbowroom.cli", "run", *files]
+        command = [sys.executable, "-m", "elbowroom", "run", *files]
         if self.plan is not None:
             write_run_plan(self.plan, self.shipping_plan())
             command += ["--plan", str(self.plan)]

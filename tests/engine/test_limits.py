@@ -25,7 +25,7 @@ def _run(folder: Path, rows: list[str], *flags: str) -> dict[str, Any]:
     """Error of each failed row, None for each that was answered."""
     (folder / "in.jsonl").write_text("\n".join(rows))
     command = [
-        *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
+        *(sys.executable, "-m", "elbowroom", "run", "--model", str(DEMO / "model")),
         *("--served-model-name", "demo", "--input", str(folder / "in.jsonl")),
         *("--output", str(folder / "out.jsonl"), "--memory", "64MiB", *flags),
     ]

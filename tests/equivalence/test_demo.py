@@ -37,7 +37,7 @@ def plain_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     command = [
-        *(sys.executable, "-m", "elbowroom.cli", "run", "--model", str(DEMO / "model")),
+        *(sys.executable, "-m", "elbowroom", "run", "--model", str(DEMO / "model")),
         *("--served-model-name", "demo", "--input", str(DEMO / "requests.jsonl")),
         *("--output", str(output), "--replicas", "2", "--memory", "64MiB", "--pool", pool),
     ]

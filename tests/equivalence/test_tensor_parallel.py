@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from tools.make_model import make_model
 
+from elbowroom.app.plan import PlanSettings
 from elbowroom.core.units import MIB
-from elbowroom.planner import PlanSettings, write_run_plan
+from elbowroom.plans.pool import write_run_plan
 from tests.jobs.plans import plan_here
 
 # Nightly, as one of 26 starts so far failed: a worker of vLLM's ended. And it takes minutes.
@@ -57,7 +58,7 @@ def _run(model: Path, requests: Path, mode: str) -> list[Any]:
     ship_below = ALWAYS if mode == "shipped" else 0
     write_run_plan(plan, plan_here(settings).shipping_below(ship_below))
     files = ("--input", str(requests), "--output", str(output), "--plan", str(plan))
-    command = (sys.executable, "-m", "elbowroom.cli", "run", *files)
+    command = (sys.executable, "-m", "elbowroom", "run", *files)
     subprocess.run(command, check=True, timeout=300)
     report = json.loads(output.with_suffix(".report.json").read_text())
     account = report["plan"]["account"]

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 import elbowroom
-from elbowroom import cli
+from elbowroom.cli.main import main
 from elbowroom.pipeline.checkpoint import newest_checkpoint
 from elbowroom.plans.pipeline import PipelineOptions
 from elbowroom.training.script import load_script
@@ -54,12 +54,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script, profile = folder / "train.py", folder / "profile.json"
     script.write_text(SCRIPT)
     measure = ["profile-model", str(script), "--out", str(profile), "--seconds", "0.2"]
-    assert cli.main([*measure, "--threads", "1"]) == 0
+    assert main([*measure, "--threads", "1"]) == 0
     for workers, depth, semantics in (("2", "1", "predict"), ("3", "2", "stash")):
         plan = ["plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
         plan += ["--semantics", semantics]
         out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
-        assert cli.main([*plan, *out]) == 0
+        assert main([*plan, *out]) == 0
     return folder
 
 

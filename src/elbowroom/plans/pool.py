@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json, write_atomically
 from elbowroom.plans.pool_actions import Fetch
 
 PoolMode = Literal["none", "mapped", "streamed"]
@@ -221,3 +225,21 @@ class RunPlan:
             prediction=Prediction(**prediction) if prediction else None,
             made_for=str(data.get("made_for", "")),
         )
+
+
+def read_any_plan(path: Path) -> RunPlan:
+    """A plan that ``elbowroom plan --json`` wrote. Raises InputError for anything else."""
+    data = read_json(path)
+    try:
+        plan = RunPlan.from_json(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no plan of `elbowroom plan --json`: {error}") from error
+    if plan.layout is None:
+        raise InputError(f"{path} names no layout: make it again with `elbowroom plan --json`")
+    return plan
+
+
+def write_run_plan(path: Path, plan: RunPlan) -> None:
+    """Raises OutputError."""
+    text = json.dumps(plan.to_json(), indent=2) + "\n"
+    write_atomically(path, iter([text.encode()]))

@@ -13,21 +13,19 @@ caches that others have filled, which costs a batch of one row half as much agai
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from math import inf
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from elbowroom.core import host
+from elbowroom.engine.vllm_seam.kernels import Linear, Pack, find_kernel
 
 HIDDEN, WIDTH, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 2048, 5632, 64, 32, 8
 DECODE_ROWS = (1, 4, 8, 16, 24, 32, 64)
@@ -46,8 +44,6 @@ _SWEEPS = 3
 _LEAST_SECONDS = 0.25
 _LEAST_REPEATS = 3
 
-Linear = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-Pack = Callable[[torch.Tensor], torch.Tensor]
 Attention = Callable[[torch.Tensor, tuple[torch.Tensor, torch.Tensor]], torch.Tensor]
 
 
@@ -112,28 +108,6 @@ def measure_layers(num_layers: int, dtype: torch.dtype, seconds: float = inf) ->
         flops = 4 * HEAD_DIM * NUM_HEADS * most * min(most, CONTEXT) / 2
         measured["prefill"] = flops / parts[most].attention
     return measured
-
-
-def find_kernel(dtype: torch.dtype = torch.bfloat16) -> tuple[Pack, Linear]:
-    """What brings a matrix [out, in] of ``dtype`` into a kernel's form, and that kernel.
-
-    vLLM's own, which the engine runs, from its library; PyTorch's where it has none for this dtype
-    or this CPU. Of few rows they differ by a factor of two.
-    """
-    if dtype == torch.bfloat16 and _load_vllm_kernels():
-        return torch.ops._C.convert_weight_packed, _packed_linear
-    return lambda weight: weight, functional.linear
-
-
-def _load_vllm_kernels() -> bool:
-    """Whether vLLM's packed kernel for bf16 can be had on this CPU."""
-    package = importlib.util.find_spec("vllm")
-    for folder in (package and package.submodule_search_locations) or ():
-        library = Path(folder) / "_C.abi3.so"
-        if library.exists() and torch.cpu._is_avx512_bf16_supported():
-            with suppress(OSError):  # of another PyTorch, or without a library that it needs
-                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
-    return hasattr(torch.ops._C, "weight_packed_linear")
 
 
 def copy_bytes_per_second(num_sources: int, most_seconds: float = inf) -> float:
@@ -241,12 +215,6 @@ def _prefill_attention(queries: torch.Tensor, _: object) -> torch.Tensor:
     heads = queries.view(-1, min(len(queries), CONTEXT), NUM_HEADS, HEAD_DIM).transpose(1, 2)
     attended = functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
     return attended.transpose(1, 2).reshape(len(queries), HIDDEN)
-
-
-def _packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
-    torch.ops._C.weight_packed_linear(out, x, packed, None, True)
-    return out
 
 
 def _random_layers(num_layers: int, pack: Pack, dtype: torch.dtype) -> list[DecoderLayer]:

@@ -40,7 +40,7 @@ RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
 The same kernels agree to the bit, but not on every device, and export may choose others.
 """
 
-_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parent
+_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
 _STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from elbowroom import api, cli
+from elbowroom.app.machine import ENGINE_BYTES
+from elbowroom.app.plan import PlanSettings, model_facts, plan_job, run_plan
+from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster
 from elbowroom.core.model import read_model
 from elbowroom.core.workload import parse_lengths
-from elbowroom.machine import ENGINE_BYTES
-from elbowroom.planner import PlanSettings, model_facts, plan_job, read_any_plan, run_plan
 from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     MOST_ROWS,
@@ -25,7 +25,7 @@ from elbowroom.planning.pool.search import (
     fill_in,
     replica_limits,
 )
-from elbowroom.plans.pool import Layout, RunPlan
+from elbowroom.plans.pool import Layout, RunPlan, read_any_plan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, H200, MODELS
 from tests.tiny_model import CONFIG, write_model
@@ -50,8 +50,8 @@ class Runs:
             self.inputs.append(files.input.name)
             return Report()
 
-        monkeypatch.setattr(api, "run_job", run_job)
-        monkeypatch.setattr(cli, "print_summary", lambda *_: None)
+        monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)
+        monkeypatch.setattr("elbowroom.cli.run.print_summary", lambda *_: None)
         monkeypatch.setattr(host, "free_memory_bytes", lambda: 4 * GIB)
         write_model(folder / "model", max_position_embeddings=4096)
         write_batch(folder / "in.jsonl", 50)
@@ -59,7 +59,7 @@ class Runs:
     def __call__(self, *flags: str) -> RunPlan:
         files = ("--input", str(self.folder / "in.jsonl"), "--output", str(self.folder / "out"))
         model = () if "--plan" in flags else ("--model", str(self.folder / "model"))
-        assert cli.main(["run", *model, *files, *flags]) == 0
+        assert main(["run", *model, *files, *flags]) == 0
         return self.plans[-1]
 
 
@@ -131,18 +131,18 @@ def test_several_inputs_are_one_job(run: Runs) -> None:
     other = write_batch(run.folder / "b.jsonl", 2)
     files = ["--input", str(run.folder / "in.jsonl"), str(other), "--output", str(run.folder / "o")]
     flags = ["--model", str(run.folder / "model"), "--input", str(run.folder / "in.jsonl")]
-    assert cli.main(["run", *files, *flags[:2]]) == 0
+    assert main(["run", *files, *flags[:2]]) == 0
     assert run.inputs[-1] == f"{run.folder / 'in.jsonl'} and 1 more"
-    assert cli.main(["run", *files, *flags]) == 2, "no file twice"
+    assert main(["run", *files, *flags]) == 2, "no file twice"
 
 
 def test_nothing_stands_between_options(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     """A word that belongs to no option is no option for vLLM: nothing is lost without a word."""
     flags = ["--model", "m", "--input", "i", "--output", "o", "--seed", "1"]
     with pytest.raises(SystemExit):
-        cli.main(["run", *flags, "stray"])
+        main(["run", *flags, "stray"])
     assert "unrecognized arguments: stray" in capsys.readouterr().err
-    assert cli.main(["status", str(run.folder / "out"), "--", "x"]) == 2
+    assert main(["status", str(run.folder / "out"), "--", "x"]) == 2
 
 
 def test_rows_that_cannot_fit_fail_alone(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,7 +171,7 @@ def test_outputs_end_where_the_row_is_full(run: Runs) -> None:
 def test_more_memory_than_there_is(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     files = ("--input", str(run.folder / "in.jsonl"), "--output", str(run.folder / "out"))
     flags = ("--model", str(run.folder / "model"), "--memory", "5000TiB")
-    assert cli.main(["run", *files, *flags]) == 2
+    assert main(["run", *files, *flags]) == 2
     assert "that this machine has: lower --memory" in capsys.readouterr().err
 
 
@@ -240,7 +240,7 @@ def test_never_more_rows_than_tokens(run: Runs, capsys: pytest.CaptureFixture[st
     assert chosen.max_num_seqs == 256
     files = ("--input", str(run.folder / "in.jsonl"), "--output", str(run.folder / "out"))
     flags = ("--model", str(run.folder / "model"), "--max-num-seqs", "9")
-    assert cli.main(["run", *files, *flags, "--max-num-batched-tokens", "8"]) == 2
+    assert main(["run", *files, *flags, "--max-num-batched-tokens", "8"]) == 2
     assert "has no token for each of" in capsys.readouterr().err
 
 
@@ -256,7 +256,7 @@ def test_a_job_of_which_nothing_is_known_has_all_room(
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (run.folder / "in.jsonl").write_text(json.dumps(line))
     assert run().account.memory_bytes > 2 * GIB
-    monkeypatch.setattr(api, "read_lengths", fail)
+    monkeypatch.setattr("elbowroom.app.batch.read_lengths", fail)
     plan = run()
     assert plan.engine.max_num_seqs == MOST_ROWS
     assert plan.account.memory_bytes > 2 * GIB
@@ -284,7 +284,7 @@ def test_every_option_of_a_plan_reaches_it(tmp_path: Path) -> None:
     flags = ("--seed", "7", "--served-model-name", "x", "--max-model-len", "777", "--no-ship")
     flags += ("--fetch-order", "sliced", "--no-prefix-caching", "--pool", "streamed")
     job = ("--model", str(MODELS / "Llama-3.1-8B"), "--cluster", "h200-8", "--lengths", "64:64x50")
-    assert cli.main(["plan", *job, *flags, "--json", str(path), "--", "--more", "1"]) == 0
+    assert main(["plan", *job, *flags, "--json", str(path), "--", "--more", "1"]) == 0
     plan = read_any_plan(path)
     engine = plan.engine
     assert (engine.seed, engine.max_model_len, engine.prefix_caching) == (7, 777, False)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from elbowroom import api, cli
+from elbowroom.app import batch
+from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
 from elbowroom.jobs.batch_file import BatchFile, Row
 from elbowroom.jobs.journal import FinishedRow, Journal
@@ -44,7 +45,7 @@ class Command:
 
     def run(self, **changes: str) -> int:
         flags = {**self.flags, **{f"--{key.replace('_', '-')}": v for key, v in changes.items()}}
-        return cli.main(["run", *(part for flag in flags.items() for part in flag)])
+        return main(["run", *(part for flag in flags.items() for part in flag)])
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     async def refuse(*_: object) -> None:
         pytest.fail("the job was started")
 
-    monkeypatch.setattr(api, "run_job", refuse)
+    monkeypatch.setattr("elbowroom.app.batch.run_job", refuse)
     return Command(tmp_path)
 
 
@@ -170,8 +171,8 @@ def calls(command: Command, monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.append(args)
         return Report()
 
-    monkeypatch.setattr(api, "run_job", run_job)
-    monkeypatch.setattr(cli, "print_summary", lambda *_: None)
+    monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)
+    monkeypatch.setattr("elbowroom.cli.run.print_summary", lambda *_: None)
     return calls
 
 
@@ -204,7 +205,7 @@ def test_options_of_the_job_reach_it(command: Command, calls: Calls) -> None:
 
 def test_what_follows_two_dashes_is_for_vllm(command: Command, calls: Calls) -> None:
     flags = [part for flag in command.flags.items() for part in flag]
-    assert cli.main(["run", *flags, "--", "--gpu-flag", "1"]) == 0
+    assert main(["run", *flags, "--", "--gpu-flag", "1"]) == 0
     assert calls[0][0].engine.extra == ("--gpu-flag", "1")
 
 
@@ -236,7 +237,7 @@ def test_exit_codes_of_errors(
     async def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(api, "run_job", fail)
+    monkeypatch.setattr("elbowroom.app.batch.run_job", fail)
     assert command.run() == code
 
 
@@ -273,10 +274,10 @@ def finished_job(tmp_path: Path) -> FinishedJob:
 
 
 def test_status(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", str(finished_job.output)]) == 0
+    assert main(["status", str(finished_job.output)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "state finished rows 3 of 3 finished; failed: 1 http_400" in shown
-    assert cli.main(["status", str(finished_job.output), "--json"]) == 0
+    assert main(["status", str(finished_job.output), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert (status["state"], status["num_finished"], status["output_tokens"]) == ("finished", 3, 6)
 
@@ -289,15 +290,15 @@ def test_status_of_a_job_that_goes_on(
         journal.admit({}, batch.scan())
         facts = {"num_resumed": 1, "resumed_output_tokens": 2, "num_replicas": 2}
         journal.note(pid=7, started_at=time.time() - 20, ready_at=time.time() - 10, **facts)
-        assert cli.main(["status", str(finished_job.output), "--json"]) == 0
+        assert main(["status", str(finished_job.output), "--json"]) == 0
         status = json.loads(capsys.readouterr().out)
         assert (status["state"], status["pid"], status["num_rows"]) == ("running", 7, 10)
         assert status["elapsed_seconds"] == pytest.approx(20, abs=2)
         assert status["output_tokens_per_second"] == pytest.approx(0.4, rel=0.2)
         assert status["seconds_left"] == pytest.approx(35, rel=0.2)
-        assert cli.main(["status", str(finished_job.output)]) == 0
+        assert main(["status", str(finished_job.output)]) == 0
         assert "running (process 7)" in capsys.readouterr().out
-    assert cli.main(["status", str(finished_job.output)]) == 0
+    assert main(["status", str(finished_job.output)]) == 0
     assert "run the same command again" in capsys.readouterr().out
 
 
@@ -308,33 +309,33 @@ def test_status_of_a_job_that_goes_on(
 def test_results(
     finished_job: FinishedJob, capfdbinary: pytest.CaptureFixture[bytes], rows: str, ids: list[str]
 ) -> None:
-    assert cli.main(["results", str(finished_job.output), "--rows", rows]) == 0
+    assert main(["results", str(finished_job.output), "--rows", rows]) == 0
     lines = capfdbinary.readouterr().out.splitlines()
     assert [json.loads(line)["custom_id"] for line in lines] == ids
 
 
 def test_verify(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -> None:
     files = [str(finished_job.input), str(finished_job.output)]
-    assert cli.main(["verify", *files]) == 0
+    assert main(["verify", *files]) == 0
     assert "each of 3 rows has exactly one result" in capsys.readouterr().out
     finished_job.errors.unlink()
-    assert cli.main(["verify", *files, "--json"]) == 3
+    assert main(["verify", *files, "--json"]) == 3
     assert json.loads(capsys.readouterr().out)["missing"] == ["id-1"]
-    assert cli.main(["verify", *files, "--errors", str(finished_job.errors)]) == 2
+    assert main(["verify", *files, "--errors", str(finished_job.errors)]) == 2
 
 
 @pytest.mark.parametrize("command", ["status", "results"])
 def test_commands_on_what_is_no_job(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([command, str(tmp_path / "out.jsonl")]) == 2
+    assert main([command, str(tmp_path / "out.jsonl")]) == 2
     assert "name the --output of a run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_cores_are_divided_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
-    assert api.split_cores(1) == ((0, 2, 4, 6, 8),)
-    assert api.split_cores(2) == ((0, 2), (4, 6, 8))
-    assert api.split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
-    assert api.split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))
+    assert batch.split_cores(1) == ((0, 2, 4, 6, 8),)
+    assert batch.split_cores(2) == ((0, 2), (4, 6, 8))
+    assert batch.split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
+    assert batch.split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
+from elbowroom.cli.exit_codes import EXIT_BAD_INPUT, EXIT_GOOD
+from elbowroom.cli.main import main
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.plans.pipeline import read_pipeline_plan
 from tests.planning.pipeline.pipelines import PROFILES, chain, profile

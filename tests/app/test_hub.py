@@ -10,10 +10,10 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from elbowroom import hub
+from elbowroom.app import hub
+from elbowroom.app.hub import complete, find_model
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import read_model
-from elbowroom.hub import complete, find_model
 from tests.tiny_model import write_model
 
 COMMIT, OLDER = "a" * 40, "b" * 40

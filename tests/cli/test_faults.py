@@ -14,19 +14,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from elbowroom import api, cli, machine
+from elbowroom.app import batch, machine
+from elbowroom.app.predict import Predictor
+from elbowroom.cli import run
+from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.errors import OutputError, PoolError
 from elbowroom.jobs.progress import ProgressView
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
 from elbowroom.pool.run_dir import default_root
-from elbowroom.predict import Predictor
 from elbowroom.profiling.machine import measure_machine
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_ROWS = 6
 MIB = 2**20
 
@@ -72,7 +74,7 @@ def read_only_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def screen(**options: Any) -> Callable[[pytest.MonkeyPatch], None]:
     def inject(monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli, "Console", partial(Console, **options))
+        monkeypatch.setattr("elbowroom.cli.main.Console", partial(Console, **options))
 
     return inject
 
@@ -95,13 +97,13 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "measuring has a fault": (broken(machine, "find_cluster"), "this part fails"),
     "the cache is read-only": (read_only_cache, "the measurement is not kept"),
     "there is no home": (without_home, "not measured"),
-    "lengths cannot be read": (broken(api, "read_lengths"), "no prediction: this part fails"),
+    "lengths cannot be read": (broken(batch, "read_lengths"), "no prediction: this part fails"),
     "prediction fails": (broken(Predictor, "_predict"), "no prediction: this part fails"),
     "looking back fails": (broken(Predictor, "in_hindsight"), "this part fails"),
-    "the table of layouts fails": (broken(api, "print_plan_table"), "no table of layouts"),
+    "the table of layouts fails": (broken(batch, "print_plan_table"), "no table of layouts"),
     "the live view fails": (broken(ProgressView, "_show"), "no progress: this part fails"),
     "the report cannot be written": (report_refused, "no report file: cannot write report"),
-    "the summary fails": (broken(cli, "print_summary"), "no summary: this part fails"),
+    "the summary fails": (broken(run, "print_summary"), "no summary: this part fails"),
     "the terminal has 50 columns": (screen(width=50, force_terminal=True), "KV tokens"),
     "the terminal has 10 columns": (screen(width=10, force_terminal=True), ""),
     "the terminal is gone": (screen(file=Broken()), ""),
@@ -126,7 +128,7 @@ def test_rows_are_answered_all_the_same(
     async def run_with_stub(*args: Any) -> JobReport:
         return await run_job(*args, command=stub)
 
-    monkeypatch.setattr(api, "run_job", run_with_stub)
+    monkeypatch.setattr(batch, "run_job", run_with_stub)
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTEST_FOLDER", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # logs of measuring stay there
@@ -134,7 +136,7 @@ def test_rows_are_answered_all_the_same(
     output = tmp_path / "out.jsonl"
     files = ("--input", str(write_batch(tmp_path / "in.jsonl", NUM_ROWS)), "--output", str(output))
     flags = ("--model", str(write_model(tmp_path / "model")), "--memory", "64MiB")
-    code = cli.main(["run", *files, *flags, "--max-num-seqs", "4"])
+    code = main(["run", *files, *flags, "--max-num-seqs", "4"])
     err = capsys.readouterr().err
     assert code == (3 if num_refused else 0), err
     assert len(output.read_text().splitlines()) == NUM_ROWS - num_refused

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cli.stub_run import PHASES
 from tests.jobs.plans import write_batch
-from tests.stub_run import PHASES
 from tests.tiny_model import write_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NUM_ROWS = 12
 MOST_SECONDS = 10
 
@@ -33,7 +33,7 @@ class Run:
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
 
     def start(self, phase: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "tests.stub_run", phase, *map(str, self.flags)]
+        command = [sys.executable, "-m", "tests.cli.stub_run", phase, *map(str, self.flags)]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, cwd=ROOT, env=self.environment, text=True, stdout=pipe, stderr=pipe

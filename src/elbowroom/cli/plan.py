@@ -6,41 +6,33 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from rich.table import Table
 
-from elbowroom.cli_flags import (
-    add_cluster,
-    add_inputs,
-    add_limits,
-    add_planned,
-    count,
-    limits_of,
-    planned_of,
-    size,
+from elbowroom.app.machine import split_cores
+from elbowroom.app.plan import (
+    Planned,
+    check_possible,
+    explain,
+    model_facts,
+    plan_job,
+    read_workload,
+    run_plan,
 )
+from elbowroom.app.plan_table import print_plan_table
+from elbowroom.app.simulate import Iterations, Simulated, SimulationSettings, simulate_plan
+from elbowroom.cli.flags import add_cluster, count, size
+from elbowroom.cli.job_flags import add_inputs, add_limits, add_planned, limits_of, planned_of
+from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_atomically
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
-from elbowroom.machine import split_cores
-from elbowroom.plan_table import print_plan_table
-from elbowroom.planner import (
-    Planned,
-    check_possible,
-    explain,
-    model_facts,
-    plan_job,
-    read_any_plan,
-    read_workload,
-    run_plan,
-    write_run_plan,
-)
 from elbowroom.planning.pool.search import Candidate
+from elbowroom.plans.pool import read_any_plan, write_run_plan
 from elbowroom.profiling.machine import measure_machine
-from elbowroom.screen import Console
-from elbowroom.simulation import SimulationSettings, print_simulation, simulate_plan
 
 
 def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -126,7 +118,7 @@ def _simulate(args: argparse.Namespace, console: Console) -> int:
         limits=limits_of(args),
     )
     simulated = simulate_plan(settings)
-    print_simulation(Console(), simulated)
+    _print_simulation(Console(), simulated)
     if args.trace is not None:
         write_trace(args.trace, simulated.trace())
         console.print(f"open {args.trace} in https://ui.perfetto.dev", highlight=False)
@@ -153,3 +145,31 @@ def _terms(planned: Planned, best: Candidate) -> Table:
     for name, source in best.cluster.sources.items():
         table.add_row(name, "", "", source)
     return table
+
+
+def _print_simulation(screen: Console, simulated: Simulated) -> None:
+    job = simulated.job
+    table = Table(title=str(simulated.layout), title_justify="left", show_header=False, box=None)
+    table.add_row("seconds", f"{job.seconds:.1f}")
+    table.add_row("output tokens/s", f"{job.tokens_per_second:.1f}")
+    rows = ", ".join(str(replica.num_rows) for replica in job.replicas[:16])
+    table.add_row("rows by replica", rows)
+    first = min(replica.finish_seconds for replica in job.replicas)
+    table.add_row("first replica idle after", f"{first:.1f} s")
+    modes = sorted({mode for replica in job.replicas for mode in replica.mode_iterations})
+    shares = ", ".join(f"{mode} {job.mode_share(mode):.1%}" for mode in modes)
+    table.add_row("iterations", shares)
+    for iterations in simulated.iterations:
+        _add_iterations(table, iterations)
+    screen.print(table)
+
+
+def _add_iterations(table: Table, iterations: Iterations) -> None:
+    pool = iterations.pool
+    table.add_row(str(iterations), f"{pool.iteration_seconds * 1e3:.2f} ms")
+    busy = ", ".join(f"{name} {share:.1%}" for name, share in pool.busy_fractions().items())
+    table.add_row("  busy", busy)
+    waited = np.mean(pool.waits) / pool.timeline.seconds
+    table.add_row("  compute waited", f"{waited:.1%}")
+    if pool.slots:
+        table.add_row("  slots held at once", str(pool.most_slots(0)))

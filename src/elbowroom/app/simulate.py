@@ -6,18 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-
+from elbowroom.app.machine import THIS_MACHINE, device_cores, find_cluster
+from elbowroom.app.plan import read_workload
 from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.trace import Count, Span
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.machine import THIS_MACHINE, device_cores, find_cluster
-from elbowroom.planner import read_workload
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import JobOutcome, simulate_job
 from elbowroom.planning.pool.search import (
@@ -115,34 +111,6 @@ def _iterate(cost: CostModel, shares: Sequence[PoolShare], batch: Batch, ships: 
     actions = [iteration_actions(share, layers) for share in shares]
     pool = simulate_pool(cost, shares, [batch] * len(shares), actions, _TRACE_ITERATIONS)
     return Iterations(batch, ships, pool)
-
-
-def print_simulation(screen: Console, simulated: Simulated) -> None:
-    job = simulated.job
-    table = Table(title=str(simulated.layout), title_justify="left", show_header=False, box=None)
-    table.add_row("seconds", f"{job.seconds:.1f}")
-    table.add_row("output tokens/s", f"{job.tokens_per_second:.1f}")
-    rows = ", ".join(str(replica.num_rows) for replica in job.replicas[:16])
-    table.add_row("rows by replica", rows)
-    first = min(replica.finish_seconds for replica in job.replicas)
-    table.add_row("first replica idle after", f"{first:.1f} s")
-    modes = sorted({mode for replica in job.replicas for mode in replica.mode_iterations})
-    shares = ", ".join(f"{mode} {job.mode_share(mode):.1%}" for mode in modes)
-    table.add_row("iterations", shares)
-    for iterations in simulated.iterations:
-        _add_iterations(table, iterations)
-    screen.print(table)
-
-
-def _add_iterations(table: Table, iterations: Iterations) -> None:
-    pool = iterations.pool
-    table.add_row(str(iterations), f"{pool.iteration_seconds * 1e3:.2f} ms")
-    busy = ", ".join(f"{name} {share:.1%}" for name, share in pool.busy_fractions().items())
-    table.add_row("  busy", busy)
-    waited = np.mean(pool.waits) / pool.timeline.seconds
-    table.add_row("  compute waited", f"{waited:.1%}")
-    if pool.slots:
-        table.add_row("  slots held at once", str(pool.most_slots(0)))
 
 
 def _model(plan: RunPlan) -> ModelFacts:

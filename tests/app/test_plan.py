@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from tools.make_model import make_model
 
-from elbowroom import api, cli
+from elbowroom.app.plan import read_run_plan
+from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import Row
 from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.prompts import prompt_bytes
-from elbowroom.planner import read_run_plan
 from elbowroom.plans.pool import RunPlan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, MODELS
@@ -29,7 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def plan(*flags: str) -> int:
-    return cli.main(["plan", *flags])
+    return main(["plan", *flags])
 
 
 def test_plan_prints_every_layout_and_why(capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +59,7 @@ def test_a_plan_is_simulated_and_traced(tmp_path: Path, capsys: pytest.CaptureFi
     flags = ("--lengths", "4096:512x500", "--cluster", "h20-8", "--pool", "streamed", "--ship")
     assert plan("--model", QWEN, *flags, "--json", str(path)) == 0
     command = ["simulate", "--plan", str(path), "--cluster", "h20-8", "--trace", str(trace)]
-    assert cli.main(command) == 0
+    assert main(command) == 0
     out = capsys.readouterr().out
     assert out.count("compute waited") == 2, "of the usual batch, streamed, and of one row, shipped"
     assert "iteration, batch 1, shipped" in out
@@ -76,7 +76,7 @@ def test_simulate_agrees_with_plan(tmp_path: Path, capsys: pytest.CaptureFixture
     prediction = RunPlan.from_json(json.loads(path.read_text())).prediction
     assert prediction is not None
     capsys.readouterr()
-    assert cli.main(["simulate", "--plan", str(path)]) == 0
+    assert main(["simulate", "--plan", str(path)]) == 0
     line = next(x for x in capsys.readouterr().out.splitlines() if x.strip().startswith("seconds"))
     assert float(line.split()[-1]) == pytest.approx(prediction.seconds, rel=0.1)
 
@@ -93,24 +93,24 @@ def test_run_takes_a_plan(
         seen.append(plan)
         raise InputError("seen")
 
-    monkeypatch.setattr(api, "run_job", run_job)
+    monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)
     files = ["--input", str(batch), "--output", str(tmp_path / "out.jsonl")]
-    assert cli.main(["run", "--plan", str(path), *files]) == 2
+    assert main(["run", "--plan", str(path), *files]) == 2
     by_plan = seen.pop()
     assert by_plan.layout == read_run_plan(path).layout
     assert by_plan.account == read_run_plan(path).account
     assert by_plan.prediction is not None
     by_flags = ["--model", str(small), "--memory", "64MiB", "--replicas", "2", "--pool", "mapped"]
-    assert cli.main(["run", *by_flags, "--seed", "3", *files]) == 2
+    assert main(["run", *by_flags, "--seed", "3", *files]) == 2
     assert seen.pop() == by_plan, "plan and run decide alike"
     capsys.readouterr()
     other = write_batch(tmp_path / "other.jsonl", 3)
     files[1] = str(other)
-    assert cli.main(["run", "--plan", str(path), *files]) == 2
+    assert main(["run", "--plan", str(path), *files]) == 2
     assert f"made for {batch}, and is now run for {other}" in capsys.readouterr().err
-    assert cli.main(["run", "--plan", str(path), *files, "--replicas", "3"]) == 2
+    assert main(["run", "--plan", str(path), *files, "--replicas", "3"]) == 2
     assert "--replicas is what the plan says" in " ".join(capsys.readouterr().err.split())
-    assert cli.main(["run", *files]) == 2
+    assert main(["run", *files]) == 2
     assert "give --model" in capsys.readouterr().err
 
 
@@ -135,9 +135,9 @@ def test_a_plan_for_a_file_s_cluster_is_simulated_with_the_file(
     cluster.write_text(replace(CPU, name="mine").to_toml())
     flags = ("--lengths", "64:64x10", "--cluster", str(cluster), "--json", str(path))
     assert plan("--model", str(MODELS / "Llama-3.1-8B"), *flags, "--memory", "20GB") == 0
-    assert cli.main(["simulate", "--plan", str(path)]) == 2
+    assert main(["simulate", "--plan", str(path)]) == 2
     assert "'mine' of a file: give it as --cluster" in " ".join(capsys.readouterr().err.split())
-    assert cli.main(["simulate", "--plan", str(path), "--cluster", str(cluster)]) == 0
+    assert main(["simulate", "--plan", str(path), "--cluster", str(cluster)]) == 0
 
 
 def test_what_if_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from elbowroom.cli_flags import add_cluster, bandwidth, count, size
+from elbowroom.app.machine import THIS_MACHINE, find_cluster, split_cores
+from elbowroom.cli.flags import add_cluster, bandwidth, count, size
+from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_atomically
@@ -17,7 +19,6 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
-from elbowroom.machine import THIS_MACHINE, find_cluster, split_cores
 from elbowroom.planning.pipeline.plan import plan_on_levels, plan_pipeline
 from elbowroom.planning.pipeline.prediction import (
     Prediction,
@@ -36,7 +37,6 @@ from elbowroom.plans.pipeline import (
     PipelinePlan,
     Stage,
 )
-from elbowroom.screen import Console
 
 _TABLE_WIDTH = 110
 _COLUMNS = (

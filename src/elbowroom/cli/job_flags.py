@@ -1,23 +1,17 @@
-"""Flags that commands share: kinds of values, the cluster, and the limits of a row."""
+"""Flags about a batch job: its input, the limits of a row, and what the planner decides."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
-from elbowroom.core.cluster import PRESETS
+from elbowroom.app.hub import find_model
+from elbowroom.app.plan import PlanSettings
+from elbowroom.cli.flags import auto, count, seconds, size
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES
-from elbowroom.core.units import parse_bandwidth, parse_bytes
-from elbowroom.hub import find_model
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.machine import THIS_MACHINE
-from elbowroom.planner import PlanSettings
 from elbowroom.plans.pool import FETCH_ORDERS, POOL_MODES
-
-T = TypeVar("T")
 
 PLANNED = (
     *("model", "revision", "memory", "replicas", "tensor_parallel", "pool", "slots"),
@@ -115,14 +109,6 @@ def add_inputs(parser: argparse._ActionsContainer, *, required: bool = False) ->
     )
 
 
-def add_cluster(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--cluster",
-        default=THIS_MACHINE,
-        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
-    )
-
-
 def add_limits(parser: argparse.ArgumentParser) -> None:
     limits = parser.add_argument_group("limits of a row")
     defaults = RowLimits()
@@ -159,48 +145,3 @@ def limits_of(args: argparse.Namespace) -> RowLimits:
         max_row_seconds=args.max_row_seconds,
         allowed_url_hosts=frozenset(args.allow_url_host),
     )
-
-
-def size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def bandwidth(text: str) -> float:
-    try:
-        return parse_bandwidth(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
-    return seconds
-
-
-def auto(kind: Callable[[str], T]) -> Callable[[str], T | None]:
-    """The kind, or the word "auto" for what the planner is to choose."""
-
-    def read(text: str) -> T | None:
-        return None if text == "auto" else kind(text)
-
-    return read

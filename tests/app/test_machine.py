@@ -11,12 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom import cli, machine
-from elbowroom.core import host
-from elbowroom.core.cluster import read_cluster
-from elbowroom.core.errors import InputError, MeasuringError
-from elbowroom.core.workload import parse_lengths
-from elbowroom.machine import (
+from elbowroom.app import machine
+from elbowroom.app.machine import (
     assumed_machine,
     cache_path,
     calibrated,
@@ -24,7 +20,12 @@ from elbowroom.machine import (
     find_cluster,
     find_machines,
 )
-from elbowroom.planner import PlanSettings, model_facts, plan_job
+from elbowroom.app.plan import PlanSettings, model_facts, plan_job
+from elbowroom.cli.main import main
+from elbowroom.core import host
+from elbowroom.core.cluster import read_cluster
+from elbowroom.core.errors import InputError, MeasuringError
+from elbowroom.core.workload import parse_lengths
 from elbowroom.profiling.machine import measure_machine
 from tests.planning.facts import CPU, MODELS
 
@@ -167,14 +168,14 @@ def test_parts_share_rates_and_not_the_work_of_engines() -> None:
 def test_profile_measures_this_machine(tmp_path: Path) -> None:
     """Every number is one that a computer could have; how fast it is says nothing about us."""
     path = tmp_path / "machine.toml"
-    assert cli.main(["profile", "--out", str(path), "--replicas", "1"]) == 0
+    assert main(["profile", "--out", str(path), "--replicas", "1"]) == 0
     device = read_cluster(path).device
     assert 1e8 < device.flops.peak < 1e15
     assert 1e7 < device.attention_bandwidth.peak < 1e13
     assert 1e-7 < device.layer_seconds < 1
     rates = [point.elements_per_second for point in device.matmul]
     assert rates[-1] < rates[0], "more rows take longer"
-    assert cli.main(["profile", "--out", str(path), "--replicas", "1000"]) == 2
+    assert main(["profile", "--out", str(path), "--replicas", "1000"]) == 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

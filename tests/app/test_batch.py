@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 import elbowroom
-from elbowroom import api
 from elbowroom.core.errors import InputError, MemoryPlanError, ReplicaError
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"memory": "64MiB", "max_num_batched_tokens": 64, "max_num_seqs": 4}
 
 
@@ -38,7 +37,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
         command = [sys.executable, "-m", "tests.jobs.stub_replica", *files.stub]
         return await run_job(*args, command=command)
 
-    monkeypatch.setattr(api, "run_job", run_with_stub)
+    monkeypatch.setattr("elbowroom.app.batch.run_job", run_with_stub)
     monkeypatch.chdir(ROOT)
     return files
 

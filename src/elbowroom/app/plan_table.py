@@ -5,8 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
+from elbowroom.app.plan import Planned
 from elbowroom.core.units import format_bytes
-from elbowroom.planner import Planned
 from elbowroom.planning.pool.search import Candidate
 
 _COLUMNS = (

@@ -1,6 +1,6 @@
 """``elbowroom run`` with stub replicas, as a process of its own that can be held up in any phase.
 
-    python -m tests.stub_run PHASE FLAGS ...
+    python -m tests.cli.stub_run PHASE FLAGS ...
 
 Says ``there`` on standard output when it is in the phase, in which it then stays for an hour; in
 phase ``none`` it goes through. The model is not looked at: replicas answer with the prompt.
@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from elbowroom import api, cli, machine
+from elbowroom.app import batch, machine
+from elbowroom.cli.main import main as elbowroom
 from elbowroom.jobs import runner
 from elbowroom.jobs.group import ReplicaGroup
 from elbowroom.jobs.order import OrderBuilder
@@ -78,8 +79,8 @@ def main() -> int:
     async def run_with_stub(*args: Any) -> Any:
         return await run_job(*args, command=stub)
 
-    api.run_job = run_with_stub
-    return cli.main(["run", *flags])
+    batch.run_job = run_with_stub
+    return elbowroom(["run", *flags])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from elbowroom.cli import EXIT_BAD_INPUT, EXIT_GOOD, main
+from elbowroom.cli.exit_codes import EXIT_BAD_INPUT, EXIT_GOOD
+from elbowroom.cli.main import main
 from elbowroom.core.layer_graph_file import read_layer_graph
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,5 +170,5 @@ def test_files_that_are_no_scripts(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_other_commands_do_not_wait_for_torch() -> None:
-    check = "import sys, elbowroom.cli; sys.exit('torch' in sys.modules)"
+    check = "import sys, elbowroom.cli.main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from rich.table import Table
 
-from elbowroom.cli_flags import count, number, seconds
+from elbowroom.cli.flags import count, number, seconds
+from elbowroom.cli.screen import Console
 from elbowroom.core.files import check_writable, write_atomically
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
-from elbowroom.screen import Console
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48

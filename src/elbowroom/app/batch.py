@@ -16,24 +16,9 @@ from typing import Any
 
 from rich.console import Console
 
-from elbowroom.core import host
-from elbowroom.core.cluster import Cluster
-from elbowroom.core.errors import InputError, MemoryPlanError, optional
-from elbowroom.core.files import check_writable
-from elbowroom.core.model import ModelFacts, check_runnable
-from elbowroom.core.units import format_bytes, parse_bytes
-from elbowroom.core.workload import Workload, workload
-from elbowroom.hub import find_model
-from elbowroom.jobs.identity import engine_version, job_identity
-from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import FinishedRow, OnCommit
-from elbowroom.jobs.lengths import read_lengths
-from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.results import check_paths
-from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
-from elbowroom.machine import Say, device_cores, find_cluster, split_cores
-from elbowroom.plan_table import print_plan_table
-from elbowroom.planner import (
+from elbowroom.app.hub import find_model
+from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
+from elbowroom.app.plan import (
     Planned,
     PlanSettings,
     check_possible,
@@ -41,10 +26,25 @@ from elbowroom.planner import (
     plan_job,
     run_plan,
 )
+from elbowroom.app.plan_table import print_plan_table
+from elbowroom.app.predict import Predictor
+from elbowroom.core import host
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import InputError, MemoryPlanError, optional
+from elbowroom.core.files import check_writable
+from elbowroom.core.model import ModelFacts, check_runnable
+from elbowroom.core.units import format_bytes, parse_bytes
+from elbowroom.core.workload import Workload, workload
+from elbowroom.jobs.identity import engine_version, job_identity
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.journal import FinishedRow, OnCommit
+from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.report import JobReport
+from elbowroom.jobs.results import check_paths
+from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import Candidate, engine_limits, replica_limits
 from elbowroom.plans.pool import RunPlan
-from elbowroom.predict import Predictor
 
 PREDICTION_ROWS = 1000
 """Rows of the input that are counted for a prediction."""

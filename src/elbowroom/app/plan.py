@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
+from elbowroom.app.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
+from elbowroom.app.predict import prediction_of
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
-from elbowroom.core.files import read_json, write_atomically
 from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
 from elbowroom.planning.cost import Batch, Term
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import (
@@ -40,8 +39,8 @@ from elbowroom.plans.pool import (
     Layout,
     PoolMode,
     RunPlan,
+    read_any_plan,
 )
-from elbowroom.predict import prediction_of
 
 
 @dataclass(frozen=True)
@@ -232,18 +231,6 @@ def run_plan(
     )
 
 
-def read_any_plan(path: Path) -> RunPlan:
-    """A plan that ``elbowroom plan --json`` wrote. Raises InputError for anything else."""
-    data = read_json(path)
-    try:
-        plan = RunPlan.from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is no plan of `elbowroom plan --json`: {error}") from error
-    if plan.layout is None:
-        raise InputError(f"{path} names no layout: make it again with `elbowroom plan --json`")
-    return plan
-
-
 def read_run_plan(path: Path) -> RunPlan:
     """A plan that this version can carry out. Raises InputError for any other."""
     plan = read_any_plan(path)
@@ -256,12 +243,6 @@ def read_run_plan(path: Path) -> RunPlan:
         )
     check_fits(plan.account, plan.engine.max_model_len)
     return plan
-
-
-def write_run_plan(path: Path, plan: RunPlan) -> None:
-    """Raises OutputError."""
-    text = json.dumps(plan.to_json(), indent=2) + "\n"
-    write_atomically(path, iter([text.encode()]))
 
 
 def explain(planned: Planned, candidate: Candidate) -> list[Term]:

@@ -1,0 +1,1 @@
+"""What a user asks for, wired from facts, decisions and mechanisms."""

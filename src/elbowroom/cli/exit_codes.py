@@ -1,0 +1,34 @@
+"""Exit codes of every command: one meaning each."""
+
+from __future__ import annotations
+
+from elbowroom.core.errors import (
+    ElbowroomError,
+    InputError,
+    JobStoppedError,
+    MemoryPlanError,
+    OutputError,
+)
+
+EXIT_CODES = """\
+exit codes:
+  0   every row was answered (check, verify: nothing is wrong)
+  3   finished, but some rows failed (check: some would; verify: results are not complete)
+  75  stopped before the end: finished rows are kept, the same command goes on
+  2   bad usage or bad input: nothing was done
+  1   a failure inside
+"""
+
+EXIT_GOOD = 0
+EXIT_FAILURE = 1
+EXIT_BAD_INPUT = 2
+EXIT_FAILED_ROWS = 3
+EXIT_RESUMABLE = 75
+
+
+def exit_code(error: ElbowroomError) -> int:
+    if isinstance(error, JobStoppedError):
+        return EXIT_RESUMABLE
+    if isinstance(error, InputError | OutputError | MemoryPlanError):
+        return EXIT_BAD_INPUT
+    return EXIT_FAILURE

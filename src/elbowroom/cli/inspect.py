@@ -1,0 +1,90 @@
+"""The commands that only look: ``check``, ``status``, ``results`` and ``verify``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from elbowroom.app.batch import errors_beside
+from elbowroom.app.hub import find_model
+from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
+from elbowroom.cli.flags import count
+from elbowroom.cli.job_flags import add_limits, limits_of
+from elbowroom.cli.screen import Console
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.check import check_file, print_report
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.status import job_status, print_status
+from elbowroom.jobs.verify import verify_results
+
+
+def add_inspect_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    check = add("check", _check, "tell all that can be known before a device is touched")
+    check.add_argument("input", type=Path, nargs="+", help="OpenAI batch lines, of one job")
+    check.add_argument("--model", help="Hugging Face folder or name on the hub, to count tokens")
+    check.add_argument("--revision", help="branch, tag or commit of a model on the hub")
+    check.add_argument(
+        "--no-tokens", action="store_true", help="do not count tokens, which needs transformers"
+    )
+    check.add_argument("--max-model-len", type=count, help="tokens of the longest row")
+    check.add_argument("--json", action="store_true", help="for machines")
+    add_limits(check)
+    status = add("status", _status, "show how far a running or interrupted job is")
+    status.add_argument("output", type=Path, help="the --output of the run")
+    status.add_argument("--json", action="store_true", help="for machines")
+    results = add("results", _results, "print the result lines of what is finished so far")
+    results.add_argument("output", type=Path, help="the --output of the run")
+    results.add_argument("--rows", choices=("all", "succeeded", "failed"), default="all")
+    verify = add("verify", _verify, "check that each row of the input has exactly one result")
+    verify.add_argument("input", type=Path, nargs="+", help="OpenAI batch lines, of one job")
+    verify.add_argument("output", type=Path, help="answers")
+    verify.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
+    verify.add_argument("--json", action="store_true", help="for machines")
+    add_limits(verify)
+
+
+def _check(args: argparse.Namespace, console: Console) -> int:
+    model = None
+    if args.model is not None and not args.no_tokens:
+        model = find_model(args.model, args.revision, with_weights=False)
+    with BatchInput(args.input) as source:
+        report = check_file(source, model, args.max_model_len, limits_of(args))
+    if args.json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        print_report(Console(), report)
+    return EXIT_FAILED_ROWS if report.num_problems else EXIT_GOOD
+
+
+def _status(args: argparse.Namespace, console: Console) -> int:
+    with JournalReader(args.output) as journal:
+        status = job_status(journal)
+    if args.json:
+        print(json.dumps(status.to_json(), indent=2))
+    else:
+        print_status(Console(), status)
+    return EXIT_GOOD
+
+
+def _results(args: argparse.Namespace, console: Console) -> int:
+    with JournalReader(args.output) as journal:
+        for line in journal.lines({"all": None, "succeeded": True, "failed": False}[args.rows]):
+            sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    return EXIT_GOOD
+
+
+def _verify(args: argparse.Namespace, console: Console) -> int:
+    errors = args.errors or errors_beside(args.output)
+    paths = [args.output, *([errors] if args.errors or errors.exists() else [])]
+    with BatchInput(args.input) as source, BatchFile(source, limits_of(args)) as batch:
+        verification = verify_results(batch.scan(), paths)
+    if args.json:
+        print(json.dumps(verification.to_json(), indent=2))
+    else:
+        print(verification)
+    return EXIT_GOOD if verification.is_good else EXIT_FAILED_ROWS

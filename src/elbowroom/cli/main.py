@@ -1,0 +1,78 @@
+"""The command line: reads flags, hands them on, and turns what happens into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from elbowroom.cli.exit_codes import EXIT_CODES, EXIT_GOOD, EXIT_RESUMABLE, exit_code
+from elbowroom.cli.inspect import add_inspect_commands
+from elbowroom.cli.plan import add_plan_commands
+from elbowroom.cli.plan_pipeline import add_pipeline_commands
+from elbowroom.cli.profile_model import add_profile_command
+from elbowroom.cli.run import add_run_command
+from elbowroom.cli.screen import Console
+from elbowroom.core.errors import (
+    ElbowroomError,
+    InputError,
+)
+
+_ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``elbowroom``. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
+    console = Console(stderr=True)
+    command: Callable[[argparse.Namespace, Console], int] = args.command
+    try:
+        if args.vllm and not args.takes_vllm:
+            raise InputError("only `run` and `plan` take options for vLLM, behind --")
+        return command(args, console)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_GOOD
+    except ElbowroomError as error:
+        with suppress(BrokenPipeError):
+            console.print(
+                f"elbowroom: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+            )
+        return exit_code(error)
+    except (KeyboardInterrupt, asyncio.CancelledError) as error:
+        reason = str(error) or "stopped at once"
+        console.print(f"elbowroom: {reason}; run the same command again to go on", soft_wrap=True)
+        return EXIT_RESUMABLE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elbowroom",
+        description=_ABOUT,
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[..., int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=f"{about[0].upper()}{about[1:]}.",
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=command, takes_vllm=False)
+        return added
+
+    add_run_command(add)
+    add_inspect_commands(add)
+    add_plan_commands(add)
+    add_pipeline_commands(add)
+    add_profile_command(add)
+    return parser

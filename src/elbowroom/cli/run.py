@@ -1,0 +1,127 @@
+"""The command ``run``: flags to settings, and the job under signals."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from elbowroom.app.batch import BatchSettings, run_settings
+from elbowroom.app.hub import complete
+from elbowroom.app.machine import THIS_MACHINE
+from elbowroom.app.plan import PlanSettings, read_run_plan
+from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
+from elbowroom.cli.flags import number, seconds
+from elbowroom.cli.job_flags import (
+    PLANNED,
+    add_inputs,
+    add_limits,
+    add_planned,
+    limits_of,
+    planned_of,
+)
+from elbowroom.cli.screen import Console
+from elbowroom.cli.signals import Signals
+from elbowroom.core.errors import (
+    InputError,
+    optional,
+)
+from elbowroom.jobs.report import print_summary
+from elbowroom.jobs.runner import JobOptions, StopRequest
+from elbowroom.plans.pool import RunPlan
+
+
+def add_run_command(add: Callable[..., argparse.ArgumentParser]) -> None:
+    _add_run_flags(add("run", _run, "answer a batch file, or go on with it"))
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    stop = StopRequest()
+    with Signals(stop) as signals:
+        report = asyncio.run(signals.watch(run_settings(_settings(args), console, stop)))
+    with optional("summary", lambda text: console.print(text, markup=False)):
+        print_summary(console, report)
+    return EXIT_FAILED_ROWS if report.num_failed else EXIT_GOOD
+
+
+def _add_run_flags(run: argparse.ArgumentParser) -> None:
+    files = run.add_argument_group("files")
+    add_inputs(files, required=True)
+    files.add_argument("--output", type=Path, required=True, help="answers, in input order")
+    files.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
+    files.add_argument("--report", type=Path, help="report.json (default: beside the output)")
+    files.add_argument(
+        "--logs", type=Path, help="folder for the replicas' logs (default: in the journal's)"
+    )
+    files.add_argument(
+        "--plan", type=Path, help="of `elbowroom plan --json`: model, layout and engine are its own"
+    )
+    files.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
+    add_planned(run)
+    job = run.add_argument_group("job")
+    defaults = JobOptions()
+    job.add_argument(
+        "--restart", action="store_true", help="start over: drop what earlier runs finished"
+    )
+    job.add_argument(
+        "--order",
+        choices=("auto", "input"),
+        default=defaults.order,
+        help="in which rows are worked on (default auto: long outputs first, shared prefixes "
+        "together); results are in input order",
+    )
+    job.add_argument(
+        "--grace",
+        type=seconds,
+        default=defaults.grace_seconds,
+        metavar="SECONDS",
+        help="for rows in flight after the first Ctrl-C (default %(default)g)",
+    )
+    job.add_argument(
+        "--max-restarts",
+        type=number,
+        default=defaults.max_restarts,
+        help="of one replica in ten minutes (default %(default)d)",
+    )
+    add_limits(run)
+    run.usage = f"{run.prog} --model MODEL --input FILE --output FILE [options] [-- VLLM OPTIONS]"
+
+
+def _settings(args: argparse.Namespace) -> BatchSettings:
+    job = JobOptions(
+        limits=limits_of(args),
+        order=args.order,
+        max_restarts=args.max_restarts,
+        grace_seconds=args.grace,
+        restart=args.restart,
+    )
+    given = None if args.plan is None else _plan_alone(args)
+    if given is None:
+        plan = planned_of(args, args.cluster, runs_here=True)
+    else:
+        engine = given.engine
+        plan = PlanSettings(
+            complete(Path(given.model_dir)), args.cluster, dtype=engine.dtype, runs_here=True
+        )
+    return BatchSettings(
+        inputs=tuple(args.input),
+        output=args.output,
+        plan=plan,
+        errors=args.errors,
+        report=args.report,
+        logs=args.logs,
+        job=job,
+        given_plan=given,
+    )
+
+
+def _plan_alone(args: argparse.Namespace) -> RunPlan:
+    """The plan. What it says is not said again beside it."""
+    parser = argparse.ArgumentParser()
+    add_planned(parser)
+    for name in PLANNED:
+        if getattr(args, name) != ([] if name == "vllm" else parser.get_default(name)):
+            flag = "what stands behind --" if name == "vllm" else f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
+    return read_run_plan(args.plan)
