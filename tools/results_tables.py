@@ -1,0 +1,408 @@
+"""Tables of results, made from the dated files in bench/results: no figure is copied by hand.
+
+Each function returns one Markdown table; ``TABLES`` names them all for ``tools.make_docs``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    """The newest results of one benchmark."""
+    found = sorted(RESULTS.glob(f"{name}-20*.json"))
+    if not found:
+        raise SystemExit(f"no results of {name} in {RESULTS}: run python -m bench.{name}")
+    data: dict[str, Any] = json.loads(found[-1].read_text())
+    return data
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def ratios(values: Iterable[float]) -> str:
+    """A median, and every round behind it."""
+    rounds = list(values)
+    return f"{median(rounds):.2f}x ({', '.join(f'{value:.2f}' for value in rounds)})"
+
+
+def where(data: dict[str, Any]) -> str:
+    machine = data["machine"]
+    return f"{data['date']}, {machine['cpu']}, {machine['cores']} cores"
+
+
+def over(rounds: list[dict[str, Any]], one: str, other: str) -> str:
+    key = "tokens_per_second"
+    return ratios(each[one][key] / each[other][key] for each in rounds)
+
+
+def default_run() -> str:
+    """The default run against vLLM's own batch runner."""
+    data = load("default_run")
+
+    def rows(part: str) -> list[float]:
+        return [
+            each["vllm"]["run_seconds"] / each["elbowroom"]["run_seconds"]
+            for each in data[part]["rounds"]
+        ]
+
+    def whole(part: str) -> list[float]:
+        return [
+            each["vllm"]["total_seconds"] / each["elbowroom"]["total_seconds"]
+            for each in data[part]["rounds"]
+        ]
+
+    plain = "32 rows of 256-512 prompt tokens"
+    shared = "400 rows, 8 shared prefixes in random order"
+    return table(
+        (where(data), "Elbowroom over `vllm run-batch`: median (rounds)"),
+        (
+            (f"{plain}: output tokens/s once started", ratios(rows("plain"))),
+            (f"{plain}: the whole command", ratios(whole("plain"))),
+            (f"{shared}: output tokens/s once started", ratios(rows("prefixes"))),
+            (f"{shared}: the whole command", ratios(whole("prefixes"))),
+        ),
+    )
+
+
+def against() -> str:
+    """This version against the one before."""
+    values = {}
+    for path in sorted(RESULTS.glob("against-*.json")):
+        data = json.loads(path.read_text())
+        for name in ("run", "check", "start"):
+            if name in data:
+                pairs = data[name]["seconds_before_and_now"]
+                values.setdefault(name, []).extend(before / now for before, now in pairs)
+    names = {
+        "run": "rows/s with an engine that takes no time",
+        "check": "`check`, lines/s",
+        "start": "start of 2 replicas",
+    }
+    rows = ((names[name], ratios(found)) for name, found in values.items())
+    return table(("this version over the one before", "median (rounds)"), rows)
+
+
+def pool() -> str:
+    """The pool against full copies, on cores that stand in for devices."""
+    tight, ample, plain = (load(f"pool_throughput_{kind}") for kind in ("tight", "ample", "plain"))
+    start = load("start_up")
+    kv = tight["kv_tokens"]
+    lost = []
+    for each in ample["rounds"]:
+        seconds = each["streamed"]["run_seconds"] - each["none"]["run_seconds"]
+        lost.append(
+            seconds * each["copy_bytes_per_second"] / max(each["streamed"]["streamed_bytes"])
+        )
+    starts = [each["two_replicas_seconds"] / each["one_vllm_seconds"] for each in start["rounds"]]
+    return table(
+        (where(tight), "median (rounds)"),
+        (
+            (
+                "KV tokens, mapped pool over full copies",
+                f"{tight['kv_tokens_mapped_over_none']:.2f}x "
+                f"({kv['mapped']:,} over {kv['none']:,})",
+            ),
+            (
+                "output tokens/s, mapped pool over full copies",
+                over(tight["rounds"], "mapped", "none"),
+            ),
+            (
+                "output tokens/s, streamed pool over full copies",
+                over(tight["rounds"], "streamed", "none"),
+            ),
+            (
+                "with ample memory and equal batches: output tokens/s, mapped over full copies",
+                over(ample["rounds"], "mapped", "none"),
+            ),
+            (
+                "with ample memory: time lost to streaming, over the minimum "
+                "(bytes copied / copy bandwidth)",
+                ratios(lost),
+            ),
+            ("seconds to start 2 replicas, over one vLLM on the same cores", ratios(starts)),
+            (
+                "output tokens/s, mapped pool over two `vllm run-batch` engines of one core each, "
+                "same memory",
+                over(plain["rounds"], "mapped", "two_engines"),
+            ),
+            (
+                "output tokens/s, mapped pool over one `vllm run-batch` engine with both cores "
+                "and all the memory",
+                over(plain["rounds"], "mapped", "one_engine"),
+            ),
+        ),
+    )
+
+
+def shipping() -> str:
+    """Small batches shipped to the owner, against layers streamed to the batch."""
+    data, tails = load("shipping"), load("tail")
+    held, free = data["throttled to 1 GB/s"], data["not throttled"]
+    serving = ", ".join(
+        f"{found['19_of_20']:.1f}x ({rows} row{'s' if rows != '1' else ''})"
+        for rows, found in held["serving"].items()
+    )
+    heavy, flat = (tails[kind]["shipping_gains"] for kind in ("heavy tail", "no tail"))
+    return table(
+        (where(data), ""),
+        (
+            (
+                "link held to 1 GB/s, 1 row in each of 2 replicas: seconds of an iteration, "
+                "streamed over shipped",
+                f"{held['ship_over_stream_at_1_row']:.1f}x",
+            ),
+            (
+                "the same: speed, shipped over full copies (best possible: 1)",
+                f"{held['ship_over_local_at_1_row']:.2f}x",
+            ),
+            (
+                "batch from which streaming is faster than shipping, measured and planned",
+                f"{held['crossover_rows']:.0f}, {held['planned_rows']} rows (1 GB/s); "
+                f"{free['crossover_rows']:.0f}, {free['planned_rows']} rows (memory copies)",
+            ),
+            (
+                "64 rows, link not held: speed, streamed over shipped",
+                f"{free['stream_over_ship_at_64_rows']:.2f}x",
+            ),
+            (
+                "owner's own FFN latency while it serves a peer, p95, over idle (target: at most 2x)",
+                serving,
+            ),
+            (
+                "job with a heavy tail, 1 GB/s: seconds without shipping over with it; "
+                "the last tenth of its rows",
+                f"{heavy['run_seconds']:.2f}x; {heavy['tail_seconds']:.1f}x",
+            ),
+            ("job without a tail, 1 GB/s: the same", f"{flat['run_seconds']:.2f}x"),
+        ),
+    )
+
+
+def jobs() -> str:
+    """Reading, checking, journaling and ordering rows."""
+    data, million, order = (
+        load(name) for name in ("jobs_throughput", "jobs_throughput_million", "prefix_order")
+    )
+    first = order["rounds"][0]
+    return table(
+        (where(data), ""),
+        (
+            (
+                "`check`: lines of 1 KB a second",
+                f"{data['check_rows_per_second']:,.0f} (peak "
+                f"{data['check_peak_bytes'] / 1e6:.0f} MB at {data['rows']:,} lines; reading alone: "
+                f"{data['read_rows_per_second']:,.0f})",
+            ),
+            (
+                "journal, dispatch and publish with an engine that takes no time: rows a second",
+                f"{data['run_rows_per_second']:,.0f} ({million['run_rows_per_second']:,.0f} at "
+                f"{million['run_rows']:,} rows, peak {million['run_peak_bytes'] / 1e6:.0f} MB)",
+            ),
+            (
+                f"{order['rows']} rows with {order['prefixes']} shared prefixes in random order: "
+                "cached prompt tokens, over a sorted file",
+                f"{order['hit_tokens_auto_over_sorted']:.2f}x "
+                f"(`--order input`: {order['hit_tokens_input_over_sorted']:.2f}x)",
+            ),
+            (
+                "the same: seconds in all, over `--order input`",
+                f"{order['total_seconds_auto_over_input']:.2f}x "
+                f"({first['auto']['total_seconds']:.0f} s, {first['input']['total_seconds']:.0f} s)",
+            ),
+        ),
+    )
+
+
+def predictions() -> str:
+    """What was predicted, beside what came."""
+    speed, kv, training, planning = (
+        load(name) for name in ("prediction_speed", "prediction_kv", "training", "planning_time")
+    )
+    rounds = " / ".join(
+        ", ".join(
+            f"{each[mode]['predicted'] / each[mode]['outcome']:.2f}" for each in speed["rounds"]
+        )
+        for mode in ("none", "mapped", "streamed")
+    )
+    models = sorted({run["model"] for run in kv["runs"]})
+    measured = ", ".join(f"{each['measured_over_simulated']:.2f}" for each in training["rounds"])
+    return table(
+        (where(speed), ""),
+        (
+            (
+                f"predicted over measured output tokens/s, full copies / mapped / streamed, "
+                f"{len(speed['rounds'])} rounds of {speed['rows']} rows",
+                rounds,
+            ),
+            (
+                "pairs of layouts ranked right",
+                f"{speed['pairs_ranked'] - speed['pairs_ranked_wrong']} of {speed['pairs_ranked']}",
+            ),
+            (
+                f"largest error of predicted KV tokens, {', '.join(models)}, 2 layouts",
+                f"{kv['largest_error']:.0%}",
+            ),
+            (
+                f"training in 2 stages on 2 cores ({training['date']}): seconds a minibatch, "
+                f"measured over simulated, {len(training['rounds'])} rounds",
+                measured,
+            ),
+            (
+                "seconds to `plan`: 8 devices; 1,024 devices; to simulate 100,000 rows on 8 replicas",
+                f"{planning['search_seconds_8_devices']:.1f}; "
+                f"{planning['search_seconds_1024_devices']:.1f}; "
+                f"{planning['simulate_seconds_100000_rows']:.1f}",
+            ),
+        ),
+    )
+
+
+PEERS = (
+    ("ours", "Elbowroom, `stash`, split by the planner"),
+    ("data parallel", "DistributedDataParallel, half a minibatch each"),
+    ("pipelining, split by hand", "torch.distributed.pipelining, 1F1B, split by hand"),
+    ("pipelining, split as ours", "torch.distributed.pipelining, split as ours"),
+    ("data parallel, double batch", "data parallel, one update for two minibatches"),
+)
+LINKS = (("1 Gbit/s", "1 Gbit/s"), ("not held back", "free link"))
+MODELS = (("vgg_like", "VGG"), ("gpt_like", "GPT"))
+
+
+def peers() -> str:
+    """Seconds of a minibatch, ours and other ways to train."""
+    data = load("peers")
+    parts = [data[model][link] for model, _ in MODELS for link, _ in LINKS]
+    head = [f"{model}, {link}" for _, model in MODELS for _, link in LINKS]
+
+    def best(one: dict[str, float], names: tuple[str, ...]) -> float:
+        return min(one[name] for name in names) / one["ours"]
+
+    lines = [
+        [name, *(f"{median(each[key] for each in part['rounds']):.3f}" for part in parts)]
+        for key, name in PEERS
+    ]
+    lines[3:3] = [
+        [
+            "Elbowroom over the better of these two, median (rounds)",
+            *(ratios(part["over_best_peer"]["rounds"]) for part in parts),
+        ]
+    ]
+    lines.append(
+        [
+            "Elbowroom over that",
+            *(
+                ratios(best(each, ("data parallel, double batch",)) for each in part["rounds"])
+                for part in parts
+            ),
+        ]
+    )
+    for key, name in (
+        ("planned_seconds", "Elbowroom, as planned"),
+        ("floor_seconds", "minimum: half of the compute"),
+    ):
+        lines.append([name, *(f"{part[key]:.3f}" for part in parts)])
+    return table((f"seconds a minibatch, {where(data)}", *head), lines)
+
+
+METHODS = (
+    ("stash", "`stash`"),
+    ("predict", "`predict`"),
+    (
+        "data parallel, a minibatch each",
+        "data parallel, a minibatch on each worker, as in the paper",
+    ),
+    (
+        "data parallel, half a minibatch each",
+        "data parallel, half of each minibatch on each worker",
+    ),
+)
+
+
+def accuracy() -> str:
+    """Epochs to a share of held-out digits right, and the share at the end."""
+    data = load("accuracy")
+    levels = ("0.8", "0.9", "0.95", "0.97", "0.98")
+    rows = []
+    for rate in ("0.01", "0.02", "0.05"):
+        part = data[f"rate {rate}"]
+        for number, (method, name) in enumerate(METHODS):
+            epochs = [part["epochs_to"][level][method] for level in levels]
+            rows.append(
+                [
+                    "" if number else rate,
+                    name,
+                    *("never" if epoch is None else str(epoch) for epoch in epochs),
+                    f"{part['means'][method][-1]:.1%}",
+                ]
+            )
+    shares = (f"{float(level):.0%}" for level in levels)
+    return table(("learning rate", "method", *shares, "at the end"), rows)
+
+
+def summary() -> str:
+    """The one table of the README."""
+    tight, plain, order, training = (
+        load(name)
+        for name in ("pool_throughput_tight", "pool_throughput_plain", "default_run", "peers")
+    )
+    held, tail = load("shipping")["throttled to 1 GB/s"], load("tail")["heavy tail"]
+    vgg, gpt = (training[model]["1 Gbit/s"]["over_best_peer"]["median"] for model, _ in MODELS)
+    return table(
+        (f"measured on {tight['machine']['cores']} CPU cores", "median"),
+        (
+            (
+                "default run over `vllm run-batch`: output tokens/s, 32 unrelated rows",
+                f"{order['plain']['answering_over_vllm']:.2f}x",
+            ),
+            (
+                "the same, 400 rows that share 8 prefixes, in random order",
+                f"{order['prefixes']['answering_over_vllm']:.2f}x",
+            ),
+            (
+                "mapped pool over full copies, 2 replicas, scarce memory: KV tokens",
+                f"{tight['kv_tokens_mapped_over_none']:.2f}x",
+            ),
+            ("the same: output tokens/s", f"{tight['mapped_over_none']:.2f}x"),
+            (
+                "mapped pool, 2 replicas of one core, over one vLLM engine on both cores: "
+                "output tokens/s",
+                f"{plain['mapped_over_one_engine_with_everything']:.2f}x",
+            ),
+            (
+                "1 GB/s link, 1 row in each replica: shipped pool over streamed pool, iterations/s",
+                f"{held['ship_over_stream_at_1_row']:.1f}x",
+            ),
+            (
+                "1 GB/s link, job with a heavy tail: shipped pool over streamed pool",
+                f"{tail['shipping_gains']['run_seconds']:.2f}x",
+            ),
+            (
+                "training in 2 stages over 1 Gbit/s, over the better of DistributedDataParallel and "
+                "torch.distributed.pipelining: VGG, GPT",
+                f"{vgg:.2f}x, {gpt:.2f}x",
+            ),
+        ),
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "default-run": default_run,
+    "against": against,
+    "pool": pool,
+    "shipping": shipping,
+    "jobs": jobs,
+    "predictions": predictions,
+    "peers": peers,
+    "accuracy": accuracy,
+    "summary": summary,
+}
