@@ -114,7 +114,7 @@ def run_default(requests: Path) -> dict[str, float]:
         "run_seconds": report["run_seconds"],
         "total_seconds": total,
         "output_tokens": report["output_tokens"],
-        "kv_bytes": report["plan"]["account"]["kv_bytes"],
+        "kv_bytes": report["plan"]["budget"]["kv_bytes"],
         "rows_at_once": report["plan"]["engine"]["max_num_seqs"],
     }
 

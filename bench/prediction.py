@@ -2,7 +2,7 @@
 
     python -m bench.prediction [--repeats 3] [--rows 48] [--parts kv speed]
 
-``kv``: the account's KV tokens against what the engine reports, for three models and two layouts.
+``kv``: planned KV tokens against what the engine reports, for three models and two layouts.
 ``speed``: the machine is measured as ``elbowroom profile`` does, right before each layout runs at
 tight memory (full copies hold 4 rows of 1,024 tokens); the prediction that ``run`` writes into its
 report is compared with the outcome in it. The machine changes its speed between runs, so it is
@@ -70,9 +70,9 @@ def compare_kv() -> dict[str, Any]:
             ]
             subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
             report = json.loads(output.with_suffix(".report.json").read_text())
-            account = report["plan"]["account"]
-            block_bytes = account["kv_bytes_per_token"] * account["block_tokens"]
-            predicted = account["kv_bytes"] // block_bytes * account["block_tokens"]
+            budget = report["plan"]["budget"]
+            block_bytes = budget["kv_bytes_per_token"] * budget["block_tokens"]
+            predicted = budget["kv_bytes"] // block_bytes * budget["block_tokens"]
             engine = [replica["num_kv_tokens"] for replica in report["replicas"]]
             rows.append({"model": architecture, "pool": pool, "predicted": predicted})
             rows[-1]["engine"] = engine

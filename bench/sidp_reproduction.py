@@ -22,7 +22,7 @@ from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import JobOutcome, Policy, ReplicaLimits, simulate_job
 from elbowroom.planning.pool.modes import PoolTimes
-from elbowroom.planning.pool.search import EngineLimits, account_layout, replica_limits
+from elbowroom.planning.pool.search import EngineLimits, layout_budget, replica_limits
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.planning.pool.timeline import link_share, simulate_pool
 from elbowroom.plans.pool import FetchOrder, Layout
@@ -294,8 +294,8 @@ def run(
     job: Workload,
     speeds: tuple[float, ...] | None = None,
 ) -> JobOutcome:
-    account = account_layout(facts, layout, cluster.device.usable_bytes, ENGINE)
-    limits: ReplicaLimits = replica_limits(account, ENGINE)
+    budget = layout_budget(facts, layout, cluster.device.usable_bytes, ENGINE)
+    limits: ReplicaLimits = replica_limits(budget, ENGINE)
     cost = CostModel(facts, cluster, layout.tensor_parallel)
     times = PoolTimes(cost, layout.num_ranks, layout.num_slots)
     return simulate_job(times, limits, job, layout.num_replicas, policy, speeds)

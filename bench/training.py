@@ -26,7 +26,7 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.planning.pipeline.schedule import plan_schedule
-from elbowroom.planning.pipeline.timeline import simulate_plan
+from elbowroom.planning.pipeline.timeline import simulate_pipeline_plan
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.plans.pipeline_pace import steady_seconds
 
@@ -71,7 +71,7 @@ def profile() -> LayerGraph:
 
 
 def simulate(plan: PipelinePlan, graph: LayerGraph, num_steps: int) -> Run:
-    timeline = simulate_plan(plan, graph, plan_schedule((1,) * NUM_WORKERS, num_steps))
+    timeline = simulate_pipeline_plan(plan, graph, plan_schedule((1,) * NUM_WORKERS, num_steps))
     return Run(timeline.steady_seconds, timeline.bubbles)
 
 

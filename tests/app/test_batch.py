@@ -48,8 +48,10 @@ def test_run_batch(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(files.output.read_text().splitlines()) == 40
     assert report.plan.prediction is not None
     assert report.plan.prediction.num_rows == 40
-    assert report.hindsight is not None
-    assert report.hindsight.output_tokens == pytest.approx(report.output_tokens, rel=0.3)
+    assert report.prediction_for_actual is not None
+    assert report.prediction_for_actual.output_tokens == pytest.approx(
+        report.output_tokens, rel=0.3
+    )
     assert capfd.readouterr() == ("", "")
 
 

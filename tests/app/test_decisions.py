@@ -20,9 +20,9 @@ from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     MOST_ROWS,
     EngineLimits,
-    account_layout,
     evaluate,
     fill_in,
+    layout_budget,
     replica_limits,
 )
 from elbowroom.plans.pool import Layout, RunPlan, read_any_plan
@@ -75,7 +75,7 @@ def test_nothing_but_files(run: Runs, capsys: pytest.CaptureFixture[str]) -> Non
     assert plan.engine.dtype == host.fastest_dtype(CONFIG["dtype"])
     assert plan.engine.max_num_seqs == 50, "no more rows at once than there are"
     assert plan.engine.max_model_len == 4096, "what the model takes"
-    assert plan.account.num_kv_tokens < 10_000, "no more cache than the job or a row can fill"
+    assert plan.budget.num_kv_tokens < 10_000, "no more cache than the job or a row can fill"
     said = capsys.readouterr().err
     assert said.count("taken: 1 replica on ") == 1
     if len(host.cores()) > 1:
@@ -85,7 +85,7 @@ def test_nothing_but_files(run: Runs, capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_what_is_said_is_taken(run: Runs) -> None:
     plan = run("--replicas", "2", "--memory", "64MiB", "--max-num-seqs", "3", "--pool", "none")
-    assert (plan.num_replicas, plan.account.memory_bytes) == (2, 64 * MIB)
+    assert (plan.num_replicas, plan.budget.memory_bytes) == (2, 64 * MIB)
     assert (plan.engine.max_num_seqs, plan.shares[0].mode) == (3, "none")
     auto = ("--replicas", "auto", "--memory", "auto", "--max-num-seqs", "auto", "--pool", "auto")
     assert run(*auto, "--max-model-len", "auto", "--max-num-batched-tokens", "auto") == run()
@@ -103,10 +103,10 @@ def test_memory_is_divided_among_replicas_and_what_engines_hold(
 ) -> None:
     write_batch(run.folder / "in.jsonl", 3000, max_tokens=4000)
     one, two = run(), run("--replicas", "2")
-    assert one.account.memory_bytes <= 0.9 * 4 * GIB - ENGINE_BYTES
-    assert two.account.memory_bytes <= 0.9 * 4 * GIB / 2 - ENGINE_BYTES
+    assert one.budget.memory_bytes <= 0.9 * 4 * GIB - ENGINE_BYTES
+    assert two.budget.memory_bytes <= 0.9 * 4 * GIB / 2 - ENGINE_BYTES
     monkeypatch.setattr(host, "free_memory_bytes", lambda: None)
-    assert run().account.memory_bytes <= CPU.device.usable_bytes
+    assert run().budget.memory_bytes <= CPU.device.usable_bytes
 
 
 @pytest.mark.parametrize(("dtype", "shown"), [("float32", True), ("bfloat16", False)])
@@ -122,7 +122,7 @@ def test_the_fastest_dtype_is_taken_and_told(
     assert plan.engine.dtype == dtype
     assert ("computed in float32" in capsys.readouterr().err) == shown
     assert (
-        plan.account.replicated_bytes == read_model(run.folder / "model", dtype).replicated_bytes()
+        plan.budget.replicated_bytes == read_model(run.folder / "model", dtype).replicated_bytes()
     )
     assert run("--dtype", "bfloat16").engine.dtype == "bfloat16"
 
@@ -184,10 +184,10 @@ def test_as_many_rows_at_once_as_fit() -> None:
     layout, memory = Layout(2, 4, 1, "streamed", 3, ships=True), H200.device.usable_bytes
     chosen = fill_in(QWEN, layout, memory, EngineLimits(), ROWS)
     assert chosen.max_num_seqs is not None
-    limits = replica_limits(account_layout(QWEN, layout, memory, chosen), chosen)
+    limits = replica_limits(layout_budget(QWEN, layout, memory, chosen), chosen)
     assert limits.rows_at_once(ROWS) == chosen.max_num_seqs
     more = replace(chosen, max_num_seqs=chosen.max_num_seqs + 1)
-    limits = replica_limits(account_layout(QWEN, layout, memory, more), more)
+    limits = replica_limits(layout_budget(QWEN, layout, memory, more), more)
     assert limits.num_kv_tokens < more.num_rows * limits.row_tokens(ROWS.mean_row), "not one more"
     fixed = evaluate(QWEN, H200, ROWS, EngineLimits(256, 2048), layout)
     free = evaluate(QWEN, H200, ROWS, EngineLimits(), layout)
@@ -206,7 +206,7 @@ def test_bounds_of_rows_at_once(lengths: str, most: int) -> None:
 
 def test_fewer_tokens_of_an_iteration_where_memory_is_short() -> None:
     layout, rows = Layout(1, 1, 1, "none"), parse_lengths("64:64x10")
-    needed = account_layout(QWEN, layout, 0, EngineLimits(1, LEAST_TOKENS))
+    needed = layout_budget(QWEN, layout, 0, EngineLimits(1, LEAST_TOKENS))
     memory = -needed.kv_bytes + 8 * 32 * needed.kv_bytes_per_token
     chosen = fill_in(QWEN, layout, memory, EngineLimits(), rows)
     assert chosen.max_num_batched_tokens == LEAST_TOKENS
@@ -223,11 +223,11 @@ def test_fewer_rows_where_a_long_one_needs_room(max_model_len: int | None) -> No
     rows = parse_lengths("20:4x100000,29000:1000x1")
     engine = EngineLimits(max_model_len=max_model_len)
     longest = max_model_len or 30_000
-    fixed = account_layout(QWEN, layout, 0, EngineLimits(1, LEAST_TOKENS))
+    fixed = layout_budget(QWEN, layout, 0, EngineLimits(1, LEAST_TOKENS))
     memory = -fixed.kv_bytes + (longest + 200) * fixed.kv_bytes_per_token
     chosen = fill_in(QWEN, layout, memory, engine, rows)
     assert chosen.num_rows <= chosen.num_tokens
-    limits = replica_limits(account_layout(QWEN, layout, memory, chosen), chosen)
+    limits = replica_limits(layout_budget(QWEN, layout, memory, chosen), chosen)
     assert limits.num_kv_tokens >= longest
     hopeless = fill_in(QWEN, layout, memory // 2, engine, rows)
     assert (hopeless.max_num_seqs, hopeless.max_num_batched_tokens) == (1, LEAST_TOKENS)
@@ -255,11 +255,11 @@ def test_a_job_of_which_nothing_is_known_has_all_room(
     body = {"messages": [{"role": "user", "content": "on and on"}]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (run.folder / "in.jsonl").write_text(json.dumps(line))
-    assert run().account.memory_bytes > 2 * GIB
+    assert run().budget.memory_bytes > 2 * GIB
     monkeypatch.setattr("elbowroom.app.batch.read_lengths", fail)
     plan = run()
     assert plan.engine.max_num_seqs == MOST_ROWS
-    assert plan.account.memory_bytes > 2 * GIB
+    assert plan.budget.memory_bytes > 2 * GIB
     assert plan.prediction is None
 
 

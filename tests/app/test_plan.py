@@ -98,7 +98,7 @@ def test_run_takes_a_plan(
     assert main(["run", "--plan", str(path), *files]) == 2
     by_plan = seen.pop()
     assert by_plan.layout == read_run_plan(path).layout
-    assert by_plan.account == read_run_plan(path).account
+    assert by_plan.budget == read_run_plan(path).budget
     assert by_plan.prediction is not None
     by_flags = ["--model", str(small), "--memory", "64MiB", "--replicas", "2", "--pool", "mapped"]
     assert main(["run", *by_flags, "--seed", "3", *files]) == 2

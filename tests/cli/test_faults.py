@@ -99,7 +99,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "there is no home": (without_home, "not measured"),
     "lengths cannot be read": (broken(batch, "read_lengths"), "no prediction: this part fails"),
     "prediction fails": (broken(Predictor, "_predict"), "no prediction: this part fails"),
-    "looking back fails": (broken(Predictor, "in_hindsight"), "this part fails"),
+    "looking back fails": (broken(Predictor, "for_actual"), "this part fails"),
     "the table of layouts fails": (broken(batch, "print_plan_table"), "no table of layouts"),
     "the live view fails": (broken(ProgressView, "_show"), "no progress: this part fails"),
     "the report cannot be written": (report_refused, "no report file: cannot write report"),

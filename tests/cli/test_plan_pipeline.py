@@ -86,7 +86,7 @@ def test_the_fastest_simulated(
     """All candidates are shown, and none is faster by more than a percent than what is taken."""
     out = tmp_path / "plan.json"
     command = ["plan-pipeline", str(small), "--workers", "4", "--bandwidth", "1Gbit/s"]
-    assert main([*command, "--rank", "simulated", "--json", str(out)]) == EXIT_GOOD
+    assert main([*command, "--sort-by", "simulated", "--json", str(out)]) == EXIT_GOOD
     plan, shown = read_pipeline_plan(out), capsys.readouterr().out
     assert "3-1, depth 1: 0.200000 s planned" in shown
     assert "4, depth 1:" in shown

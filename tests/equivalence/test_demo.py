@@ -46,7 +46,7 @@ def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_
     assert _answers(output) == plain_answers
     report = json.loads(output.with_suffix(".report.json").read_text())
     expected = (
-        report["plan"]["account"]["kv_bytes"] // report["plan"]["account"]["kv_bytes_per_token"]
+        report["plan"]["budget"]["kv_bytes"] // report["plan"]["budget"]["kv_bytes_per_token"]
     )
     for replica in report["replicas"]:
         assert replica["num_kv_tokens"] == pytest.approx(expected, rel=0.01)

@@ -61,8 +61,8 @@ def _run(model: Path, requests: Path, mode: str) -> list[Any]:
     command = (sys.executable, "-m", "elbowroom", "run", *files)
     subprocess.run(command, check=True, timeout=300)
     report = json.loads(output.with_suffix(".report.json").read_text())
-    account = report["plan"]["account"]
-    num_tokens = account["kv_bytes"] // account["kv_bytes_per_token"]
+    budget = report["plan"]["budget"]
+    num_tokens = budget["kv_bytes"] // budget["kv_bytes_per_token"]
     for replica in report["replicas"]:
         assert replica["num_kv_tokens"] == pytest.approx(num_tokens, rel=0.01)
         assert (replica["pool"]["streamed_iterations"] > 0) == (mode == "streamed")

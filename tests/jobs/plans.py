@@ -10,12 +10,12 @@ from typing import Any
 from elbowroom.app.plan import PlanSettings, check_possible, model_facts, plan_job, run_plan
 from elbowroom.core.workload import parse_lengths
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.plans.pool import EngineOptions, MemoryAccount, PoolMode, RunPlan
+from elbowroom.plans.pool import EngineOptions, MemoryBudget, PoolMode, RunPlan
 
 
 def make_plan(num_replicas: int = 1, mode: PoolMode = "mapped", max_num_seqs: int = 8) -> RunPlan:
     """A plan for a model that is not there."""
-    account = MemoryAccount(
+    budget = MemoryBudget(
         memory_bytes=2**30,
         replicated_bytes=2**20,
         ffn_bytes=2**20,
@@ -27,7 +27,7 @@ def make_plan(num_replicas: int = 1, mode: PoolMode = "mapped", max_num_seqs: in
     )
     return RunPlan(
         model_dir="/no/model",
-        account=account,
+        budget=budget,
         shares=plan_shares((100,) * 4, num_replicas, mode),
         cores=((),) * num_replicas,
         engine=EngineOptions("bfloat16", 128, max_num_seqs, 64, ("stub",)),

@@ -16,7 +16,7 @@ from elbowroom.jobs.report import JobReport, ReplicaReport, print_summary
 from elbowroom.plans.pool import (
     EngineOptions,
     Layout,
-    MemoryAccount,
+    MemoryBudget,
     PoolShare,
     Prediction,
     RunPlan,
@@ -25,7 +25,7 @@ from elbowroom.pool.stats import PoolStats
 
 PLAN = RunPlan(
     model_dir="models/tiny",
-    account=MemoryAccount(
+    budget=MemoryBudget(
         memory_bytes=2 * GIB,
         replicated_bytes=100 * MIB,
         ffn_bytes=50 * MIB,
@@ -71,7 +71,7 @@ REPORT = JobReport(
     start_seconds=12.5,
     run_seconds=20.0,
     replicas=(REPLICA, replace(REPLICA, rank=1, num_kv_tokens=1584)),
-    hindsight=Prediction("a", 10, 500, 400, 40.0, 34.0, 46.0),
+    prediction_for_actual=Prediction("a", 10, 500, 400, 40.0, 34.0, 46.0),
 )
 
 
@@ -120,9 +120,9 @@ def test_the_summary_names_what_a_user_asks_for() -> None:
         "seconds 12.5 start-up, 20.0 run",
         "output tokens/s 15.0",
         "predicted 12.0 output tokens/s, 40.0 s (34.0 to 46.0) for 480 output tokens",
-        "predicted for what came 10.0 output tokens/s, 40.0 s (34.0 to 46.0) (outcome 1.50x)",
-        "KV tokens per replica 1600, 1584 (account: 1600)",
-        "weights and slots held 150 MiB, 150 MiB (account: 160 MiB)",
+        "predicted for actual tokens 10.0 output tokens/s, 40.0 s (34.0 to 46.0) (outcome 1.50x)",
+        "KV tokens per replica 1600, 1584 (budget: 1600)",
+        "weights and slots held 150 MiB, 150 MiB (budget: 160 MiB)",
         "preemptions 4",
         "restarts 2",
         "prompt tokens in the prefix cache 100 of 400 (25%)",

@@ -15,7 +15,7 @@ from elbowroom.plans.pipeline import (
     LevelTraffic,
     PipelineOptions,
     PipelinePlan,
-    Stage,
+    StagePlan,
 )
 
 
@@ -196,7 +196,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def plan_of(stages: Sequence[Sequence[str]]) -> PipelinePlan:
     """A straight plan of these layers, with no numbers in it."""
-    made = [Stage(tuple(names), (1,), 1, 0.0, 0.0, 1, 0, 0, 0, 0, 0) for names in stages]
+    made = [StagePlan(tuple(names), (1,), 1, 0.0, 0.0, 1, 0, 0, 0, 0, 0) for names in stages]
     return PipelinePlan(
         stages=tuple(made),
         levels=(Level(len(made), 1e9),),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import distributed
 
-from elbowroom.pipeline.links import Link
+from elbowroom.pipeline.links import Connection
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.ring import Ring
 
@@ -25,7 +25,7 @@ _SHAPES = ((3,), (5, 7))
 
 def lets_go_of_what_was_sent(number: int, size: int) -> None:
     """Long before the end, while others are sent."""
-    link = Link([1 - number], ahead=20, num_messages=1)
+    link = Connection([1 - number], ahead=20, num_messages=1)
     memory = [np.full(50, float(k)) for k in range(20)]
     for k, array in enumerate(memory):
         link.send(k, (torch.from_numpy(array),))
@@ -49,12 +49,12 @@ def receives_no_more_than_it_may(number: int, size: int) -> None:
     Two workers take turns with minibatches in front of one that has the memory.
     """
     if number:
-        link = Link([0], stride=2)
+        link = Connection([0], stride=2)
         for k in range(number - 1, 12, 2):
             link.send(k, [torch.full(shape, float(k)) for shape in _SHAPES])
         link.close()
         return
-    link = Link([1, 2], ahead=2, num_messages=3)
+    link = Connection([1, 2], ahead=2, num_messages=3)
     message_bytes = sum(torch.empty(shape).nbytes for shape in _SHAPES)
     places = set()
     for k in range(12):
@@ -70,7 +70,7 @@ def receives_no_more_than_it_may(number: int, size: int) -> None:
 
 def waits_until_no_more_are_unsent(number: int, size: int) -> None:
     """One worker reads what another sends only after a while."""
-    link = Link([1 - number])
+    link = Connection([1 - number])
     if number:
         time.sleep(0.3)
         for k in range(4):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.training.stage import Stage
+from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 from elbowroom.training.values import TensorFacts
 
@@ -31,7 +31,7 @@ def run_model(model: nn.Module, inputs: Any) -> Outcome:
     return _outcome(model, outputs)
 
 
-def run_stages(traced: TracedModel, stages: list[Stage], inputs: Any) -> Outcome:
+def run_stages(traced: TracedModel, stages: list[StageModule], inputs: Any) -> Outcome:
     """One forward and one backward, stage by stage, with nothing between them but tensors."""
     torch.manual_seed(5)
     model = traced.model

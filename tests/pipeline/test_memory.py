@@ -19,7 +19,7 @@ import torch
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.planning.pipeline.schedule import plan_schedule
-from elbowroom.planning.pipeline.timeline import simulate_plan
+from elbowroom.planning.pipeline.timeline import simulate_pipeline_plan
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.profiling.layers import SweepLimits, profile
 from tests.pipeline.members import run_together
@@ -91,7 +91,7 @@ def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
     else:
         schedule = plan_schedule(replicas, NUM_MINIBATCHES, depth=case.depth)
     rule = "vertical-sync" if case.semantics == "vertical-sync" else "stash"
-    expected = simulate_plan(plan, graph, schedule, rule=rule).peak_bytes
+    expected = simulate_pipeline_plan(plan, graph, schedule, rule=rule).peak_bytes
     if case.semantics == plan.options.semantics:
         assert expected == tuple(
             stage.memory_bytes for stage in plan.stages for _ in range(stage.replicas)

@@ -16,12 +16,12 @@ from elbowroom.plans.pipeline import (
     LevelTraffic,
     PipelineOptions,
     PipelinePlan,
-    Stage,
+    StagePlan,
     read_pipeline_plan,
 )
 
-FRONT = Stage(("a", "b"), (3,), 3, 0.5, 0.25, 2, 1, 100, 40, 90, 10)
-BACK = Stage(("c",), (1,), 1, 0.4, 0.0, 1, 0, 50, 60, 0, 0)
+FRONT = StagePlan(("a", "b"), (3,), 3, 0.5, 0.25, 2, 1, 100, 40, 90, 10)
+BACK = StagePlan(("c",), (1,), 1, 0.4, 0.0, 1, 0, 50, 60, 0, 0)
 PLAN = PipelinePlan(
     stages=(FRONT, BACK),
     levels=(Level(4, 1.25e9, "Ethernet"),),

@@ -1,4 +1,4 @@
-"""Plans: the JSON round trip, and what the memory account derives."""
+"""Plans: the JSON round trip, and what the memory budget derives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from elbowroom.plans.pool import (
     POOL_MODES,
     EngineOptions,
     FetchOrder,
-    MemoryAccount,
+    MemoryBudget,
     PoolMode,
     PoolShare,
     RunPlan,
 )
 
-ACCOUNT = MemoryAccount(
+BUDGET = MemoryBudget(
     memory_bytes=1000,
     replicated_bytes=100,
     ffn_bytes=200,
@@ -42,7 +42,7 @@ ENGINE = EngineOptions(
 @pytest.mark.parametrize("order", FETCH_ORDERS)
 def test_plan_survives_json(mode: PoolMode, order: FetchOrder) -> None:
     shares = plan_shares((5_000_000,) * 7, 3, mode, None, order)
-    plan = RunPlan("/m", ACCOUNT, shares, ((0, 1), (2,), ()), ENGINE)
+    plan = RunPlan("/m", BUDGET, shares, ((0, 1), (2,), ()), ENGINE)
     assert RunPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan.num_replicas == 3
 
@@ -61,6 +61,6 @@ def test_unknown_keys_are_not_swallowed() -> None:
 
 
 def test_account_counts_whole_blocks() -> None:
-    assert ACCOUNT.weight_bytes == 300
-    assert ACCOUNT.num_kv_blocks == 620 // (3 * 32) == 6
-    assert ACCOUNT.num_kv_tokens == 6 * 32
+    assert BUDGET.weight_bytes == 300
+    assert BUDGET.num_kv_blocks == 620 // (3 * 32) == 6
+    assert BUDGET.num_kv_tokens == 6 * 32

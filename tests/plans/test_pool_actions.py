@@ -12,12 +12,12 @@ COUNTS = st.integers(0, 10**6)
 
 
 def test_text_form() -> None:
-    assert str(Fetch(layer=12, piece=0, num_pieces=1)) == "F12.0/1"
+    assert str(Fetch(layer=12, chunk=0, num_chunks=1)) == "F12.0/1"
 
 
 @given(COUNTS, COUNTS, COUNTS)
-def test_parse_undoes_str(layer: int, piece: int, num_pieces: int) -> None:
-    fetch = Fetch(layer, piece, num_pieces)
+def test_parse_undoes_str(layer: int, chunk: int, num_chunks: int) -> None:
+    fetch = Fetch(layer, chunk, num_chunks)
     assert Fetch.parse(str(fetch)) == fetch
 
 

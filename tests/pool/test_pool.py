@@ -157,7 +157,7 @@ def test_layers_in_many_slices() -> None:
     """Slices that do not divide a layer's bytes leave no byte out."""
     ffn_bytes = (find_ffn(blocks_of(make_model())[0]).num_bytes,) * NUM_LAYERS
     shares = plan_shares(ffn_bytes, 3, "streamed", 2, "sliced", slice_bytes=1000)
-    assert shares[0].fetches[0].num_pieces == 19
+    assert shares[0].fetches[0].num_chunks == 19
     plain = _logits(make_model("llama", NUM_LAYERS))
     with _group(shares) as (models, _):
         assert all(torch.equal(_logits(model), plain) for model in models for _ in range(2))

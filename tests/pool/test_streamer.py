@@ -23,8 +23,8 @@ def streamer(request: pytest.FixtureRequest) -> DeviceStreamer:
     sources = {
         layer: torch.full((size,), layer, dtype=torch.uint8) for layer, size in NUM_BYTES.items()
     }
-    pieces = 2 if request.param == 3 else 1
-    fetches = [Fetch(layer, piece, pieces) for layer in LAYERS for piece in range(pieces)]
+    chunks = 2 if request.param == 3 else 1
+    fetches = [Fetch(layer, chunk, chunks) for layer in LAYERS for chunk in range(chunks)]
     one = DeviceStreamer(fetches, sources, request.param, CPU)
     one.start()
     return one

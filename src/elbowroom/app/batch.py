@@ -41,7 +41,7 @@ from elbowroom.jobs.journal import FinishedRow, OnCommit
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
-from elbowroom.jobs.runner import Hindsight, JobFiles, JobOptions, StopRequest, run_job
+from elbowroom.jobs.runner import JobFiles, JobOptions, PredictActual, StopRequest, run_job
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import Candidate, engine_limits, replica_limits
 from elbowroom.plans.pool import RunPlan
@@ -185,7 +185,7 @@ async def run_settings(
             console,
             stop,
             on_rows,
-            prepared.hindsight,
+            prepared.predict_actual,
         )
 
 
@@ -207,7 +207,7 @@ class Prepared:
 
     plan: RunPlan
     job: JobOptions
-    hindsight: Hindsight | None = None
+    predict_actual: PredictActual | None = None
 
 
 def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: Say) -> Prepared:
@@ -235,20 +235,20 @@ def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: 
         plan = run_plan(planned, best, asked, source.name)
         if rows is None:
             plan = replace(plan, prediction=None)
-        check_fits(plan.account, plan.engine.max_model_len)
+        check_fits(plan.budget, plan.engine.max_model_len)
         _check_machine(plan)
         _say_choice(planned, plan, say)
         cluster = best.cluster if planned.machines.is_measured else None
-    job, hindsight = settings.job, None
+    job, predict_actual = settings.job, None
     if lengths is not None and rows is not None:
         job = replace(job, bytes_per_token=lengths.bytes_per_token)
         with optional("prediction", say):
             predictor = None if cluster is None else _predictor(plan, model, cluster, rows)
             if predictor is not None:
                 plan = replace(plan, prediction=predictor.prediction)
-                hindsight = predictor.in_hindsight
+                predict_actual = predictor.for_actual
                 say(f"predicted for {lengths}: {predictor.prediction}")
-    return Prepared(plan, job, hindsight)
+    return Prepared(plan, job, predict_actual)
 
 
 def errors_beside(output: Path) -> Path:
@@ -272,7 +272,7 @@ def _decide(
     rows = (rows and rows.within(most)) or _UNKNOWN_ROWS.within(most) or workload([1], [1])
     planned = plan_job(asked, model, rows, about_rows, say)
     if planned.choice.best is None:
-        room = max(replica_limits(c.account, c.engine).num_kv_tokens for c in planned.candidates)
+        room = max(replica_limits(c.budget, c.engine).num_kv_tokens for c in planned.candidates)
         fitting = rows.up_to(room)
         if fitting is not None and fitting.num_rows < rows.num_rows:
             num_longer = rows.num_rows - fitting.num_rows
@@ -283,18 +283,18 @@ def _decide(
     best = planned.choice.best
     if best is None:
         nearest = min(planned.candidates, key=lambda candidate: candidate.missing_bytes)
-        longest = asked.max_model_len or longest_row(model, nearest.account)
-        check_fits(nearest.account, longest)
+        longest = asked.max_model_len or longest_row(model, nearest.budget)
+        check_fits(nearest.budget, longest)
         return planned, check_possible(planned)
     return planned, best
 
 
 def _check_machine(plan: RunPlan) -> None:
     """Raise MemoryPlanError for more memory than this machine has."""
-    there, asked = host.memory_bytes(), plan.num_replicas * plan.account.memory_bytes
+    there, asked = host.memory_bytes(), plan.num_replicas * plan.budget.memory_bytes
     if there is not None and asked > there:
         raise MemoryPlanError(
-            f"{plan.num_replicas} replicas of {format_bytes(plan.account.memory_bytes)} need more "
+            f"{plan.num_replicas} replicas of {format_bytes(plan.budget.memory_bytes)} need more "
             f"than the {format_bytes(there)} that this machine has: lower --memory or --replicas"
         )
 
@@ -304,7 +304,7 @@ def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
     best, other = planned.choice.best, planned.choice.next_best
     assert best is not None
     say(
-        f"taken: {best.describe()}, {plan.engine.dtype}: {plan.account.num_kv_tokens} KV tokens, "
+        f"taken: {best.describe()}, {plan.engine.dtype}: {plan.budget.num_kv_tokens} KV tokens, "
         f"{plan.engine.max_num_seqs} rows at once"
     )
     if other is not None and planned.machines.is_measured:
@@ -325,12 +325,12 @@ def _predictor(
     """None where no row fits."""
     assert plan.layout is not None
     limits = engine_limits(plan.engine)
-    room = replica_limits(plan.account, limits).num_kv_tokens
+    room = replica_limits(plan.budget, limits).num_kv_tokens
     fitting = rows.within(plan.engine.max_model_len)
     fitting = fitting and fitting.up_to(room)
     if fitting is None:
         return None
-    return Predictor(model, cluster, plan.layout, plan.account, limits, fitting)
+    return Predictor(model, cluster, plan.layout, plan.budget, limits, fitting)
 
 
 def _settings(

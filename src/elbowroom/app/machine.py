@@ -210,7 +210,9 @@ def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
     Raises InputError when the report has no prediction to compare with.
     """
     report = read_json(report_path)
-    predicted = report.get("hindsight") or (report.get("plan") or {}).get("prediction") or {}
+    predicted = (
+        report.get("prediction_for_actual") or (report.get("plan") or {}).get("prediction") or {}
+    )
     try:
         expected = predicted["output_tokens"] / predicted["seconds"]
         factor = expected / report["output_tokens_per_second"]

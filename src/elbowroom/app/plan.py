@@ -195,9 +195,9 @@ def run_plan(
             "--weight-dtype asks what if: convert the weights, and plan with what is stored then"
         )
     model, layout, engine = planned.model, candidate.layout, candidate.engine
-    account = candidate.account
+    budget = candidate.budget
     if settings.is_here and settings.memory_bytes is None:
-        account = without_idle_cache(model, candidate, planned.workload)
+        budget = without_idle_cache(model, candidate, planned.workload)
     names = (*settings.served_model_names, model.name, str(settings.model))
     hosts = sorted(settings.limits.allowed_url_hosts)
     extra = (
@@ -212,12 +212,12 @@ def run_plan(
         prediction = prediction_of(candidate.seconds, planned.workload, candidate.cluster)
     return RunPlan(
         model_dir=str(settings.model.absolute()),
-        account=account,
+        budget=budget,
         shares=shares * layout.num_groups,
         cores=split_cores(layout.num_replicas),
         engine=EngineOptions(
             dtype=model.dtype,
-            max_model_len=engine.max_model_len or longest_row(model, account),
+            max_model_len=engine.max_model_len or longest_row(model, budget),
             max_num_seqs=engine.num_rows,
             max_num_batched_tokens=engine.num_tokens,
             served_model_names=tuple(dict.fromkeys(names)),
@@ -241,23 +241,23 @@ def read_run_plan(path: Path) -> RunPlan:
             f"{path}: {layout} can be planned, but this version does not run several groups that "
             f"each share a pool"
         )
-    check_fits(plan.account, plan.engine.max_model_len)
+    check_fits(plan.budget, plan.engine.max_model_len)
     return plan
 
 
 def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     """Every term of a candidate: its memory, an iteration at its usual batch, and its pool."""
-    account, layout = candidate.account, candidate.layout
+    budget, layout = candidate.budget, candidate.layout
     times = pool_times(planned.model, candidate.cluster, layout)
     rows = candidate.rows_at_once
     context = planned.workload.mean_context
     terms = [
-        Term("memory", account.memory_bytes, "B", "what the engine may use of one device"),
-        Term("- replicated", account.replicated_bytes, "B", "W_rest / t"),
-        Term("- own FFN", account.ffn_bytes, "B", "W_ffn / (t d)"),
-        Term("- slots", account.slot_bytes, "B", "slots x largest layer / t"),
-        Term("- workspace", account.workspace_bytes, "B", "activations, logits"),
-        Term("= KV", account.kv_bytes, "B", "sum"),
+        Term("memory", budget.memory_bytes, "B", "what the engine may use of one device"),
+        Term("- replicated", budget.replicated_bytes, "B", "W_rest / t"),
+        Term("- own FFN", budget.ffn_bytes, "B", "W_ffn / (t d)"),
+        Term("- slots", budget.slot_bytes, "B", "slots x largest layer / t"),
+        Term("- workspace", budget.workspace_bytes, "B", "activations, logits"),
+        Term("= KV", budget.kv_bytes, "B", "sum"),
         Term("rows", rows, "", "KV tokens / mean row, at most max_num_seqs"),
         Term("context", context, "tokens", "prompt and half of the output, mean"),
         *times.cost.explain(Batch(rows, rows * context)),

@@ -40,15 +40,15 @@ def print_plan_table(screen: Console, planned: Planned) -> None:
 
 
 def _row(candidate: Candidate, planned: Planned) -> dict[str, str]:
-    account = candidate.account
+    budget = candidate.budget
     mark = "> " if candidate is planned.choice.best else "  "
     row = {
         "layout": f"{mark}{candidate.layout}",
-        "weights": format_bytes(account.weight_bytes),
-        "slots": format_bytes(account.slot_bytes),
-        "workspace": format_bytes(account.workspace_bytes),
-        "KV cache": format_bytes(max(0, account.kv_bytes)),
-        "KV tokens": str(max(0, account.num_kv_tokens)),
+        "weights": format_bytes(budget.weight_bytes),
+        "slots": format_bytes(budget.slot_bytes),
+        "workspace": format_bytes(budget.workspace_bytes),
+        "KV cache": format_bytes(max(0, budget.kv_bytes)),
+        "KV tokens": str(max(0, budget.num_kv_tokens)),
         "rows": "-",
         "tokens/s": "-",
         "finish": candidate.why_out,

@@ -1,4 +1,4 @@
-"""What a job should take on a layout: before it runs, and in hindsight."""
+"""What a job should take on a layout: before it runs, and for the token counts that occurred."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.workload import Workload
 from elbowroom.planning.pool.search import EngineLimits, job_seconds, replica_limits
-from elbowroom.plans.pool import Layout, MemoryAccount, Prediction
+from elbowroom.plans.pool import Layout, MemoryBudget, Prediction
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Says what a run of a layout on a job should take, before it and in hindsight.
+    """Says what a run of a layout on a job should take, before it and for actual token counts.
 
     ``rows`` are in the order in which they are worked on.
     """
@@ -23,7 +23,7 @@ class Predictor:
     model: ModelFacts
     cluster: Cluster
     layout: Layout
-    account: MemoryAccount
+    budget: MemoryBudget
     engine: EngineLimits
     rows: Workload
 
@@ -33,11 +33,11 @@ class Predictor:
         return self._predict(self.rows)
 
     def _predict(self, workload: Workload) -> Prediction:
-        limits = replica_limits(self.account, self.engine)
+        limits = replica_limits(self.budget, self.engine)
         seconds = job_seconds(self.model, self.cluster, workload, self.layout, limits)
         return prediction_of(seconds, workload, self.cluster)
 
-    def in_hindsight(self, prompt_tokens: int, output_tokens: int) -> Prediction | None:
+    def for_actual(self, prompt_tokens: int, output_tokens: int) -> Prediction | None:
         """With the tokens that came out, spread over rows as they were expected to be."""
         expected = self.rows
         prompts = prompt_tokens / expected.num_prompt_tokens

@@ -91,7 +91,7 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     cluster = find_cluster(
         settings.cluster or _planned_for(plan), device_cores(plan), plan.engine.dtype
     )
-    limits = replica_limits(plan.account, engine_limits(plan.engine))
+    limits = replica_limits(plan.budget, engine_limits(plan.engine))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)
     job = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout))

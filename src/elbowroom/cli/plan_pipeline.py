@@ -21,7 +21,7 @@ from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.planning.pipeline.plan import plan_on_levels, plan_pipeline
 from elbowroom.planning.pipeline.prediction import (
-    Prediction,
+    PipelinePrediction,
     alternatives,
     fastest,
     predict,
@@ -35,7 +35,7 @@ from elbowroom.plans.pipeline import (
     Level,
     PipelineOptions,
     PipelinePlan,
-    Stage,
+    StagePlan,
 )
 
 _TABLE_WIDTH = 110
@@ -74,7 +74,7 @@ def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "memory and newer weights (default 1)",
     )
     plan.add_argument(
-        "--rank",
+        "--sort-by",
         choices=RANKS,
         default="formula",
         help="take the best by PipeDream's formula (default), or the fastest simulated of it, of "
@@ -125,7 +125,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         plan = plan_pipeline(graph, cluster, args.workers, options)
     screen = Console()
     screen.width = max(screen.width, _TABLE_WIDTH)
-    if args.rank == "simulated":
+    if args.sort_by == "simulated":
         plan = _rank(screen, alternatives(plan, graph), graph)
     prediction = predict(plan, graph)
     plan = with_prediction(plan, prediction)
@@ -156,7 +156,7 @@ def _say(screen: Console, text: str) -> None:
 
 
 def _print_plan(
-    screen: Console, name: str, plan: PipelinePlan, prediction: Prediction | None
+    screen: Console, name: str, plan: PipelinePlan, prediction: PipelinePrediction | None
 ) -> None:
     topology = ", ".join(f"{x.name} {format_bandwidth(x.bandwidth)}" for x in plan.levels)
     depth = f", depth {plan.options.depth}" if plan.options.depth > 1 else ""
@@ -204,7 +204,7 @@ def _times(plan: PipelinePlan) -> str:
     )
 
 
-def _row(number: int, stage: Stage, idle: str) -> tuple[str, ...]:
+def _row(number: int, stage: StagePlan, idle: str) -> tuple[str, ...]:
     first, last = stage.layers[0], stage.layers[-1]
     names = first if first == last else f"{first} .. {last}"
     return (

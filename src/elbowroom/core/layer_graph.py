@@ -116,7 +116,7 @@ class Layer:
         return self.activation_bytes if self.gradient_bytes is None else self.gradient_bytes
 
     @property
-    def needs(self) -> LayerMemory:
+    def memory_or_output(self) -> LayerMemory:
         """``memory``, or where nothing was measured what the papers count: the output."""
         return self.memory or LayerMemory(
             self.activation_bytes, largest_parameter_bytes=self.parameter_bytes
@@ -289,7 +289,10 @@ def _check_sizes(graph: LayerGraph) -> None:
     ):
         total: float = sum(getattr(layer, key) for layer in graph.layers)
         _check_total(key, total, most)
-    kept = sum(layer.needs.kept_bytes + layer.needs.loose_bytes for layer in graph.layers)
+    kept = sum(
+        layer.memory_or_output.kept_bytes + layer.memory_or_output.loose_bytes
+        for layer in graph.layers
+    )
     _check_total("bytes kept", kept, MAX_TOTAL_BYTES)
 
 

@@ -36,8 +36,8 @@ class JobReport:
     """A finished job: its plan, its rows by outcome, tokens, seconds and replicas.
 
     Rows and tokens are those of the whole job, of which ``num_resumed`` rows were finished by
-    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run. ``hindsight`` is what
-    would have been predicted with the lengths that came out.
+    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run.
+    ``prediction_for_actual`` is predicted again, with the output lengths that occurred.
     """
 
     plan: RunPlan
@@ -51,7 +51,7 @@ class JobReport:
     start_seconds: float
     run_seconds: float
     replicas: tuple[ReplicaReport, ...]
-    hindsight: Prediction | None = None
+    prediction_for_actual: Prediction | None = None
 
     @property
     def num_failed(self) -> int:
@@ -89,7 +89,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         rows += f" ({report.num_resumed} finished before this run)"
     failures = ", ".join(f"{count} {code}" for code, count in sorted(report.failures.items()))
     kv_tokens = ", ".join(str(replica.num_kv_tokens) for replica in report.replicas)
-    account = report.plan.account
+    budget = report.plan.budget
     held = ", ".join(format_bytes(replica.resident_bytes) for replica in report.replicas)
     hits = sum(replica.prefix_hit_tokens for replica in report.replicas)
     pools = [replica.pool for replica in report.replicas]
@@ -105,11 +105,11 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         ("seconds", f"{report.start_seconds:.1f} start-up, {report.run_seconds:.1f} run"),
         ("output tokens/s", f"{report.output_tokens_per_second:.1f}"),
         ("predicted", _predicted(report)),
-        ("predicted for what came", _in_hindsight(report)),
-        ("KV tokens per replica", f"{kv_tokens} (account: {account.num_kv_tokens})"),
+        ("predicted for actual tokens", _for_actual(report)),
+        ("KV tokens per replica", f"{kv_tokens} (planned: {budget.num_kv_tokens})"),
         (
             "weights and slots held",
-            f"{held} (account: {format_bytes(account.weight_bytes + account.slot_bytes)})",
+            f"{held} (planned: {format_bytes(budget.weight_bytes + budget.slot_bytes)})",
         ),
         ("preemptions", str(sum(replica.num_preemptions for replica in report.replicas))),
         ("restarts", str(sum(replica.num_restarts for replica in report.replicas))),
@@ -125,12 +125,12 @@ def _predicted(report: JobReport) -> str:
     return f"{prediction} for {prediction.output_tokens} output tokens" if prediction else "nothing"
 
 
-def _in_hindsight(report: JobReport) -> str:
+def _for_actual(report: JobReport) -> str:
     """Beside the outcome: rows may have ended before their limit."""
-    if report.hindsight is None:
+    if report.prediction_for_actual is None:
         return "nothing"
-    ratio = report.output_tokens_per_second / report.hindsight.tokens_per_second
-    return f"{report.hindsight} (outcome {ratio:.2f}x)"
+    ratio = report.output_tokens_per_second / report.prediction_for_actual.tokens_per_second
+    return f"{report.prediction_for_actual} (outcome {ratio:.2f}x)"
 
 
 def _share(part: int, whole: int) -> str:

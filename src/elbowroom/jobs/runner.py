@@ -42,7 +42,7 @@ _MEMORY_SLACK_BYTES = 64 * MIB  # the interpreter's own growth, which matters to
 
 Order = Literal["auto", "input"]
 
-Hindsight = Callable[[int, int], Prediction | None]
+PredictActual = Callable[[int, int], Prediction | None]
 """From prompt and output tokens of a whole job."""
 
 
@@ -104,13 +104,13 @@ async def run_job(
     console: Console,
     stop: StopRequest | None = None,
     on_rows: OnCommit | None = None,
-    hindsight: Hindsight | None = None,
+    predict_actual: PredictActual | None = None,
     command: Sequence[str] = REPLICA_COMMAND,
 ) -> JobReport:
     """Answer every row of ``files.input`` that no earlier run has answered, and publish all.
 
-    ``identity`` is what answers depend on: a journal with another one is refused. ``hindsight`` is
-    asked at the end what it would have predicted for the tokens that came out.
+    ``identity`` is what answers depend on: a journal with another one is refused. At the end
+    ``predict_actual`` predicts again, from the numbers of prompt and output tokens that occurred.
 
     Raises InputError for files that cannot be used, ReplicaError when a replica fails at its first
     start, OutputError when another run has the journal or it cannot be opened, JobStoppedError when
@@ -139,10 +139,10 @@ async def run_job(
         except OutputError as error:
             raise JobStoppedError(f"{error}. Then run the same command to go on") from error
         report = job.report()
-        if hindsight is not None:
+        if predict_actual is not None:
             with optional("prediction for the tokens that came", job.say):
-                told = hindsight(report.prompt_tokens, report.output_tokens)
-                report = replace(report, hindsight=told)
+                told = predict_actual(report.prompt_tokens, report.output_tokens)
+                report = replace(report, prediction_for_actual=told)
         if first is not None or not files.report.exists():
             with optional("report file", job.say):
                 report.write(files.report)
@@ -471,9 +471,9 @@ class _Job:
         )
 
     def _check_memory(self) -> None:
-        """Warn when a replica holds more or less than its account says."""
-        account = self._plan.account
-        expected = account.weight_bytes + account.slot_bytes
+        """Warn when a replica holds more or less than its memory budget says."""
+        budget = self._plan.budget
+        expected = budget.weight_bytes + budget.slot_bytes
         for replica in self._replicas:
             difference = replica.resident_bytes - expected
             if replica.resident_bytes and abs(difference) > max(
@@ -481,5 +481,5 @@ class _Job:
             ):
                 self.say(
                     f"warning: replica {replica.rank} holds {format_bytes(replica.resident_bytes)} "
-                    f"of weights and slots, the account says {format_bytes(expected)}"
+                    f"of weights and slots, the memory budget says {format_bytes(expected)}"
                 )

@@ -37,14 +37,14 @@ _CLOSE = -1
 """In place of the minibatch: none will follow."""
 
 
-class Message(NamedTuple):
+class TensorMessage(NamedTuple):
     """Tensors of one minibatch, and for which of them a gradient is needed."""
 
     tensors: tuple[torch.Tensor, ...]
     needs_grad: tuple[bool, ...]
 
 
-class Link:
+class Connection:
     """One worker's ends of its channels to the workers of a stage next to its own.
 
     They take turns: minibatch i is worker ``workers[i % len(workers)]``'s. This worker has each
@@ -85,7 +85,7 @@ class Link:
         """All except the last few messages. Raises PeerLostError when a worker is gone."""
         self._outbox.wait(but)
 
-    def receive(self, minibatch: int) -> Message:
+    def receive(self, minibatch: int) -> TensorMessage:
         """What was sent of it. Raises PeerLostError when its worker is gone."""
         self._window.open(minibatch + (self._ahead - 1) * self._stride)
         message = self._inboxes[self._worker(minibatch)].receive()
@@ -93,7 +93,7 @@ class Link:
         self._outbox.let_go()
         return message
 
-    def give_back(self, message: Message) -> None:
+    def give_back(self, message: TensorMessage) -> None:
         """Nothing reads these tensors any more: later messages may lie there."""
         self._memory.give_back(message.tensors)
 
@@ -204,11 +204,11 @@ class _Inbox:
         self._source = source
         self._memory = memory
         self._window = window
-        self._messages: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[TensorMessage | Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"from-{source}", daemon=True)
         self._thread.start()
 
-    def receive(self) -> Message:
+    def receive(self) -> TensorMessage:
         message = self._messages.get()
         if isinstance(message, Exception):
             self._messages.put(message)
@@ -234,7 +234,7 @@ class _Inbox:
                 tensors = self._memory.take(described)
                 for tensor in tensors:
                     distributed.recv(tensor, self._source)
-                self._messages.put(Message(tensors, tuple(x.needs_grad for x in described)))
+                self._messages.put(TensorMessage(tensors, tuple(x.needs_grad for x in described)))
         except Exception as error:  # handed to whoever waits for a message
             self._messages.put(error)
 

@@ -19,7 +19,7 @@ from elbowroom.plans.pipeline import PipelinePlan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction
-from elbowroom.training.stage import Stage
+from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -70,7 +70,7 @@ class Pipeline:
         self.semantics: Semantics = options.semantics or plan.options.semantics
         self._options = replace(options, semantics=self.semantics)
         self._traced: TracedModel
-        self._stage: Stage
+        self._stage: StageModule
         self._optimizer: torch.optim.Optimizer
         self._scheduler: torch.optim.lr_scheduler.LRScheduler | None
         self._worker: StageWorker | None = None
@@ -82,7 +82,7 @@ class Pipeline:
         return self.pipe.stages[self.number]
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> StageModule:
         """The module that this worker trains. Made by the first ``train_step``."""
         return self._stage
 

@@ -81,7 +81,7 @@ class Replicas:
             for hook in hooks:
                 hook.remove()
 
-    def agree(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def all_reduce(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Ends a round. Gradients of all parameters in their order, valid until the next begins.
 
         What was not watched is taken from ``gradients``, or 0. Alone, they stay as they are. Raises

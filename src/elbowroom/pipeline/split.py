@@ -18,13 +18,13 @@ from collections import Counter
 
 from elbowroom.core.errors import SplitError
 from elbowroom.plans.pipeline import PipelinePlan
-from elbowroom.training.stage import Part, Stage, build_stage, layer_value
+from elbowroom.training.stage import Part, StageModule, build_stage, layer_value
 from elbowroom.training.traced import TracedModel
 
 _SHOWN = 5
 
 
-def split(traced: TracedModel, plan: PipelinePlan) -> list[Stage]:
+def split(traced: TracedModel, plan: PipelinePlan) -> list[StageModule]:
     """One module for each stage of a plan; replicas of a stage all run the same.
 
     Raises SplitError if the plan is not of this model's layers, if a stage reads what a later one

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
-from elbowroom.pipeline.links import Link, Message
+from elbowroom.pipeline.links import Connection, TensorMessage
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
 from elbowroom.plans.pipeline_shape import BUCKET_BYTES, Pipe
@@ -59,7 +59,7 @@ class _Flight:
     leaves: Leaves
     inputs: Tensors
     outputs: Tensors
-    message: Message | None
+    message: TensorMessage | None
 
 
 @dataclass(frozen=True)
@@ -204,11 +204,11 @@ class StageWorker:
         for link in self._links:
             link.close()
 
-    def _link(self, stage: int, num_kept: int) -> Link | None:
+    def _link(self, stage: int, num_kept: int) -> Connection | None:
         """To the workers of a stage, if there is one."""
         workers = self._pipe.workers(stage)
         stride = self._pipe.replicas[self.number]
-        return Link(workers, stride, self._depth, num_kept + self._depth) if workers else None
+        return Connection(workers, stride, self._depth, num_kept + self._depth) if workers else None
 
     def _begin_rounds(self) -> None:
         """Nothing is on its way: all stages begin their next rounds with the same minibatch."""
@@ -300,7 +300,7 @@ class StageWorker:
             self._before.send(flight.minibatch, back)
 
     def _give_back(
-        self, flight: _Flight, message: Message | None, found: Sequence[torch.Tensor | None]
+        self, flight: _Flight, message: TensorMessage | None, found: Sequence[torch.Tensor | None]
     ) -> None:
         """Memory of what was received, unless a gradient that is still needed lies in it."""
         if self._before is not None and flight.message is not None:
@@ -322,7 +322,7 @@ class StageWorker:
     def _update(self) -> None:
         """A new version, from what was gathered here and by the other replicas of the stage."""
         begin = time.perf_counter()
-        gradients = self._clip(self._replicas.agree(self._gradients))
+        gradients = self._clip(self._replicas.all_reduce(self._gradients))
         self._gradients = {}
         replicas = self._pipe.replicas[self.number]
         upcoming = self._num_fed + (self._replica - self._num_fed) % replicas

@@ -101,7 +101,7 @@ class PipelineOptions:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagePlan:
     """Layers that are trained together.
 
     Seconds and bytes are per minibatch of the whole pipeline: of r replicas each takes every r-th.
@@ -182,7 +182,7 @@ class PipelinePlan:
     ``simulated_seconds`` per minibatch are those of a full pipe, if it was simulated.
     """
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StagePlan, ...]
     levels: tuple[Level, ...]
     options: PipelineOptions
     seconds: float
@@ -258,6 +258,6 @@ def read_pipeline_plan(path: str | Path) -> PipelinePlan:
     return PipelinePlan.from_json(data)
 
 
-def _stage(data: dict[str, Any]) -> Stage:
+def _stage(data: dict[str, Any]) -> StagePlan:
     lists = {key: tuple(data[key]) for key in ("layers", "level_replicas")}
-    return Stage(**{**data, **lists})
+    return StagePlan(**{**data, **lists})

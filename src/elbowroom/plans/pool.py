@@ -94,7 +94,7 @@ class PoolShare:
 
 
 @dataclass(frozen=True)
-class MemoryAccount:
+class MemoryBudget:
     """Where the memory of one replica goes, in bytes; ``planning.memory`` makes it.
 
     Sizes are those of the replica with the most weights, so that every replica fits. The cache
@@ -176,7 +176,7 @@ class RunPlan:
     """
 
     model_dir: str
-    account: MemoryAccount
+    budget: MemoryBudget
     shares: tuple[PoolShare, ...]
     cores: tuple[tuple[int, ...], ...]
     engine: EngineOptions
@@ -195,7 +195,7 @@ class RunPlan:
             return 0
         width = self.layout.tensor_parallel if self.layout else 1
         mailboxes = sum(2 * (share.num_ranks - 1) * share.ship_bytes for share in self.shares)
-        return width * self.num_replicas * self.account.ffn_bytes + mailboxes
+        return width * self.num_replicas * self.budget.ffn_bytes + mailboxes
 
     def shipping_below(self, num_rows: int) -> RunPlan:
         """The same plan with another threshold between shipping and streaming."""
@@ -211,7 +211,7 @@ class RunPlan:
         engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],
-            account=MemoryAccount(**data["account"]),
+            budget=MemoryBudget(**data["budget"]),
             shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
             cores=tuple(tuple(cores) for cores in data["cores"]),
             engine=EngineOptions(

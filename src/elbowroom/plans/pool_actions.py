@@ -12,18 +12,18 @@ Part = Literal["A", "F"]
 
 @dataclass(frozen=True)
 class Fetch:
-    """Copy one piece of a layer's feed-forward weights from its owner into a slot.
+    """Copy one chunk of a layer's feed-forward weights from its owner into a slot.
 
-    A layer is fetched whole (``num_pieces`` 1) or in equal slices. Text form: ``F12.0/1`` is
-    layer 12, piece 0 of 1.
+    A layer is fetched whole (``num_chunks`` 1) or in equal slices. Text form: ``F12.0/1`` is
+    layer 12, chunk 0 of 1.
     """
 
     layer: int
-    piece: int
-    num_pieces: int
+    chunk: int
+    num_chunks: int
 
     def __str__(self) -> str:
-        return f"F{self.layer}.{self.piece}/{self.num_pieces}"
+        return f"F{self.layer}.{self.chunk}/{self.num_chunks}"
 
     @staticmethod
     def parse(text: str) -> Fetch:
@@ -31,8 +31,8 @@ class Fetch:
         match = re.fullmatch(r"F(\d+)\.(\d+)/(\d+)", text)
         if match is None:
             raise ValueError(f"'{text}' is not a fetch action such as F12.0/1")
-        layer, piece, num_pieces = (int(group) for group in match.groups())
-        return Fetch(layer, piece, num_pieces)
+        layer, chunk, num_chunks = (int(group) for group in match.groups())
+        return Fetch(layer, chunk, num_chunks)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Wait:
-    """Wait until every piece of a layer lies in its slot. Text form: ``W12``."""
+    """Wait until every chunk of a layer lies in its slot. Text form: ``W12``."""
 
     layer: int
 

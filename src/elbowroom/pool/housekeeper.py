@@ -86,21 +86,21 @@ class Housekeeper:
         """One forward pass' worth of fetches; left early when the order starts anew."""
         filling: dict[int, Slot] = {}
         for fetch in self._fetches:
-            if fetch.piece == 0:
+            if fetch.chunk == 0:
                 slot = self._slots.reserve(fetch.layer, epoch)
                 if slot is None:
                     break
                 filling[fetch.layer] = slot
             self._copy(fetch, filling[fetch.layer])
-            if fetch.piece == fetch.num_pieces - 1:
+            if fetch.chunk == fetch.num_chunks - 1:
                 self._slots.mark_ready(filling.pop(fetch.layer), epoch)
         for slot in filling.values():
             self._slots.mark_ready(slot, epoch)  # the epoch is over: this frees the slot
 
     def _copy(self, fetch: Fetch, slot: Slot) -> None:
         source = self._sources[fetch.layer]
-        piece_bytes = -(-source.size // fetch.num_pieces)
-        part = slice(fetch.piece * piece_bytes, min((fetch.piece + 1) * piece_bytes, source.size))
+        piece_bytes = -(-source.size // fetch.num_chunks)
+        part = slice(fetch.chunk * piece_bytes, min((fetch.chunk + 1) * piece_bytes, source.size))
         begin, num_bytes = time.perf_counter(), part.stop - part.start
         np.copyto(self._targets[slot.index][part], source[part])
         early = num_bytes / self._bytes_per_second - (time.perf_counter() - begin)

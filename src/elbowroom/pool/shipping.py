@@ -51,7 +51,7 @@ _FAILED = 2**32 - 1  # as the number of columns of an answer
 _CLOSE = 2**32 - 1  # as the layer of a message to ourselves
 
 
-class _Message(NamedTuple):
+class _Request(NamedTuple):
     """A call of a borrower, or the answer to it, which says the shape that comes back."""
 
     borrower: int
@@ -108,7 +108,7 @@ class Shipper:
         self._mailboxes[owner].rows(x.shape, x.dtype).copy_(x)
         _finish(self._device)
         self._next_call += 1
-        message = _Message(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
+        message = _Request(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
         if not self._bells[owner].ring(message):
             raise _lost(owner, layer)
         return Call(owner, layer, self._next_call, x.dtype)
@@ -140,7 +140,7 @@ class Shipper:
         for bell in self._bells.values():
             bell.close()
 
-    def _receive(self, call: Call) -> _Message | None:
+    def _receive(self, call: Call) -> _Request | None:
         """The answer to ``call``, if it comes soon; answers to calls given up are dropped."""
         if not self._poll.poll(_LOOK_SECONDS * 1000):
             return None
@@ -197,7 +197,7 @@ class ShipServer:
         module.set_device(self._device)
         with torch.inference_mode(), module.stream(module.Stream()):
             while True:
-                of_layer: dict[int, list[_Message]] = {}
+                of_layer: dict[int, list[_Request]] = {}
                 for call in _read(self._calls):
                     of_layer.setdefault(call.layer, []).append(call)
                 if of_layer.pop(_CLOSE, None):
@@ -205,7 +205,7 @@ class ShipServer:
                 for layer, calls in of_layer.items():
                     self._serve(layer, calls)
 
-    def _serve(self, layer: int, calls: list[_Message]) -> None:
+    def _serve(self, layer: int, calls: list[_Request]) -> None:
         """One pass for all. Whatever fails in it is told to those who called, and printed."""
         try:
             forward, dtype = self._layers[layer]
@@ -255,7 +255,7 @@ class _Bell:
         self._path = path
         self._descriptor = -1
 
-    def ring(self, message: _Message) -> bool:
+    def ring(self, message: _Request) -> bool:
         """Whether somebody hears it. Never waits."""
         for _ in range(2):
             try:
@@ -292,10 +292,10 @@ class _Mailbox:
         return tensor_in(self.buffer, self.answers_at, shape, dtype)
 
 
-def _read(descriptor: int) -> list[_Message]:
+def _read(descriptor: int) -> list[_Request]:
     """All messages that are there; waits for one where the pipe blocks."""
     data = os.read(descriptor, _MOST_MESSAGES * _MESSAGE.size)
-    return [_Message(*fields) for fields in _MESSAGE.iter_unpack(data)]
+    return [_Request(*fields) for fields in _MESSAGE.iter_unpack(data)]
 
 
 def _open_pipe(path: Path, blocking: bool = False) -> int:

@@ -75,7 +75,7 @@ class DeviceStreamer:
         slot_bytes = max(source.numel() for source in sources.values())
         self._device = torch.get_device_module(device)
         self._sources = sources
-        self._layers = [fetch.layer for fetch in fetches if fetch.piece == 0]
+        self._layers = [fetch.layer for fetch in fetches if fetch.chunk == 0]
         self._slots = [
             Slot(index, torch.empty(slot_bytes, dtype=torch.uint8, device=device))
             for index in range(min(num_slots, len(self._layers)))

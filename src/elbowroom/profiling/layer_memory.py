@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from elbowroom.core.layer_graph import LayerMemory
 from elbowroom.training.memory_watch import MemoryWatch
-from elbowroom.training.stage import Stage
+from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 from elbowroom.training.values import tensors_in
 
@@ -30,8 +30,8 @@ Loss = Callable[[Any], torch.Tensor]
 
 def measure_memory(
     traced: TracedModel,
-    stages: Mapping[str, Stage],
-    last: Stage,
+    stages: Mapping[str, StageModule],
+    last: StageModule,
     inputs: Tensors,
     loss: Loss | None,
 ) -> dict[str, LayerMemory]:
@@ -59,7 +59,7 @@ class _Sweep:
     """
 
     final: str
-    stages: Mapping[str, Stage]
+    stages: Mapping[str, StageModule]
     input_bytes: int = 0
     _weights: set[int] = field(default_factory=set)
     _makers: dict[int, str] = field(default_factory=dict)
@@ -70,7 +70,9 @@ class _Sweep:
         tensors = (*model.parameters(), *model.buffers())
         self._weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
-    def run(self, watch: MemoryWatch, last: Stage, inputs: Tensors, loss: Loss | None) -> None:
+    def run(
+        self, watch: MemoryWatch, last: StageModule, inputs: Tensors, loss: Loss | None
+    ) -> None:
         held = {name: tensor.clone() for name, tensor in inputs.items()}
         self.input_bytes = sum(tensor.nbytes for tensor in held.values())
         tensors = dict(held)
@@ -114,7 +116,7 @@ class _Sweep:
         self,
         watch: MemoryWatch,
         name: str,
-        stage: Stage,
+        stage: StageModule,
         tensors: Tensors,
         readings: Counter[str],
     ) -> None:
@@ -133,7 +135,7 @@ class _Sweep:
             if readings[tensor_name]:
                 tensors[tensor_name] = output
 
-    def _loss(self, last: Stage, read: list[torch.Tensor], loss: Loss | None) -> torch.Tensor:
+    def _loss(self, last: StageModule, read: list[torch.Tensor], loss: Loss | None) -> torch.Tensor:
         known = {address: self._makers.get(address, "") for address in map(_address, read)}
         with self._noting(self.final, known):
             result = last(*read)
@@ -176,18 +178,18 @@ def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _reads(stage: Stage) -> tuple[str, ...]:
+def _reads(stage: StageModule) -> tuple[str, ...]:
     return (*stage.receives, *stage.loads)
 
 
-def _take(stage: Stage, tensors: Tensors, readings: Counter[str]) -> list[torch.Tensor]:
+def _take(stage: StageModule, tensors: Tensors, readings: Counter[str]) -> list[torch.Tensor]:
     """What a stage reads; the last reader takes it away."""
     names = _reads(stage)
     readings.subtract(names)
     return [tensors[name] if readings[name] else tensors.pop(name) for name in names]
 
 
-def _weights(stages: Mapping[str, Stage]) -> dict[str, int]:
+def _weights(stages: Mapping[str, StageModule]) -> dict[str, int]:
     """Bytes of weights that are trained; tied ones count in the first layer."""
     seen: set[int] = set()
     sizes: dict[str, int] = {}

@@ -24,7 +24,7 @@ from elbowroom.profiling.layer_memory import measure_memory
 from elbowroom.profiling.updates import update_seconds, with_updates
 from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction
-from elbowroom.training.stage import Part, Stage, build_stage
+from elbowroom.training.stage import Part, StageModule, build_stage
 from elbowroom.training.traced import TracedLayer, TracedModel
 from elbowroom.training.tracing import untouched
 
@@ -114,7 +114,7 @@ def measure(
 class _Timed:
     """A layer, or the loss, and the seconds of its runs."""
 
-    stage: Stage
+    stage: StageModule
     parameters: tuple[nn.Parameter, ...]
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
@@ -215,7 +215,9 @@ class _Sweeps:
         timed.backward.append(self._now() - begin)
         _add(gradients, [*wanted], found[: len(wanted)])
 
-    def _leaves(self, stage: Stage, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def _leaves(
+        self, stage: StageModule, tensors: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """What a layer reads. Gradients are computed for what had one in the whole model."""
         names = (*stage.receives, *stage.loads)
         return tuple(tensors[n].detach().requires_grad_(self._facts[n].needs_grad) for n in names)

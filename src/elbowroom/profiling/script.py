@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.profiling.companions import companions
+from elbowroom.profiling.background_load import background_load
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
 from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction, load_script
@@ -48,7 +48,7 @@ def profile_script(
     """
     subject = load_subject(path, seed, num_threads)
     limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
-    with companions(num_workers - 1, path, seed, torch.get_num_threads()):
+    with background_load(num_workers - 1, path, seed, torch.get_num_threads()):
         return subject.measure(limits)
 
 

@@ -25,7 +25,7 @@ class Part(NamedTuple):
     passes: tuple[str, ...]
 
 
-class Stage(nn.Module):
+class StageModule(nn.Module):
     """Layers of a model as a module of their own.
 
     ``forward(*received, *loaded)`` returns a tuple of the tensors in ``passes``; of the last stage,
@@ -101,7 +101,7 @@ class _Result(nn.Module):
         return pytree.tree_unflatten(leaves, self.spec)
 
 
-def build_stage(traced: TracedModel, part: Part, is_last: bool) -> Stage:
+def build_stage(traced: TracedModel, part: Part, is_last: bool) -> StageModule:
     """A module of some layers. Only the last one of a model gives what that returns."""
     builder = _Builder(traced)
     known = traced.by_name
@@ -114,7 +114,7 @@ def build_stage(traced: TracedModel, part: Part, is_last: bool) -> Stage:
         builder.give_result()
     else:
         builder.give(part.passes)
-    return Stage(fx.GraphModule(builder.root, builder.graph, "Body"), traced, part)
+    return StageModule(fx.GraphModule(builder.root, builder.graph, "Body"), traced, part)
 
 
 class _Builder:

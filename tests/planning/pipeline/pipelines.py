@@ -93,18 +93,18 @@ def naive_memory(
     if optimizer is None:
         outputs = sum(layers[index].activation_bytes for index in inside)
         return NaiveMemory(weights + received + outputs, 0)
-    loose = sum(layers[index].needs.loose_bytes for index in _crossing(graph, stop))
-    kept = sum(layers[index].needs.kept_bytes for index in inside) + loose
+    loose = sum(layers[index].memory_or_output.loose_bytes for index in _crossing(graph, stop))
+    kept = sum(layers[index].memory_or_output.kept_bytes for index in inside) + loose
     moments = []
     for done in cuts:
         if start < done <= stop:
-            live = sum(layers[index].needs.kept_bytes for index in done - start)
+            live = sum(layers[index].memory_or_output.kept_bytes for index in done - start)
             gradients = sum(layers[index].parameter_bytes for index in stop - done)
             for last in (index for index in done - start if done - {index} in cuts):
-                needs = layers[last].needs
+                needs = layers[last].memory_or_output
                 moments.append(live + needs.forward_bytes)
                 moments.append(live + gradients + needs.backward_bytes + loose)
-    largest = max(layers[index].needs.largest_parameter_bytes for index in inside)
+    largest = max(layers[index].memory_or_output.largest_parameter_bytes for index in inside)
     step = 2 * largest if optimizer == "adamw" else 0
     moments.append(max(weights, step) if is_replicated else weights + step)
     state = {"sgd": 0, "momentum": weights, "adamw": 2 * weights}[optimizer]

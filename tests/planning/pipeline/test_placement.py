@@ -18,31 +18,31 @@ def levels_of(*sizes: int) -> tuple[Level, ...]:
 
 
 def test_one_level() -> None:
-    places = place_workers(levels_of(6), [(3,), (1,), (2,)])
-    assert places.slots == (0, 1, 2, 3, 4, 5)
-    assert places.level_between(0, 5) == 0
+    placement = place_workers(levels_of(6), [(3,), (1,), (2,)])
+    assert placement.slots == (0, 1, 2, 3, 4, 5)
+    assert placement.level_between(0, 5) == 0
 
 
 def test_a_straight_pipe_in_each_of_two_nodes() -> None:
     """Each stage has a replica in both nodes of 2 workers; minibatches stay in a node."""
-    places = place_workers(levels_of(2, 2), [(2, 1), (2, 1)])
-    assert places.slots == (0, 2, 1, 3)
-    assert places.level_between(0, 2) == 0, "from stage to stage"
-    assert places.level_between(0, 1) == 1, "replicas of a stage"
-    assert [places.unit(worker, 1) for worker in range(4)] == [0, 1, 0, 1]
+    placement = place_workers(levels_of(2, 2), [(2, 1), (2, 1)])
+    assert placement.slots == (0, 2, 1, 3)
+    assert placement.level_between(0, 2) == 0, "from stage to stage"
+    assert placement.level_between(0, 1) == 1, "replicas of a stage"
+    assert [placement.unit(worker, 1) for worker in range(4)] == [0, 1, 0, 1]
 
 
 def test_a_stage_in_each_of_two_nodes() -> None:
-    places = place_workers(levels_of(2, 2), [(1, 2), (1, 2)])
-    assert places.slots == (0, 1, 2, 3)
-    assert places.level_between(0, 1) == 0, "replicas of a stage"
-    assert places.level_between(1, 2) == 1, "from stage to stage"
+    placement = place_workers(levels_of(2, 2), [(1, 2), (1, 2)])
+    assert placement.slots == (0, 1, 2, 3)
+    assert placement.level_between(0, 1) == 0, "replicas of a stage"
+    assert placement.level_between(1, 2) == 1, "from stage to stage"
 
 
 def test_three_replicas_of_three_and_one() -> None:
     """Nodes of 4: the first two hold 3-1 each, the third a stage of 4."""
-    places = place_workers(levels_of(4, 3), [(2, 3), (2, 1), (1, 4)])
-    assert places.slots == (0, 4, 1, 5, 2, 6, 3, 7, 8, 9, 10, 11)
+    placement = place_workers(levels_of(4, 3), [(2, 3), (2, 1), (1, 4)])
+    assert placement.slots == (0, 4, 1, 5, 2, 6, 3, 7, 8, 9, 10, 11)
 
 
 @given(
@@ -52,8 +52,8 @@ def test_three_replicas_of_three_and_one() -> None:
 def test_plans_place_each_worker_once(sizes: list[int], seconds: list[int]) -> None:
     layers = chain([(float(number), number, number) for number in seconds])
     plan = plan_on_levels(layers, levels_of(*sizes))
-    places = place_workers(plan.levels, [stage.level_replicas for stage in plan.stages])
-    assert sorted(places.slots) == list(range(plan.num_workers))
+    placement = place_workers(plan.levels, [stage.level_replicas for stage in plan.stages])
+    assert sorted(placement.slots) == list(range(plan.num_workers))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from elbowroom.planning.pipeline.action_cost import PipelineCosts, StageCosts, plan_costs
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.planning.pipeline.schedule import plan_schedule
-from elbowroom.planning.pipeline.timeline import PipelineTimeline, simulate_pipeline, simulate_plan
+from elbowroom.planning.pipeline.timeline import (
+    PipelineTimeline,
+    simulate_pipeline,
+    simulate_pipeline_plan,
+)
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.plans.pipeline_actions import Schedule
 from elbowroom.plans.pipeline_shape import Pipe
@@ -31,7 +35,7 @@ def test_plans_of_chains(num_workers: int, data: st.DataObject) -> None:
     layers = data.draw(st.lists(st.tuples(SECONDS, sizes, sizes), min_size=2, max_size=6))
     graph = chain(layers)
     plan = plan_on_levels(graph, (Level(num_workers, 2e7),))
-    check_plan(plan, simulate_plan(plan, graph, schedule_of(plan), "cut"))
+    check_plan(plan, simulate_pipeline_plan(plan, graph, schedule_of(plan), "cut"))
 
 
 @settings(max_examples=25)
@@ -50,12 +54,12 @@ def test_plans_of_chains_on_levels(
     levels = tuple(Level(size, outer if i else inner) for i, size in enumerate(sizes))
     graph = chain(layers)
     plan = plan_on_levels(graph, levels)
-    timeline = simulate_plan(plan, graph, schedule_of(plan), "cut")
+    timeline = simulate_pipeline_plan(plan, graph, schedule_of(plan), "cut")
     check_plan(plan, timeline)
     num_minibatches = timeline.schedule.num_minibatches
     planned = tuple(num_minibatches * level.num_bytes for level in plan.traffic)
     assert timeline.level_bytes == planned
-    beside = simulate_plan(plan, graph, timeline.schedule)
+    beside = simulate_pipeline_plan(plan, graph, timeline.schedule)
     assert beside.level_bytes == planned
 
 
@@ -105,7 +109,7 @@ def test_the_planners_seconds(name: str, num_workers: int, most: float) -> None:
     """
     graph = profile(name)
     plan = plan_on_levels(graph, (Level(num_workers, TEN_GBIT),))
-    timeline = simulate_plan(plan, graph, schedule_of(plan), "cut")
+    timeline = simulate_pipeline_plan(plan, graph, schedule_of(plan), "cut")
     check_plan(plan, timeline)
     assert timeline.steady_seconds >= plan.seconds * (1 - 1e-6)
     assert timeline.steady_seconds <= plan.seconds * most
@@ -133,13 +137,13 @@ def test_what_straight_plans_leave_out(name: str, num_workers: int) -> None:
         for stop in ends
         for k in range(stop)
     )
-    ratio = simulate_plan(plan, graph, schedule).steady_seconds / bound
+    ratio = simulate_pipeline_plan(plan, graph, schedule).steady_seconds / bound
     assert 1 - 5e-3 <= ratio <= 1.13
     costs = plan_costs(plan, graph)
     free = simulate_pipeline(schedule, PipelineCosts(costs.stages, NO_LIMIT))
     assert free.steady_seconds == pytest.approx(max(compute), rel=5e-3)
     deeper = plan_schedule(schedule.replicas, schedule.num_minibatches, depth=2)
-    hidden = simulate_plan(plan, graph, deeper).steady_seconds
+    hidden = simulate_pipeline_plan(plan, graph, deeper).steady_seconds
     assert hidden == pytest.approx(plan.seconds, rel=5e-3)
 
 
@@ -185,5 +189,5 @@ def test_weights_agreed_on_beside_the_backward() -> None:
     (costs,) = plan_costs(plan, graph).stages
     sync = 4 * 15 / 16 * costs.parameter_bytes / TEN_GBIT
     assert sync > costs.backward_seconds
-    timeline = simulate_plan(plan, graph, schedule_of(plan))
+    timeline = simulate_pipeline_plan(plan, graph, schedule_of(plan))
     assert timeline.steady_seconds == pytest.approx((costs.forward_seconds + sync) / 16)

@@ -22,7 +22,11 @@ from elbowroom.planning.pipeline.action_cost import (
 )
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.planning.pipeline.schedule import Kind, plan_schedule
-from elbowroom.planning.pipeline.timeline import PipelineTimeline, simulate_pipeline, simulate_plan
+from elbowroom.planning.pipeline.timeline import (
+    PipelineTimeline,
+    simulate_pipeline,
+    simulate_pipeline_plan,
+)
 from elbowroom.plans.pipeline import Level, Overlap, PipelineOptions, Sync
 from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule
 from tests.planning.pipeline.pipelines import chain
@@ -224,8 +228,8 @@ def test_refuses() -> None:
         simulate_pipeline(Schedule.parse("1 x 1\nF0.0 B0.0"), costs)
     plan = plan_on_levels(graph, (Level(1, 1e9),))
     with pytest.raises(InputError, match="costs of 1 stages for 2"):
-        simulate_plan(plan, graph, plan_schedule((1, 1), 2))
+        simulate_pipeline_plan(plan, graph, plan_schedule((1, 1), 2))
     with pytest.raises(InputError, match="no layer 'n1'"):
         plan_costs(plan, chain([(1.0, 1, 1)]))
     with pytest.raises(InputError, match=r"costs of \(\(1,\),\) replicas for \(2,\)"):
-        simulate_plan(plan, graph, plan_schedule((2,), 2))
+        simulate_pipeline_plan(plan, graph, plan_schedule((2,), 2))

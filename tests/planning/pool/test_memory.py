@@ -1,4 +1,4 @@
-"""The memory account: it adds up, pools help, and a refusal carries the numbers."""
+"""The memory budget: it adds up, pools help, and a refusal carries the numbers."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.units import MIB
-from elbowroom.planning.pool.memory import account_memory, check_fits
+from elbowroom.planning.pool.memory import check_fits, divide_memory
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.plans.pool import POOL_MODES, MemoryAccount, PoolMode
+from elbowroom.plans.pool import POOL_MODES, MemoryBudget, PoolMode
 
 # The shape of bench's model: 12 layers of 512 x 5376, three matrices each, bfloat16.
 LAYER_ELEMENTS = 3 * 512 * 5376
@@ -40,24 +40,24 @@ def _account(
     memory_bytes: int = 512 * MIB,
     slots: int | None = None,
     model: ModelFacts = BENCH,
-) -> MemoryAccount:
+) -> MemoryBudget:
     shares = plan_shares(model.ffn_bytes(), num_ranks, mode, slots)
-    return account_memory(model, shares, memory_bytes, max_num_batched_tokens=64, max_num_seqs=16)
+    return divide_memory(model, shares, memory_bytes, max_num_batched_tokens=64, max_num_seqs=16)
 
 
 def test_by_hand() -> None:
-    account = _account("streamed", slots=2)
+    budget = _account("streamed", slots=2)
     layer = LAYER_ELEMENTS * 2
-    assert account.replicated_bytes == 20_000_000
-    assert account.ffn_bytes == 3 * layer
-    assert account.slot_bytes == 2 * layer
+    assert budget.replicated_bytes == 20_000_000
+    assert budget.ffn_bytes == 3 * layer
+    assert budget.slot_bytes == 2 * layer
     activations = 64 * (3 * 512 + 3 * 5376) * 2
     logits = 2 * 16 * 4096 * 4
-    assert account.workspace_bytes == activations + logits
-    assert account.kv_bytes_per_token == 2 * 12 * 4 * 64 * 2
+    assert budget.workspace_bytes == activations + logits
+    assert budget.kv_bytes_per_token == 2 * 12 * 4 * 64 * 2
     kv_bytes = 512 * MIB - 20_000_000 - 5 * layer - activations - logits
-    assert account.kv_bytes == kv_bytes
-    assert account.num_kv_tokens == kv_bytes // (12_288 * 32) * 32
+    assert budget.kv_bytes == kv_bytes
+    assert budget.num_kv_tokens == kv_bytes // (12_288 * 32) * 32
 
 
 @given(
@@ -70,10 +70,10 @@ def test_adds_up_to_the_memory_given(
     mode: PoolMode, num_ranks: int, memory_bytes: int, elements: tuple[int, ...]
 ) -> None:
     model = replace(BENCH, ffn_elements=elements, num_layers=len(elements))
-    account = _account(mode, num_ranks, memory_bytes, model=model)
-    parts = account.weight_bytes + account.slot_bytes + account.workspace_bytes + account.kv_bytes
-    assert parts == account.memory_bytes == memory_bytes
-    assert account.ffn_bytes >= sum(model.ffn_bytes()) / (1 if mode == "none" else num_ranks)
+    budget = _account(mode, num_ranks, memory_bytes, model=model)
+    parts = budget.weight_bytes + budget.slot_bytes + budget.workspace_bytes + budget.kv_bytes
+    assert parts == budget.memory_bytes == memory_bytes
+    assert budget.ffn_bytes >= sum(model.ffn_bytes()) / (1 if mode == "none" else num_ranks)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 12])
@@ -89,28 +89,28 @@ def test_a_pool_leaves_more_for_the_cache(num_ranks: int) -> None:
 
 
 def test_the_fullest_replica_counts() -> None:
-    account = _account("mapped", num_ranks=5)  # 12 layers: two ranks own three, three own two
-    assert account.ffn_bytes == 3 * BENCH.ffn_bytes()[0]
+    budget = _account("mapped", num_ranks=5)  # 12 layers: two ranks own three, three own two
+    assert budget.ffn_bytes == 3 * BENCH.ffn_bytes()[0]
 
 
 def test_a_pool_of_one_needs_no_slots() -> None:
-    """Nothing is borrowed, so ``Pool`` makes no slots; the account must not count them."""
+    """Nothing is borrowed, so ``Pool`` makes no slots; the memory budget must not count them."""
     assert _account("streamed", num_ranks=1).slot_bytes == 0
 
 
 def test_check_fits_accepts_what_fits_exactly() -> None:
-    account = _account("mapped")
-    row = (-(-1024 // 32) + 1) * 32 * account.kv_bytes_per_token
-    check_fits(replace(account, kv_bytes=row), 1024)
+    budget = _account("mapped")
+    row = (-(-1024 // 32) + 1) * 32 * budget.kv_bytes_per_token
+    check_fits(replace(budget, kv_bytes=row), 1024)
     with pytest.raises(MemoryPlanError):
-        check_fits(replace(account, kv_bytes=row - 1), 1024)
+        check_fits(replace(budget, kv_bytes=row - 1), 1024)
 
 
 def test_refusal_carries_the_numbers() -> None:
-    account = _account("none", memory_bytes=100 * MIB)
-    assert account.kv_bytes < 0
+    budget = _account("none", memory_bytes=100 * MIB)
+    assert budget.kv_bytes < 0
     with pytest.raises(MemoryPlanError) as caught:
-        check_fits(account, 1024)
+        check_fits(budget, 1024)
     message = str(caught.value)
     for number in (
         "208.1 MiB",
@@ -125,7 +125,7 @@ def test_refusal_carries_the_numbers() -> None:
 
 
 def test_the_memory_that_a_refusal_names_is_enough() -> None:
-    account = _account("none", memory_bytes=100 * MIB)
-    fixed = account.memory_bytes - account.kv_bytes
-    least = (1024 // 32 + 1) * 32 * account.kv_bytes_per_token
+    budget = _account("none", memory_bytes=100 * MIB)
+    fixed = budget.memory_bytes - budget.kv_bytes
+    least = (1024 // 32 + 1) * 32 * budget.kv_bytes_per_token
     check_fits(_account("none", memory_bytes=fixed + least), 1024)

@@ -13,11 +13,11 @@ from elbowroom.core.workload import parse_lengths
 from elbowroom.planning.pool.job import simulate_job
 from elbowroom.planning.pool.search import (
     EngineLimits,
-    account_layout,
     choose,
     enumerate_layouts,
     evaluate,
     job_seconds,
+    layout_budget,
     policy_of,
     pool_times,
     replica_limits,
@@ -41,7 +41,7 @@ RATIOS = {
 
 
 def kv_bytes(name: str, layout: Layout) -> int:
-    return account_layout(model(name), layout, PAPER_BYTES, PAPER).kv_bytes
+    return layout_budget(model(name), layout, PAPER_BYTES, PAPER).kv_bytes
 
 
 @pytest.mark.parametrize(("where", "ratio"), RATIOS.items())
@@ -61,10 +61,10 @@ def test_one_device_per_replica_only_with_the_pool(name: str) -> None:
 @pytest.mark.parametrize(("name", "slots_cost"), [("Qwen3-32B", 5.5e9), ("Llama-3.1-70B", 9.9e9)])
 def test_what_whole_layer_slots_cost(name: str, slots_cost: float) -> None:
     """``papers.md``: d-1 slots at t1d8; two slots give all but 2/7 of it back."""
-    account = account_layout(model(name), Layout(1, 8, 1, "streamed", 7), PAPER_BYTES, PAPER)
-    assert account.slot_bytes == pytest.approx(slots_cost, rel=0.01)
-    fewer = account_layout(model(name), Layout(1, 8, 1, "streamed", 2), PAPER_BYTES, PAPER)
-    assert fewer.kv_bytes - account.kv_bytes == pytest.approx(slots_cost * 5 / 7, rel=0.01)
+    budget = layout_budget(model(name), Layout(1, 8, 1, "streamed", 7), PAPER_BYTES, PAPER)
+    assert budget.slot_bytes == pytest.approx(slots_cost, rel=0.01)
+    fewer = layout_budget(model(name), Layout(1, 8, 1, "streamed", 2), PAPER_BYTES, PAPER)
+    assert fewer.kv_bytes - budget.kv_bytes == pytest.approx(slots_cost * 5 / 7, rel=0.01)
 
 
 def test_layouts_use_every_device() -> None:
@@ -95,7 +95,7 @@ def test_choice(num_devices: int) -> None:
     assert pareto[0].seconds == fitting[0].seconds
     for faster, slower in pairwise(pareto):
         assert faster.seconds <= slower.seconds
-        assert faster.account.num_kv_tokens < slower.account.num_kv_tokens
+        assert faster.budget.num_kv_tokens < slower.budget.num_kv_tokens
 
 
 def test_a_layout_is_out_with_its_number() -> None:
@@ -125,7 +125,7 @@ def test_samples_stand_for_long_jobs() -> None:
     facts = model("Qwen3-32B")
     layout, engine = Layout(2, 4, 1, "streamed", 3), EngineLimits(256)
     rows = parse_lengths("256-2048:64-1024x20000").longest_first()
-    limits = replica_limits(account_layout(facts, layout, H200.device.usable_bytes, engine), engine)
+    limits = replica_limits(layout_budget(facts, layout, H200.device.usable_bytes, engine), engine)
     guessed = job_seconds(facts, H200, rows, layout, limits)
     times = pool_times(facts, H200, layout)
     exact = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout)).seconds

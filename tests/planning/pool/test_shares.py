@@ -69,15 +69,15 @@ def test_order_never_waits_for_itself(
 def _replay(fetches: Sequence[Fetch], borrowed: list[int], num_slots: int, num_passes: int) -> None:
     """Play the housekeeper against compute; fails where both would wait for each other."""
     uses = iter(borrowed * num_passes)
-    held: dict[int, int] = {}  # layer -> pieces still to come
+    held: dict[int, int] = {}  # layer -> chunks still to come
     for fetch in [*fetches] * num_passes:
-        if fetch.piece == 0:
+        if fetch.chunk == 0:
             while len(held) == num_slots or fetch.layer in held:
                 wanted = next(uses)
                 assert held.get(wanted) == 0, f"deadlock: {wanted} wanted, slots hold {held}"
                 del held[wanted]
-            held[fetch.layer] = fetch.num_pieces
-        assert fetch.piece == fetch.num_pieces - held[fetch.layer], "pieces out of order"
+            held[fetch.layer] = fetch.num_chunks
+        assert fetch.chunk == fetch.num_chunks - held[fetch.layer], "chunks out of order"
         held[fetch.layer] -= 1
     rest = list(uses)
     assert set(rest) == set(held), "a layer is wanted that was not fetched, or the reverse"
@@ -89,13 +89,13 @@ def test_every_borrowed_layer_is_fetched_once_and_whole(
     sizes: list[int], num_ranks: int, num_slots: int, order: FetchOrder
 ) -> None:
     for share in plan_shares(tuple(sizes), num_ranks, "streamed", num_slots, order):
-        pieces: dict[int, list[int]] = {}
+        chunks: dict[int, list[int]] = {}
         for fetch in share.fetches:
-            pieces.setdefault(fetch.layer, []).append(fetch.piece)
-            assert fetch.num_pieces == (_slices(sizes[fetch.layer]) if order == "sliced" else 1)
+            chunks.setdefault(fetch.layer, []).append(fetch.chunk)
+            assert fetch.num_chunks == (_slices(sizes[fetch.layer]) if order == "sliced" else 1)
         borrowed = [layer for layer, owner in enumerate(share.owners) if owner != share.rank]
-        assert sorted(pieces) == borrowed
-        for layer, seen in pieces.items():
+        assert sorted(chunks) == borrowed
+        for layer, seen in chunks.items():
             wanted = _slices(sizes[layer]) if order == "sliced" else 1
             assert seen == list(range(wanted))
 

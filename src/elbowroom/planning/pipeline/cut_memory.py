@@ -26,7 +26,7 @@ Integers = NDArray[np.int64]
 _NOTHING = -(2**62)
 
 
-class PieceNeeds(NamedTuple):
+class SegmentMemory(NamedTuple):
     """Of one thing that the planner moves."""
 
     memory: LayerMemory
@@ -34,7 +34,7 @@ class PieceNeeds(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class CutNeeds:
+class CutMemory:
     """Bytes by cut, and by the cuts where a stage begins and ends.
 
     Args:
@@ -53,7 +53,7 @@ class CutNeeds:
     backward_bytes: Integers
     largest_bytes: Integers
 
-    def only(self, indices: Integers) -> CutNeeds:
+    def only(self, indices: Integers) -> CutMemory:
         """Of some of the cuts."""
         pairs = np.ix_(indices, indices)
         return replace(
@@ -66,37 +66,37 @@ class CutNeeds:
         )
 
 
-def find_needs(
-    pieces: Sequence[PieceNeeds],
+def find_cut_memory(
+    segments: Sequence[SegmentMemory],
     inside: Integers,
     holds: NDArray[np.bool_],
     loose_bytes: Integers,
     input_bytes: int,
-) -> CutNeeds:
-    """Of cuts, smaller ones first: ``inside`` is [num_cuts, num_pieces], 1 for what lies before.
+) -> CutMemory:
+    """Of cuts, smaller ones first: ``inside`` is [num_cuts, num_segments], 1 for what lies before.
 
     ``holds`` is as ``planning.cuts`` has it. Minibatches in a first stage keep ``input_bytes``.
     """
     size = len(inside)
-    weights = inside @ np.array([piece.parameter_bytes for piece in pieces], np.int64)
-    kept = inside @ np.array([piece.memory.kept_bytes for piece in pieces], np.int64)
+    weights = inside @ np.array([segment.parameter_bytes for segment in segments], np.int64)
+    kept = inside @ np.array([segment.memory.kept_bytes for segment in segments], np.int64)
     kept[1:] += input_bytes
     most = np.full((size, 3, size), _NOTHING, np.int64)  # by last cut, then by first
     for before, cut in zip(*np.nonzero(_neighbours(holds).T)[::-1], strict=True):
-        between = [pieces[p] for p in np.flatnonzero(inside[cut] - inside[before])]
+        between = [segments[p] for p in np.flatnonzero(inside[cut] - inside[before])]
         step = _step(between, int(kept[before]) or input_bytes, int(weights[before]))
         begins = holds[:, before].copy()
         begins[before] = True
         reached = np.where(begins, np.maximum(most[before], step[:, None]), _NOTHING)
         np.maximum(most[cut], reached, out=most[cut])
     forward, backward, largest = most.transpose(1, 2, 0).copy()
-    return CutNeeds(kept, loose_bytes, forward, backward, largest)
+    return CutMemory(kept, loose_bytes, forward, backward, largest)
 
 
-def _step(pieces: Sequence[PieceNeeds], kept_bytes: int, parameter_bytes: int) -> Integers:
-    """[3]: the most of pieces after each other, with so much before them."""
+def _step(segments: Sequence[SegmentMemory], kept_bytes: int, parameter_bytes: int) -> Integers:
+    """[3]: the most of segments after each other, with so much before them."""
     forward = backward = largest = _NOTHING
-    for memory, own_bytes in pieces:
+    for memory, own_bytes in segments:
         kept_bytes += memory.kept_bytes
         parameter_bytes += own_bytes
         forward = max(forward, kept_bytes + memory.forward_bytes)

@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.planning.pipeline.cut_memory import CutNeeds, PieceNeeds, find_needs
+from elbowroom.planning.pipeline.cut_memory import CutMemory, SegmentMemory, find_cut_memory
 
 _MOST_CANDIDATES = 32
 """Layers that are tried as the next one, where not all cuts are looked at."""
@@ -48,11 +48,11 @@ Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
-class Pieces(NamedTuple):
+class Segments(NamedTuple):
     """What the planner moves: a layer with the idle outputs that go with it.
 
-    Masks have a bit for each piece, in the graph's order: what a piece reads, and who reads it.
-    Those of ``tied``, each of pieces that share weights, have one more, of the inputs.
+    Masks have a bit for each segment, in the graph's order: what a segment reads, and who reads it.
+    Those of ``tied``, each of segments that share weights, have one more, of the inputs.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -63,7 +63,7 @@ class Pieces(NamedTuple):
     tied: tuple[int, ...]
 
     def keeps_tied(self, mask: int) -> bool:
-        """A cut with these pieces before it lies between none that share weights."""
+        """A cut with these segments before it lies between none that share weights."""
         inside = mask | 1 << len(self.layers) if mask else 0
         return all(inside & group in (0, group) for group in self.tied)
 
@@ -76,11 +76,11 @@ class Cuts:
     ``parameter_bytes``, and ``output_bytes``, which a minibatch in flight keeps.
     ``crossing_bytes`` cross the cut, and ``returned_bytes`` of gradients come back. ``holds`` is
     bool [num_cuts, num_cuts]: [i, j] says that j holds i and more, so that a stage may lie between.
-    ``needs`` of memory are there where they were asked for.
+    ``memory`` is there where it was asked for.
     """
 
     graph: LayerGraph
-    pieces: Pieces
+    segments: Segments
     masks: tuple[int, ...]
     seconds: Floats
     parameter_bytes: Integers
@@ -89,7 +89,7 @@ class Cuts:
     returned_bytes: Integers
     holds: NDArray[np.bool_]
     is_exact: bool
-    needs: CutNeeds | None = None
+    memory: CutMemory | None = None
 
     @property
     def num_cuts(self) -> int:
@@ -98,8 +98,8 @@ class Cuts:
     def members(self, index: int) -> frozenset[int]:
         """Indices of the layers before a cut."""
         mask = self.masks[index]
-        inside = (layer for position in _bits(mask) for layer in self.pieces.layers[position])
-        return frozenset((*self.pieces.inputs, *inside)) if mask else frozenset()
+        inside = (layer for position in _bits(mask) for layer in self.segments.layers[position])
+        return frozenset((*self.segments.inputs, *inside)) if mask else frozenset()
 
     def spread(self, most: int) -> Cuts:
         """At most so many of these cuts (at least 2), cheap ones all along the graph."""
@@ -115,7 +115,7 @@ class Cuts:
             output_bytes=self.output_bytes[indices],
             crossing_bytes=self.crossing_bytes[indices],
             returned_bytes=self.returned_bytes[indices],
-            needs=self.needs and self.needs.only(indices),
+            memory=self.memory and self.memory.only(indices),
             holds=self.holds[np.ix_(indices, indices)],
         )
 
@@ -129,14 +129,14 @@ class _Cut(NamedTuple):
     crossing_bytes: int
     mask: int
     ready: int
-    """Pieces that could be added."""
+    """Segments that could be added."""
 
     crossing: int = 0
-    """Pieces whose output crosses it."""
+    """Segments whose output crosses it."""
 
 
 class _Step(NamedTuple):
-    """From a cut to one with one more piece; the first two say which is cheaper."""
+    """From a cut to one with one more segment; the first two say which is cheaper."""
 
     crossing_bytes: int
     mask: int
@@ -144,26 +144,26 @@ class _Step(NamedTuple):
     position: int
 
 
-def find_cuts(graph: LayerGraph, max_cuts: int, with_needs: bool = False) -> Cuts:
-    """All cuts, or at most ``max_cuts`` (at least 2) of them; ``with_needs`` of memory.
+def find_cuts(graph: LayerGraph, max_cuts: int, with_memory: bool = False) -> Cuts:
+    """All cuts, or at most ``max_cuts`` (at least 2) of them; ``with_memory`` also what they keep.
 
     Raises InputError for a graph in which nothing costs anything.
     """
-    pieces = _find_pieces(graph)
-    cuts = _all_cuts(pieces, max_cuts)
+    segments = _find_segments(graph)
+    cuts = _all_cuts(segments, max_cuts)
     is_exact = cuts is not None
     if cuts is None:
-        width = max(1, (max_cuts - 1) // len(pieces.layers))
-        cuts = _some_cuts(pieces, width, max_cuts)
-    measured = _measure(graph, pieces, cuts, is_exact, with_needs)
+        width = max(1, (max_cuts - 1) // len(segments.layers))
+        cuts = _some_cuts(segments, width, max_cuts)
+    measured = _measure(graph, segments, cuts, is_exact, with_memory)
     if not graph.tied:
         return measured
     # Left out only now: memory is the most over all orders of layers, whatever may be cut.
-    kept = np.fromiter((pieces.keeps_tied(mask) for mask in measured.masks), bool)
+    kept = np.fromiter((segments.keeps_tied(mask) for mask in measured.masks), bool)
     return measured.only(np.flatnonzero(kept))
 
 
-def _find_pieces(graph: LayerGraph) -> Pieces:
+def _find_segments(graph: LayerGraph) -> Segments:
     inputs = find_inputs(graph)
     owners = _find_owners(graph, inputs)
     kept = [i for i in graph.order if i not in inputs and owners[i] == i]
@@ -176,7 +176,7 @@ def _find_pieces(graph: LayerGraph) -> Pieces:
             members[owners[layer]].append(layer)
     inputs_bit = 1 << len(kept)
     groups = ({owners[graph.index[name]] for name in names} for names in graph.tied)
-    return Pieces(
+    return Segments(
         layers=tuple(tuple(members[layer]) for layer in kept),
         inputs=tuple(i for i in graph.order if owners[i] in inputs),
         sources=tuple(sum(bit.get(s, 0) for s in graph.sources[layer]) for layer in kept),
@@ -212,16 +212,16 @@ def _find_owners(graph: LayerGraph, inputs: set[int]) -> list[int]:
     return owners
 
 
-def _all_cuts(pieces: Pieces, max_cuts: int) -> list[_Cut] | None:
+def _all_cuts(segments: Segments, max_cuts: int) -> list[_Cut] | None:
     """All cuts by size; None if there are more than ``max_cuts``."""
-    found, sizes = 1, [{0: _first(pieces)}]
-    for _ in pieces.layers:
+    found, sizes = 1, [{0: _first(segments)}]
+    for _ in segments.layers:
         larger: dict[int, _Cut] = {}
         for cut in sizes[-1].values():
             for position in _bits(cut.ready):
                 mask = cut.mask | 1 << position
                 if mask not in larger:
-                    larger[mask] = _extended(pieces, cut, position)
+                    larger[mask] = _extended(segments, cut, position)
                     if found + len(larger) > max_cuts:
                         return None
         found += len(larger)
@@ -229,21 +229,23 @@ def _all_cuts(pieces: Pieces, max_cuts: int) -> list[_Cut] | None:
     return [cuts[mask] for cuts in sizes for mask in sorted(cuts)]
 
 
-def _some_cuts(pieces: Pieces, width: int, max_cuts: int) -> list[_Cut]:
+def _some_cuts(segments: Segments, width: int, max_cuts: int) -> list[_Cut]:
     """At most ``width`` cuts of each size, those that the fewest bytes cross."""
-    kept, sizes = [_first(pieces)], [[_first(pieces)]]
-    for _ in pieces.layers:
+    kept, sizes = [_first(segments)], [[_first(segments)]]
+    for _ in segments.layers:
         larger: dict[int, _Step] = {}
         for cut in kept:
             for position in islice(_bits(cut.ready), _MOST_CANDIDATES):
                 mask = cut.mask | 1 << position
                 if mask not in larger:
-                    larger[mask] = _Step(_crossing_with(pieces, cut, position), mask, cut, position)
+                    larger[mask] = _Step(
+                        _crossing_with(segments, cut, position), mask, cut, position
+                    )
         cheapest = heapq.nsmallest(
-            width, larger.values(), key=lambda step: (not pieces.keeps_tied(step.mask), step)
+            width, larger.values(), key=lambda step: (not segments.keeps_tied(step.mask), step)
         )
-        kept = [_extended(pieces, step.cut, step.position) for step in cheapest]
-        sizes.append([cut for cut in kept if pieces.keeps_tied(cut.mask)])
+        kept = [_extended(segments, step.cut, step.position) for step in cheapest]
+        sizes.append([cut for cut in kept if segments.keeps_tied(cut.mask)])
     cuts = [cut for size in sizes for cut in sorted(size, key=lambda cut: cut.mask)]
     spread = _cheapest(np.array([cut.crossing_bytes for cut in cuts]), max_cuts)
     return [cuts[index] for index in spread]
@@ -261,34 +263,34 @@ def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
     return np.array([0, *inner, size - 1])
 
 
-def _first(pieces: Pieces) -> _Cut:
-    ready = sum(1 << position for position, sources in enumerate(pieces.sources) if not sources)
+def _first(segments: Segments) -> _Cut:
+    ready = sum(1 << position for position, sources in enumerate(segments.sources) if not sources)
     return _Cut(0, 0, ready)
 
 
-def _extended(pieces: Pieces, cut: _Cut, position: int) -> _Cut:
-    """The cut with one more piece before it."""
+def _extended(segments: Segments, cut: _Cut, position: int) -> _Cut:
+    """The cut with one more segment before it."""
     mask = cut.mask | 1 << position
-    readers = pieces.readers[position]
+    readers = segments.readers[position]
     ready = cut.ready & ~(1 << position)
     for reader in _bits(readers):
-        if not pieces.sources[reader] & ~mask:
+        if not segments.sources[reader] & ~mask:
             ready |= 1 << reader
     crossing = cut.crossing | 1 << position if readers else cut.crossing
-    for source in _bits(pieces.sources[position]):
-        if not pieces.readers[source] & ~mask:
+    for source in _bits(segments.sources[position]):
+        if not segments.readers[source] & ~mask:
             crossing &= ~(1 << source)
-    return _Cut(_crossing_with(pieces, cut, position), mask, ready, crossing)
+    return _Cut(_crossing_with(segments, cut, position), mask, ready, crossing)
 
 
-def _crossing_with(pieces: Pieces, cut: _Cut, position: int) -> int:
-    """Bytes that cross the cut with one more piece before it."""
+def _crossing_with(segments: Segments, cut: _Cut, position: int) -> int:
+    """Bytes that cross the cut with one more segment before it."""
     mask = cut.mask | 1 << position
     crossing = cut.crossing_bytes
-    crossing += pieces.activation_bytes[position] if pieces.readers[position] else 0
-    for source in _bits(pieces.sources[position]):
-        if not pieces.readers[source] & ~mask:
-            crossing -= pieces.activation_bytes[source]
+    crossing += segments.activation_bytes[position] if segments.readers[position] else 0
+    for source in _bits(segments.sources[position]):
+        if not segments.readers[source] & ~mask:
+            crossing -= segments.activation_bytes[source]
     return crossing
 
 
@@ -301,45 +303,47 @@ def _bits(mask: int) -> Iterator[int]:
 
 
 def _measure(
-    graph: LayerGraph, pieces: Pieces, cuts: list[_Cut], is_exact: bool, with_needs: bool
+    graph: LayerGraph, segments: Segments, cuts: list[_Cut], is_exact: bool, with_memory: bool
 ) -> Cuts:
-    num_pieces = len(pieces.layers)
-    width = (num_pieces + 7) // 8
+    num_segments = len(segments.layers)
+    width = (num_segments + 7) // 8
     rows = np.frombuffer(b"".join(cut.mask.to_bytes(width, "little") for cut in cuts), np.uint8)
-    inside = np.unpackbits(rows.reshape(-1, width), axis=1, count=num_pieces, bitorder="little")
-    first = [graph.layers[layers[0]] for layers in pieces.layers]
-    activations = np.array(pieces.activation_bytes, np.int64)
+    inside = np.unpackbits(rows.reshape(-1, width), axis=1, count=num_segments, bitorder="little")
+    first = [graph.layers[layers[0]] for layers in segments.layers]
+    activations = np.array(segments.activation_bytes, np.int64)
     crossings = [cut.crossing for cut in cuts]
     returned = [layer.returned_bytes for layer in first]
     is_open = np.array([cut.mask != 0 for cut in cuts])
-    # A piece is missing from a cut that does not hold the other: counts below 2^24 are exact.
+    # A segment is missing from a cut that does not hold the other: counts below 2^24 are exact.
     present = inside.astype(np.float32)
     holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
     whole = inside.astype(np.int64)
-    needs = None
-    if with_needs:
-        of_pieces = [PieceNeeds(layer.needs, layer.parameter_bytes) for layer in first]
-        loose = _crossing_sums(crossings, [layer.needs.loose_bytes for layer in first])
-        needs = find_needs(of_pieces, whole, holds, loose, _input_bytes(graph, pieces))
+    memory = None
+    if with_memory:
+        of_segments = [
+            SegmentMemory(layer.memory_or_output, layer.parameter_bytes) for layer in first
+        ]
+        loose = _crossing_sums(crossings, [layer.memory_or_output.loose_bytes for layer in first])
+        memory = find_cut_memory(of_segments, whole, holds, loose, _input_bytes(graph, segments))
     return Cuts(
         graph=graph,
-        pieces=pieces,
+        segments=segments,
         masks=tuple(cut.mask for cut in cuts),
         seconds=whole @ np.array([layer.seconds for layer in first]),
         parameter_bytes=whole @ np.array([layer.parameter_bytes for layer in first], np.int64),
-        output_bytes=whole @ activations + is_open * _input_bytes(graph, pieces),
+        output_bytes=whole @ activations + is_open * _input_bytes(graph, segments),
         crossing_bytes=np.array([cut.crossing_bytes for cut in cuts], np.int64),
         returned_bytes=_crossing_sums(crossings, returned),
         holds=holds,
         is_exact=is_exact,
-        needs=needs,
+        memory=memory,
     )
 
 
 def _crossing_sums(crossings: list[int], sizes: list[int]) -> Integers:
-    """[num_cuts]: sums over the pieces whose outputs cross each cut."""
+    """[num_cuts]: sums over the segments whose outputs cross each cut."""
     return np.array([sum(sizes[p] for p in _bits(crossing)) for crossing in crossings], np.int64)
 
 
-def _input_bytes(graph: LayerGraph, pieces: Pieces) -> int:
-    return sum(graph.layers[index].activation_bytes for index in pieces.inputs)
+def _input_bytes(graph: LayerGraph, segments: Segments) -> int:
+    return sum(graph.layers[index].activation_bytes for index in segments.inputs)

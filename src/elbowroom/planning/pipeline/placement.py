@@ -18,7 +18,7 @@ from elbowroom.plans.pipeline import Level
 
 
 @dataclass(frozen=True)
-class Places:
+class Placement:
     """``slots`` has each worker's number in the topology, counted through unit by unit.
 
     Workers are counted through stage by stage, ``levels`` from the lowest.
@@ -48,7 +48,9 @@ class Places:
         return next(differing)
 
 
-def place_workers(levels: tuple[Level, ...], level_replicas: Sequence[tuple[int, ...]]) -> Places:
+def place_workers(
+    levels: tuple[Level, ...], level_replicas: Sequence[tuple[int, ...]]
+) -> Placement:
     """Of stages with so many replicas at each level, the outermost first.
 
     Raises InputError if stages do not fill the units of a level, as those of a plan do.
@@ -69,7 +71,7 @@ def place_workers(levels: tuple[Level, ...], level_replicas: Sequence[tuple[int,
         _take(levels, taken, counts)
     if any(taken[:-1]):
         raise InputError(f"stages of {level_replicas} replicas leave units of {levels[0]} open")
-    return Places(levels, tuple(slots))
+    return Placement(levels, tuple(slots))
 
 
 def _take(levels: tuple[Level, ...], taken: list[int], counts: tuple[int, ...]) -> None:

@@ -20,7 +20,7 @@ from elbowroom.plans.pipeline import (
     LevelTraffic,
     PipelineOptions,
     PipelinePlan,
-    Stage,
+    StagePlan,
 )
 
 MAX_WORKERS = 1024
@@ -172,7 +172,7 @@ def _least_memory(search: StageSearch) -> int | None:
 class _Layout(NamedTuple):
     """Stages of a component, and the bytes per minibatch that they move at each level."""
 
-    stages: tuple[Stage, ...]
+    stages: tuple[StagePlan, ...]
     moved: tuple[int, ...]
 
 
@@ -184,9 +184,9 @@ def _lay_out(search: StageSearch, chain: Chain) -> _Layout:
 
 def _component(
     search: StageSearch, level: int, chain: Chain, outer: tuple[int, ...], moved: list[int]
-) -> list[Stage]:
+) -> list[StagePlan]:
     """Stages of one component of a level, with its own replicas; adds to ``moved``."""
-    stages: list[Stage] = []
+    stages: list[StagePlan] = []
     for group in chain.groups:
         replicas = (*outer, group.num_units)
         if level == 0:
@@ -204,11 +204,11 @@ def _component(
     return stages
 
 
-def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ...]) -> Stage:
+def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ...]) -> StagePlan:
     """A stage as one worker has it, before replicas share its minibatches."""
     cuts, start, stop = search.cuts, group.start, group.stop
     in_flight = search.in_flight(group.unit_behind)
-    return Stage(
+    return StagePlan(
         layers=cuts.layers_between(start, stop),
         level_replicas=level_replicas,
         replicas=prod(level_replicas),
@@ -225,8 +225,8 @@ def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ..
 
 
 def _replicate(
-    search: StageSearch, level: int, group: Group, inside: list[Stage], moved: list[int]
-) -> list[Stage]:
+    search: StageSearch, level: int, group: Group, inside: list[StagePlan], moved: list[int]
+) -> list[StagePlan]:
     """The stages of one unit, on all units of a group: adds to ``moved`` what syncs them."""
     cuts, units = search.cuts, group.num_units
     weights = cuts.parameter_bytes[group.stop] - cuts.parameter_bytes[group.start]
@@ -249,7 +249,7 @@ def _replicate(
     return replicated
 
 
-def _with_transfer(search: StageSearch, level: int, cut: int, stage: Stage) -> Stage:
+def _with_transfer(search: StageSearch, level: int, cut: int, stage: StagePlan) -> StagePlan:
     return replace(
         stage,
         transfer_seconds=float(search.transfer_seconds(level)[cut]),

@@ -33,7 +33,7 @@ _GAIN = 0.01
 DEPTHS = (1, 2)
 
 
-class Prediction(NamedTuple):
+class PipelinePrediction(NamedTuple):
     """What holds while the pipe is full, and the whole simulated run.
 
     ``seconds`` are per minibatch; ``idle`` is the part of them in which each worker of a stage
@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
     timeline: PipelineTimeline
 
 
-def predict(plan: PipelinePlan, graph: LayerGraph) -> Prediction | None:
+def predict(plan: PipelinePlan, graph: LayerGraph) -> PipelinePrediction | None:
     """Simulates so many minibatches that the pipe is full for a while.
 
     None where that would take much longer than a second: long pipes of many stages. Raises
@@ -68,10 +68,10 @@ def predict(plan: PipelinePlan, graph: LayerGraph) -> Prediction | None:
         for stage, count in zip(costs.stages, replicas, strict=True)
     )
     idle = tuple(1 - own / seconds if seconds else 0.0 for own in computed)
-    return Prediction(seconds, idle, timeline)
+    return PipelinePrediction(seconds, idle, timeline)
 
 
-def with_prediction(plan: PipelinePlan, prediction: Prediction | None) -> PipelinePlan:
+def with_prediction(plan: PipelinePlan, prediction: PipelinePrediction | None) -> PipelinePlan:
     """The plan with the seconds that were simulated, if they were."""
     return replace(plan, simulated_seconds=prediction.seconds if prediction else None)
 

@@ -86,18 +86,18 @@ class StageCost:
         well, and room to receive one. Without an optimizer the first alone counts, as in the
         papers.
         """
-        cuts, needs, optimizer = self.cuts, self.cuts.needs, self.options.optimizer
+        cuts, memory, optimizer = self.cuts, self.cuts.memory, self.options.optimizer
         weights = self._weights(start, stops)
         updated = weights * ((self.options.semantics == "predict") & np.greater(in_flight, 1))
-        if needs is None or optimizer is None:
+        if memory is None or optimizer is None:
             return updated
-        kept_before = needs.kept_bytes[start]
-        at_end = needs.loose_bytes[stops]
+        kept_before = memory.kept_bytes[start]
+        at_end = memory.loose_bytes[stops]
         is_replicated = num_units > 1 or len(self.levels) > 1
-        largest = needs.largest_bytes[start, stops]
+        largest = memory.largest_bytes[start, stops]
         step = _OF_LARGEST[optimizer] * largest
-        passing = needs.forward_bytes[start, stops] - kept_before
-        returning = needs.backward_bytes[start, stops] + cuts.parameter_bytes[stops] - kept_before
+        passing = memory.forward_bytes[start, stops] - kept_before
+        returning = memory.backward_bytes[start, stops] + cuts.parameter_bytes[stops] - kept_before
         updating = np.maximum(weights, step) if is_replicated else weights + step
         bucket = np.minimum(weights, np.maximum(BUCKET_BYTES, largest))
         most = np.maximum(np.maximum(passing, returning + at_end), updating)
@@ -124,11 +124,11 @@ class StageCost:
 
     def _kept(self, start: int, stops: slice | int) -> Integers:
         """By one minibatch: what is received, and what layers keep; without facts, outputs."""
-        cuts, needs = self.cuts, self.cuts.needs
-        if needs is None:
+        cuts, memory = self.cuts, self.cuts.memory
+        if memory is None:
             made: Integers = cuts.output_bytes[stops] - cuts.output_bytes[start]
         else:
-            made = needs.kept_bytes[stops] - needs.kept_bytes[start] + needs.loose_bytes[stops]
+            made = memory.kept_bytes[stops] - memory.kept_bytes[start] + memory.loose_bytes[stops]
         kept: Integers = made + cuts.crossing_bytes[start]
         return kept
 

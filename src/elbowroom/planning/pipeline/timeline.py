@@ -18,7 +18,7 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.trace import Span
 from elbowroom.planning.events import Task, Timeline, simulate
 from elbowroom.planning.pipeline.action_cost import LinkModel, PipelineCosts, plan_costs
-from elbowroom.planning.pipeline.placement import Places, place_workers
+from elbowroom.planning.pipeline.placement import Placement, place_workers
 from elbowroom.planning.pipeline.schedule_check import execution_order
 from elbowroom.planning.pipeline.weight_versions import (
     VersionRule,
@@ -124,8 +124,8 @@ def simulate_pipeline(
     level_replicas = costs.level_replicas or tuple((count,) for count in schedule.replicas)
     if schedule.replicas != tuple(prod(counts) for counts in level_replicas):
         raise InputError(f"costs of {level_replicas} replicas for {schedule.replicas}")
-    places = place_workers(costs.levels, level_replicas)
-    lowering = _Lowering(schedule, costs, level_replicas, places)
+    placement = place_workers(costs.levels, level_replicas)
+    lowering = _Lowering(schedule, costs, level_replicas, placement)
     for worker, action in execution_order(schedule):
         lowering.add(worker, action)
     timeline = simulate(lowering.tasks, len(lowering.resources))
@@ -147,7 +147,7 @@ def simulate_pipeline(
     )
 
 
-def simulate_plan(
+def simulate_pipeline_plan(
     plan: PipelinePlan,
     graph: LayerGraph,
     schedule: Schedule,
@@ -173,7 +173,7 @@ class _Lowering:
     schedule: Schedule
     costs: PipelineCosts
     level_replicas: tuple[tuple[int, ...], ...]
-    places: Places
+    placement: Placement
     resources: dict[tuple[str, int, int], int] = field(default_factory=dict)
     tasks: list[Task] = field(default_factory=list)
     tracks: list[Track] = field(default_factory=list)
@@ -221,14 +221,14 @@ class _Lowering:
         is_forward = cut == action.stage
         num_bytes = crossed.crossing_bytes if is_forward else crossed.gradient_bytes
         pair = (worker, action.worker)
-        level = self.places.level_between(*pair)
+        level = self.placement.level_between(*pair)
         self.link_bytes[pair] += num_bytes
         self.cut_bytes[cut] += num_bytes
         self.level_bytes[level] += num_bytes
         stream = self._streams.setdefault(pair, self.schedule.num_workers + len(self._streams))
         used = self._ways(pair[:1], level, "out") + self._ways(pair[1:], level, "in")
         if self.costs.links == "cut":
-            used = [(f"cut {cut}", level, self.places.unit(worker, level + 1))]
+            used = [(f"cut {cut}", level, self.placement.unit(worker, level + 1))]
         if not self.costs.overlap_compute:
             used += [("compute", 0, end) for end in pair]
         seconds = num_bytes / self.costs.levels[level].bandwidth
@@ -243,11 +243,11 @@ class _Lowering:
             after = tuple(task for replica in replicas for task in self._gradients(replica))
             for level, count in enumerate(reversed(self.level_replicas[action.stage])):
                 if count > 1:
-                    after = (self._agree(worker, action, level, count, after),)
+                    after = (self._reduce_gradients(worker, action, level, count, after),)
             (self._reduces[action],) = after
         self._compute(worker, action, 0.0, (self._reduces[action],))
 
-    def _agree(
+    def _reduce_gradients(
         self, worker: int, action: Reduce, level: int, count: int, after: tuple[int, ...]
     ) -> int:
         """Groups of ``count`` units of a level average gradients, all groups at once.
@@ -272,7 +272,7 @@ class _Lowering:
 
     def _ways(self, workers: Sequence[int], level: int, way: str) -> list[tuple[str, int, int]]:
         """Out of or into the units of a level that workers are in, each once."""
-        units = sorted({self.places.unit(worker, level) for worker in workers})
+        units = sorted({self.placement.unit(worker, level) for worker in workers})
         return [(way, level, unit) for unit in units]
 
     def _uses(self, used: Sequence[tuple[str, int, int]]) -> tuple[tuple[int, float], ...]:

@@ -212,7 +212,7 @@ class _Replica:
         return now + seconds
 
     def _start_decoding(self, prompt: int, output: int) -> None:
-        """The first token came with the last piece of the prompt."""
+        """The first token came with the last chunk of the prompt."""
         self.outcome.output_tokens += 1
         reserved = self._limits.row_tokens(prompt + output)
         last = self.outcome.num_iterations + output - 1

@@ -1,4 +1,4 @@
-"""The memory account: where the bytes of one replica go, before anything is loaded."""
+"""The memory budget: where the bytes of one replica go, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.units import format_bytes
-from elbowroom.plans.pool import MemoryAccount, PoolShare
+from elbowroom.plans.pool import MemoryBudget, PoolShare
 
 BLOCK_TOKENS = 32
 """Tokens of one KV block: small, so that a row wastes little, and what vLLM's CPU kernels want."""
@@ -16,7 +16,7 @@ MIN_KV_BLOCKS = 2
 """vLLM keeps block 0 for itself: one more is the least that can hold a token."""
 
 
-def account_memory(
+def divide_memory(
     model: ModelFacts,
     shares: Sequence[PoolShare],
     memory_bytes: int,
@@ -24,8 +24,8 @@ def account_memory(
     max_num_seqs: int,
     tensor_parallel: int = 1,
     activation_bytes: int | None = None,
-) -> MemoryAccount:
-    """The account of one device of the replica with the most weights; the rest is KV cache.
+) -> MemoryBudget:
+    """The memory budget of one device of the replica with the most weights; the rest is KV cache.
 
     KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace,
     and less what is needed to ship, which counts as slots
@@ -42,7 +42,7 @@ def account_memory(
     workspace = activation_bytes
     if workspace is None:
         workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs, tensor_parallel)
-    return MemoryAccount(
+    return MemoryBudget(
         memory_bytes=memory_bytes,
         replicated_bytes=replicated,
         ffn_bytes=owned,
@@ -73,23 +73,23 @@ def logits_bytes(model: ModelFacts, num_rows: int) -> int:
     return 2 * num_rows * model.vocab_size * 4
 
 
-def longest_row(model: ModelFacts, account: MemoryAccount) -> int:
+def longest_row(model: ModelFacts, budget: MemoryBudget) -> int:
     """Tokens of the longest row that the model and the cache can hold; at least 1."""
-    return max(1, min(model.max_position_embeddings, account.num_kv_tokens - BLOCK_TOKENS))
+    return max(1, min(model.max_position_embeddings, budget.num_kv_tokens - BLOCK_TOKENS))
 
 
-def check_fits(account: MemoryAccount, max_model_len: int) -> None:
+def check_fits(budget: MemoryBudget, max_model_len: int) -> None:
     """Raise MemoryPlanError, with the numbers and what to change, if no row can run."""
-    row_blocks = -(-max_model_len // account.block_tokens) + 1
-    least = max(MIN_KV_BLOCKS, row_blocks) * account.block_tokens * account.kv_bytes_per_token
-    if account.kv_bytes >= least:
+    row_blocks = -(-max_model_len // budget.block_tokens) + 1
+    least = max(MIN_KV_BLOCKS, row_blocks) * budget.block_tokens * budget.kv_bytes_per_token
+    if budget.kv_bytes >= least:
         return
-    fixed = account.memory_bytes - account.kv_bytes
+    fixed = budget.memory_bytes - budget.kv_bytes
     raise MemoryPlanError(
         f"one replica needs {format_bytes(fixed)} before its KV cache (weights "
-        f"{format_bytes(account.weight_bytes)}, slots {format_bytes(account.slot_bytes)}, "
-        f"workspace {format_bytes(account.workspace_bytes)}) and {format_bytes(least)} for one row "
-        f"of {max_model_len} tokens; --memory gives {format_bytes(account.memory_bytes)}. "
+        f"{format_bytes(budget.weight_bytes)}, slots {format_bytes(budget.slot_bytes)}, "
+        f"workspace {format_bytes(budget.workspace_bytes)}) and {format_bytes(least)} for one row "
+        f"of {max_model_len} tokens; --memory gives {format_bytes(budget.memory_bytes)}. "
         f"Give --memory at least {format_bytes(fixed + least)}, or lower --max-model-len, "
         f"--max-num-batched-tokens or --max-num-seqs, or use more --replicas with a pool"
     )

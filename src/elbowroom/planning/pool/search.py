@@ -12,10 +12,10 @@ from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload
 from elbowroom.planning.cost import CostModel
 from elbowroom.planning.pool.job import Policy, ReplicaLimits, simulate_job
-from elbowroom.planning.pool.memory import account_memory, logits_bytes
+from elbowroom.planning.pool.memory import divide_memory, logits_bytes
 from elbowroom.planning.pool.modes import PoolTimes
 from elbowroom.planning.pool.shares import SHIP_ROWS, plan_shares
-from elbowroom.plans.pool import EngineOptions, FetchOrder, Layout, MemoryAccount, PoolShare
+from elbowroom.plans.pool import EngineOptions, FetchOrder, Layout, MemoryBudget, PoolShare
 
 SAMPLE_ROWS_PER_REPLICA = 300
 """Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
@@ -62,13 +62,13 @@ class EngineLimits:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its account and its predicted job, or what each device lacks for it.
+    """A layout with its memory budget and its predicted job, or what each device lacks for it.
 
     ``engine`` leaves nothing open. ``cluster`` is where the layout lies.
     """
 
     layout: Layout
-    account: MemoryAccount
+    budget: MemoryBudget
     engine: EngineLimits
     cluster: Cluster
     rows_at_once: int = 0
@@ -117,8 +117,8 @@ class Choice:
         for candidate in self.candidates:
             if not candidate.fits:
                 continue
-            tokens = candidate.account.num_kv_tokens
-            if all(tokens > other.account.num_kv_tokens for other in kept):
+            tokens = candidate.budget.num_kv_tokens
+            if all(tokens > other.budget.num_kv_tokens for other in kept):
                 kept.append(candidate)
         return tuple(kept)
 
@@ -175,7 +175,7 @@ def choose(
     if not fitting:
         return Choice(tuple(candidates), None, "no layout fits")
     near = [c for c in fitting if c.seconds <= fitting[0].seconds * (1 + _TIE)]
-    best = max(near, key=lambda c: (c.account.num_kv_tokens, -c.seconds, -c.layout.num_ranks))
+    best = max(near, key=lambda c: (c.budget.num_kv_tokens, -c.seconds, -c.layout.num_ranks))
     return Choice(tuple(candidates), best, _reason(best, fitting))
 
 
@@ -203,11 +203,11 @@ def evaluate(
     """One layout on one job; ``depth`` as for ``job_seconds``."""
     memory = cluster.device.usable_bytes
     engine = fill_in(model, layout, memory, engine, workload)
-    candidate = Candidate(layout, account_layout(model, layout, memory, engine), engine, cluster)
-    missing = _missing_bytes(candidate.account, engine, workload)
+    candidate = Candidate(layout, layout_budget(model, layout, memory, engine), engine, cluster)
+    missing = _missing_bytes(candidate.budget, engine, workload)
     if missing > 0:
         return replace(candidate, missing_bytes=missing)
-    limits = replica_limits(candidate.account, engine)
+    limits = replica_limits(candidate.budget, engine)
     seconds = job_seconds(model, cluster, workload, layout, limits, depth)
     return replace(
         candidate,
@@ -240,8 +240,8 @@ def fill_in(
         if engine.max_num_batched_tokens is None:
             tried = replace(tried, max_num_batched_tokens=max(tokens, rows))
         tried = replace(tried, max_num_seqs=rows)
-        account = account_layout(model, layout, memory_bytes, tried)
-        if not _missing_bytes(account, tried, workload):
+        budget = layout_budget(model, layout, memory_bytes, tried)
+        if not _missing_bytes(budget, tried, workload):
             return tried
         if engine.max_num_batched_tokens is None and tokens > LEAST_TOKENS:
             tokens, rows = tokens // 2, None
@@ -259,45 +259,41 @@ def _rows_that_fit(
     workload: Workload,
 ) -> int:
     """Each takes its KV cache to its end, and room for its logits."""
-    account = account_layout(model, layout, memory_bytes, replace(engine, max_num_seqs=1))
-    row_tokens = replica_limits(account, engine).row_tokens(workload.mean_row)
-    each = row_tokens * account.kv_bytes_per_token
+    budget = layout_budget(model, layout, memory_bytes, replace(engine, max_num_seqs=1))
+    row_tokens = replica_limits(budget, engine).row_tokens(workload.mean_row)
+    each = row_tokens * budget.kv_bytes_per_token
     if engine.activation_bytes is None:
         each += logits_bytes(model, 1)
-    room = account.kv_bytes - account.block_tokens * account.kv_bytes_per_token
+    room = budget.kv_bytes - budget.block_tokens * budget.kv_bytes_per_token
     to_answer = -(-workload.num_rows // layout.num_replicas)
     return max(1, min(room // each, to_answer, MOST_ROWS))
 
 
-def _missing_bytes(account: MemoryAccount, engine: EngineLimits, workload: Workload) -> int:
+def _missing_bytes(budget: MemoryBudget, engine: EngineLimits, workload: Workload) -> int:
     """What a device lacks for the job's longest row, and for the one that is asked for."""
-    limits = replica_limits(account, engine)
+    limits = replica_limits(budget, engine)
     longest = limits.row_tokens(max(workload.longest_row, engine.max_model_len or 1))
     if longest <= limits.num_kv_tokens:
         return 0
-    return (longest + account.block_tokens) * account.kv_bytes_per_token - account.kv_bytes
+    return (longest + budget.block_tokens) * budget.kv_bytes_per_token - budget.kv_bytes
 
 
-def without_idle_cache(
-    model: ModelFacts, candidate: Candidate, workload: Workload
-) -> MemoryAccount:
-    """The account, without KV cache that this job cannot fill: on a CPU it costs others memory.
+def without_idle_cache(model: ModelFacts, candidate: Candidate, workload: Workload) -> MemoryBudget:
+    """The memory budget without KV cache that this job cannot fill, which would cost others memory.
 
     There is room for all rows of the job at once, and for one of the longest that the model takes.
     Of a job whose rows may be longer than was planned, all is kept.
     """
-    account = candidate.account
+    budget = candidate.budget
     if not workload.is_bounded:
-        return account
-    block = account.block_tokens
+        return budget
+    block = budget.block_tokens
     of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
     longest = max(model.max_position_embeddings, candidate.engine.max_model_len or 0)
     blocks = max(-(-of_all // candidate.layout.num_replicas), -(-longest // block)) + 2
-    needed = blocks * block * account.kv_bytes_per_token
-    idle = max(0, account.kv_bytes - needed)
-    return replace(
-        account, memory_bytes=account.memory_bytes - idle, kv_bytes=account.kv_bytes - idle
-    )
+    needed = blocks * block * budget.kv_bytes_per_token
+    idle = max(0, budget.kv_bytes - needed)
+    return replace(budget, memory_bytes=budget.memory_bytes - idle, kv_bytes=budget.kv_bytes - idle)
 
 
 def job_seconds(
@@ -332,11 +328,11 @@ def job_seconds(
     return of_whole + pace * (of_group.num_rows - whole.num_rows)
 
 
-def account_layout(
+def layout_budget(
     model: ModelFacts, layout: Layout, memory_bytes: int, engine: EngineLimits
-) -> MemoryAccount:
-    """The account of one device, by the function that ``run`` uses."""
-    return account_memory(
+) -> MemoryBudget:
+    """The memory budget of one device, by the function that ``run`` uses."""
+    return divide_memory(
         model,
         layout_shares(model, layout),
         memory_bytes,
@@ -383,13 +379,13 @@ def engine_limits(options: EngineOptions) -> EngineLimits:
     )
 
 
-def replica_limits(account: MemoryAccount, engine: EngineLimits) -> ReplicaLimits:
+def replica_limits(budget: MemoryBudget, engine: EngineLimits) -> ReplicaLimits:
     """What a replica may hold; the engine keeps one block for itself."""
     return ReplicaLimits(
-        num_kv_tokens=max(0, account.num_kv_tokens - account.block_tokens),
+        num_kv_tokens=max(0, budget.num_kv_tokens - budget.block_tokens),
         max_num_seqs=engine.num_rows,
         max_num_batched_tokens=engine.num_tokens,
-        block_tokens=account.block_tokens,
+        block_tokens=budget.block_tokens,
     )
 
 
@@ -405,7 +401,7 @@ def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes
 
 
 def _by_time(candidate: Candidate) -> tuple[float, int, str]:
-    return candidate.seconds, -candidate.account.num_kv_tokens, str(candidate.layout)
+    return candidate.seconds, -candidate.budget.num_kv_tokens, str(candidate.layout)
 
 
 def _next_best(best: Candidate, candidates: Sequence[Candidate]) -> Candidate | None:
@@ -423,7 +419,7 @@ def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
     if other is None:
         return "the only kind of layout that fits"
     ratio = other.seconds / best.seconds
-    tokens = best.account.num_kv_tokens / max(1, other.account.num_kv_tokens)
+    tokens = best.budget.num_kv_tokens / max(1, other.budget.num_kv_tokens)
     if ratio < 1 - _TIE:
         return f"one engine on all cores; {other.layout} might take {ratio:.2f}x as long"
     if ratio > 1 + _TIE:

@@ -78,12 +78,12 @@ def _fetch_window(
 ) -> list[Fetch]:
     if order != "sliced":
         return [Fetch(layer, 0, 1) for layer in window]
-    pieces = {layer: max(1, -(-ffn_bytes[layer] // slice_bytes)) for layer in window}
+    chunks = {layer: max(1, -(-ffn_bytes[layer] // slice_bytes)) for layer in window}
     return [
-        Fetch(layer, piece, pieces[layer])
-        for piece in range(max(pieces.values()))
+        Fetch(layer, chunk, chunks[layer])
+        for chunk in range(max(chunks.values()))
         for layer in window
-        if piece < pieces[layer]
+        if chunk < chunks[layer]
     ]
 
 

@@ -270,9 +270,9 @@ class _Lowering:
         uses = [(self._resource(owner, "out"), 1.0), (self._resource(rank, "in"), 1.0)]
         if not self._cost.cluster.device.copies_overlap:
             uses.append((self._resource(rank, "compute"), 1.0))
-        # The latency of a whole layer is that of its first piece: copies are issued ahead.
-        latency = link.latency_seconds if fetch.piece == 0 else 0.0
-        seconds = layer_bytes / fetch.num_pieces / link.bandwidth.achieved
+        # The latency of a whole layer is that of its first chunk: copies are issued ahead.
+        latency = link.latency_seconds if fetch.chunk == 0 else 0.0
+        seconds = layer_bytes / fetch.num_chunks / link.bandwidth.achieved
         lane = self._ranks[rank].lanes[fetch.layer] % self.copies_at_once
         self._add(str(fetch), self._copy_stream(rank, lane), seconds, tuple(uses), after, latency)
 

@@ -1,4 +1,4 @@
-"""Companions sweep while one process is measured, and are gone afterwards, however it ends."""
+"""Background processes sweep while one process is measured, and are gone afterwards, however it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from elbowroom.core.errors import MeasuringError
-from elbowroom.profiling.companions import companions
+from elbowroom.profiling.background_load import background_load
 
 SCRIPT = """\
 import os
@@ -56,7 +56,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
 
 
 def test_they_sweep_until_the_block_ends(script: Path) -> None:
-    with companions(2, script, 0, 1):
+    with background_load(2, script, 0, 1):
         wait_until(lambda: len(sweeps(script)) == 2 and min(sweeps(script).values()) > 3)
         assert all(map(psutil.pid_exists, sweeps(script)))
     assert not any(map(psutil.pid_exists, sweeps(script)))
@@ -78,7 +78,7 @@ def test_they_end_with_whoever_is_killed(script: Path) -> None:
 def test_one_that_fails_is_told(script: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script.write_text("raise ValueError('mine')")
     ended = pytest.raises(MeasuringError, match="ended with code")
-    with ended as caught, companions(2, script, 0, 1):
+    with ended as caught, background_load(2, script, 0, 1):
         pytest.fail("they were not ready")
     assert capfd.readouterr().err == "", "tracebacks go to a file"
     log = Path(str(caught.value).rpartition(": ")[2])

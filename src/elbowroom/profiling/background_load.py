@@ -15,19 +15,19 @@ READY = b"sweeping\n"
 
 
 @contextmanager
-def companions(count: int, script: Path, seed: int, num_threads: int) -> Iterator[None]:
+def background_load(count: int, script: Path, seed: int, num_threads: int) -> Iterator[None]:
     """While the block runs, ``count`` processes sweep through the model of a script.
 
     They end with it, and with this process: each watches its standard input. Raises MeasuringError
     if one ends before.
     """
     command = (
-        *(sys.executable, "-m", "elbowroom.profiling.companion"),
+        *(sys.executable, "-m", "elbowroom.profiling.background_worker"),
         *(str(script), str(seed), str(num_threads)),
     )
     pipe = subprocess.PIPE
     processes: list[subprocess.Popen[bytes]] = []
-    with child_log("companion") as log:
+    with child_log("background_worker") as log:
         try:
             for _ in range(count):
                 processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log))

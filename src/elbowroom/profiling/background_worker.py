@@ -1,6 +1,6 @@
-"""One process of ``companions``: sweeps through the model of a script until it is ended.
+"""One process of ``background_load``: sweeps through the model of a script until it is ended.
 
-    python -m elbowroom.profiling.companion SCRIPT SEED THREADS
+    python -m elbowroom.profiling.background_worker SCRIPT SEED THREADS
 
 Says ``READY`` when it begins. Ends when its standard input does, which its parent holds.
 """
@@ -13,7 +13,7 @@ import threading
 from math import inf
 from pathlib import Path
 
-from elbowroom.profiling.companions import READY
+from elbowroom.profiling.background_load import READY
 from elbowroom.profiling.layers import SweepLimits
 from elbowroom.profiling.script import load_subject
 
