@@ -76,7 +76,7 @@ def default_run() -> str:
 
 def against() -> str:
     """This version against the one before."""
-    values = {}
+    values: dict[str, list[float]] = {}
     for path in sorted(RESULTS.glob("against-*.json")):
         data = json.loads(path.read_text())
         for name in ("run", "check", "start"):
@@ -175,7 +175,8 @@ def shipping() -> str:
                 f"{free['stream_over_ship_at_64_rows']:.2f}x",
             ),
             (
-                "owner's own FFN latency while it serves a peer, p95, over idle (target: at most 2x)",
+                "owner's own FFN latency while it serves a peer, p95, over idle "
+                "(target: at most 2x)",
                 serving,
             ),
             (
@@ -200,8 +201,8 @@ def jobs() -> str:
             (
                 "`check`: lines of 1 KB a second",
                 f"{data['check_rows_per_second']:,.0f} (peak "
-                f"{data['check_peak_bytes'] / 1e6:.0f} MB at {data['rows']:,} lines; reading alone: "
-                f"{data['read_rows_per_second']:,.0f})",
+                f"{data['check_peak_bytes'] / 1e6:.0f} MB at {data['rows']:,} lines; "
+                f"reading alone: {data['read_rows_per_second']:,.0f})",
             ),
             (
                 "journal, dispatch and publish with an engine that takes no time: rows a second",
@@ -217,7 +218,8 @@ def jobs() -> str:
             (
                 "the same: seconds in all, over `--order input`",
                 f"{order['total_seconds_auto_over_input']:.2f}x "
-                f"({first['auto']['total_seconds']:.0f} s, {first['input']['total_seconds']:.0f} s)",
+                f"({first['auto']['total_seconds']:.0f} s, "
+                f"{first['input']['total_seconds']:.0f} s)",
             ),
         ),
     )
@@ -258,7 +260,8 @@ def predictions() -> str:
                 measured,
             ),
             (
-                "seconds to `plan`: 8 devices; 1,024 devices; to simulate 100,000 rows on 8 replicas",
+                "seconds to `plan`: 8 devices; 1,024 devices; to simulate 100,000 rows on 8 "
+                "replicas",
                 f"{planning['search_seconds_8_devices']:.1f}; "
                 f"{planning['search_seconds_1024_devices']:.1f}; "
                 f"{planning['simulate_seconds_100000_rows']:.1f}",
@@ -387,8 +390,8 @@ def summary() -> str:
                 f"{tail['shipping_gains']['run_seconds']:.2f}x",
             ),
             (
-                "training in 2 stages over 1 Gbit/s, over the better of DistributedDataParallel and "
-                "torch.distributed.pipelining: VGG, GPT",
+                "training in 2 stages over 1 Gbit/s, over the better of DistributedDataParallel "
+                "and torch.distributed.pipelining: VGG, GPT",
                 f"{vgg:.2f}x, {gpt:.2f}x",
             ),
         ),
