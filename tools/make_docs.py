@@ -68,6 +68,9 @@ ENGINE = {
     "    --steps 50 --trace trace.json",
 }
 
+EXIT_CODES = {"plan-no-fit": 2}
+"""Of commands that are shown because they are refused."""
+
 KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
 """Files of ``ENGINE`` that ``LIVE`` uses."""
 
@@ -75,8 +78,8 @@ _BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)|(?:src|href)=\"([^\"#]+)\"")
 
 
-def run(command: str) -> str:
-    """What a terminal would show of a command, with the command itself. Ends if it fails."""
+def run(command: str, exit_code: int = 0) -> str:
+    """What a terminal would show of a command, with the command itself. Ends if it does not go as it should."""
     words = shlex.split(command.replace("\\\n", ""))
     environment = {
         **os.environ,
@@ -93,7 +96,7 @@ def run(command: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    if done.returncode:
+    if done.returncode != exit_code:
         sys.exit(f"{command}: exit code {done.returncode}\n{done.stdout}")
     lines = (line.rstrip() for line in done.stdout.splitlines())
     shown = "\n".join(line for line in lines if not is_repeated(line))
@@ -119,12 +122,13 @@ def make_includes() -> dict[str, str]:
     prepare()
     for name, kept in KEPT.items():
         shutil.copy(OUTPUT / kept, WORK / name)
-    made = {f"{name}.txt": run(command) for name, command in LIVE.items()}
+    made = {f"{name}.txt": run(command, EXIT_CODES.get(name, 0)) for name, command in LIVE.items()}
     made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
     made["presets.md"] = presets()
     made["cli.md"] = "\n".join(cli_page(cli_parser()))
     made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
     made["answer.jsonl"] = answers()
+    made["taken.txt"] = taken()
     plan = shortened(json.loads((WORK / "plan.json").read_text()))
     made["plan.json"] = json.dumps(plan, indent=1) + "\n"
     plan = shortened(json.loads((WORK / "train-plan.json").read_text()))
@@ -144,6 +148,12 @@ def answers() -> str:
         message = body["choices"][0]["message"]["content"]
         lines.append(f"{row['custom_id']}: {message}   ({body['usage']['total_tokens']} tokens)")
     return "\n".join(lines) + "\n"
+
+
+def taken() -> str:
+    """The two lines in which the stored run told what it decided."""
+    lines = (OUTPUT / "first-run.txt").read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith(("taken: ", "next best: ")))
 
 
 def shortened(value: Any) -> Any:

@@ -75,7 +75,7 @@ def default_run() -> str:
 
 
 def against() -> str:
-    """This version against the one before."""
+    """Speed of the newest version over the one before."""
     values: dict[str, list[float]] = {}
     for path in sorted(RESULTS.glob("against-*.json")):
         data = json.loads(path.read_text())

@@ -30,7 +30,7 @@ SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 
 HORIZON = 2
 """Predicted weights go so many times as far as the missing updates would if each changed as much as
-the last one. In trials on both models of docs/training.md, 2 did better than 1."""
+the last one. In trials on both models of docs/results/training.md, 2 did better than 1."""
 
 Leaves = Mapping[str, torch.Tensor]
 
