@@ -74,12 +74,22 @@ EXIT_CODES = {"plan-no-fit": 2}
 KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
 """Files of ``ENGINE`` that ``LIVE`` uses."""
 
+EXCERPTS = {
+    "taken": ("first-run", ("taken: ", "next best: ")),
+    "first-run-short": (
+        "first-run",
+        ("taken: ", "next best: ", " rows  ", " tokens  ", " seconds  ", " output tokens/s"),
+    ),
+    "train-run-short": ("train-run", ("loss: ", "50 minibatches", "a minibatch: ")),
+}
+"""Lines of stored output, by how they begin."""
+
 _BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)|(?:src|href)=\"([^\"#]+)\"")
 
 
-def run(command: str, exit_code: int = 0) -> str:
-    """What a terminal would show of a command, with the command itself. Ends if it does not go as it should."""
+def run(command: str, folder: Path = WORK, exit_code: int = 0) -> str:
+    """A command and what a terminal would show of it. Ends the program on another exit code."""
     words = shlex.split(command.replace("\\\n", ""))
     environment = {
         **os.environ,
@@ -90,7 +100,7 @@ def run(command: str, exit_code: int = 0) -> str:
     }
     done = subprocess.run(
         [sys.executable, "-m", *words],
-        cwd=WORK,
+        cwd=folder,
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
@@ -108,27 +118,30 @@ def is_repeated(line: str) -> bool:
     return bool(re.match(r"0/\d+ rows, ", line)) and "0:00 elapsed" not in line
 
 
-def prepare() -> None:
-    """An empty folder with the repository's examples, requests, and what is kept of engines."""
-    shutil.rmtree(WORK, ignore_errors=True)
-    WORK.mkdir(parents=True)
+def prepare(folder: Path = WORK) -> None:
+    """Make a folder with the repository's examples, two requests, and what is kept of engines."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     for name in ("examples", "tests"):
-        (WORK / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "examples" / "requests.jsonl", WORK)
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / "examples" / "requests.jsonl", folder)
+    for name, kept in KEPT.items():
+        if (OUTPUT / kept).exists():
+            shutil.copy(OUTPUT / kept, folder / name)
 
 
 def make_includes() -> dict[str, str]:
     """Texts by file name."""
     prepare()
-    for name, kept in KEPT.items():
-        shutil.copy(OUTPUT / kept, WORK / name)
-    made = {f"{name}.txt": run(command, EXIT_CODES.get(name, 0)) for name, command in LIVE.items()}
+    made = {
+        f"{name}.txt": run(command, WORK, EXIT_CODES.get(name, 0)) for name, command in LIVE.items()
+    }
     made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
     made["presets.md"] = presets()
     made["cli.md"] = "\n".join(cli_page(cli_parser()))
     made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
     made["answer.jsonl"] = answers()
-    made["taken.txt"] = taken()
+    made |= {f"{name}.txt": told(name) for name in EXCERPTS}
     plan = shortened(json.loads((WORK / "plan.json").read_text()))
     made["plan.json"] = json.dumps(plan, indent=1) + "\n"
     plan = shortened(json.loads((WORK / "train-plan.json").read_text()))
@@ -150,10 +163,11 @@ def answers() -> str:
     return "\n".join(lines) + "\n"
 
 
-def taken() -> str:
-    """The two lines in which the stored run told what it decided."""
-    lines = (OUTPUT / "first-run.txt").read_text().splitlines(keepends=True)
-    return "".join(line for line in lines if line.startswith(("taken: ", "next best: ")))
+def told(name: str) -> str:
+    """An excerpt of a stored output."""
+    stored, beginnings = EXCERPTS[name]
+    lines = (OUTPUT / f"{stored}.txt").read_text().splitlines(keepends=True)
+    return "".join(line for line in lines if line.startswith(beginnings))
 
 
 def shortened(value: Any) -> Any:
@@ -192,8 +206,9 @@ def cli_page(parser: argparse.ArgumentParser, depth: int = 1) -> Iterator[str]:
         yield f"{parser.description}\n"
     usage = parser.format_usage().removeprefix("usage: ").strip()
     yield f"```text\n{usage}\n```\n"
+    formatter = parser._get_formatter()
     for group in parser._action_groups:
-        rows = [row for action in group._group_actions for row in option_row(action)]
+        rows = [row for action in group._group_actions for row in option_row(action, formatter)]
         if rows:
             title = {"options": "", "positional arguments": ""}.get(group.title or "", group.title)
             yield f"| {title or 'option'} | meaning |\n| --- | --- |"
@@ -202,7 +217,7 @@ def cli_page(parser: argparse.ArgumentParser, depth: int = 1) -> Iterator[str]:
         yield from cli_page(below, depth + 1)
 
 
-def option_row(action: argparse.Action) -> Iterator[str]:
+def option_row(action: argparse.Action, formatter: argparse.HelpFormatter) -> Iterator[str]:
     if isinstance(action, argparse._SubParsersAction | argparse._HelpAction):
         return
     if action.help == argparse.SUPPRESS:
@@ -213,21 +228,22 @@ def option_row(action: argparse.Action) -> Iterator[str]:
         values = str(action.metavar or choices or action.dest.upper())
     names = ", ".join(action.option_strings)
     shown = f"{names} {values}".strip() if names else values
-    about = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    about = formatter._expand_help(action) if action.help else ""
     cells = (f"`{shown}`", about)
     yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def readme(made: dict[str, str]) -> str:
+def readme(folder: Path = WORK) -> str:
     """README.md with its marked blocks as they are made now."""
 
     def block(match: re.Match[str]) -> str:
         name = match[2]
         if name.startswith("table-"):
-            text = made[f"{name}.md"]
+            text = TABLES[name.removeprefix("table-")]()
+        elif name in EXCERPTS:
+            text = f"```console\n{told(name)}```\n"
         else:
-            found = made.get(f"{name}.txt") or (OUTPUT / f"{name}.txt").read_text()
-            text = f"```console\n{found}```\n"
+            text = f"```console\n{run(LIVE[name], folder)}```\n"
         return f"{match[1]}{text}{match[3]}"
 
     return _BLOCK.sub(block, README.read_text())
@@ -235,9 +251,9 @@ def readme(made: dict[str, str]) -> str:
 
 def run_engines() -> None:
     """Write ``docs/output`` anew."""
-    prepare()
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir()
+    prepare()
     for name, command in ENGINE.items():
         (OUTPUT / f"{name}.txt").write_text(run(command))
     (OUTPUT / "train-plan.txt").unlink()
@@ -262,13 +278,15 @@ def main() -> None:
         return run_engines()
     if what == "links":
         sys.exit("\n".join(broken_links()) or None)
+    if what == "readme":
+        prepare()
+        README.write_text(readme())
+        return
     made = make_includes()
     shutil.rmtree(INCLUDE, ignore_errors=True)
     INCLUDE.mkdir(parents=True)
     for name, text in made.items():
         (INCLUDE / name).write_text(text)
-    if what == "readme":
-        README.write_text(readme(made))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,132 @@
+"""Commands, options and files that README and docs name are real, and what README shows is so."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from tools.make_docs import (
+    ENGINE,
+    EXIT_CODES,
+    LIVE,
+    README,
+    ROOT,
+    broken_links,
+    cli_parser,
+    commands_of,
+    prepare,
+    readme,
+    run,
+)
+
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = ("tools.make_docs", "tools.draw_pictures", "elbowroom.pipeline")
+OF_OTHERS = {
+    *("--runner", "--convert"),  # vLLM
+    *("--nproc-per-node", "--shm-size", "--small", "--device"),  # torchrun, Docker, bench
+}
+_FENCE = re.compile(r"^```(?:bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_CODE = re.compile(r"`([^`\n]+)`")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+
+
+class Command(NamedTuple):
+    page: str
+    words: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.page}: {' '.join(self.words)}"
+
+
+def commands() -> Iterator[Command]:
+    for page in PAGES:
+        for fence in _FENCE.findall(page.read_text()):
+            is_output = fence.startswith("$ ")
+            for line in fence.replace("\\\n", " ").splitlines():
+                if is_output and not line.startswith("$ "):
+                    continue
+                for part in line.removeprefix("$ ").split(" && "):
+                    if words := shlex.split(part, comments=True):
+                        yield Command(str(page.relative_to(ROOT)), words)
+    for name, command in {**LIVE, **ENGINE}.items():
+        yield Command(f"make_docs, {name}", shlex.split(command.replace("\\\n", " ")))
+
+
+COMMANDS = list(commands())
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> None:
+    """Fails as the command itself would, but for what stands behind ``--``."""
+    end = words.index("--") if "--" in words else len(words)
+    try:
+        parser.parse_args(words[:end])
+    except SystemExit as stopped:
+        assert stopped.code == 0, words
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_commands_are_real(command: Command) -> None:
+    program, *words = command.words
+    program = program.removeprefix(".venv/bin/")
+    if program == "elbowroom":
+        parse(cli_parser(), words)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[0] in targets
+    elif program == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        for named in re.findall(r"\[([\w,]+)\]", words[1]):
+            assert set(named.split(",")) <= set(extras["optional-dependencies"])
+    elif program == "python" and words[0] == "-m":
+        assert words[1] in (*MODULES, "pytest")
+    elif program == "cp":
+        assert (ROOT / words[0]).exists()
+    else:
+        assert program in ("ruff", "mypy", "lint-imports")
+
+
+def options_of(parser: ArgumentParser) -> set[str]:
+    own = {name for action in parser._actions for name in action.option_strings}
+    return own.union(*map(options_of, commands_of(parser).values()))
+
+
+def test_options_are_real() -> None:
+    """Also those of tables and running text."""
+    from elbowroom.pipeline.__main__ import _parser as pipeline_parser
+
+    known = options_of(cli_parser()) | options_of(pipeline_parser()) | OF_OTHERS
+    for page in PAGES:
+        for code in _CODE.findall(page.read_text()):
+            assert set(_OPTION.findall(code)) <= known, (page, code)
+
+
+def test_files_are_real() -> None:
+    """Modules that pages name by their place in the package."""
+    for page in PAGES:
+        for code in _CODE.findall(page.read_text()):
+            if found := re.fullmatch(r"((?:[a-z_]+/)+[a-z_]+\.py)(:.*)?", code):
+                places = (ROOT, ROOT / "src" / "elbowroom", ROOT / "src" / "elbowroom" / "engine")
+                assert any((place / found[1]).exists() for place in places), (page, code)
+
+
+def test_links_lead_somewhere() -> None:
+    assert broken_links() == []
+
+
+def test_commands_run(tmp_path: Path) -> None:
+    """Those that need no engine, in their order: each may use what those before it wrote."""
+    prepare(tmp_path / "work")
+    for name, command in LIVE.items():
+        assert run(command, tmp_path / "work", EXIT_CODES.get(name, 0)).count("\n") >= 2
+
+
+def test_readme_shows_what_is_printed(tmp_path: Path) -> None:
+    """Else: python -m tools.make_docs readme."""
+    prepare(tmp_path / "work")
+    assert readme(tmp_path / "work") == README.read_text()
