@@ -31,7 +31,7 @@ OF_OTHERS = {
     *("--runner", "--convert"),  # vLLM
     *("--nproc-per-node", "--shm-size", "--small", "--device"),  # torchrun, Docker, bench
 }
-_FENCE = re.compile(r"^```(?:bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"^```(bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
@@ -46,10 +46,9 @@ class Command(NamedTuple):
 
 def commands() -> Iterator[Command]:
     for page in PAGES:
-        for fence in _FENCE.findall(page.read_text()):
-            is_output = fence.startswith("$ ")
+        for language, fence in _FENCE.findall(page.read_text()):
             for line in fence.replace("\\\n", " ").splitlines():
-                if is_output and not line.startswith("$ "):
+                if language == "console" and not line.startswith("$ "):
                     continue
                 for part in line.removeprefix("$ ").split(" && "):
                     if words := shlex.split(part, comments=True):
