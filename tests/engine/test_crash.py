@@ -66,8 +66,7 @@ class DemoJob:
             model=DEMO / "model",
             memory_bytes=64 * MIB,
             replicas=2,
-            pool="streamed",
-            ship=True,
+            pool="shipped",
             max_num_seqs=4,
             served_model_names=("demo",),
         )

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.pipeline.versions import Semantics
-from elbowroom.plans.pipeline import Optimizer
+from elbowroom.plans.pipeline import Optimizer, Semantics
 from tests.pipeline.models import Block
 
 

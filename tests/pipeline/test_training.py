@@ -53,10 +53,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     script, profile = folder / "train.py", folder / "profile.json"
     script.write_text(SCRIPT)
-    measure = ["profile-model", str(script), "--out", str(profile), "--seconds", "0.2"]
+    measure = ["train", "profile", str(script), "--out", str(profile), "--seconds", "0.2"]
     assert main([*measure, "--threads", "1"]) == 0
     for workers, depth, semantics in (("2", "1", "predict"), ("3", "2", "stash")):
-        plan = ["plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
+        plan = ["train", "plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
         plan += ["--semantics", semantics]
         out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
         assert main([*plan, *out]) == 0

@@ -94,12 +94,14 @@ def test_a_job_of_a_group_streams_and_its_tail_ships() -> None:
     rows = parse_lengths("1024:256-768x4000").longest_first()
     times = PoolTimes(CostModel(QWEN, H20, 2), 4, num_slots=3)
     limits = ReplicaLimits(500_000, 512)
-    jobs = {p: simulate_job(times, limits, rows, 4, p) for p in ("stream", "per-replica", "ship")}
+    jobs = {
+        p: simulate_job(times, limits, rows, 4, p) for p in ("streamed", "per-replica", "shipped")
+    }
     chosen = jobs["per-replica"]
-    assert chosen.seconds <= min(jobs["stream"].seconds, jobs["ship"].seconds) * 1.001
-    assert chosen.mode_share("stream") > 0.9
+    assert chosen.seconds <= min(jobs["streamed"].seconds, jobs["shipped"].seconds) * 1.001
+    assert chosen.mode_share("streamed") > 0.9
     last = [s.mode for s in chosen.segments if s.end > 0.999 * chosen.seconds]
-    assert "ship" in last
+    assert "shipped" in last
 
 
 def test_a_row_that_never_fits_is_refused() -> None:

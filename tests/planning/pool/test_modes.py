@@ -23,8 +23,8 @@ def test_bounds(rows: int, num_ranks: int, name: str) -> None:
     times = pool.times(Batch(rows, rows * 1024))
     rounding = 1e-9 * times.local
     assert min(times) >= times.local - rounding
-    assert times.stream >= pool.fetch_seconds
-    assert times.mixed <= min(times.stream, times.ship) + rounding
+    assert times.streamed >= pool.fetch_seconds
+    assert times.mixed <= min(times.streamed, times.shipped) + rounding
 
 
 def test_one_rank_has_nothing_to_borrow() -> None:
@@ -41,7 +41,7 @@ def test_thresholds_are_where_the_times_cross() -> None:
 
     def times(rows: int) -> tuple[float, float, float]:
         at = pool.times(Batch(rows, rows * 1024))
-        return at.local, at.stream, at.ship
+        return at.local, at.streamed, at.shipped
 
     _, stream, ship = times(threshold)
     assert stream <= ship
@@ -58,15 +58,15 @@ def test_shipping_wins_up_to_32_rows_and_streaming_is_free_at_128() -> None:
     pool = PoolTimes(CostModel(LLAMA, H20, 2), 2)
     for rows in (1, 8, 32):
         times = pool.times(Batch(rows, rows * 1024))
-        assert times.ship < times.stream
+        assert times.shipped < times.streamed
     times = pool.times(Batch(128, 128 * 1024))
-    assert times.stream == pytest.approx(times.local)
+    assert times.streamed == pytest.approx(times.local)
 
 
 def test_where_copies_cost_compute_streaming_is_never_free() -> None:
     pool = PoolTimes(CostModel(LLAMA, CPU), 2, num_slots=1)
     times = pool.times(Batch(64, 64 * 1024))
-    assert times.stream == pytest.approx(times.local + pool.fetch_seconds)
+    assert times.streamed == pytest.approx(times.local + pool.fetch_seconds)
     assert times.mapped == times.local
     assert pool.hiding_batch(0) is not None
 

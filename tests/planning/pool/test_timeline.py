@@ -128,7 +128,7 @@ def test_streaming_follows_the_closed_form_away_from_the_crossing() -> None:
     cost = CostModel(QWEN, H20)
     for num_ranks, rows in ((4, 8), (4, 256), (8, 8), (8, 256)):
         pool = PoolTimes(cost, num_ranks, num_slots=num_ranks - 1)
-        closed = pool.times(Batch(rows, rows * 1024)).stream
+        closed = pool.times(Batch(rows, rows * 1024)).streamed
         simulated = run(cost, num_ranks, rows, num_ranks - 1).iteration_seconds
         assert simulated == pytest.approx(closed, rel=0.15)
 
@@ -143,7 +143,7 @@ def test_shipping_joins_rows_or_serves_each() -> None:
     joined = simulate_pool(cost, shares, batches, actions, joined=True)
     each = simulate_pool(cost, shares, batches, actions)
     assert joined.timeline.busy_seconds[0] < each.timeline.busy_seconds[0]
-    expected = PoolTimes(cost, num_ranks).times(batches[0]).ship
+    expected = PoolTimes(cost, num_ranks).times(batches[0]).shipped
     assert joined.iteration_seconds == pytest.approx(expected, rel=0.1)
 
 
