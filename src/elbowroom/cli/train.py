@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -40,7 +41,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         *("--nproc-per-node", str(num_workers), "--max-restarts", str(args.max_restarts)),
         *("-m", "elbowroom.pipeline"),
     )
-    process = subprocess.Popen([*launcher, *_words(args)])
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+    }  # as torchrun has it, but without its banner
+    process = subprocess.Popen([*launcher, *_words(args)], env=environment)
     try:
         return process.wait()
     except KeyboardInterrupt:  # torchrun got the same signal, and ends its workers
