@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         reason = str(error) or "stopped at once"
-        console.print(f"elbowroom: {reason}; run the same command again to go on", soft_wrap=True)
+        console.print(f"elbowroom: {reason}; run the same command again to resume", soft_wrap=True)
         return EXIT_RESUMABLE
 
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import MemoryPlanError
@@ -14,6 +14,7 @@ from elbowroom.core.workload import parse_lengths, workload
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import Policy, ReplicaLimits, simulate_job
 from elbowroom.planning.pool.modes import PoolTimes
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 SMALL, QWEN = model("Llama-3.1-8B"), model("Qwen3-32B")
@@ -21,7 +22,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 300)), min_size=1, max_size=40)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     LENGTHS,
     st.integers(1, 4),

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.cluster import read_cluster
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.modes import PoolTimes
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 LLAMA = model("Llama-3.1-70B")
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(1, 2048), st.integers(2, 8), st.sampled_from(["h20-8", "h200-8", "b200-8"]))
 def test_bounds(rows: int, num_ranks: int, name: str) -> None:
     pool = PoolTimes(CostModel(LLAMA, read_cluster(name)), num_ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.planning.cost import Batch, CostModel
@@ -19,6 +19,7 @@ from elbowroom.planning.pool.timeline import (
 )
 from elbowroom.plans.pool import FETCH_ORDERS, FetchOrder
 from elbowroom.plans.pool_actions import Fetch, Release, Run, Ship, Wait
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 QWEN, SMALL = model("Qwen3-32B"), model("Llama-3.1-8B")
@@ -61,7 +62,7 @@ def test_one_replica_without_a_pool_is_the_closed_form() -> None:
     assert timeline.waits == (pytest.approx(0.0, abs=1e-9),)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     st.integers(2, 5),
     st.integers(1, 5),
