@@ -118,7 +118,7 @@ def stream_or_ship(facts: ModelFacts) -> dict[str, Any]:
 
 
 def share_streamed(facts: ModelFacts) -> dict[str, float]:
-    """Of all iterations of a job; the paper has over 90 %."""
+    """Share of streamed iterations of a job; the paper has over 90 %."""
     shares = {}
     figure, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name, lengths in (("1K", SHORT), ("4K", LONG)):

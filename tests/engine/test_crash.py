@@ -29,10 +29,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # many starts of eng
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 NUM_KILLS = int(os.environ.get("ELBOWROOM_KILLS", "2"))
-"""Of the runner, at its start and at work in turns; of replicas and of cores each."""
+"""Kills of the runner, at its start and at work in turns; of replicas and of cores each."""
 
 NUM_SHIPPING_KILLS = int(os.environ.get("ELBOWROOM_SHIPPING_KILLS", "1"))
-"""Of replicas and of cores each, while others wait for rows that they shipped."""
+"""Kills of replicas and of cores each, while others wait for rows that they shipped."""
 
 RUN_SECONDS = 200.0
 

@@ -68,7 +68,7 @@ def test_what_was_planned(case: Case, tmp_path: Path) -> None:
 
 
 def measure(case: Case) -> LayerGraph:
-    """Of a microbatch, if there are any; all layers as slow, so that cuts are always the same."""
+    """Profile of a microbatch, all layers equally slow, so that cuts are always the same."""
     torch.manual_seed(1)
     model, make_batch, loss_fn = MODELS[case.model]()
     inputs, targets = (part[: len(part) // case.microbatches] for part in make_batch())
@@ -90,7 +90,7 @@ def make_plan(case: Case, graph: LayerGraph) -> PipelinePlan:
 
 
 def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
-    """Of each worker: the plan's, or that of another schedule."""
+    """Bytes of each worker: the plan's, or those of another schedule."""
     replicas = plan.replicas
     if case.semantics == "flush":
         num_minibatches = NUM_MINIBATCHES * case.microbatches

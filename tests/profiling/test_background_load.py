@@ -43,7 +43,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def sweeps(script: Path) -> dict[int, int]:
-    """Of each process that ran the script."""
+    """Ids of the processes that ran the script."""
     files = [path for path in script.parent.iterdir() if path.name.isdecimal()]
     return {int(path.name): path.stat().st_size for path in files}
 

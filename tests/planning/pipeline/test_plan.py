@@ -108,7 +108,7 @@ def test_every_profile_is_planned(name: str, num_workers: int) -> None:
 
 
 def check_numbers(layers: LayerGraph, plan: PipelinePlan) -> None:
-    """Of a flat plan, again from its layers; those that read nothing but inputs cost nothing."""
+    """Memory of a flat plan, again from its layers; layers that read only inputs cost nothing."""
     placed = [name for stage in plan.stages for name in stage.layers]
     assert sorted(placed) == sorted(layer.name for layer in layers.layers)
     position = {name: number for number, name in enumerate(placed)}
