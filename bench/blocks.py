@@ -15,7 +15,7 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class Shape(NamedTuple):
-    """Of a decoder layer with a gated feed-forward network; a row attends to ``context`` tokens."""
+    """Shape of a decoder layer with a gated feed-forward network; a row attends to ``context`` tokens."""
 
     hidden: int
     width: int

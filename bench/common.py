@@ -113,7 +113,7 @@ def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -
         *(sys.executable, "-m", "elbowroom", "run", "--model", str(bench_model())),
         *("--input", str(requests), "--output", str(output), "--replicas", "2"),
         *("--memory", str(memory_bytes), "--pool", pool, "--served-model-name", "bench"),
-        *("--restart", "--no-ship"),
+        "--restart",
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), *options),
     ]

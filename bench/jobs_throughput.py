@@ -111,7 +111,7 @@ def measure_here(part: str, path: Path) -> None:
 
 
 def peak_bytes() -> int:
-    """Of this process alone: what getrusage tells includes the parent's memory at the fork."""
+    """Peak memory of this process alone: getrusage includes the parent's memory at the fork."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 

@@ -30,7 +30,7 @@ MICROBATCHES = ("2", "4", "8")
 PEERS = ("data parallel", "pipelining, split by hand")
 
 Seconds = dict[str, float]
-"""Of a minibatch, by the name of a method."""
+"""Seconds of a minibatch, by the name of a method."""
 
 
 class Method(NamedTuple):

@@ -123,7 +123,7 @@ def inner(replicas: tuple[int, ...]) -> list[float]:
 
 
 def traffic_saved() -> float:
-    """Of 15-1 on 16 workers; the profile is of 128 rows."""
+    """Plan 15-1 on 16 workers; the profile has 128 rows."""
     vgg16 = read_layer_graph(PROFILES / "vgg16.graph.txt").for_batch(32 / 128)
     return plan_on_levels(vgg16, (Level(16, 1.25e9),)).traffic[0].saved
 

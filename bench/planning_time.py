@@ -41,7 +41,7 @@ def main() -> None:
     model = read_model(ROOT / "tests" / "data" / "models" / "Llama-3.1-70B")
     h200 = read_cluster("h200-8")
     job = parse_lengths(f"512-4096:64-1024x{NUM_ROWS}").longest_first()
-    layout = Layout(1, 8, 1, "streamed", 7, ships=True)
+    layout = Layout(1, 8, 1, "shipped", 7)
 
     def search(cluster: Cluster) -> None:
         modes._link_share.cache_clear()

@@ -92,7 +92,7 @@ class Group:
         return [Measured(*json.loads(_line(process))) for process, _ in at_work]
 
     def seconds(self, mode: str, rows: int) -> float:
-        """Of an iteration, the mean of all ranks at work at once."""
+        """Seconds of an iteration, the mean of all ranks at work at once."""
         asked = [(mode, rows)] * len(self._processes)
         return statistics.mean(one.seconds for one in self.ask(*asked))
 
@@ -141,7 +141,7 @@ def work(setup: Setup, rank: int, run_dir: Path) -> None:
 
 
 def make_kv(setup: Setup) -> list[KeysAndValues]:
-    """Of every layer; the stacks share them."""
+    """Weights of every layer; the stacks share them."""
     shape = setup.shape
     size = (setup.most_rows, shape.num_kv_heads, shape.context, shape.head_dim)
     empty = partial(torch.empty, size, dtype=torch.bfloat16)

@@ -95,7 +95,7 @@ def stream_or_ship(facts: ModelFacts) -> dict[str, Any]:
     pool = PoolTimes(CostModel(facts, H20, 2), 2)
     times = [pool.times(Batch(rows, rows * 1024)) for rows in batches]
     figure, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for name in ("local", "stream", "ship", "mixed"):
+    for name in ("local", "streamed", "shipped", "mixed"):
         ax.plot(batches, [getattr(t, name) * 1e3 for t in times], label=name)
     ax.axvline(pool.threshold_batch(1024) or 0, color="grey", linestyle="--", label="B_th")
     ax.set_xscale("log", base=2)
@@ -118,12 +118,12 @@ def stream_or_ship(facts: ModelFacts) -> dict[str, Any]:
 
 
 def share_streamed(facts: ModelFacts) -> dict[str, float]:
-    """Of all iterations of a job; the paper has over 90 %."""
+    """Share of streamed iterations of a job; the paper has over 90 %."""
     shares = {}
     figure, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name, lengths in (("1K", SHORT), ("4K", LONG)):
         job = run(facts, H20, Layout(2, 4, 1, "streamed", 3), "per-replica", rows(lengths))
-        shares[name] = job.mode_share("stream")
+        shares[name] = job.mode_share("streamed")
         first = [segment for segment in job.segments if segment.replica == 0]
         ends = [segment.end / job.seconds for segment in first]
         ax.step(ends, [segment.num_rows for segment in first], label=f"{name}, rows of replica 0")
@@ -151,13 +151,13 @@ def pool_over_none(facts: ModelFacts) -> dict[str, Any]:
                 job = rows(lengths)
                 alone = run(facts, small, Layout(2, 1, 4, "none"), "local", job)
                 pool = Layout(2, 4, 1, "streamed", 3)
-                of_pool = {p: run(facts, small, pool, p, job) for p in ("stream", "per-replica")}
+                of_pool = {p: run(facts, small, pool, p, job) for p in ("streamed", "per-replica")}
                 ratios[f"{cluster.name} {fraction} {name}"] = {
-                    "WaS": alone.seconds / of_pool["stream"].seconds,
-                    "WaS+CaS": alone.seconds / of_pool["per-replica"].seconds,
+                    "streamed": alone.seconds / of_pool["streamed"].seconds,
+                    "shipped": alone.seconds / of_pool["per-replica"].seconds,
                 }
     figure, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-    for offset, kind in ((-0.2, "WaS"), (0.2, "WaS+CaS")):
+    for offset, kind in ((-0.2, "streamed"), (0.2, "shipped")):
         places = [index + offset for index in range(len(ratios))]
         ax.bar(places, [ratio[kind] for ratio in ratios.values()], width=0.4, label=kind)
     ax.set_xticks(range(len(ratios)), list(ratios), rotation=60, ha="right", fontsize=7)
@@ -213,7 +213,7 @@ def share(cost: CostModel, ranks: int, slots: int, order: FetchOrder, copies: in
 def mode_choice(facts: ModelFacts) -> dict[str, dict[str, float]]:
     """Output tokens per second by who chooses; equal replicas, and one at half the speed."""
     layout = Layout(1, 4, 1, "streamed", 3)
-    policies: tuple[Policy, ...] = ("stream", "ship", "group", "per-replica", "mixed")
+    policies: tuple[Policy, ...] = ("streamed", "shipped", "group", "per-replica", "mixed")
     cases = {
         "large batches": ("1024:256-768x4000", None),
         "small batches": ("1024:64-1536x160", None),
@@ -251,7 +251,9 @@ def links(facts: ModelFacts) -> dict[str, dict[str, Any]]:
         link = Link(name, 8, Rate(bandwidth, 0.8), latency)
         cluster = replace(H200, links=(link,))
         pool = PoolTimes(CostModel(facts, cluster), 4, 3)
-        jobs = {p: run(facts, cluster, layout, p, job) for p in ("stream", "per-replica", "mixed")}
+        jobs = {
+            p: run(facts, cluster, layout, p, job) for p in ("streamed", "per-replica", "mixed")
+        }
         table[name] = {
             "B_th": pool.threshold_batch(2304),
             **{policy: alone / outcome.seconds for policy, outcome in jobs.items()},

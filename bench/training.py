@@ -64,7 +64,7 @@ def main() -> None:
 def profile() -> LayerGraph:
     BUILD.mkdir(parents=True, exist_ok=True)
     path = BUILD / "lm.json"
-    measure = (sys.executable, "-m", "elbowroom", "profile-model", str(SCRIPT))
+    measure = (sys.executable, "-m", "elbowroom", "train", "profile", str(SCRIPT))
     flags = ("--threads", "1", "--seconds", "5", "--workers", str(NUM_WORKERS))
     run(*measure, "--out", str(path), *flags)
     return read_layer_graph(path)

@@ -103,7 +103,7 @@ def plan_two_stages(module: ModuleType, bandwidth: float) -> tuple[PipelinePlan,
     """For a model of ``bench.models``, from a profile taken now; bytes/s."""
     BUILD.mkdir(parents=True, exist_ok=True)
     profile, path = (BUILD / f"{module.__name__}.{kind}.json" for kind in ("profile", "plan"))
-    measure = (sys.executable, "-m", "elbowroom", "profile-model", str(module.__file__))
+    measure = (sys.executable, "-m", "elbowroom", "train", "profile", str(module.__file__))
     command = (*measure, "--out", str(profile), "--threads", "1", "--seconds", "5")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     options = PipelineOptions(sync="allreduce", straight=True)

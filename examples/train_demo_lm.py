@@ -1,7 +1,7 @@
 """The demo model in plain PyTorch, and the tasks that it learns: a script to profile and train.
 
-    elbowroom profile-model examples/train_demo_lm.py --out lm.profile.json
-    elbowroom plan-pipeline lm.profile.json --workers 2 --semantics predict --json plan.json
+    elbowroom train profile examples/train_demo_lm.py --out lm.profile.json
+    elbowroom train plan-pipeline lm.profile.json --workers 2 --semantics predict --json plan.json
     torchrun --nproc-per-node 2 -m elbowroom.pipeline examples/train_demo_lm.py --plan plan.json \\
         --steps 4000 --checkpoints weights
     python examples/train_demo_lm.py weights

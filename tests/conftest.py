@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +40,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[Any]:
+    """Fails a test that is slower than ``ELBOWROOM_SLOWEST_TEST_SECONDS``, where that is set.
+
+    What takes longer is for every night. Tests with real engines may take four times as long.
+    """
+    report = yield
+    limit = float(os.environ.get("ELBOWROOM_SLOWEST_TEST_SECONDS", "inf"))
+    limit *= 4 if item.get_closest_marker("vllm") else 1
+    is_nightly = item.get_closest_marker("nightly") is not None
+    if report.when == "call" and report.passed and not is_nightly and call.duration > limit:
+        report.outcome = "failed"
+        report.longrepr = f"took {call.duration:.0f} s, of at most {limit:.0f}: mark it nightly"
+    return report

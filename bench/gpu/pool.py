@@ -33,7 +33,7 @@ LLAMA_70B = Shape(8192, 28672, 64, 8, 128, 512)
 SMALL = Shape(256, 512, 4, 2, 64, 64)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 KV_SHARE = 0.25
-"""Of the memory that full copies of the weights take: what is left for KV cache without a pool."""
+"""Memory per byte of full weight copies: what is left is KV cache without a pool."""
 
 
 def main() -> None:
@@ -121,7 +121,7 @@ def floors(setup: Setup, copied: float) -> dict[str, float]:
 
 
 def copy_bytes_per_second(setup: Setup) -> float:
-    """Of a copy of one layer's weights within the device."""
+    """Seconds of a copy of one layer's weights within the device."""
     source = torch.empty(setup.shape.ffn_bytes, dtype=torch.uint8, device=setup.device).random_()
     target = torch.empty_like(source)
     seconds = []

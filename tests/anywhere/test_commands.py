@@ -83,7 +83,7 @@ def test_plan_on_a_machine_that_cannot_be_measured(tmp_path: Path) -> None:
 def test_plan_pipeline(tmp_path: Path) -> None:
     (tmp_path / "profile.txt").write_text(PROFILE)
     links = ("--workers", "2", "--bandwidth", "10Gbit/s")
-    assert "stage" in elbowroom("plan-pipeline", "profile.txt", *links, cwd=tmp_path)
+    assert "stage" in elbowroom("train", "plan-pipeline", "profile.txt", *links, cwd=tmp_path)
 
 
 def test_check_verify_status_and_results(tmp_path: Path) -> None:

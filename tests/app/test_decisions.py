@@ -92,8 +92,8 @@ def test_what_is_said_is_taken(run: Runs) -> None:
 
 
 def test_a_pool_means_replicas_and_replicas_mean_a_pool(run: Runs) -> None:
-    assert run("--pool", "streamed", "--no-ship").num_replicas == max(2, len(host.cores()))
-    plan = run("--replicas", "2")
+    assert run("--pool", "streamed").num_replicas == max(2, len(host.cores()))
+    plan = run("--replicas", "2", "--dtype", "bfloat16")
     assert plan.layout is not None
     assert plan.layout.pool != "none", "what replicas share is cache"
 
@@ -152,7 +152,7 @@ def test_rows_that_cannot_fit_fail_alone(run: Runs, capsys: pytest.CaptureFixtur
     longer = text.splitlines()[0].replace("id-0", "longer").replace(": 8", ": 3000")
     (run.folder / "in.jsonl").write_text(f"{text}{long}\n{longer}\n")
     small = ("--memory", "100KiB", "--max-num-batched-tokens", "256", "--max-num-seqs", "2")
-    plan = run(*small)
+    plan = run(*small, "--dtype", "bfloat16")  # float32 would need twice as much
     said = capsys.readouterr().err
     assert "1 rows of more than" in said
     assert plan.prediction is not None
@@ -181,7 +181,7 @@ ROWS = parse_lengths("1024:512x10000")
 
 def test_as_many_rows_at_once_as_fit() -> None:
     """A fixed 256 hides what the pool is for: the memory that it frees becomes rows."""
-    layout, memory = Layout(2, 4, 1, "streamed", 3, ships=True), H200.device.usable_bytes
+    layout, memory = Layout(2, 4, 1, "shipped", 3), H200.device.usable_bytes
     chosen = fill_in(QWEN, layout, memory, EngineLimits(), ROWS)
     assert chosen.max_num_seqs is not None
     limits = replica_limits(layout_budget(QWEN, layout, memory, chosen), chosen)
@@ -281,7 +281,7 @@ def test_a_plan_of_a_preset_takes_the_fastest() -> None:
 
 def test_every_option_of_a_plan_reaches_it(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    flags = ("--seed", "7", "--served-model-name", "x", "--max-model-len", "777", "--no-ship")
+    flags = ("--seed", "7", "--served-model-name", "x", "--max-model-len", "777")
     flags += ("--fetch-order", "sliced", "--no-prefix-caching", "--pool", "streamed")
     job = ("--model", str(MODELS / "Llama-3.1-8B"), "--cluster", "h200-8", "--lengths", "64:64x50")
     assert main(["plan", *job, *flags, "--json", str(path), "--", "--more", "1"]) == 0

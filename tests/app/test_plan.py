@@ -37,10 +37,10 @@ def test_plan_prints_every_layout_and_why(capsys: pytest.CaptureFixture[str]) ->
     assert plan("--model", str(MODELS / "Llama-3.1-70B"), *flags) == 0
     out = capsys.readouterr().out
     assert "2000 rows, 8192000 prompt and 1024000 output tokens" in out
-    for words in ("t8d1 none", "t2d4 WaS+CaS 2 slots", "+-35%", "KV tokens", "B_th", "fetch"):
+    for words in ("t8d1 none", "t2d4 shipped 2 slots", "+-35%", "KV tokens", "B_th", "fetch"):
         assert words in out
     assert "t1d1g8 none" in out
-    assert "more" in next(line for line in out.splitlines() if "t1d1g8 none" in line)
+    assert "lacks" in next(line for line in out.splitlines() if "t1d1g8 none" in line)
     assert "as fast as" in out
     assert "data sheet" in out, "explained terms name their sources"
 
@@ -56,7 +56,7 @@ def test_an_impossible_request_gets_what_would_help(capsys: pytest.CaptureFixtur
 
 def test_a_plan_is_simulated_and_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, trace = tmp_path / "plan.json", tmp_path / "t.json"
-    flags = ("--lengths", "4096:512x500", "--cluster", "h20-8", "--pool", "streamed", "--ship")
+    flags = ("--lengths", "4096:512x500", "--cluster", "h20-8", "--pool", "shipped")
     assert plan("--model", QWEN, *flags, "--json", str(path)) == 0
     command = ["simulate", "--plan", str(path), "--cluster", "h20-8", "--trace", str(trace)]
     assert main(command) == 0
@@ -117,10 +117,7 @@ def test_run_takes_a_plan(
 def test_a_plan_of_several_pools_cannot_be_run_yet(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     job = ("--lengths", "1024:512x100", "--cluster", "h200-8", "--json", str(path))
-    assert (
-        plan("--model", QWEN, *job, "--pool", "streamed", "--no-ship", "--tensor-parallel", "1")
-        == 0
-    )
+    assert plan("--model", QWEN, *job, "--pool", "streamed", "--tensor-parallel", "1") == 0
     data = json.loads(path.read_text())
     data["layout"] |= {"num_ranks": 2, "num_groups": 4}
     path.write_text(json.dumps(data))
@@ -151,7 +148,7 @@ def test_what_if_is_no_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_any_number_of_slots_can_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     job = ("--lengths", "1024:512x100", "--cluster", "h200-8")
     assert plan("--model", QWEN, *job, "--pool", "streamed", "--slots", "5") == 0
-    assert "t1d8 WaS 5 slots" in capsys.readouterr().out
+    assert "t1d8 streamed 5 slots" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"layout": {}}', "nonsense"])

@@ -151,7 +151,7 @@ def test_what_was_compared_is_shown_before_a_refusal(
 ) -> None:
     assert command.run(memory="1MiB", max_num_batched_tokens="100000", replicas="2") == 2
     err = capsys.readouterr().err
-    for word in ("d2 mapped", "d2 WaS", "g2 none", "KV tokens", "needs"):
+    for word in ("d2 mapped", "d2 streamed", "g2 none", "KV tokens", "lacks"):
         assert word in err, word
 
 

@@ -1,4 +1,4 @@
-"""``elbowroom plan-pipeline``: what it prints and writes, and what it refuses."""
+"""``elbowroom train plan-pipeline``: what it prints and writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_plan_is_printed_and_written(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plan.json"
-    command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
+    command = ["train", "plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
     assert main([*command, "--bandwidth", "1Gbit/s"]) == EXIT_GOOD
     shown = capsys.readouterr().out
     plan = read_pipeline_plan(out)
@@ -40,7 +40,7 @@ def test_a_plan_is_printed_and_written(
 
 def test_flags_reach_the_planner(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "plan.json"
-    command = ["plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
+    command = ["train", "plan-pipeline", str(small), "--workers", "4", "--json", str(out)]
     flags = ["--bandwidth", "1Gbit/s", "--sync", "allreduce", "--overlap", "sum", "--straight"]
     flags += ["--optimizer", "momentum"]
     assert main([*command, *flags, "--fewer-workers", "--memory", "4GB"]) == EXIT_GOOD
@@ -56,7 +56,7 @@ def test_depth_reaches_the_plan(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "plan.json"
-    command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    command = ["train", "plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
     assert main([*command, "--straight", "--depth", "3", "--json", str(out)]) == EXIT_GOOD
     plan = read_pipeline_plan(out)
     assert plan.options.depth == 3
@@ -66,7 +66,7 @@ def test_depth_reaches_the_plan(
 
 def test_what_is_simulated(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, trace = tmp_path / "plan.json", tmp_path / "trace.json"
-    command = ["plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    command = ["train", "plan-pipeline", str(small), "--workers", "2", "--bandwidth", "1Gbit/s"]
     files = ["--json", str(out), "--trace", str(trace)]
     assert main([*command, "--straight", *files]) == EXIT_GOOD
     plan, shown = read_pipeline_plan(out), capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_the_fastest_simulated(
 ) -> None:
     """All candidates are shown, and none is faster by more than a percent than what is taken."""
     out = tmp_path / "plan.json"
-    command = ["plan-pipeline", str(small), "--workers", "4", "--bandwidth", "1Gbit/s"]
+    command = ["train", "plan-pipeline", str(small), "--workers", "4", "--bandwidth", "1Gbit/s"]
     assert main([*command, "--sort-by", "simulated", "--json", str(out)]) == EXIT_GOOD
     plan, shown = read_pipeline_plan(out), capsys.readouterr().out
     assert "3-1, depth 1: 0.200000 s planned" in shown
@@ -98,7 +98,7 @@ def test_the_fastest_simulated(
 def test_a_pipe_too_long_to_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, trace = tmp_path / "long.txt", tmp_path / "trace.json"
     path.write_text(write_pipedream(chain([(1.0, 1, 1)] * 64)))
-    command = ["plan-pipeline", str(path), "--workers", "64", "--bandwidth", "1Gbit/s"]
+    command = ["train", "plan-pipeline", str(path), "--workers", "64", "--bandwidth", "1Gbit/s"]
     assert main([*command, "--straight"]) == EXIT_GOOD
     assert "not simulated: " in capsys.readouterr().out
     assert main([*command, "--straight", "--trace", str(trace)]) == EXIT_BAD_INPUT
@@ -109,7 +109,7 @@ def test_a_pipe_too_long_to_simulate(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("cluster", ["h100-8", "this-machine"])
 def test_a_cluster_gives_links_and_memory(small: Path, tmp_path: Path, cluster: str) -> None:
     out = tmp_path / "plan.json"
-    command = ["plan-pipeline", str(small), "--workers", "2", "--json", str(out)]
+    command = ["train", "plan-pipeline", str(small), "--workers", "2", "--json", str(out)]
     assert main([*command, "--cluster", cluster]) == EXIT_GOOD
     plan = read_pipeline_plan(out)
     assert plan.num_workers == 2
@@ -131,14 +131,14 @@ def test_a_cluster_gives_links_and_memory(small: Path, tmp_path: Path, cluster: 
 def test_refused_with_the_reason(
     small: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
-    assert main(["plan-pipeline", str(small), "--workers", "2", *flags]) == EXIT_BAD_INPUT
+    assert main(["train", "plan-pipeline", str(small), "--workers", "2", *flags]) == EXIT_BAD_INPUT
     assert words in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_file_that_is_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.txt"
     path.write_text("node1\n")
-    command = ["plan-pipeline", str(path), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    command = ["train", "plan-pipeline", str(path), "--workers", "2", "--bandwidth", "1Gbit/s"]
     assert main(command) == EXIT_BAD_INPUT
     assert "line 1: 'node1' is no layer" in " ".join(capsys.readouterr().err.split())
 
@@ -146,7 +146,7 @@ def test_a_file_that_is_no_profile(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_authors_profile(capsys: pytest.CaptureFixture[str]) -> None:
     profile("vgg16")
     path = PROFILES / "vgg16.graph.txt"
-    command = ["plan-pipeline", str(path), "--workers", "8", "--bandwidth", "10Gbit/s"]
+    command = ["train", "plan-pipeline", str(path), "--workers", "8", "--bandwidth", "10Gbit/s"]
     assert main(command) == EXIT_GOOD
     shown = capsys.readouterr().out
     assert ": 7-1" in shown

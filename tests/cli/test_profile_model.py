@@ -1,4 +1,4 @@
-"""``elbowroom profile-model``: what it prints and writes, and what it refuses."""
+"""``elbowroom train profile``: what it prints and writes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def script(tmp_path: Path) -> Path:
 
 def refused(capsys: pytest.CaptureFixture[str], *command: str) -> str:
     """What is said of a command that does nothing."""
-    assert main(["profile-model", *command]) == EXIT_BAD_INPUT
+    assert main(["train", "profile", *command]) == EXIT_BAD_INPUT
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -48,7 +48,7 @@ def test_a_profile_is_printed_and_written(
     script: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, text = tmp_path / "p.json", tmp_path / "p.txt"
-    command = ["profile-model", str(script), "--out", str(out), "--text", str(text)]
+    command = ["train", "profile", str(script), "--out", str(out), "--text", str(text)]
     assert main([*command, *QUICK]) == EXIT_GOOD
     assert torch.get_num_threads() == 1
     graph = read_layer_graph(out)
@@ -65,9 +65,11 @@ def test_a_profile_is_printed_and_written(
     assert "Linear(in_features=8, out_features=4, bias=True)" in shown.out
     assert "4 layers: " in shown.out
     assert "outputs 360 B, parameters 184 B" in shown.out
-    assert f"s taken: plan with plan-pipeline {out}" in " ".join(shown.err.split())
+    assert f"s taken: plan with `elbowroom train plan-pipeline {out}`" in " ".join(
+        shown.err.split()
+    )
     assert "profiler" not in shown.err
-    plan = ["plan-pipeline", str(out), "--workers", "2", "--bandwidth", "1Gbit/s"]
+    plan = ["train", "plan-pipeline", str(out), "--workers", "2", "--bandwidth", "1Gbit/s"]
     assert main(plan) == EXIT_GOOD
 
 
@@ -78,7 +80,9 @@ def test_names_with_brackets_are_printed(
     script.write_text(
         SCRIPT.replace("def make_model", f"{named}def make_model").replace("nn.ReLU()", "Odd()")
     )
-    assert main(["profile-model", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
+    assert (
+        main(["train", "profile", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
+    )
     assert "Odd[red](3)[/red]" in capsys.readouterr().out
 
 
@@ -89,7 +93,9 @@ def test_tied_weights_are_told(
     script.write_text(
         SCRIPT.replace("return nn.Sequential", f"{tied}\n    return nn.Sequential", 1)
     )
-    assert main(["profile-model", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
+    assert (
+        main(["train", "profile", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
+    )
     assert "0, 0_1 share weights or running statistics: plans keep them" in capsys.readouterr().err
 
 

@@ -29,10 +29,10 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]  # many starts of eng
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 NUM_KILLS = int(os.environ.get("ELBOWROOM_KILLS", "2"))
-"""Of the runner, at its start and at work in turns; of replicas and of cores each."""
+"""Kills of the runner, at its start and at work in turns; of replicas and of cores each."""
 
 NUM_SHIPPING_KILLS = int(os.environ.get("ELBOWROOM_SHIPPING_KILLS", "1"))
-"""Of replicas and of cores each, while others wait for rows that they shipped."""
+"""Kills of replicas and of cores each, while others wait for rows that they shipped."""
 
 RUN_SECONDS = 200.0
 
@@ -66,8 +66,7 @@ class DemoJob:
             model=DEMO / "model",
             memory_bytes=64 * MIB,
             replicas=2,
-            pool="streamed",
-            ship=True,
+            pool="shipped",
             max_num_seqs=4,
             served_model_names=("demo",),
         )
@@ -113,6 +112,15 @@ class DemoJob:
                 if (is_core if kind == "core" else is_replica) and process.is_running():
                     found.append(process)
         return found
+
+    def kill_one(self, kind: str) -> None:
+        random.Random(self.run.pid).choice(self.alive(kind)).kill()
+
+    def interrupt_twice(self) -> None:
+        """What a user does who cannot wait for the rows in flight."""
+        for _ in range(2):
+            os.kill(self.run.pid, signal.SIGINT)
+            time.sleep(0.05)
 
     def num_finished(self) -> int:
         if not journal_folder(self.output).exists():
@@ -172,6 +180,43 @@ def _check_privacy(job: DemoJob, run_dirs: set[Path]) -> None:
             assert is_socket or stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
+def test_one_job_survives_every_kind_of_kill(
+    tmp_path: Path, uninterrupted: list[dict[str, Any]]
+) -> None:
+    """One journal, five runs: at the end each row once, and none that had finished twice."""
+    job = DemoJob(tmp_path / "job")
+    job.start()
+    assert job.wait_for_kind("replica")
+    job.kill_one("replica")
+    assert job.end() == 1, "the first start of an engine fails as one that never works"
+    job.start()
+    assert job.wait_for_kind("core")
+    job.run.kill()
+    job.end()
+    job.start()
+    assert job.wait_for_rows(1)
+    job.run.kill()
+    job.end()
+    job.start()
+    for kind in ("replica", "core"):
+        assert job.wait_for_rows(20)
+        job.kill_one(kind)
+    assert job.wait_for_rows(20)
+    begin = time.monotonic()
+    job.interrupt_twice()
+    assert job.end() == 75
+    assert time.monotonic() - begin < 15
+    assert not job.output.exists()
+    finished = job.num_finished()
+    assert 0 < finished < 500
+    job.start()
+    assert job.end() == 0
+    assert job.answers() == uninterrupted
+    report = json.loads(job.output.with_suffix(".report.json").read_text())
+    assert report["num_resumed"] == finished, "finished rows were not computed again"
+
+
+@pytest.mark.nightly
 def test_the_runner_is_killed(tmp_path: Path, uninterrupted: list[dict[str, Any]]) -> None:
     chance = random.Random(0)
     job = DemoJob(tmp_path / "job")
@@ -191,7 +236,13 @@ def test_the_runner_is_killed(tmp_path: Path, uninterrupted: list[dict[str, Any]
     assert report["num_resumed"] == finished, "finished rows were not computed again"
 
 
-@pytest.mark.parametrize(("ships", "least_kills"), [(False, NUM_KILLS), (True, NUM_SHIPPING_KILLS)])
+@pytest.mark.parametrize(
+    ("ships", "least_kills"),
+    [
+        pytest.param(False, NUM_KILLS, marks=pytest.mark.nightly),
+        pytest.param(True, NUM_SHIPPING_KILLS),
+    ],
+)
 def test_replicas_and_engine_cores_are_killed(
     tmp_path: Path, uninterrupted: list[dict[str, Any]], ships: bool, least_kills: int
 ) -> None:
@@ -217,21 +268,3 @@ def test_replicas_and_engine_cores_are_killed(
         report = json.loads(job.output.with_suffix(".report.json").read_text())
         assert report["num_succeeded"] == 500
         assert any(replica["pool"]["shipped_rows"] for replica in report["replicas"]) == ships
-
-
-def test_a_second_signal_stops_at_once_and_the_job_goes_on_later(
-    tmp_path: Path, uninterrupted: list[dict[str, Any]]
-) -> None:
-    job = DemoJob(tmp_path / "job")
-    job.start()
-    assert job.wait_for_rows(1)
-    for _ in range(2):
-        os.kill(job.run.pid, signal.SIGINT)
-        time.sleep(0.05)
-    begin = time.monotonic()
-    assert job.end() == 75
-    assert time.monotonic() - begin < 15
-    assert not job.output.exists()
-    job.start()
-    assert job.end() == 0
-    assert job.answers() == uninterrupted

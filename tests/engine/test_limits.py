@@ -35,19 +35,16 @@ def _run(folder: Path, rows: list[str], *flags: str) -> dict[str, Any]:
     return {line["custom_id"]: line["error"] for line in lines}
 
 
-def test_a_prompt_over_the_limit_fails_alone(tmp_path: Path) -> None:
+def test_rows_over_a_limit_fail_alone(tmp_path: Path) -> None:
+    endless = _row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True)
     rows = [
+        endless,
         _row("good", "Compute 17 + 25.", max_tokens=8),
         _row("long prompt", "Compute 17 + 25. " * 20, max_tokens=8),
         _row("good too", "Compute 17 + 26.", max_tokens=8),
     ]
-    errors = _run(tmp_path, rows, "--max-prompt-tokens", "60")
+    errors = _run(tmp_path, rows, "--max-prompt-tokens", "60", "--max-row-seconds", "4")
     assert errors["good"] is errors["good too"] is None
     assert errors["long prompt"]["code"] == "limit_exceeded"
     assert "more than --max-prompt-tokens 60" in errors["long prompt"]["message"]
-
-
-def test_a_row_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    rows = [_row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True)]
-    errors = _run(tmp_path, rows, "--max-row-seconds", "1")
     assert errors["endless"]["code"] == "row_timeout"

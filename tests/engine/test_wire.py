@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.engine.wire import Channel, Message
+from tests.examples import examples
 
 
 @asynccontextmanager
@@ -42,7 +43,7 @@ VALUES = st.recursive(
 
 
 @given(st.lists(st.dictionaries(st.text(), VALUES, max_size=3), max_size=4))
-@settings(max_examples=50)
+@examples(50)
 def test_messages_arrive_as_they_were_sent(messages: list[Message]) -> None:
     assert asyncio.run(_round_trip(messages)) == messages
 

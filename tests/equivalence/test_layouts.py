@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,12 @@ ROOT = Path(__file__).parents[2]
 
 
 # Mode, slots, fetch order, and the batch below which rows are shipped.
-LAYOUTS: list[tuple[str, int | None, str, int]] = [
+Layout = tuple[str, int | None, str, int]
+LAYOUTS: list[Layout] = [
     ("mapped", None, "peak-shift", 0),
     ("streamed", None, "peak-shift", 0),
     ("streamed", 1, "sliced", 0),
-    ("streamed", 1, "peak-shift", 10**6),
+    ("shipped", 1, "peak-shift", 10**6),
 ]
 
 
@@ -48,27 +50,43 @@ def plain(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     return dict(zip(models, _run_ranks([cases], folder)[0], strict=True))
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+FIRST, *OTHERS = ARCHITECTURES
+EVERY_LAYOUT = [(FIRST, layout) for layout in LAYOUTS]
+EVERY_MODEL = [(name, LAYOUTS[-1]) for name in OTHERS]
+CROSS = list(product(ARCHITECTURES, LAYOUTS))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "pairs"),
+    [
+        pytest.param(1, EVERY_LAYOUT[1:2], id="1"),
+        pytest.param(2, EVERY_LAYOUT + EVERY_MODEL, id="2"),
+        pytest.param(3, EVERY_LAYOUT + EVERY_MODEL, id="3"),
+        *(pytest.param(n, CROSS, id=f"{n}-cross", marks=pytest.mark.nightly) for n in (1, 2, 3)),
+    ],
+)
 def test_pooled_equals_plain(
-    models: dict[str, Path], plain: dict[str, Any], num_ranks: int, tmp_path: Path
+    models: dict[str, Path],
+    plain: dict[str, Any],
+    num_ranks: int,
+    pairs: list[tuple[str, Layout]],
+    tmp_path: Path,
 ) -> None:
     cases: list[list[dict[str, Any]]] = [[] for _ in range(num_ranks)]
-    expected: list[Any] = []
-    for name, path in models.items():
-        for mode, slots, order, below in LAYOUTS:
-            buffer = SHIP_ROWS * read_model(path).hidden_size * 2 if below else 0
-            shares = plan_shares(
-                _ffn_bytes(path),
-                num_ranks,
-                mode,
-                slots,
-                order,
-                ship_bytes=buffer,
-                ship_below_rows=below,
-            )
-            for rank, share in enumerate(shares):
-                cases[rank].append(_case(path, share))
-            expected.append(plain[name])
+    for name, (mode, slots, order, below) in pairs:
+        path = models[name]
+        shares = plan_shares(
+            _ffn_bytes(path),
+            num_ranks,
+            mode,
+            slots,
+            order,
+            ship_bytes=SHIP_ROWS * read_model(path).hidden_size * 2 if below else 0,
+            ship_below_rows=below,
+        )
+        for rank, share in enumerate(shares):
+            cases[rank].append(_case(path, share))
+    expected = [plain[name] for name, _ in pairs]
     results = _run_ranks(cases, tmp_path)
     assert len(results) == num_ranks
     for rank, answers in enumerate(results):

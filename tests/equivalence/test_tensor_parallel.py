@@ -48,8 +48,7 @@ def _run(model: Path, requests: Path, mode: str) -> list[Any]:
     output, plan = requests.with_name(f"{mode}.jsonl"), requests.with_name(f"{mode}.plan.json")
     settings = PlanSettings(
         model=model,
-        ship=mode == "shipped",
-        pool="streamed" if mode == "shipped" else mode,  # type: ignore[arg-type]
+        pool=mode,  # type: ignore[arg-type]
         replicas=2,
         tensor_parallel=2,
         memory_bytes=64 * MIB,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
@@ -23,6 +23,7 @@ from elbowroom.jobs.batch_file import (
     hash_id,
 )
 from elbowroom.jobs.limits import RowLimits
+from tests.examples import examples
 from tests.jobs.test_inputs import is_no_text
 
 WriteFile = Callable[[bytes], Path]
@@ -312,7 +313,7 @@ lines = st.one_of(
     st.binary(max_size=200) | st.lists(lines, max_size=8).map(b"\n".join),
     st.sampled_from([30, 999]),
 )
-@settings(max_examples=400, suppress_health_check=list(HealthCheck))
+@examples(400, suppress_health_check=list(HealthCheck))
 def test_any_bytes_give_each_row_once(tmp_path: Path, data: bytes, max_line_bytes: int) -> None:
     path = tmp_path / "batch.jsonl"
     path.write_bytes(data)

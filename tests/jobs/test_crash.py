@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(1800)  # a hundred processes
 
 ROOT = Path(__file__).parents[2]
 NUM_ROWS = 3000
-NUM_KILLS = int(os.environ.get("ELBOWROOM_STUB_KILLS", "15"))
+NUM_KILLS = int(os.environ.get("ELBOWROOM_STUB_KILLS", "8"))
 NUM_REPLICAS = 2
 OPTIONS = ("--latency", "0.004", "--core", "--no-rank")
 

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from elbowroom.pipeline.versions import Semantics
-from elbowroom.plans.pipeline import Optimizer
+from elbowroom.plans.pipeline import Optimizer, Semantics
 from tests.pipeline.models import Block
 
 
@@ -69,7 +68,7 @@ def conv() -> Model:
 
 
 def blocks() -> Model:
-    """Of transformers: weights and activations."""
+    """Transformer blocks: weights and activations."""
     layers = [nn.Embedding(256, 128), *(Block(128, 4) for _ in range(6)), nn.Linear(128, 256)]
     return Model(
         nn.Sequential(*layers),

@@ -88,7 +88,7 @@ def waits_until_no_more_are_unsent(number: int, size: int) -> None:
 
 
 def adds_up_in_a_ring(number: int, size: int) -> None:
-    """Of any length, part p from worker p on; each part moves 2(m-1) times."""
+    """Vectors of any length, part p from worker p on; each part moves 2(m-1) times."""
     ring, workers = Ring(range(size), number), range(size)
     for length in (0, 1, 2, 3, 50, 1000):
         generator = torch.Generator().manual_seed(length)

@@ -35,7 +35,7 @@ def _train(folder: Path, checkpoints: Path, workers: int, steps: int, *torchrun:
 
 
 def _weights(checkpoint: Path) -> dict[str, bytes]:
-    """Of all stages, and the optimizer's state, bit by bit."""
+    """Weights of all stages and the optimizer's state, bit by bit."""
     tensors = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         tensors |= {name: one.numpy().tobytes() for name, one in load_file(path).items()}

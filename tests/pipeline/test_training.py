@@ -53,10 +53,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
     script, profile = folder / "train.py", folder / "profile.json"
     script.write_text(SCRIPT)
-    measure = ["profile-model", str(script), "--out", str(profile), "--seconds", "0.2"]
+    measure = ["train", "profile", str(script), "--out", str(profile), "--seconds", "0.2"]
     assert main([*measure, "--threads", "1"]) == 0
     for workers, depth, semantics in (("2", "1", "predict"), ("3", "2", "stash")):
-        plan = ["plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
+        plan = ["train", "plan-pipeline", str(profile), "--workers", workers, "--depth", depth]
         plan += ["--semantics", semantics]
         out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
         assert main([*plan, *out]) == 0
@@ -75,6 +75,15 @@ def start(
     )
 
 
+def train_run(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """The command that reads from the plan how many workers to start."""
+    command = (sys.executable, "-m", "elbowroom", "train", "run", str(folder / "train.py"))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(
+        [*command, "--plan", str(folder / "plan3.json"), *flags], text=True, **pipes
+    )
+
+
 CLIPPED = ("--semantics", "flush", "--microbatches", "4", "--clip-norm", "5", "--autocast", "bf16")
 
 
@@ -82,7 +91,7 @@ CLIPPED = ("--semantics", "flush", "--microbatches", "4", "--clip-norm", "5", "-
 def test_a_script_is_trained(files: Path, tmp_path: Path, semantics: tuple[str, ...]) -> None:
     trace = tmp_path / "trace.json"
     flags = ("--steps", "150", *semantics, "--lr", "0.01", "--trace", str(trace))
-    process = start(files, 3, "plan3.json", *flags)
+    process = start(files, 3, "plan3.json", *flags) if semantics else train_run(files, *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     first, last = re.findall(r"([\d.]+) \(mean of 20\) at", said)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.planning.events import Task, critical_path_seconds, fair_rates, simulate
+from tests.examples import examples
 
 NUM_RESOURCES = 4
 PARTS = st.floats(0.05, 1.0)
@@ -31,7 +32,7 @@ def task_lists(draw: st.DrawFn) -> list[Task]:
     return tasks
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(task_lists())
 def test_laws(tasks: list[Task]) -> None:
     timeline = simulate(tasks, NUM_RESOURCES)
@@ -53,7 +54,7 @@ def test_laws(tasks: list[Task]) -> None:
     assert timeline.seconds >= critical_path_seconds(tasks) - slack
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     st.lists(
         st.dictionaries(st.integers(0, NUM_RESOURCES - 1), PARTS, max_size=3).map(

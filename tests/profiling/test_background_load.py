@@ -1,4 +1,4 @@
-"""Background processes sweep while one process is measured, and are gone afterwards, however it ends."""
+"""Background processes sweep while one is measured, and are gone afterwards, however it ends."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def script(tmp_path: Path) -> Path:
 
 
 def sweeps(script: Path) -> dict[int, int]:
-    """Of each process that ran the script."""
+    """Ids of the processes that ran the script."""
     files = [path for path in script.parent.iterdir() if path.name.isdecimal()]
     return {int(path.name): path.stat().st_size for path in files}
 
@@ -64,7 +64,7 @@ def test_they_sweep_until_the_block_ends(script: Path) -> None:
 
 def test_they_end_with_whoever_is_killed(script: Path) -> None:
     flags = ("--out", str(script.with_suffix(".json")), "--seconds", "600", "--workers", "2")
-    command = (sys.executable, "-m", "elbowroom", "profile-model", str(script), *flags)
+    command = (sys.executable, "-m", "elbowroom", "train", "profile", str(script), *flags)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: len(sweeps(script)) == 2)

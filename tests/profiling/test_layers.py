@@ -76,7 +76,7 @@ def test_the_first_layer_has_no_gradient_of_the_input() -> None:
 
 
 def step_seconds(model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> float:
-    """Of one forward, loss and backward, median."""
+    """Median seconds of one forward, loss and backward."""
     seconds = []
     for _ in range(8):
         model.zero_grad(set_to_none=True)

@@ -93,7 +93,7 @@ def run_batch(
     console: Console | None = None,
     **options: Any,
 ) -> JobReport:
-    """Answer an OpenAI batch file, or several, or go on with it. Returns the report.
+    """Answer an OpenAI batch file, or several, or resume the job. Returns the report.
 
     ``memory`` of one replica is bytes, or text such as "2GiB"; by default it is what is free.
     ``options`` are the other fields of ``BatchSettings`` and ``PlanSettings``. Nothing is shown
@@ -117,7 +117,7 @@ def iter_batch(
 
     Rows come as they finish, also failed ones; those that earlier runs finished do not come again.
     The files are published at the end as by ``run_batch``. Leaving the loop early stops the job
-    after its rows in flight; the same call goes on with it.
+    after its rows in flight; the same call resumes it.
     """
     settings = _settings(model, input, output, memory, options)
     finished: queue.Queue[FinishedRow | BaseException | None] = queue.Queue(_QUEUE_ROWS)

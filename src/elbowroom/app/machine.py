@@ -30,10 +30,10 @@ With vLLM 0.32: 0.5 and 0.6 GiB of memory of their own, and 0.2 GiB of libraries
 """
 
 _FREE_FRACTION = 0.9
-"""Of what is free: the rest is for the runner, and for whoever else works on this machine."""
+"""Share of the free memory that engines may take; the rest is for the runner and for others."""
 
 DIVIDED_UNCERTAINTY = 0.35
-"""Of times on parts of a device that was measured whole."""
+"""Assumed error of times on parts of a device that was measured whole."""
 
 MOST_PARTS = 8
 """A CPU is compared with its halves, and with its cores if there are no more than so many."""

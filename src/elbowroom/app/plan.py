@@ -49,7 +49,7 @@ class PlanSettings:
 
     ``memory_bytes`` is what the engine may use of one device; None is the cluster's own, and on
     this machine what is free. A replica has ``tensor_parallel`` devices, each of which pools with
-    its like in other replicas. ``ship`` lets a streamed pool ship the rows of small batches.
+    its like in other replicas.
     ``dtype`` "auto" is the model's own, and on this machine what its CPU computes fastest without
     losing digits. ``max_model_len`` None is the longest row that the model and the cache can hold.
     ``runs_here`` says that the plan is for this machine, whatever ``cluster`` its times are from.
@@ -62,7 +62,6 @@ class PlanSettings:
     replicas: int | None = None
     pool: PoolMode | None = None
     slots: int | None = None
-    ship: bool | None = None
     fetch_order: FetchOrder = "peak-shift"
     dtype: str = "auto"
     weight_dtype: str | None = None
@@ -97,7 +96,7 @@ class PlanSettings:
         """Into how many devices this machine is to be divided; None where nothing asks for any."""
         if self.replicas is not None or self.tensor_parallel is not None:
             return (self.replicas or 1) * (self.tensor_parallel or 1)
-        return max(2, len(host.cores())) if self.pool in ("mapped", "streamed") else None
+        return max(2, len(host.cores())) if self.pool not in (None, "none") else None
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,6 @@ def _is_asked(layout: Layout, settings: PlanSettings) -> bool:
         and settings.replicas in (None, layout.num_replicas)
         and settings.slots in (None, layout.num_slots)
         and settings.pool in (None, layout.pool)
-        and (layout.pool != "streamed" or settings.ship in (None, layout.ships))
         and not (settings.is_here and _has_several_pools(layout))
     )
 
@@ -363,7 +361,7 @@ def _smallest_changes(
     """Single changes after which something fits, each tried."""
     nearest = min(choice.candidates, key=lambda c: c.missing_bytes)
     yield f"{format_bytes(nearest.missing_bytes)} more memory per device, for {nearest.layout}"
-    free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None, ship=None)
+    free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None)
     if free != settings:
         cluster = machines.clusters[0]
         layouts = [x for x in enumerate_layouts(model, cluster) if _is_asked(x, free)]

@@ -29,7 +29,7 @@ class Predictor:
 
     @cached_property
     def prediction(self) -> Prediction:
-        """Of the job as it is expected. Raises MemoryPlanError when a row cannot fit."""
+        """Prediction for the job as expected. Raises MemoryPlanError when a row cannot fit."""
         return self._predict(self.rows)
 
     def _predict(self, workload: Workload) -> Prediction:

@@ -14,7 +14,7 @@ EXIT_CODES = """\
 exit codes:
   0   every row was answered (check, verify: nothing is wrong)
   3   finished, but some rows failed (check: some would; verify: results are not complete)
-  75  stopped before the end: finished rows are kept, the same command goes on
+  75  stopped before the end: finished rows are kept, the same command resumes
   2   bad usage or bad input: nothing was done
   1   a failure inside
 """

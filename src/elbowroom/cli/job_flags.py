@@ -15,7 +15,7 @@ from elbowroom.plans.pool import FETCH_ORDERS, POOL_MODES
 
 PLANNED = (
     *("model", "revision", "memory", "replicas", "tensor_parallel", "pool", "slots"),
-    *("fetch_order", "ship", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("fetch_order", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("served_model_name", "seed", "no_prefix_caching", "vllm"),
 )
 """What ``add_planned`` adds, and options for vLLM: a plan stands for all of them."""
@@ -36,14 +36,10 @@ def add_planned(parser: argparse.ArgumentParser) -> None:
         "--pool",
         choices=("auto", *POOL_MODES),
         default="auto",
-        help="how a replica uses layers that others own (none: full copies)",
+        help="how a replica uses layers that others own: in place (mapped), copied ahead of use "
+        "(streamed), copied, or small batches sent to the owner (shipped); none: full copies",
     )
     layout.add_argument("--slots", type=auto(count), help="buffers for streamed layers")
-    layout.add_argument(
-        "--ship",
-        action=argparse.BooleanOptionalAction,
-        help="with a streamed pool: ship rows of small batches to owners (default: where it pays)",
-    )
     layout.add_argument("--fetch-order", choices=FETCH_ORDERS, default=FETCH_ORDERS[0])
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -81,7 +77,6 @@ def planned_of(args: argparse.Namespace, cluster: str, **others: object) -> Plan
         replicas=args.replicas,
         pool=None if args.pool == "auto" else args.pool,
         slots=args.slots,
-        ship=args.ship,
         fetch_order=args.fetch_order,
         dtype=args.dtype,
         max_model_len=args.max_model_len,

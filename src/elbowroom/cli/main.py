@@ -8,20 +8,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
+
+import shtab
 
 from elbowroom.cli.exit_codes import EXIT_CODES, EXIT_GOOD, EXIT_RESUMABLE, exit_code
 from elbowroom.cli.inspect import add_inspect_commands
 from elbowroom.cli.plan import add_plan_commands
-from elbowroom.cli.plan_pipeline import add_pipeline_commands
-from elbowroom.cli.profile_model import add_profile_command
 from elbowroom.cli.run import add_run_command
 from elbowroom.cli.screen import Console
+from elbowroom.cli.train import add_train_commands
 from elbowroom.core.errors import (
     ElbowroomError,
     InputError,
 )
 
-_ABOUT = "Offline LLM inference on replicas that hold the feed-forward weights once."
+_ABOUT = (
+    "Runs large models on the devices you have: batch inference with pooled weights, and training."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         reason = str(error) or "stopped at once"
-        console.print(f"elbowroom: {reason}; run the same command again to go on", soft_wrap=True)
+        console.print(f"elbowroom: {reason}; run the same command again to resume", soft_wrap=True)
         return EXIT_RESUMABLE
 
 
@@ -57,22 +62,32 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"elbowroom {version('elbowroom')}")
+    shtab.add_argument_to(parser, "--print-completion", help="print a completion script and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name: str, command: Callable[..., int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=about,
-            description=f"{about[0].upper()}{about[1:]}.",
-            epilog=EXIT_CODES,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(command=command, takes_vllm=False)
-        return added
-
+    add = partial(_add_command, commands)
     add_run_command(add)
     add_inspect_commands(add)
     add_plan_commands(add)
-    add_pipeline_commands(add)
-    add_profile_command(add)
+    train = commands.add_parser("train", help="profile a model in training, split it, train it")
+    add_train_commands(
+        partial(_add_command, train.add_subparsers(required=True, metavar="COMMAND"))
+    )
     return parser
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    command: Callable[..., int],
+    about: str,
+) -> argparse.ArgumentParser:
+    added = commands.add_parser(
+        name,
+        help=about,
+        description=f"{about[0].upper()}{about[1:]}.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    added.set_defaults(command=command, takes_vllm=False)
+    return added

@@ -1,4 +1,4 @@
-"""The command that plans pipelines of training: ``plan-pipeline``."""
+"""The command that plans training pipelines: ``train plan-pipeline``."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _TOO_LONG = "to simulate so many stages and workers takes more than a second"
 RANKS = ("formula", "simulated")
 
 
-def add_pipeline_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan = add("plan-pipeline", _plan_pipeline, "split a model into stages, to train it as a pipe")
     plan.add_argument("profile", type=Path, help="a layer graph: our JSON, or PipeDream's text")
     plan.add_argument("--workers", type=count, required=True, help="devices to train on")

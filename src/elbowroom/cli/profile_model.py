@@ -1,4 +1,4 @@
-"""The command that measures a model in training: ``profile-model``."""
+"""The command that measures a model in training: ``train profile``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ _LONGEST_DESCRIPTION = 48
 _COLUMNS = ("layer", "what", "forward", "backward", "update", "output", "parameters")
 
 
-def add_profile_command(add: Callable[..., argparse.ArgumentParser]) -> None:
-    profile = add("profile-model", _profile_model, "measure the layers of a model in training")
+def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
+    profile = add("profile", _profile_model, "measure the layers of a model in training")
     profile.add_argument(
         "script",
         type=Path,
         help="your Python file with make_model(), make_batch(generator), loss_fn(outputs, targets)",
     )
-    profile.add_argument("--out", type=Path, required=True, help="a profile for plan-pipeline")
+    profile.add_argument(
+        "--out", type=Path, required=True, help="a profile for `train plan-pipeline`"
+    )
     profile.add_argument("--text", type=Path, metavar="FILE", help="and one as PipeDream's text")
     profile.add_argument("--seconds", type=seconds, help="of measuring (default 1)")
     profile.add_argument(
@@ -63,7 +65,10 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     _print_graph(screen, graph)
     _print_notes(console, graph, args.text)
     taken = time.perf_counter() - begin
-    console.print(f"{taken:.1f} s taken: plan with plan-pipeline {args.out}", highlight=False)
+    console.print(
+        f"{taken:.1f} s taken: plan with `elbowroom train plan-pipeline {args.out}`",
+        highlight=False,
+    )
     return 0
 
 

@@ -33,7 +33,7 @@ from elbowroom.plans.pool import RunPlan
 
 
 def add_run_command(add: Callable[..., argparse.ArgumentParser]) -> None:
-    _add_run_flags(add("run", _run, "answer a batch file, or go on with it"))
+    _add_run_flags(add("run", _run, "answer a batch file, or resume one"))
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:

@@ -51,7 +51,7 @@ class ReplicaError(ElbowroomError):
 
 
 class JobStoppedError(ElbowroomError):
-    """A job ended before its last row. What is finished is kept; the same command goes on."""
+    """A job ended before its last row. What is finished is kept; the same command resumes it."""
 
 
 class ScheduleError(ElbowroomError):

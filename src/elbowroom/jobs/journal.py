@@ -142,7 +142,7 @@ class Journal:
                 raise InputError(
                     f"{self._folder} belongs to another job: {field} was "
                     f"{known.get(field, 'not there')}, now it is {identity.get(field, 'not there')}"
-                    f". Use the same {field} to go on, or --restart to start over"
+                    f". Use the same {field} to resume, or --restart to start over"
                 )
         with _explained(self._folder), self._database:
             self._database.execute("DELETE FROM rows WHERE content_hash IS NULL")
@@ -214,7 +214,7 @@ class Journal:
             (custom_id,) = self._database.execute(query, (first,)).fetchone()
             raise InputError(
                 f"{batch.name} is not the input of {self._folder}: the line of {custom_id!r}, "
-                f"which was answered, is gone or changed. Give the same lines to go on (more may "
+                f"which was answered, is gone or changed. Give the same lines to resume (more may "
                 f"follow), or --restart to start over"
             )
         if (indices != rows[:, 0]).any():

@@ -11,22 +11,21 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, InputError
 from elbowroom.core.trace import write_trace
+from elbowroom.pipeline.flags import AUTOCAST, add_run_flags
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
-from elbowroom.pipeline.versions import SEMANTICS
 from elbowroom.pipeline.worker import StageOptions
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.script import TrainingScript, load_script
 
-_AUTOCAST = {"bf16": torch.bfloat16}
+_AUTOCAST = dict(zip(AUTOCAST, (torch.bfloat16,), strict=True))
 
 
 def main() -> int:
@@ -44,19 +43,7 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbowroom.pipeline", description=__doc__)
-    parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
-    parser.add_argument("--plan", type=Path, required=True, help="of plan-pipeline --json")
-    parser.add_argument("--steps", type=int, required=True, help="minibatches")
-    parser.add_argument("--semantics", choices=SEMANTICS, help="of weights (default: the plan's)")
-    parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
-    parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
-    parser.add_argument("--clip-norm", type=float, help="of the gradients over all stages")
-    parser.add_argument("--autocast", choices=_AUTOCAST, help="compute in this type where it does")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
-    parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
-    parser.add_argument("--checkpoints", type=Path, help="folder; a run goes on from the newest")
-    parser.add_argument("--every", type=int, default=100, help="minibatches to a checkpoint")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a peer")
+    add_run_flags(parser)
     return parser
 
 

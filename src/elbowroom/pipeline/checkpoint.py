@@ -85,7 +85,7 @@ class Checkpoint:
         except (KeyError, OSError, SafetensorError) as error:
             raise InputError(
                 f"{self._path} has no tensor '{name}' that can be read: it is of another model, or "
-                f"damaged ({error}): remove it to go on from the one before"
+                f"damaged ({error}): remove it to resume from the one before"
             ) from error
         if like is not None and (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
             raise InputError(
@@ -120,7 +120,7 @@ def save(
     if any(other.name > path.name for other in _whole(folder)):
         raise InputError(
             f"{folder} has checkpoints beyond step {steps}, of another run: give each run a folder "
-            f"of its own, or restore to go on from there"
+            f"of its own, or restore to resume from there"
         )
     part = path.with_suffix(".part")
     is_first = distributed.get_rank() == 0

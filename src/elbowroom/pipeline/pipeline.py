@@ -13,9 +13,8 @@ from torch import distributed, nn
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
 from elbowroom.pipeline.split import split
-from elbowroom.pipeline.versions import Semantics
 from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
-from elbowroom.plans.pipeline import PipelinePlan
+from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction

@@ -10,23 +10,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 from elbowroom.core.errors import InputError
-
-Semantics = Literal["stash", "predict", "vertical-sync", "flush", "naive"]
-"""Which version a minibatch uses at a stage.
-
-``stash``: forward and backward the one that was newest at its forward. ``predict``: that one, moved
-on by what the last update changed, ``HORIZON`` times for each update to come before the minibatch's
-own. ``vertical-sync``: the one that was newest at the first stage. ``flush``: none is updated while
-a minibatch is on its way. ``naive``: at each pass the newest.
-"""
-
-SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
+from elbowroom.plans.pipeline import SEMANTICS, Semantics
 
 HORIZON = 2
 """Predicted weights go so many times as far as the missing updates would if each changed as much as

@@ -25,7 +25,8 @@ from elbowroom.core.errors import InputError
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
 from elbowroom.pipeline.links import Connection, TensorMessage
 from elbowroom.pipeline.replicas import Replicas
-from elbowroom.pipeline.versions import HORIZON, Leaves, Semantics, Versions
+from elbowroom.pipeline.versions import HORIZON, Leaves, Versions
+from elbowroom.plans.pipeline import Semantics
 from elbowroom.plans.pipeline_shape import BUCKET_BYTES, Pipe
 
 Tensors = tuple[torch.Tensor, ...]

@@ -15,12 +15,22 @@ Overlap = Literal["max", "sum"]
 
 Optimizer = Literal["sgd", "momentum", "adamw"]
 
+Semantics = Literal["stash", "predict", "vertical-sync", "flush", "naive"]
+"""Which version of the weights a minibatch uses at a stage.
+
+``stash``: forward and backward use the version that was newest at the forward. ``predict``: that
+version extrapolated by the last update, ``HORIZON`` times for each update still missing
+(``pipeline.versions``). ``vertical-sync``: the version that was newest at the first stage.
+``flush``: no update happens while a minibatch is in flight. ``naive``: each pass uses the newest.
+"""
+
 PlannedSemantics = Literal["stash", "predict"]
-"""Of weights, in a plan: see ``pipeline.versions``, which has more."""
+"""The semantics that a plan can name, as their memory is counted."""
 
 SYNCS: tuple[Sync, ...] = get_args(Sync)
 OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 PLANNED_SEMANTICS: tuple[PlannedSemantics, ...] = get_args(PlannedSemantics)
 _FORMAT, _VERSION = "elbowroom pipeline plan", 1
 

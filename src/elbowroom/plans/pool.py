@@ -11,7 +11,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import read_json, write_atomically
 from elbowroom.plans.pool_actions import Fetch
 
-PoolMode = Literal["none", "mapped", "streamed"]
+PoolMode = Literal["none", "mapped", "streamed", "shipped"]
 FetchOrder = Literal["peak-shift", "sliced", "in-order"]
 
 POOL_MODES: tuple[PoolMode, ...] = get_args(PoolMode)
@@ -23,7 +23,8 @@ class Layout:
     """How replicas of one model lie on devices.
 
     ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
-    replicas of a group share one pool. ``ships`` says that small batches may be shipped to owners.
+    replicas of a group share one pool. ``pool`` "streamed" is the SiDP
+    paper's WaS; "shipped" its WaS+CaS: small batches are shipped to the owners instead.
     """
 
     tensor_parallel: int
@@ -31,7 +32,16 @@ class Layout:
     num_groups: int
     pool: PoolMode
     num_slots: int = 0
-    ships: bool = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether borrowed layers are copied into slots."""
+        return self.pool in ("streamed", "shipped")
+
+    @property
+    def ships(self) -> bool:
+        """Whether rows of small batches may go to a layer's owner instead."""
+        return self.pool == "shipped"
 
     @property
     def num_replicas(self) -> int:
@@ -41,17 +51,10 @@ class Layout:
     def num_devices(self) -> int:
         return self.tensor_parallel * self.num_replicas
 
-    @property
-    def pool_name(self) -> str:
-        """In the paper's words where it has them: WaS streams, CaS ships."""
-        if self.pool == "streamed":
-            return "WaS+CaS" if self.ships else "WaS"
-        return self.pool
-
     def __str__(self) -> str:
         groups = f"g{self.num_groups}" if self.num_groups > 1 else ""
         slots = f" {self.num_slots} slots" if self.num_slots else ""
-        return f"t{self.tensor_parallel}d{self.num_ranks}{groups} {self.pool_name}{slots}"
+        return f"t{self.tensor_parallel}d{self.num_ranks}{groups} {self.pool}{slots}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class PoolShare:
 
     owners[l] is the rank that keeps layer l. A pool of one rank owns every layer: that is what
     ``mode`` "none" means. ``fetches`` is one forward pass' worth of copies, in order; it is empty
-    unless ``mode`` is "streamed".
+    unless ``mode`` is "streamed" or "shipped".
 
     A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
     has no more than ``ship_bytes``, the size of a buffer; 0 never ships.
@@ -74,6 +77,11 @@ class PoolShare:
     fetches: tuple[Fetch, ...] = ()
     ship_below_rows: int = 0
     ship_bytes: int = 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether borrowed layers are copied into slots."""
+        return self.mode in ("streamed", "shipped")
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -164,7 +164,7 @@ class Pool:
             if not self.owns(layer)
         }
         self._opened = opened
-        if self.share.mode == "streamed":
+        if self.share.streams:
             self._prepare_streaming(opened)
         else:
             self._map(opened)

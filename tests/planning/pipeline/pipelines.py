@@ -24,7 +24,7 @@ TEN_GBIT = 1.25e9
 
 
 def profile(name: str) -> LayerGraph:
-    """Of the authors; the test is skipped where their files are not."""
+    """One of the authors' profiles; the test is skipped where their files are not."""
     path = PROFILES / f"{name}.graph.txt"
     if not path.exists():
         pytest.skip(f"the PipeDream authors' profiles are not in {PROFILES}")
@@ -86,7 +86,7 @@ def naive_memory(
     is_replicated: bool,
     options: PipelineOptions,
 ) -> NaiveMemory:
-    """Of a stage between two of all cuts: at every moment of every order of its layers."""
+    """Memory of a stage between two cuts: at every moment of every order of its layers."""
     layers, inside, optimizer = graph.layers, stop - start, options.optimizer
     weights = sum(layers[index].parameter_bytes for index in inside)
     received = crossing_bytes(graph, start)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from elbowroom.core.cluster import Link, Rate
@@ -16,6 +16,7 @@ from elbowroom.core.layer_graph import Edge, Layer, LayerGraph, LayerMemory
 from elbowroom.planning.pipeline.plan import levels_of, plan_on_levels, plan_pipeline
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.plans.pipeline_shape import Pipe
+from tests.examples import examples
 from tests.planning.facts import CPU, H20
 from tests.planning.pipeline.pipelines import (
     TEN_GBIT,
@@ -107,7 +108,7 @@ def test_every_profile_is_planned(name: str, num_workers: int) -> None:
 
 
 def check_numbers(layers: LayerGraph, plan: PipelinePlan) -> None:
-    """Of a flat plan, again from its layers; those that read nothing but inputs cost nothing."""
+    """Memory of a flat plan, again from its layers; layers that read only inputs cost nothing."""
     placed = [name for stage in plan.stages for name in stage.layers]
     assert sorted(placed) == sorted(layer.name for layer in layers.layers)
     position = {name: number for number, name in enumerate(placed)}
@@ -218,7 +219,7 @@ def test_measured_memory_against_all_plans(
     check_against_all_plans(layers, flat(num_workers, bandwidth), options)
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(measured(branching(most=6, most_cuts=10)), bandwidths, option_sets)
 def test_measured_memory_on_two_levels(
     layers: LayerGraph, bandwidth: float, options: PipelineOptions
@@ -226,7 +227,7 @@ def test_measured_memory_on_two_levels(
     check_against_all_plans(layers, (Level(2, 4 * bandwidth), Level(2, bandwidth)), options)
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(branching(most=5, most_cuts=8), bandwidths, option_sets)
 def test_three_levels_against_all_plans(
     layers: LayerGraph, bandwidth: float, options: PipelineOptions
@@ -272,7 +273,7 @@ def check_refused(layers: LayerGraph, levels: tuple[Level, ...], options: Pipeli
     assert naive_plan(layers, levels, replace(options, memory_limit_bytes=enough - 1)) is None
 
 
-@settings(max_examples=50)
+@examples(50)
 @given(branching(most=8, most_cuts=12), st.data(), st.integers(1, 3), bandwidths)
 def test_what_is_set_aside_costs_nothing(
     layers: LayerGraph, data: st.DataObject, num_workers: int, bandwidth: float

@@ -6,19 +6,20 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import ScheduleError
 from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.schedule_check import check_schedule, execution_order
 from elbowroom.plans.pipeline_actions import PipelineAction, Recv, Schedule, Send, Update
+from tests.examples import examples
 from tests.planning.pipeline.schedules import Refused, ToyRuntime, schedules
 
 Lists = list[list[PipelineAction]]
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(schedules())
 def test_every_schedule_is_valid(schedule: Schedule) -> None:
     check_schedule(schedule)
@@ -74,7 +75,7 @@ def test_mutants_are_refused_by_both_or_by_none(
     """Some mutants are schedules as well: a send a little later, an update left to the next."""
     verdicts = []
 
-    @settings(max_examples=200)
+    @examples(200)
     @given(schedules(most_minibatches=8), st.data())
     def check(schedule: Schedule, data: st.DataObject) -> None:
         lists = [list(actions) for actions in schedule.actions]

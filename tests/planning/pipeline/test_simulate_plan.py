@@ -6,7 +6,7 @@ from itertools import pairwise
 from math import lcm
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.planning.pipeline.action_cost import PipelineCosts, StageCosts, plan_costs
@@ -20,6 +20,7 @@ from elbowroom.planning.pipeline.timeline import (
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.plans.pipeline_actions import Schedule
 from elbowroom.plans.pipeline_shape import Pipe
+from tests.examples import examples
 from tests.planning.pipeline.pipelines import TEN_GBIT, chain, profile
 
 NO_LIMIT = (Level(64, 1e30),)
@@ -27,7 +28,7 @@ SECONDS = st.integers(1, 9).map(lambda number: number / 8)
 """Sums are exact."""
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(st.integers(1, 8), st.data())
 def test_plans_of_chains(num_workers: int, data: st.DataObject) -> None:
     """Memory and bytes of any plan, exactly as it says, and its time where it says more."""
@@ -38,7 +39,7 @@ def test_plans_of_chains(num_workers: int, data: st.DataObject) -> None:
     check_plan(plan, simulate_pipeline_plan(plan, graph, schedule_of(plan), "cut"))
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     st.sampled_from([(2, 1), (1, 2), (2, 2), (3, 2), (2, 3), (2, 2, 2)]),
     st.sampled_from([2e7, 1e9]),
@@ -147,7 +148,7 @@ def test_what_straight_plans_leave_out(name: str, num_workers: int) -> None:
     assert hidden == pytest.approx(plan.seconds, rel=5e-3)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(st.integers(1, 4), min_size=2, max_size=4), st.integers(1, 3))
 def test_what_replicas_behind_others_cost(replicas: list[int], depth: int) -> None:
     """A backward waits for the forward that its worker's order puts before it, rounds later.

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError, ScheduleError
@@ -29,6 +29,7 @@ from elbowroom.planning.pipeline.timeline import (
 )
 from elbowroom.plans.pipeline import Level, Overlap, PipelineOptions, Sync
 from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule
+from tests.examples import examples
 from tests.planning.pipeline.pipelines import chain
 from tests.planning.pipeline.schedules import schedules
 
@@ -60,7 +61,7 @@ def test_one_stage_takes_what_it_computes(
     assert timeline.bubbles == pytest.approx((0.0,))
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.lists(st.tuples(SECONDS, SECONDS), min_size=1, max_size=5))
 def test_a_straight_pipe_is_as_fast_as_its_slowest_stage(parts: list[tuple[float, float]]) -> None:
     costs = PipelineCosts(tuple(StageCosts(*part) for part in parts), NO_LIMIT)
@@ -114,7 +115,7 @@ def runs(draw: st.DrawFn) -> tuple[Schedule, tuple[StageCosts, ...]]:
     return schedule, stages
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(runs(), st.sampled_from(LINK_MODELS), st.booleans(), st.sampled_from([1.0, 8.0]))
 def test_laws(
     run: tuple[Schedule, tuple[StageCosts, ...]],
@@ -159,7 +160,7 @@ def check_bytes(schedule: Schedule, costs: PipelineCosts, timeline: PipelineTime
         assert moved == shared * costs.stages[cut].crossing_bytes
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(runs())
 def test_less_room_is_never_faster(run: tuple[Schedule, tuple[StageCosts, ...]]) -> None:
     """Up to what rates that change halfway may do: links without limit are the floor."""

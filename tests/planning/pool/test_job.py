@@ -6,7 +6,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import MemoryPlanError
@@ -14,6 +14,7 @@ from elbowroom.core.workload import parse_lengths, workload
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import Policy, ReplicaLimits, simulate_job
 from elbowroom.planning.pool.modes import PoolTimes
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 SMALL, QWEN = model("Llama-3.1-8B"), model("Qwen3-32B")
@@ -21,7 +22,7 @@ POLICIES: tuple[Policy, ...] = get_args(Policy)
 LENGTHS = st.lists(st.tuples(st.integers(1, 900), st.integers(1, 300)), min_size=1, max_size=40)
 
 
-@settings(max_examples=80)
+@examples(80)
 @given(
     LENGTHS,
     st.integers(1, 4),
@@ -94,12 +95,14 @@ def test_a_job_of_a_group_streams_and_its_tail_ships() -> None:
     rows = parse_lengths("1024:256-768x4000").longest_first()
     times = PoolTimes(CostModel(QWEN, H20, 2), 4, num_slots=3)
     limits = ReplicaLimits(500_000, 512)
-    jobs = {p: simulate_job(times, limits, rows, 4, p) for p in ("stream", "per-replica", "ship")}
+    jobs = {
+        p: simulate_job(times, limits, rows, 4, p) for p in ("streamed", "per-replica", "shipped")
+    }
     chosen = jobs["per-replica"]
-    assert chosen.seconds <= min(jobs["stream"].seconds, jobs["ship"].seconds) * 1.001
-    assert chosen.mode_share("stream") > 0.9
+    assert chosen.seconds <= min(jobs["streamed"].seconds, jobs["shipped"].seconds) * 1.001
+    assert chosen.mode_share("streamed") > 0.9
     last = [s.mode for s in chosen.segments if s.end > 0.999 * chosen.seconds]
-    assert "ship" in last
+    assert "shipped" in last
 
 
 def test_a_row_that_never_fits_is_refused() -> None:

@@ -5,26 +5,27 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.cluster import read_cluster
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.modes import PoolTimes
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 LLAMA = model("Llama-3.1-70B")
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.integers(1, 2048), st.integers(2, 8), st.sampled_from(["h20-8", "h200-8", "b200-8"]))
 def test_bounds(rows: int, num_ranks: int, name: str) -> None:
     pool = PoolTimes(CostModel(LLAMA, read_cluster(name)), num_ranks)
     times = pool.times(Batch(rows, rows * 1024))
     rounding = 1e-9 * times.local
     assert min(times) >= times.local - rounding
-    assert times.stream >= pool.fetch_seconds
-    assert times.mixed <= min(times.stream, times.ship) + rounding
+    assert times.streamed >= pool.fetch_seconds
+    assert times.mixed <= min(times.streamed, times.shipped) + rounding
 
 
 def test_one_rank_has_nothing_to_borrow() -> None:
@@ -41,7 +42,7 @@ def test_thresholds_are_where_the_times_cross() -> None:
 
     def times(rows: int) -> tuple[float, float, float]:
         at = pool.times(Batch(rows, rows * 1024))
-        return at.local, at.stream, at.ship
+        return at.local, at.streamed, at.shipped
 
     _, stream, ship = times(threshold)
     assert stream <= ship
@@ -58,15 +59,15 @@ def test_shipping_wins_up_to_32_rows_and_streaming_is_free_at_128() -> None:
     pool = PoolTimes(CostModel(LLAMA, H20, 2), 2)
     for rows in (1, 8, 32):
         times = pool.times(Batch(rows, rows * 1024))
-        assert times.ship < times.stream
+        assert times.shipped < times.streamed
     times = pool.times(Batch(128, 128 * 1024))
-    assert times.stream == pytest.approx(times.local)
+    assert times.streamed == pytest.approx(times.local)
 
 
 def test_where_copies_cost_compute_streaming_is_never_free() -> None:
     pool = PoolTimes(CostModel(LLAMA, CPU), 2, num_slots=1)
     times = pool.times(Batch(64, 64 * 1024))
-    assert times.stream == pytest.approx(times.local + pool.fetch_seconds)
+    assert times.streamed == pytest.approx(times.local + pool.fetch_seconds)
     assert times.mapped == times.local
     assert pool.hiding_batch(0) is not None
 

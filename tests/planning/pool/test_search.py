@@ -71,10 +71,10 @@ def test_layouts_use_every_device() -> None:
     layouts = list(enumerate_layouts(model("Qwen3-32B"), H200))
     assert len(layouts) == len(set(layouts))
     assert {layout.num_devices for layout in layouts} == {8}
-    assert {layout.pool_name for layout in layouts} == {"none", "WaS", "WaS+CaS"}
+    assert {layout.pool for layout in layouts} == {"none", "streamed", "shipped"}
     assert Layout(8, 1, 1, "none") in layouts
     on_cpu = list(enumerate_layouts(model("Llama-3.1-8B"), CPU))
-    assert {layout.pool_name for layout in on_cpu} == {"none", "mapped", "WaS", "WaS+CaS"}
+    assert {layout.pool for layout in on_cpu} == {"none", "mapped", "streamed", "shipped"}
 
 
 def many_devices(num_devices: int) -> Cluster:

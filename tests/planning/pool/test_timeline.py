@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.planning.cost import Batch, CostModel
@@ -19,6 +19,7 @@ from elbowroom.planning.pool.timeline import (
 )
 from elbowroom.plans.pool import FETCH_ORDERS, FetchOrder
 from elbowroom.plans.pool_actions import Fetch, Release, Run, Ship, Wait
+from tests.examples import examples
 from tests.planning.facts import CPU, H20, model
 
 QWEN, SMALL = model("Qwen3-32B"), model("Llama-3.1-8B")
@@ -61,7 +62,7 @@ def test_one_replica_without_a_pool_is_the_closed_form() -> None:
     assert timeline.waits == (pytest.approx(0.0, abs=1e-9),)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     st.integers(2, 5),
     st.integers(1, 5),
@@ -128,7 +129,7 @@ def test_streaming_follows_the_closed_form_away_from_the_crossing() -> None:
     cost = CostModel(QWEN, H20)
     for num_ranks, rows in ((4, 8), (4, 256), (8, 8), (8, 256)):
         pool = PoolTimes(cost, num_ranks, num_slots=num_ranks - 1)
-        closed = pool.times(Batch(rows, rows * 1024)).stream
+        closed = pool.times(Batch(rows, rows * 1024)).streamed
         simulated = run(cost, num_ranks, rows, num_ranks - 1).iteration_seconds
         assert simulated == pytest.approx(closed, rel=0.15)
 
@@ -143,7 +144,7 @@ def test_shipping_joins_rows_or_serves_each() -> None:
     joined = simulate_pool(cost, shares, batches, actions, joined=True)
     each = simulate_pool(cost, shares, batches, actions)
     assert joined.timeline.busy_seconds[0] < each.timeline.busy_seconds[0]
-    expected = PoolTimes(cost, num_ranks).times(batches[0]).ship
+    expected = PoolTimes(cost, num_ranks).times(batches[0]).shipped
     assert joined.iteration_seconds == pytest.approx(expected, rel=0.1)
 
 

@@ -22,7 +22,7 @@ from elbowroom.core.workload import Workload
 from elbowroom.planning.cost import Batch
 from elbowroom.planning.pool.modes import Mode, PoolTimes
 
-Policy = Literal["local", "map", "stream", "ship", "per-replica", "group", "mixed"]
+Policy = Literal["local", "mapped", "streamed", "shipped", "per-replica", "group", "mixed"]
 """How the mode of an iteration is chosen. ``local`` is without a pool; ``per-replica`` takes the
 faster of stream and ship by the replica's own batch; ``group`` lets all replicas of the group use
 one mode by their mean batch, looked at once a minute, as in the paper."""
@@ -260,7 +260,7 @@ class _Iterations:
         self._speeds = speeds
         self._context_seconds = times.cost.kv_read_seconds(1)
         self._fixed = cache(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
-        self._group_mode: Mode = "stream"
+        self._group_mode: Mode = "streamed"
         self._group_looked = float("-inf")
 
     def one(self, replica: int, now: float, batch: Batch) -> tuple[float, Mode]:
@@ -287,9 +287,9 @@ class _Iterations:
     ) -> tuple[NDArray[np.float64], Mode]:
         times, policy = self._times, self._policy
         if policy == "local" or times.num_ranks == 1:
-            return local, "own"
-        if policy == "map":
-            return local + self._mapped_extra(tokens), "map"
+            return local, "local"
+        if policy == "mapped":
+            return local + self._mapped_extra(tokens), "mapped"
         if policy == "mixed":
             batch, joined = Batch(tokens, 0), self._joined_rows(replica, tokens)
             mixed = [times.mixed_seconds(batch, float(seconds), joined) for seconds in local]
@@ -297,12 +297,12 @@ class _Iterations:
         if policy == "group":
             return self._group(replica, now, tokens, local)
         stream = times.stream_seconds(local)
-        if policy == "stream":
-            return stream, "stream"
+        if policy == "streamed":
+            return stream, "streamed"
         ship = local + self._shipped_extra(tokens, self._joined_rows(replica, tokens))
-        if policy == "ship" or float(ship.sum()) < float(stream.sum()):
-            return ship, "ship"
-        return stream, "stream"
+        if policy == "shipped" or float(ship.sum()) < float(stream.sum()):
+            return ship, "shipped"
+        return stream, "streamed"
 
     def _mapped_extra(self, tokens: int) -> float:
         return self._times.mapped_seconds(Batch(tokens, 0), 0.0)
@@ -325,10 +325,10 @@ class _Iterations:
             of_mean = np.array([self._fixed(max(1, mean))])
             shipped = self._shipped_extra(max(1, mean), sum(self.rows))
             streams = self._times.stream_seconds(of_mean) <= of_mean + shipped
-            self._group_mode = "stream" if streams[0] else "ship"
-        if self._group_mode == "stream":
-            return self._times.stream_seconds(local), "stream"
+            self._group_mode = "streamed" if streams[0] else "shipped"
+        if self._group_mode == "streamed":
+            return self._times.stream_seconds(local), "streamed"
         most = max(tokens, *self.rows)
         waiting = self._fixed(most) - self._fixed(tokens)
         lockstep = local + waiting + self._shipped_extra(most, sum(self.rows))
-        return lockstep * (self._speeds[replica] / min(self._speeds)), "ship"
+        return lockstep * (self._speeds[replica] / min(self._speeds)), "shipped"

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.timeline import link_share
 
-Mode = Literal["own", "map", "stream", "ship", "mixed"]
+Mode = Literal["local", "mapped", "streamed", "shipped", "mixed"]
 Seconds = TypeVar("Seconds", float, NDArray[np.float64])
 _MAX_BATCH = 1 << 17
 
@@ -39,8 +39,8 @@ class ModeTimes(NamedTuple):
 
     local: float
     mapped: float
-    stream: float
-    ship: float
+    streamed: float
+    shipped: float
     mixed: float
 
 
@@ -61,8 +61,8 @@ class PoolTimes:
         return ModeTimes(
             local=local,
             mapped=self.mapped_seconds(batch, local),
-            stream=self.stream_seconds(local),
-            ship=self.ship_seconds(batch, local),
+            streamed=self.stream_seconds(local),
+            shipped=self.ship_seconds(batch, local),
             mixed=self.mixed_seconds(batch, local),
         )
 
@@ -121,7 +121,7 @@ class PoolTimes:
 
         def streams(rows: int) -> bool:
             times = self.times(Batch(rows, rows * context_tokens_per_row))
-            return times.stream <= times.ship
+            return times.streamed <= times.shipped
 
         return smallest(streams)
 

@@ -95,7 +95,7 @@ class Candidate:
     def why_out(self) -> str:
         if self.fits:
             return ""
-        return f"needs {format_bytes(self.missing_bytes)} more"
+        return f"lacks {format_bytes(self.missing_bytes)}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _pools(
         yield Layout(width, ranks, groups, "mapped")
     for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
         yield Layout(width, ranks, groups, "streamed", slots)
-        yield Layout(width, ranks, groups, "streamed", slots, ships=True)
+        yield Layout(width, ranks, groups, "shipped", slots)
 
 
 def choose(
@@ -390,9 +390,9 @@ def replica_limits(budget: MemoryBudget, engine: EngineLimits) -> ReplicaLimits:
 
 
 def policy_of(layout: Layout) -> Policy:
-    if layout.pool == "streamed":
-        return "per-replica" if layout.ships else "stream"
-    return "map" if layout.pool == "mapped" else "local"
+    if layout.streams:
+        return "per-replica" if layout.ships else "streamed"
+    return "mapped" if layout.pool == "mapped" else "local"
 
 
 def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes:

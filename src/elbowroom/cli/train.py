@@ -1,0 +1,65 @@
+"""The commands that train: ``train profile``, ``train plan-pipeline`` and ``train run``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+from elbowroom.cli.flags import number
+from elbowroom.cli.plan_pipeline import add_plan_pipeline
+from elbowroom.cli.profile_model import add_profile_model
+from elbowroom.cli.screen import Console
+from elbowroom.core.errors import InputError
+from elbowroom.pipeline.flags import add_run_flags
+from elbowroom.plans.pipeline import read_pipeline_plan
+
+
+def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    add_profile_model(add)
+    add_plan_pipeline(add)
+    run = add("run", _run, "train on this machine as a plan says, with one process a worker")
+    add_run_flags(run)
+    run.add_argument(
+        "--max-restarts",
+        type=number,
+        default=0,
+        help="times that all workers start again after one dies (default 0); with --checkpoints",
+    )
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("training needs PyTorch: pip install 'elbowroom[train]'")
+    num_workers = read_pipeline_plan(args.plan).num_workers
+    console.print(f"{num_workers} workers on this machine, by {args.plan}", highlight=False)
+    launcher = (
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(num_workers), "--max-restarts", str(args.max_restarts)),
+        *("-m", "elbowroom.pipeline"),
+    )
+    environment = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+    }  # as torchrun has it, but without its banner
+    process = subprocess.Popen([*launcher, *_words(args)], env=environment)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # torchrun got the same signal, and ends its workers
+        process.wait()
+        raise
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """What the command line said for ``add_run_flags``, as words again."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_run_flags(parser)
+    words = [str(args.script)]
+    for action in parser._actions:
+        value = getattr(args, action.dest)
+        if action.option_strings and value != action.default:
+            words += [action.option_strings[0], str(value)]
+    return words

@@ -1,0 +1,30 @@
+"""Flags of a training run, for torchrun's entry and for ``elbowroom train run``. Without torch."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from elbowroom.plans.pipeline import SEMANTICS
+
+AUTOCAST = ("bf16",)
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
+    parser.add_argument("--plan", type=Path, required=True, help="from train plan-pipeline --json")
+    parser.add_argument("--steps", type=int, required=True, help="minibatches")
+    parser.add_argument(
+        "--semantics",
+        choices=SEMANTICS,
+        help="which weights a minibatch uses (default: the plan's)",
+    )
+    parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
+    parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
+    parser.add_argument("--clip-norm", type=float, help="of the gradients over all stages")
+    parser.add_argument("--autocast", choices=AUTOCAST, help="compute in this type where it does")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
+    parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
+    parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
+    parser.add_argument("--every", type=int, default=100, help="minibatches to a checkpoint")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds to wait for a peer")
