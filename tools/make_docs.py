@@ -26,6 +26,7 @@ from typing import Any
 from tools.results_tables import TABLES
 
 from elbowroom.cli import main as command_line
+from elbowroom.cli.exit_codes import EXIT_CODES
 from elbowroom.core.cluster import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ ENGINE = {
     "    --steps 50 --trace trace.json",
 }
 
-EXIT_CODES = {"plan-no-fit": 2}
+REFUSED = {"plan-no-fit": 2}
 """Of commands that are shown because they are refused."""
 
 KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
@@ -134,10 +135,11 @@ def make_includes() -> dict[str, str]:
     """Texts by file name."""
     prepare()
     made = {
-        f"{name}.txt": run(command, WORK, EXIT_CODES.get(name, 0)) for name, command in LIVE.items()
+        f"{name}.txt": run(command, WORK, REFUSED.get(name, 0)) for name, command in LIVE.items()
     }
     made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
     made["presets.md"] = presets()
+    made["exit-codes.txt"] = EXIT_CODES
     made["cli.md"] = "\n".join(cli_page(cli_parser()))
     made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
     made["answer.jsonl"] = answers()
