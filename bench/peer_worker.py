@@ -109,7 +109,7 @@ def double_batch(
 
 
 def _every_second(batches: Batches) -> Iterator[tuple[Any, Any] | None]:
-    """This worker's part of two minibatches, when both are there."""
+    """Every worker's own part of two minibatches, when both are there."""
     for first in batches:
         yield None
         if (second := next(batches, None)) is not None:

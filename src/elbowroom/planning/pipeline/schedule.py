@@ -1,4 +1,4 @@
-"""Schedules of training pipelines: 1F1B, replicated stages too, and the flushed ones.
+"""Schedules of training pipelines: 1F1B, also with replicated stages, and the flushed ones.
 
 Papers: arXiv 1806.03377 and SOSP 2019 (1F1B, 1F1B-RR); GPipe: arXiv 1811.06965; synchronous 1F1B:
 PipeDream-Flush, arXiv 2006.09503.
@@ -9,19 +9,19 @@ its stage / r), and then alternates one forward, one backward until no forward i
 ratios of replicas nor the number of minibatches need be even.
 
 ``depth`` multiplies W. At 1, the papers' number, stage k of n straight ones has n-k minibatches in
-flight, and there is no time to spare: what transfers take between two stages is added to their
-loop. At 2 transfers hide behind compute. It costs memory, as nearly twice as many weights and
-activations are kept, and the weights are older by as much. Stages with none behind them, and so
-data parallel training, are the same at any depth.
+flight, and there is no slack: the time of transfers between two stages is added to their loop. At 2
+transfers hide behind compute. It costs memory, as nearly twice as many weights and activations are
+kept, and weights are older by the same factor. Stages with none behind them, and so data-parallel
+training, are the same at any depth.
 
 Rounds: ``1f1b`` updates a straight stage after each backward, and a stage of r replicas after each
 r consecutive minibatches, one for each replica, which then average their gradients (``Reduce``). A
-last round of fewer minibatches is averaged over those that there are: replicas without one enter
-the ``Reduce`` after all else they do, so all have the same weights at every number of updates. The
-flushed schedules do the same once for each ``flush_every`` minibatches, of which the last may be
+last round of fewer minibatches is averaged over those that exist: replicas without one enter the
+``Reduce`` after all else they do, so all have the same weights at every number of updates. The
+flushed schedules do the same once for each ``flush_every`` minibatches; the last flush may have
 fewer too.
 
-No schedule of these deadlocks while a send does not wait for its receive. A backward of minibatch y
+None of these schedules deadlocks if a send does not wait for its receive. A backward of minibatch y
 at stage s follows the forward of y + W(s) r(s) there, and that of x at s follows, over all updates
 between, backwards below x - W(s) r(s) only. With b workers behind s, W(s) r(s) is at least depth b
 and less than depth (b + r), so it decreases from stage to stage; so whatever a backward waits for,
@@ -61,11 +61,11 @@ def plan_schedule(
     flush_every: int | None = None,
     depth: int = 1,
 ) -> Schedule:
-    """Actions of every worker, for stages of so many ``replicas`` each.
+    """Actions of every worker, for stages with ``replicas`` workers each.
 
-    ``flush_every`` is the number of minibatches between two flushes: of ``gpipe`` and
-    ``1f1b-flush`` alone, where it must be given. ``gpipe`` has no ``depth``. Raises InputError for
-    what is no schedule.
+    ``flush_every`` is the number of minibatches between two flushes; ``gpipe`` and ``1f1b-flush``
+    need it, ``1f1b`` has none. ``gpipe`` has no ``depth``. Raises InputError for other
+    combinations, and for numbers that give no schedule.
     """
     if kind not in KINDS:
         raise InputError(f"schedule '{kind}' is not one of {', '.join(KINDS)}")
@@ -87,7 +87,7 @@ def plan_schedule(
 
 @dataclass(frozen=True)
 class _Worker:
-    """Writes the list of one worker."""
+    """Generator of one worker's action list."""
 
     pipe: Pipe
     number: int
@@ -115,7 +115,7 @@ class _Worker:
             yield from self._update(stop - 1)
 
     def _rounds(self, last: int) -> Iterator[PipelineAction]:
-        """1F1B: an update after each round of as many minibatches as the stage has replicas."""
+        """1F1B actions: an update after each round, which has one minibatch for each replica."""
         replicas = self.pipe.replicas[self.stage]
         ends = iter([*range(replicas - 1, last - 1, replicas), last - 1])
         for step in self._alternate(0, last, self.warmup):
@@ -126,7 +126,7 @@ class _Worker:
             yield from self._update(end)
 
     def _alternate(self, start: int, stop: int, warmup: int) -> Iterator[Compute]:
-        """Of its own minibatches: ``warmup`` forwards, then one forward, one backward, then drain.
+        """Passes of this worker's own minibatches: ``warmup`` forwards, then 1F1B, then drain.
 
         The backward of a minibatch follows the forward of the ``warmup``-th after it.
         """
@@ -139,7 +139,7 @@ class _Worker:
             yield Backward(self.stage, minibatch)
 
     def _with_transfers(self, step: Compute) -> Iterator[PipelineAction]:
-        """What it takes from one neighbour before, and gives to the other after it."""
+        """A pass with the receive that it needs before it, and the send of its result after it."""
         stage, minibatch = step.stage, step.minibatch
         before = self.pipe.worker(stage - 1, minibatch) if stage > 0 else None
         behind = (
