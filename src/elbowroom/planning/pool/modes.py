@@ -48,8 +48,8 @@ class ModeTimes(NamedTuple):
 class PoolTimes:
     """Iteration times of a replica in a pool of ``num_ranks`` replicas, in steady state.
 
-    ``num_slots`` decides which share of its link a reader gets; None takes the whole link.
-    Where rows are shipped, ``joined_rows`` None is the rows of this replica times all ranks.
+    ``num_slots`` decides which share of its link a reader gets; None takes the whole link. In
+    methods that ship, ``joined_rows`` None means this replica's rows times ``num_ranks``.
     """
 
     cost: CostModel
