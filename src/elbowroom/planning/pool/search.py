@@ -131,7 +131,7 @@ def enumerate_layouts(
 ) -> Iterator[Layout]:
     """Layouts that use every device: t x d x groups, with pools within the nearest links.
 
-    Tensor parallelism t takes powers of two that divide the heads. A streamed pool gets
+    Tensor parallelism t takes powers of two that divide the heads. A streamed or shipped pool gets
     ``num_slots`` slots, by default both 2 and d-1: one slot hides nothing.
     """
     width = 1
