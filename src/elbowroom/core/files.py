@@ -78,7 +78,7 @@ def check_writable(paths: Iterable[Path]) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path.parent} is not writable: choose another folder")
-        # os.access says yes to root even on a read-only disk, so really create a file.
+        # Permissions alone do not tell, for root in particular: create a file and see.
         with explained_writes(str(path)), tempfile.TemporaryFile(dir=path.parent):
             pass
 

@@ -27,7 +27,10 @@ except ImportError:  # Windows
 _ROOT = Path("/")
 _PR_SET_PDEATHSIG = 1
 _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""Flags in ``/proc/cpuinfo``, on x86-64 and Arm, of CPUs with fast 16-bit products."""
+"""Flags in ``/proc/cpuinfo``, x86-64's and Arm's, of CPUs with instructions for bfloat16.
+
+Those for float16 follow.
+"""
 
 _FP16_INSTRUCTIONS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
 _ISAS = {
@@ -45,7 +48,7 @@ _UNLIMITED_BYTES = 1 << 60
 
 
 def cores(root: Path = _ROOT) -> tuple[int, ...]:
-    """The cores that this process may run on, at most as many as its CPU quota pays for.
+    """The cores that this process may run on, limited to what its CPU quota pays for.
 
     Of logical CPUs that share a core, only the first is listed: two threads of matrix products
     would only wait for each other.

@@ -183,7 +183,7 @@ class BatchFile:
         return [int(index) for index in np.flatnonzero((self._id_hashes != 0) & ~self._has_own_id)]
 
     def find(self, content_hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
-        """For each content hash the index of the first row that has it, or -1."""
+        """Index of the first row that has each content hash, or -1."""
         own = np.frombuffer(self._content_hashes, np.uint64)
         order = np.argsort(own, kind="stable")
         at = np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)

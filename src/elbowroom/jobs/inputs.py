@@ -147,7 +147,7 @@ def explained(path: Path | str) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str:
-    """How to read a file: stdin, pipe, plain, gzip or zstd.
+    """Kind of an input: stdin, pipe, plain, gzip or zstd.
 
     Raises InputError for what cannot hold JSON lines.
     """

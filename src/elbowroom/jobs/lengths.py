@@ -61,9 +61,9 @@ def read_lengths(
 ) -> FileLengths:
     """Count prompts in the model's tokens. Chat templates are estimated, not rendered.
 
-    At most about ``max_rows`` rows are counted, evenly spread, and stand for the others. Outputs
-    are assumed to reach their limits. Raises InputError when the file or the tokenizer cannot be
-    read, or no row could be answered.
+    At most ``max_rows`` rows are counted, evenly spread, and stand for the others. Outputs are
+    assumed to reach their limits. Raises InputError when the file or the tokenizer cannot be read,
+    or no row could be answered.
     """
     count = _counter(model_dir)
     prompts: list[int] = []

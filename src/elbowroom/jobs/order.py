@@ -131,7 +131,7 @@ def _token_ids(values: list[Any]) -> bytes | None:
 
 
 def _first_rows(hashes: Indices) -> Indices:
-    """For each row the first row that has its hash."""
+    """The first row with the same hash, for each row."""
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     return first.astype(np.uint32)[group]
 

@@ -26,8 +26,8 @@ class Layout:
     """Arrangement of replicas of one model on devices.
 
     ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
-    replicas of a group share one pool. ``pool`` "streamed" is the SiDP
-    paper's WaS; "shipped" its WaS+CaS: small batches are shipped to the owners instead.
+    replicas of a group share one pool. ``pool`` "streamed" is the SiDP paper's WaS; "shipped" is
+    its WaS+CaS: small batches are shipped to the owners instead.
     """
 
     tensor_parallel: int

@@ -38,9 +38,9 @@ KV_ROWS = 24
 COPY_BYTES = 64 * 1024**2
 MOST_LAYERS, LEAST_LAYERS = 8, 2
 MOST_COPIES, LEAST_COPIES = 32, 4
-"""Numbers of layers (90 MB each) and of copy sources (64 MB each).
+"""Bounds for the numbers of layers (90 MB each) and of copy sources (64 MB each).
 
-At most as many as do not stay in a large cache, as a model's layers do not.
+The upper ones are too much for a large cache, as a model's layers are.
 """
 
 _SWEEPS = 3

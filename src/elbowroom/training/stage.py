@@ -157,7 +157,7 @@ class _Builder:
             self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
 
     def give(self, names: Sequence[str]) -> None:
-        """Return outputs of layers as one flat tuple of tensors."""
+        """Make outputs of layers the graph's result, as one flat tuple of tensors."""
         given: list[fx.Node] = []
         for name in names:
             value, node = layer_value(self.traced, name), self.traced.by_name[name].node
@@ -173,7 +173,7 @@ class _Builder:
         self.graph.output(tuple(given))
 
     def give_result(self) -> None:
-        """Return what the model returns."""
+        """Make what the model returns the graph's result."""
         result = fx.map_arg(self.traced.output_nodes[-1].args[0], self._copies.__getitem__)
         spec = self.traced.graph.result
         self.graph.output(result if spec is None else self._call(_Result(spec), (result,)))

@@ -61,8 +61,7 @@ class ModelGraph:
         keys: for each placeholder its position or name in the call; None for an exported graph,
             which has a placeholder for each leaf of the arguments.
         result: structure of the leaves that an exported graph returns; None for other graphs.
-        mode_matters: whether the graph would be another one in the other of ``train()`` and
-            ``eval()``.
+        mode_matters: whether the graph would differ in the other mode (``train()`` or ``eval()``).
 
     """
 
@@ -87,7 +86,7 @@ class ModelGraph:
 
 
 def as_call(inputs: Any) -> Call:
-    """Arguments from a batch: a tuple is positional, a dict named, anything else the only one."""
+    """Arguments from a batch: a tuple is positional, a dict named, all else the only argument."""
     if isinstance(inputs, tuple):
         return Call(inputs, {})
     if isinstance(inputs, dict):

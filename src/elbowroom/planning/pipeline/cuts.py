@@ -203,7 +203,7 @@ def find_inputs(graph: LayerGraph) -> set[int]:
 
 
 def _find_owners(graph: LayerGraph, inputs: set[int]) -> list[int]:
-    """The layer that each layer goes with: itself, unless nothing uses its output."""
+    """The layer that each layer goes with: itself, unless it is free and nobody uses its output."""
     is_idle = [False] * len(graph.layers)
     for index in reversed(graph.order):
         is_read = any(not is_idle[reader] for reader in graph.readers[index])

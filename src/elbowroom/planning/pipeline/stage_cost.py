@@ -90,7 +90,7 @@ class StageCost:
           ones;
         - optimizer state;
         - the peak of the current minibatch's pass, or of the update after it, beyond what
-          ``minibatch_bytes`` counts as kept by that minibatch (this term may be negative);
+          ``minibatch_bytes`` counts as kept by that minibatch;
         - messages: ``depth`` activations and ``depth`` gradients received ahead of time, one
           gradient being read, and ``depth`` gradients being sent;
         - in replicated stages, gradients in buckets, and one bucket to receive into.

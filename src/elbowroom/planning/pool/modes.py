@@ -1,13 +1,13 @@
-"""Iteration time in each mode of a pool, and the batch size at which stream beats ship.
+"""Iteration time in each mode of a pool, and the batch at which streaming beats shipping.
 
 SiDP leaves the threshold open ("the smallest batch whose forward time hides the fetch"). Here the
 modes are compared directly. With local compute C(B), the time F to fetch all borrowed layers, and
 round trips R(B) of their activations:
 
-    local   C(B)
-    stream  max(C(B), F)            where copies overlap, else C(B) + F
-    ship    C(B) - FFN(B) + FFN(J) + R(B)
-    mixed   min over the shipped share x of max(compute(x), (1 - x) F)
+    local     C(B)
+    streamed  max(C(B), F)            where copies overlap, else C(B) + F
+    shipped   C(B) - FFN(B) + FFN(J) + R(B)
+    mixed     min over the shipped share x of max(compute(x), (1 - x) F)
 
 with J the rows that an owner joins, of all replicas that ship at once: d B, or fewer where some are
 idle. B_th is the smallest batch at which streaming takes no longer than shipping. While F > C, that
@@ -48,8 +48,8 @@ class ModeTimes(NamedTuple):
 class PoolTimes:
     """Iteration times of a replica in a pool of ``num_ranks`` replicas, in steady state.
 
-    ``num_slots`` decides which share of its link a reader gets; None takes the whole link.
-    Where rows are shipped, ``joined_rows`` None is the rows of this replica times all ranks.
+    ``num_slots`` decides which share of its link a reader gets; None takes the whole link. In
+    methods that ship, ``joined_rows`` None means this replica's rows times ``num_ranks``.
     """
 
     cost: CostModel

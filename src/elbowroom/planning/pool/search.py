@@ -131,7 +131,7 @@ def enumerate_layouts(
 ) -> Iterator[Layout]:
     """Layouts that use every device: t x d x groups, with pools within the nearest links.
 
-    Tensor parallelism t takes powers of two that divide the heads. A streamed pool gets
+    Tensor parallelism t takes powers of two that divide the heads. A streamed or shipped pool gets
     ``num_slots`` slots, by default both 2 and d-1: one slot hides nothing.
     """
     width = 1
@@ -229,9 +229,9 @@ def fill_in(
 ) -> EngineLimits:
     """Fill in what ``engine`` leaves open, for a job.
 
-    Rows at once: as many as a replica's cache holds at their mean length, but no more than it has
-    to answer; and 2,048 tokens of one iteration. Where the longest row would not fit, fewer tokens,
-    and then fewer rows. Never more rows than tokens, which vLLM refuses.
+    Rows at once are those that a replica's cache holds at their mean length, but no more than it
+    has to answer; tokens of one iteration are 2,048. Where the longest row would not fit, fewer
+    tokens are taken, and then fewer rows. Never more rows than tokens, which vLLM refuses.
     """
     tokens = engine.max_num_batched_tokens or USUAL_TOKENS
     rows: int | None = None

@@ -297,7 +297,7 @@ class _Lowering:
         self._add(str(action), rank, 0.0)
 
     def _ship(self, rank: int, action: Action) -> None:
-        """Add the way of shipped rows: to the owner, its work on them, and back.
+        """Add the trip of shipped rows: to the owner, its work on them, and back.
 
         Compute continues after that.
         """
