@@ -18,10 +18,10 @@ from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, InputError
 from elbowroom.core.trace import write_trace
+from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.pipeline.versions import SEMANTICS
-from elbowroom.pipeline.worker import StageOptions
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.script import TrainingScript, load_script

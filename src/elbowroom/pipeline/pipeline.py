@@ -12,9 +12,11 @@ from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
+from elbowroom.pipeline.options import LossFunction, StageOptions
 from elbowroom.pipeline.split import split
+from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.versions import Semantics
-from elbowroom.pipeline.worker import Done, LossFunction, StageOptions, StageWorker
+from elbowroom.pipeline.worker import StageWorker
 from elbowroom.plans.pipeline import PipelinePlan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.layers import trace_model

@@ -19,7 +19,7 @@ from elbowroom.plans.pipeline_pace import steady_seconds
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20
 _MOST_PACED = 1000
-_KINDS = ("forward", "backward", "update")
+_KINDS = ("forward", "backward", "reduce", "update")
 
 
 class Progress:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import ScheduleError
-from elbowroom.planning.pipeline.schedule import Kind, plan_schedule
+from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.schedule_check import check_schedule
 from elbowroom.planning.pipeline.weight_versions import (
     VERSION_RULES,
@@ -19,6 +19,7 @@ from elbowroom.planning.pipeline.weight_versions import (
     held_over_time,
 )
 from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule, Update
+from elbowroom.plans.pipeline_schedule import Kind
 from tests.planning.pipeline.schedules import REPLICAS, schedules
 
 DEPTHS = st.integers(1, 3)
