@@ -38,12 +38,13 @@ from elbowroom.plans.pipeline_schedule import ActionStream
 from elbowroom.plans.pipeline_shape import Pipe
 
 Tensors = tuple[torch.Tensor, ...]
+DoneKind = Literal["forward", "backward", "reduce", "update"]
 
 
 class Done(NamedTuple):
     """One action that computed: seconds on ``time.perf_counter``, the weights by their version."""
 
-    kind: Literal["forward", "backward", "reduce", "update"]
+    kind: DoneKind
     minibatch: int
     version: int
     begin: float
@@ -271,13 +272,7 @@ class StageActions:
         dtype = self._options.autocast
         return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
-    def _note(
-        self,
-        kind: Literal["forward", "backward", "reduce", "update"],
-        minibatch: int,
-        version: int,
-        begin: float,
-    ) -> None:
+    def _note(self, kind: DoneKind, minibatch: int, version: int, begin: float) -> None:
         """Count what just ended, and keep it if a record is kept."""
         end = time.perf_counter()
         self.busy_seconds += end - begin

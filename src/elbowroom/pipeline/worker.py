@@ -1,9 +1,8 @@
 """One worker of a pipeline: carries out the actions of its schedule as minibatches are fed.
 
-Every worker is told of every minibatch and does what is its own: a call of ``train_step`` feeds one
-minibatch into the pipe and none waits for it to come back; ``drain`` lets all come back. With
-``flush`` weights, each call feeds microbatches, after which the schedule drains the pipe and
-updates once.
+Every worker is told of every minibatch and does what is its own. A call of ``train_step`` feeds one
+minibatch into the pipe and does not wait for its backward; ``drain`` finishes all in flight. With
+``flush``, each call feeds microbatches, after which the schedule drains the pipe and updates once.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ from elbowroom.plans.pipeline_shape import Pipe
 
 
 class StageWorker:
-    """Worker number ``worker`` of ``pipe``. Needs a process group of all workers.
+    """One worker of a pipe: its stage, trained as minibatches are fed.
 
-    ``module`` takes the tensors that the stage before it gives, then its own inputs, and gives a
-    tuple of tensors; what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every
-    update. Minibatches are numbered from ``next_minibatch``; ``depth`` is that of the plan.
+    It is number ``worker`` of ``pipe`` and needs a process group of all workers. ``module`` takes
+    the tensors that the stage before it gives, then its own inputs, and gives a tuple of tensors;
+    what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every update.
+    Minibatches are numbered from ``next_minibatch``; ``depth`` is that of the plan.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class StageWorker:
         return sum(here) / len(here) if here else None
 
     def drain(self) -> None:
-        """Let all minibatches come back. Every worker must call it; then training may go on."""
+        """Finish all minibatches in flight; every worker must call it. Then training may resume."""
         self._carry_out(self._stream.drain())
 
     def close(self) -> None:
