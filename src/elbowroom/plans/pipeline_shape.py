@@ -41,12 +41,14 @@ class Pipe:
         """Stage of each worker."""
         return tuple(stage for stage, count in enumerate(self.replicas) for _ in range(count))
 
+    @cached_property
+    def _workers(self) -> tuple[range, ...]:
+        ends = accumulate(self.replicas)
+        return tuple(range(end - n, end) for end, n in zip(ends, self.replicas, strict=True))
+
     def workers(self, stage: int) -> range:
-        """Workers that are the replicas of a stage; none for a stage that does not exist."""
-        if not 0 <= stage < self.num_stages:
-            return range(0)
-        first = (0, *accumulate(self.replicas))[stage]
-        return range(first, first + self.replicas[stage])
+        """The replicas of a stage; none for a number that no stage has."""
+        return self._workers[stage] if 0 <= stage < self.num_stages else range(0)
 
     def worker(self, stage: int, minibatch: int) -> int:
         """The worker that runs a minibatch at a stage, forward and backward."""
