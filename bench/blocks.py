@@ -15,7 +15,7 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class Shape(NamedTuple):
-    """Shape of a decoder layer with a gated feed-forward network; a row attends to ``context`` tokens."""
+    """Decoder layer with a gated feed-forward network; a row attends to ``context`` tokens."""
 
     hidden: int
     width: int

@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
 from elbowroom.pipeline.checkpoint import Checkpoint
+from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
-from elbowroom.pipeline.worker import StageOptions
 from elbowroom.plans.pipeline import read_pipeline_plan
 
 WARM_UP = 5
@@ -109,7 +109,7 @@ def double_batch(
 
 
 def _every_second(batches: Batches) -> Iterator[tuple[Any, Any] | None]:
-    """This worker's part of two minibatches, when both are there."""
+    """Every worker's own part of two minibatches, when both are there."""
     for first in batches:
         yield None
         if (second := next(batches, None)) is not None:

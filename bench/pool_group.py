@@ -28,7 +28,7 @@ from bench.blocks import Block, KeysAndValues, Linear, Pack, Shape
 from elbowroom.engine.vllm_seam.kernels import find_kernel
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.pool import Pool
+from elbowroom.pool.loading import PoolLoader, PoolOptions
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import Store
@@ -155,20 +155,16 @@ def make_stack(
     pack, linear = kernel(setup.device)
     folder = run_dir / (f"{mode}-{rank}" if mode == "local" else mode)
     folder.mkdir(exist_ok=True)
-    share = _share(setup, mode, rank)
-    pool = Pool(
-        share,
+    loader = PoolLoader(
+        _share(setup, mode, rank),
         open_store(setup.device, folder, rank),
-        pack,
-        run_dir=folder,
-        link_bytes_per_second=setup.bytes_per_second,
+        PoolOptions(pack, folder, link_bytes_per_second=setup.bytes_per_second),
     )
     blocks = []
     for layer in range(setup.num_layers):  # one after the other: a stack may not fit twice
         blocks.append(Block(setup.shape, linear, pack, kv[layer]))
-        pool.add_block(blocks[-1])
-    pool.attach()
-    pool.start()
+        loader.add_block(blocks[-1])
+    loader.attach().start()
     return blocks
 
 

@@ -14,6 +14,7 @@ import pytest
 from tools.make_docs import (
     ENGINE,
     LIVE,
+    OUTPUT,
     README,
     REFUSED,
     ROOT,
@@ -112,6 +113,17 @@ def test_files_are_real() -> None:
             if found := re.fullmatch(r"((?:[a-z_]+/)+[a-z_]+\.py)(:.*)?", code):
                 places = (ROOT, ROOT / "src" / "elbowroom", ROOT / "src" / "elbowroom" / "engine")
                 assert any((place / found[1]).exists() for place in places), (page, code)
+
+
+def test_lines_of_the_report_are_real() -> None:
+    """All that a run prints in its report, and nothing else, is explained."""
+    shown = (OUTPUT / "first-run.txt").read_text().partition("\nReport\n")[2]
+    printed = {line.strip().split("  ")[0] for line in shown.splitlines() if line[1:2] != " "}
+    guide = (ROOT / "docs" / "guide" / "batch.md").read_text().partition("read the report")[2]
+    rows = re.findall(r"^\| ([^|]+) \|", guide.partition("## ")[0], re.MULTILINE)
+    assert set(rows) - {"line", "---"} == printed - {"rows", "tokens", "seconds", "restarts"} - {
+        "prompt tokens in the prefix cache"
+    }
 
 
 def test_links_lead_somewhere() -> None:

@@ -33,7 +33,7 @@ LLAMA_70B = Shape(8192, 28672, 64, 8, 128, 512)
 SMALL = Shape(256, 512, 4, 2, 64, 64)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 KV_SHARE = 0.25
-"""Memory per byte of full weight copies: what is left is KV cache without a pool."""
+"""KV cache without a pool, as a share of the memory that full copies of the weights take."""
 
 
 def main() -> None:

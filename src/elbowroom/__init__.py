@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from elbowroom.app.batch import iter_batch, run_batch
     from elbowroom.core.cluster import read_cluster
+    from elbowroom.pipeline.options import StageOptions
     from elbowroom.pipeline.pipeline import Pipeline
-    from elbowroom.pipeline.worker import StageOptions
     from elbowroom.planning.pipeline.plan import plan_pipeline
     from elbowroom.plans.pipeline import read_pipeline_plan
     from elbowroom.profiling.layers import profile
@@ -31,7 +31,7 @@ __all__ = [
 
 _MODULES = {
     "Pipeline": "elbowroom.pipeline.pipeline",
-    "StageOptions": "elbowroom.pipeline.worker",
+    "StageOptions": "elbowroom.pipeline.options",
     "iter_batch": "elbowroom.app.batch",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",

@@ -17,7 +17,7 @@ from bench.blocks import Block, PackedLinear, Shape
 from bench.pool_group import ALWAYS, finish, kernel, open_store
 
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.pool.pool import Pool
+from elbowroom.pool.loading import PoolLoader, PoolOptions
 
 SHAPE = Shape(512, 1024, 8, 4, 64, 32)
 NUM_LAYERS, MOST_ROWS = 7, 256
@@ -36,13 +36,14 @@ def main(
         ship_below_rows=ALWAYS if ships else 0,
     )[rank]
     local, pooled = _stack(device), _stack(device)
-    pool = Pool(share, open_store(device, run_dir, rank), kernel(device)[0], run_dir=run_dir)
+    options = PoolOptions(pack=kernel(device)[0], run_dir=run_dir)
+    loader = PoolLoader(share, open_store(device, run_dir, rank), options)
     for block in pooled:
-        pool.add_block(block)
+        loader.add_block(block)
     for linear in (module for block in local for module in block.mlp.modules()):
         if isinstance(linear, PackedLinear):
             linear.weight.copy_(kernel(device)[0](linear.weight))
-    pool.attach()
+    pool = loader.attach()
     pool.start()
     _tell("ready")
     errors = []

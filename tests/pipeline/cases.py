@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from elbowroom.plans.pipeline_schedule import Kind
+
 WIDTH, BATCH = 6, 4
 
 
@@ -33,6 +35,7 @@ class Case:
     clip_norm: float | None = None
     autocast: bool = False
     frozen: int = 0
+    schedule: Kind | None = None
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import distributed
 
-from elbowroom.pipeline.worker import StageOptions, StageWorker
+from elbowroom.pipeline.options import StageOptions
+from elbowroom.pipeline.worker import StageWorker
 from elbowroom.plans.pipeline_shape import Pipe
 from tests.pipeline.cases import (
     Case,
@@ -44,6 +45,7 @@ def main(case: Case, folder: Path, number: int) -> None:
         keeps_record=True,
         clip_norm=case.clip_norm,
         bucket_bytes=case.bucket_bytes,
+        schedule=case.schedule,
     )
     worker = StageWorker(
         stage,
@@ -60,7 +62,7 @@ def main(case: Case, folder: Path, number: int) -> None:
         if index in case.breaks:
             worker.drain()
         inputs, target = minibatch(case, index)
-        losses.append(worker.train_step(inputs if worker.number == 0 else (), target))
+        losses.append(worker.train_step(inputs if worker.stage == 0 else (), target))
     worker.drain()
     worker.close()
     seen = {

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import distributed
 
+from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline
-from elbowroom.pipeline.worker import StageOptions
 from elbowroom.plans.pipeline import read_pipeline_plan
 from elbowroom.training.memory_watch import MemoryWatch
 from tests.pipeline.memory_cases import MODELS, Case, make_optimizer

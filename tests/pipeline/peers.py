@@ -106,7 +106,7 @@ def adds_up_in_a_ring(number: int, size: int) -> None:
         assert sent == 2 * (size - 1) * tensor.nbytes
 
 
-def agrees(number: int, size: int) -> None:
+def all_reduces(number: int, size: int) -> None:
     """Gradients leave while autograd is at work; rounds end also with one minibatch in all."""
     unused, a, b = torch.ones(2), torch.full((4,), 2.0), torch.full((6,), 3.0)
     leaves = {"unused": unused, "a": a, "b": b}
@@ -118,12 +118,12 @@ def agrees(number: int, size: int) -> None:
         loss = (number + 1) * (a.square().sum() + b.square().sum())
         torch.autograd.grad(loss, leaves.values(), allow_unused=True)
     _await(lambda: sum(replicas.sent_bytes.values()) == a.nbytes + b.nbytes)
-    agreed = replicas.agree({"unused": torch.full((2,), float(number))})
-    assert list(agreed) == list(leaves)
-    assert [one.unique().tolist() for one in agreed.values()] == [[0.5], [6.0], [9.0]]
+    reduced = replicas.all_reduce({"unused": torch.full((2,), float(number))})
+    assert list(reduced) == list(leaves)
+    assert [one.unique().tolist() for one in reduced.values()] == [[0.5], [6.0], [9.0]]
     replicas.tell(1 - number)
-    agreed = replicas.agree({} if number else {"a": torch.full((4,), 5.0)})
-    assert [one.unique().tolist() for one in agreed.values()] == [[0.0], [5.0], [0.0]]
+    reduced = replicas.all_reduce({} if number else {"a": torch.full((4,), 5.0)})
+    assert [one.unique().tolist() for one in reduced.values()] == [[0.0], [5.0], [0.0]]
     replicas.close()
 
 

@@ -145,7 +145,7 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
 
 
 def _set_means(module: nn.Module, gradients: list[list[torch.Tensor]], replicas: int) -> None:
-    """Mean gradient of a round's minibatches, in the order in which a ring of replicas adds them up.
+    """Mean gradient of a round's minibatches, added up in the order of a ring of replicas.
 
     All gradients lie in one bucket, the last first, in a part for each replica. Part p is added up
     from replica p on; those without a minibatch give zeros.

@@ -17,7 +17,7 @@ from tests.pipeline.members import run_together
         ("receives_no_more_than_it_may", 3),
         ("waits_until_no_more_are_unsent", 2),
         ("adds_up_in_a_ring", 3),
-        ("agrees", 2),
+        ("all_reduces", 2),
     ],
 )
 def test_peers(tmp_path: Path, name: str, size: int) -> None:

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file
 
 from elbowroom.core.errors import InputError
-from elbowroom.pipeline.worker import StageOptions
+from elbowroom.pipeline.options import StageOptions
+from elbowroom.pipeline.versions import Semantics
 from elbowroom.planning.pipeline.cuts import find_cuts
 from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.stage_cost import StageCost
 from elbowroom.planning.pipeline.weight_versions import VersionRule, forward_versions
 from elbowroom.plans.pipeline import Level, PipelineOptions
-from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule
+from elbowroom.plans.pipeline_actions import Backward, Forward, Reduce, Schedule, Update
+from elbowroom.plans.pipeline_schedule import Kind
 from elbowroom.plans.pipeline_shape import Pipe
 from tests.pipeline.cases import BATCH, WIDTH, Case, make_stages
 from tests.pipeline.members import Members
@@ -54,15 +56,15 @@ def _same_as_serial(case: Case, folder: Path, seen: list[dict[str, Any]], serial
     )
 
 
-def _passes(seen: list[dict[str, Any]]) -> list[list[tuple[str, int]]]:
+def _computed(seen: list[dict[str, Any]]) -> list[list[tuple[str, int]]]:
     """What each worker computed, in its order."""
-    return [[(kind, i) for kind, i, _ in one["done"] if kind != "update"] for one in seen]
+    return [[(kind, i) for kind, i, _ in one["done"]] for one in seen]
 
 
-def _planned_passes(schedule: Schedule) -> list[list[tuple[str, int]]]:
-    names = {Forward: "forward", Backward: "backward"}
+def _planned(schedule: Schedule) -> list[list[tuple[str, int]]]:
+    names = {Forward: "forward", Backward: "backward", Reduce: "reduce", Update: "update"}
     return [
-        [(names[type(a)], a.minibatch) for a in actions if isinstance(a, Forward | Backward)]
+        [(names[type(a)], a.minibatch) for a in actions if type(a) in names]
         for actions in schedule.actions
     ]
 
@@ -126,7 +128,7 @@ def check_delayed_weights(run: Run, case: Case, folder: Path) -> None:
     seen = run(case, folder)
     assert _same_as_serial(case, folder, seen, train(case))
     schedule = plan_schedule(case.replicas, case.num_minibatches, depth=case.depth)
-    assert _passes(seen) == _planned_passes(schedule)
+    assert _computed(seen) == _planned(schedule)
     used = {
         Forward(schedule.stages[worker], i): version
         for worker, one in enumerate(seen)
@@ -138,15 +140,17 @@ def check_delayed_weights(run: Run, case: Case, folder: Path) -> None:
     assert [one["sent_bytes"] for one in seen] == _planned_bytes(case)
 
 
+@pytest.mark.parametrize("kind", ["1f1b-flush", "gpipe"])
 @pytest.mark.parametrize("replicas", STRAIGHT, ids=str)
 def test_flush_is_gradient_accumulation(
-    run: Run, tmp_path: Path, replicas: tuple[int, ...]
+    run: Run, tmp_path: Path, replicas: tuple[int, ...], kind: Kind
 ) -> None:
     case = Case(replicas, "flush", "adamw", num_minibatches=5, microbatches=4, dropout=0.3)
+    case = replace(case, schedule=kind)
     seen = run(case, tmp_path)
     assert _same_as_serial(case, tmp_path, seen, train_flushed(case))
-    schedule = plan_schedule(replicas, 5 * 4, "1f1b-flush", 4)
-    assert _passes(seen) == _planned_passes(schedule)
+    schedule = plan_schedule(replicas, 5 * 4, kind, 4)
+    assert _computed(seen) == _planned(schedule)
 
 
 @pytest.mark.parametrize("replicas", [(2, 1), (1, 3)], ids=str)
@@ -246,6 +250,14 @@ def test_microbatches_without_a_flush() -> None:
         StageOptions("stash", 4)
     with pytest.raises(InputError, match="4 microbatches with semantics of the plan"):
         StageOptions(microbatches=4)
+
+
+@pytest.mark.parametrize(
+    ("semantics", "schedule"), [("flush", "1f1b"), ("stash", "gpipe"), (None, "1f1b-flush")]
+)
+def test_schedules_of_other_semantics(semantics: Semantics | None, schedule: Kind) -> None:
+    with pytest.raises(InputError, match=f"schedule '{schedule}' with semantics"):
+        StageOptions(semantics, schedule=schedule)
 
 
 def test_stages_are_different() -> None:

@@ -32,19 +32,19 @@ def test_switches_of_any_batches(batches: list[int], threshold: int) -> None:
     """A batch beyond the buffer streams at once; all other switches keep their distance."""
     chooser = Chooser(threshold, most_rows=200)
     modes = [chooser.choose(rows) for rows in batches]
-    assert all(mode == "stream" for mode, rows in zip(modes, batches, strict=True) if rows > 200)
+    assert all(mode == "streamed" for mode, rows in zip(modes, batches, strict=True) if rows > 200)
     last = 0
     for at in switches(modes):
         assert at - last >= LEAST_ITERATIONS or batches[at] > 200
         last = at
     if threshold == 0:
-        assert set(modes) == {"stream"}
+        assert set(modes) == {"streamed"}
 
 
 def test_a_tail_ships_and_a_new_load_streams() -> None:
     chooser = Chooser(threshold_rows=32, most_rows=256)
     modes = [chooser.choose(rows) for rows in [200] * 30 + [4] * 30 + [100] * 30]
-    assert modes == ["stream"] * 30 + ["ship"] * 30 + ["stream"] * 30
+    assert modes == ["streamed"] * 30 + ["shipped"] * 30 + ["streamed"] * 30
 
 
 def test_what_is_measured_moves_the_threshold() -> None:

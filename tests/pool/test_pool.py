@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -15,11 +18,13 @@ from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelErro
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import FetchOrder, PoolMode, PoolShare
 from elbowroom.pool.ffn import find_ffn
-from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.loading import PoolLoader, PoolOptions
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
-from elbowroom.pool.store import LocalHub, LocalStore
+from elbowroom.pool.store import LocalHub, LocalStore, Store
 from tests.pool.hf import CONFIGS, blocks_of, make_model
+
+Result = TypeVar("Result")
 
 NUM_LAYERS = 5  # divisible by neither 2 nor 3
 TOKENS = torch.arange(12).reshape(2, 6)
@@ -57,27 +62,33 @@ def _group(
     """One model per rank, pooled and started; in shared memory if a run directory is given."""
     hub = LocalHub()
     models = [make_model(name, NUM_LAYERS) for _ in shares]
-    pools = []
-    for share in shares:
+    options = PoolOptions(run_dir=run_dir, peer_timeout_seconds=5, stream_timeout_seconds=5)
+    loaders = []
+    for share, model in zip(shares, models, strict=True):
         store = SharedMemoryStore(run_dir, share.rank) if run_dir else LocalStore(hub)
-        pools.append(Pool(share, store, None, 5, stream_timeout_seconds=5, run_dir=run_dir))
+        loaders.append(_loader(share, store, model, options))
     with ExitStack() as stack:
-        for model, pool in zip(models, pools, strict=True):
-            for block in blocks_of(model):
-                pool.add_block(block)
-            stack.callback(pool.close)
-        _all_at_once([pool.attach for pool in pools])
+        pools = _all_at_once([loader.attach for loader in loaders])
         for pool in pools:
+            stack.callback(pool.close)
             pool.start()
         yield models, pools
 
 
-def _all_at_once(calls: list[object]) -> None:
-    threads = [threading.Thread(target=call) for call in calls]  # type: ignore[arg-type]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
+def _loader(
+    share: PoolShare, store: Store, model: nn.Module, options: PoolOptions | None = None
+) -> PoolLoader:
+    """A loader that has all blocks of ``model``."""
+    loader = PoolLoader(share, store, options)
+    for block in blocks_of(model):
+        loader.add_block(block)
+    return loader
+
+
+def _all_at_once(calls: Sequence[Callable[[], Result]]) -> list[Result]:
+    """What each call gives, all on threads of their own."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        return [future.result(20) for future in [threads.submit(call) for call in calls]]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -108,14 +119,16 @@ def test_shipped_equals_plain_within_rounding(tmp_path: Path, num_ranks: int) ->
     expected = _logits(make_model("llama", NUM_LAYERS))
     with _group(_shares(num_ranks, "streamed", ship_below_rows=100), run_dir=tmp_path) as group:
         models, pools = group
-        outputs: list[torch.Tensor] = []
-        for _ in range(5):
-            _all_at_once([lambda m=model: outputs.append(_logits(m)) for model in models])
-        for out in outputs:
+        for out in [
+            out
+            for _ in range(5)
+            for out in _all_at_once([partial(_logits, model) for model in models])
+        ]:
             torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
         for pool in pools:
             pool.check_integrity()
-            stats, borrowed = pool.stats(), NUM_LAYERS - len(pool._owned)
+            borrowed = sum(owner != pool.share.rank for owner in pool.share.owners)
+            stats = pool.stats()
             assert (stats.shipped_iterations, stats.streamed_iterations) == (5, 0)
             assert stats.shipped_rows == 5 * borrowed * TOKENS.numel()
         served = sum(pool.stats().served_rows for pool in pools)
@@ -216,24 +229,14 @@ def test_streamed_layers_out_of_order() -> None:
         assert torch.equal(_logits(models[0]), plain), "the error must not spoil the next pass"
 
 
-def test_integrity_compares_lease_and_slot() -> None:
-    with _group(_shares(2, "streamed", 1)) as (_, pools):
-        pools[0].acquire(1)
-        pools[0].check_integrity()
-        pools[0]._lease = 3
-        with pytest.raises(PoolError, match="lease on 3, slot 0 on another layer"):
-            pools[0].check_integrity()
-
-
 def test_placeholders_hold_no_memory() -> None:
     share = _shares(2, "streamed")[0]
-    pool = Pool(share, LocalStore())
+    loader = PoolLoader(share, LocalStore())
     for layer, block in enumerate(blocks_of(make_model("llama", NUM_LAYERS))):
-        ffn = pool.add_block(block)
+        ffn = loader.add_block(block)
         weights = [span.linear.get_parameter("weight") for span in ffn.spans]
-        assert all(weight.is_meta != pool.owns(layer) for weight in weights)
+        assert all(weight.is_meta != loader.owns(layer) for weight in weights)
         assert [weight.shape for weight in weights] == [span.shape for span in ffn.spans]
-    pool.close()
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -241,26 +244,26 @@ def test_owned_weights_lie_in_the_store(keep: bool) -> None:
     block = blocks_of(make_model("llama", 1))[0]
     linear = block.get_submodule("mlp.up_proj")
     before = linear.get_parameter("weight").clone()
-    store = LocalStore()
-    pool = Pool(plan_shares((1,), 1, "none")[0], store)
-    ffn = pool.add_block(block, keep_weights=keep)
-    buffer = store._own[0]
-    buffer[-1] = 7
-    first = ffn.spans[0].linear.get_parameter("weight")
-    assert first.data_ptr() == buffer.data_ptr()
-    assert torch.equal(linear.get_parameter("weight"), before) or not keep
-    pool.close()
+    hub = LocalHub()
+    loader = PoolLoader(plan_shares((1,), 1, "none")[0], LocalStore(hub))
+    ffn = loader.add_block(block, keep_weights=keep)
+    first = ffn.spans[0].linear.get_parameter("weight").data_ptr()
+    after = linear.get_parameter("weight").clone()
+    loader.attach().close()
+    assert first == hub.published[0].data_ptr()
+    assert torch.equal(after, before) or not keep
 
 
 def test_pack_is_applied_to_what_a_rank_owns_before_peers_see_it() -> None:
     """Packing by the owner alone: doubled weights everywhere, each exactly once."""
     hub = LocalHub()
-    pools = [Pool(s, LocalStore(hub), pack=lambda w: w * 2) for s in _shares(2, "mapped")]
-    models = [make_model("llama", NUM_LAYERS) for _ in pools]
-    for model, pool in zip(models, pools, strict=True):
-        for block in blocks_of(model):
-            pool.add_block(block)
-    _all_at_once([pool.attach for pool in pools])
+    shares, double = _shares(2, "mapped"), PoolOptions(pack=lambda w: w * 2)
+    models = [make_model("llama", NUM_LAYERS) for _ in shares]
+    loaders = [
+        _loader(share, LocalStore(hub), model, double)
+        for share, model in zip(shares, models, strict=True)
+    ]
+    _all_at_once([loader.attach for loader in loaders])
     plain = make_model("llama", NUM_LAYERS)
     for model in models:
         for block, other in zip(blocks_of(model), blocks_of(plain), strict=True):
@@ -275,46 +278,50 @@ def test_a_rank_that_is_started_again_finds_its_layers(mode: PoolMode) -> None:
     hub = LocalHub()
     shares = _shares(2, mode)
 
-    def join(share: PoolShare, keep_weights: bool = True) -> tuple[nn.Module, Pool]:
-        model, pool = make_model("llama", NUM_LAYERS), Pool(share, LocalStore(hub), lambda w: w * 2)
+    def join(share: PoolShare, keep_weights: bool = True) -> tuple[nn.Module, PoolLoader]:
+        model = make_model("llama", NUM_LAYERS)
+        loader = PoolLoader(share, LocalStore(hub), PoolOptions(pack=lambda w: w * 2))
         for block in blocks_of(model):
-            pool.add_block(block, keep_weights)
-        return model, pool
+            loader.add_block(block, keep_weights)
+        return model, loader
 
-    members = [join(share) for share in shares]
-    _all_at_once([pool.attach for _, pool in members])
-    for _, pool in members:
+    models, loaders = zip(*(join(share) for share in shares), strict=True)
+    pools = _all_at_once([loader.attach for loader in loaders])
+    for pool in pools:
         pool.start()
-    expected = _logits(members[0][0])
-    members[0][1].close()
+    expected = _logits(models[0])
+    pools[0].close()
     published = {layer: buffer.data_ptr() for layer, buffer in hub.published.items()}
-    again, pool = join(shares[0], keep_weights=False)
+    again, loader = join(shares[0], keep_weights=False)
     for block in blocks_of(again):
         assert all(span.linear.get_parameter("weight").is_meta for span in find_ffn(block).spans)
-    pool.attach()
+    pool = loader.attach()
     pool.start()
     assert torch.equal(_logits(again), expected)
-    assert torch.equal(_logits(members[1][0]), expected)
+    assert torch.equal(_logits(models[1]), expected)
     assert {layer: buffer.data_ptr() for layer, buffer in hub.published.items()} == published
-    assert pool.stats().owned_bytes == members[1][1].stats().owned_bytes * 3 // 2
-    for one in (pool, members[1][1]):
+    assert pool.stats().owned_bytes == pools[1].stats().owned_bytes * 3 // 2
+    for one in (pool, pools[1]):
         one.close()
 
 
 def test_nothing_is_allocated_after_the_start() -> None:
+    """Weights lie where they are published, or in one of two slots, in every pass."""
     with _group(_shares(3, "streamed", 2)) as (models, pools):
-        assert pools[0]._streamer is not None
-        slots = {buffer.data_ptr() for buffer in pools[0]._streamer.buffers}
-        owned = {buffer.data_ptr() for buffer in pools[0]._owned.values()}
-        seen: list[set[int]] = []
-        for block in blocks_of(models[0]):
+        blocks, owners = blocks_of(models[0]), pools[0].share.owners
+        seen: list[set[tuple[bool, int]]] = []
+        for block, owner in zip(blocks, owners, strict=True):
             block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
-                lambda linear, _: seen[-1].add(linear.weight.data_ptr())
+                lambda linear, _, owns=owner == 0: seen[-1].add((owns, linear.weight.data_ptr()))
             )
         for _ in range(3):
             seen.append(set())
             _logits(models[0])
-        assert all(pointers == slots | owned for pointers in seen)
+        assert all(pointers == seen[0] for pointers in seen)
+        owned = {pointer for owns, pointer in seen[0] if owns}
+        slots = {pointer for owns, pointer in seen[0] if not owns}
+        assert (len(owned), len(slots)) == (owners.count(0), 2)
+        assert not owned & slots
 
 
 def test_counters() -> None:
@@ -332,39 +339,27 @@ def test_counters() -> None:
         assert stats.wait_seconds >= 0
 
 
-def test_failure_of_the_housekeeper_reaches_the_pass() -> None:
-    with _group(_shares(2, "streamed", 1)) as (models, pools):
-        _logits(models[0])
-        housekeeper = pools[0]._streamer
-        assert isinstance(housekeeper, Housekeeper)
-        housekeeper._sources.clear()
-        with pytest.raises(PoolError, match="was not streamed") as caught:
-            for _ in range(3):
-                _logits(models[0])
-        assert isinstance(caught.value.__cause__, KeyError)
-
-
 def test_plan_that_fetches_other_layers() -> None:
     shares = _shares(2, "streamed")
     wrong = PoolShare("streamed", 0, 2, shares[0].owners, 1, shares[1].fetches)
     hub = LocalHub()
-    pools = [Pool(share, LocalStore(hub)) for share in (wrong, shares[1])]
-    for pool in pools:
-        for block in blocks_of(make_model("llama", NUM_LAYERS)):
-            pool.add_block(block)
-    thread = threading.Thread(target=pools[1].attach)
+    loaders = [
+        _loader(share, LocalStore(hub), make_model("llama", NUM_LAYERS))
+        for share in (wrong, shares[1])
+    ]
+    thread = threading.Thread(target=loaders[1].attach)
     thread.start()
     with pytest.raises(PoolError, match=r"rank 0 borrows layers \[1, 3\].*plan again"):
-        pools[0].attach()
+        loaders[0].attach()
     thread.join(10)
 
 
 def test_a_block_more_than_the_plan_knows() -> None:
-    pool = Pool(plan_shares((1,), 1, "mapped")[0], LocalStore())
+    loader = PoolLoader(plan_shares((1,), 1, "mapped")[0], LocalStore())
     blocks = blocks_of(make_model("llama", 2))
-    pool.add_block(blocks[0])
+    loader.add_block(blocks[0])
     with pytest.raises(UnsupportedModelError, match="the plan knows 1 layers"):
-        pool.add_block(blocks[1])
+        loader.add_block(blocks[1])
 
 
 def test_peers_with_other_sizes_are_refused() -> None:
@@ -372,14 +367,13 @@ def test_peers_with_other_sizes_are_refused() -> None:
     store = LocalStore(hub)
     store.allocate(0, 64)
     store.publish(0)
-    pool = Pool(PoolShare("mapped", 1, 2, (0,)), LocalStore(hub))
-    pool.add_block(blocks_of(make_model("llama", 1))[0])
+    loader = _loader(PoolShare("mapped", 1, 2, (0,)), LocalStore(hub), make_model("llama", 1))
     with pytest.raises(PeerLostError, match="has 64 bytes, expected 18432"):
-        pool.attach()
+        loader.attach()
 
 
 def test_peer_that_never_publishes() -> None:
-    pool = Pool(PoolShare("mapped", 1, 2, (0,)), LocalStore(), peer_timeout_seconds=0.05)
-    pool.add_block(blocks_of(make_model("llama", 1))[0])
+    share, options = PoolShare("mapped", 1, 2, (0,)), PoolOptions(peer_timeout_seconds=0.05)
+    loader = _loader(share, LocalStore(), make_model("llama", 1), options)
     with pytest.raises(PeerLostError, match=r"rank 0 did not publish layer 0 within 0\.05 s"):
-        pool.attach()
+        loader.attach()

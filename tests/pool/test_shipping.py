@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.pool.ffn import Forward
 from elbowroom.pool.run_dir import hold_lock
 from elbowroom.pool.shared_memory import alive_path, shared_mailbox
-from elbowroom.pool.shipping import Forward, Shipper, ShipServer
+from elbowroom.pool.shipping import Shipper, ShipServer
 
 COLUMNS = 64
 MOST_ROWS = 256

@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.pool.pool import Pool
+from elbowroom.pool.loading import PoolLoader, PoolOptions
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from tests.pool.hf import blocks_of, make_model
 
@@ -30,15 +31,17 @@ def _stress(run_dir: Path, seconds: float) -> None:
         (1,) * NUM_LAYERS, NUM_RANKS, "streamed", 1, ship_bytes=40 * 32 * 4, ship_below_rows=20
     )
     models = [make_model("llama", NUM_LAYERS) for _ in shares]
-    pools = [Pool(s, SharedMemoryStore(run_dir, s.rank), run_dir=run_dir) for s in shares]
-    for model, pool in zip(models, pools, strict=True):
+    options = PoolOptions(run_dir=run_dir)
+    loaders = [PoolLoader(s, SharedMemoryStore(run_dir, s.rank), options) for s in shares]
+    for model, loader in zip(models, loaders, strict=True):
         for block in blocks_of(model):
-            pool.add_block(block)
+            loader.add_block(block)
     for block in blocks_of(models[2]):  # slow now and then, for itself and for others
         block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
             lambda *_: time.sleep(random.choice((0, 0, 0, 0, 3e-3)))
         )
-    _on_threads([pool.attach for pool in pools])
+    with ThreadPoolExecutor() as threads:
+        pools = list(threads.map(PoolLoader.attach, loaders))
     for pool in pools:
         pool.start()
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""Facts about devices and the links between them, from TOML: presets, or what was measured."""
+"""Hardware facts: devices and the links between them, read from presets or measured profiles."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRESETS = ("h20-8", "h100-8", "h200-8", "b200-8", "a100-80-8")
 
 @dataclass(frozen=True)
 class Rate:
-    """A peak per second, and the fraction of it that real kernels reach."""
+    """A peak rate per second, and the fraction of it that real kernels reach."""
 
     peak: float
     fraction: float = 1.0
@@ -32,7 +32,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class MatmulPoint:
-    """Measured: with ``rows`` rows, a matrix product passes so many weight elements per second."""
+    """Measured speed of a matrix product with ``rows`` rows, in weight elements per second."""
 
     rows: int
     elements_per_second: float
@@ -40,12 +40,12 @@ class MatmulPoint:
 
 @dataclass(frozen=True)
 class Device:
-    """One device: rates in FLOP/s and bytes/s, fixed costs in seconds.
+    """One device: rates in FLOP/s and bytes/s, memory in bytes, fixed costs in seconds.
 
-    ``matmul`` is empty for presets: then a product takes the larger of reading its weights and of
-    its FLOPs. ``copies_overlap`` says that a copy engine works beside the kernels; where it is
-    False (a CPU core) a copy costs compute. ``maps_peers`` says that kernels read a peer's memory
-    as fast as their own.
+    ``matmul`` is empty for presets; a product then takes the larger of the time to read its weights
+    and the time for its FLOPs. ``copies_overlap`` means that a copy engine works beside the
+    kernels; where it is False (a CPU core), a copy costs compute time. ``maps_peers`` means that
+    kernels read a peer's memory as fast as their own.
     """
 
     name: str
@@ -69,7 +69,10 @@ class Device:
         return int(self.memory_bytes * self.memory_fraction)
 
     def with_rates(self, change: Callable[[Rate], Rate], factor: float) -> Device:
-        """The device with every rate changed; measured products take ``factor`` times as long."""
+        """A copy of the device with ``change`` applied to every rate.
+
+        Measured products take ``factor`` times as long.
+        """
         points = (MatmulPoint(p.rows, p.elements_per_second / factor) for p in self.matmul)
         return replace(
             self,
@@ -85,17 +88,19 @@ class Device:
     def matmul_seconds(
         self, rows: float, read: float, active: float, element_bytes: int = 2
     ) -> float:
-        """A product of ``rows`` rows with a matrix that lies in this device's memory.
+        """Seconds for a product of ``rows`` rows with a matrix in this device's memory.
 
         Args:
             rows: rows (tokens) of the left side.
             read: weight elements that are read.
-            active: weight elements that each row is multiplied with; ``read`` but for mixtures.
-            element_bytes: size of a weight; 1 is FP8 and computed at its rate.
+            active: weight elements that each row is multiplied with; equals ``read`` except in
+                mixtures of experts.
+            element_bytes: bytes of a weight; 1 means FP8, computed at the FP8 rate.
 
         """
         if self.matmul:
-            # A mixture's rows meet a part of what is read: as many rows on average per matrix.
+            # In a mixture each row meets only part of the weights read: per matrix, this many rows
+            # on average.
             return read / self._elements_per_second(rows * active / read)
         flops = self.flops_fp8 if element_bytes == 1 else self.flops
         return max(
@@ -104,7 +109,11 @@ class Device:
         )
 
     def _elements_per_second(self, rows: float) -> float:
-        """Seconds per element are linear between measured points, and in rows beyond the last."""
+        """Weight elements per second of a product with ``rows`` rows, from the measured points.
+
+        Seconds per element are interpolated linearly between points, and beyond the last point grow
+        in proportion to ``rows``.
+        """
         points = [point.rows for point in self.matmul]
         seconds = [1 / point.elements_per_second for point in self.matmul]
         if rows > points[-1]:
@@ -114,10 +123,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Link:
-    """What joins devices at one level of the hierarchy.
+    """A link that joins devices at one level of the hierarchy.
 
-    ``num_devices`` devices reach each other, each with ``bandwidth`` bytes/s out and as much in.
-    ``latency_seconds`` is the time from asking for a small message to having it.
+    ``num_devices`` devices reach each other; each sends with ``bandwidth`` bytes/s and receives
+    with the same. ``latency_seconds`` is the time from requesting a small message to having it.
     """
 
     name: str
@@ -126,13 +135,14 @@ class Link:
     latency_seconds: float
 
     def transfer_seconds(self, num_bytes: float) -> float:
-        """Alpha + n / beta."""
+        """Seconds to move ``num_bytes``: latency plus bytes / bandwidth (alpha-beta model)."""
         return self.latency_seconds + num_bytes / self.bandwidth.achieved
 
     def all_reduce_seconds(self, num_bytes: float, num_devices: int) -> float:
-        """The better of one shot, where each reads the p-1 others, and a ring.
+        """Seconds to all-reduce ``num_bytes`` over p devices: the better of one shot and a ring.
 
-        A ring sends 2 (p-1) messages of n/p bytes (Thakur et al. 2005, alpha-beta).
+        In one shot each device reads the buffers of the p-1 others. A ring sends 2 (p-1) messages
+        of n/p bytes (Thakur et al. 2005, alpha-beta).
         """
         if num_devices == 1:
             return 0.0
@@ -144,10 +154,10 @@ class Link:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Equal devices, and links from the nearest level to the farthest.
+    """Equal devices, and their links from the nearest level to the farthest.
 
-    Times made of these facts are right within a fraction of ``uncertainty``: what a prediction's
-    interval is made of.
+    ``uncertainty`` is the relative error of times computed from these facts; it sets the width of a
+    prediction's interval. ``sources`` says where the numbers come from.
     """
 
     name: str
@@ -168,16 +178,16 @@ class Cluster:
 
     @property
     def node_devices(self) -> int:
-        """Devices that reach each other over the nearest links."""
+        """Number of devices that reach each other over the nearest links."""
         return self.links[0].num_devices if self.links else 1
 
     def with_memory(self, memory_bytes: int) -> Cluster:
-        """The same devices, of which the engine may use ``memory_bytes`` each."""
+        """The same cluster, with ``memory_bytes`` usable by the engine on each device."""
         device = replace(self.device, memory_bytes=memory_bytes, memory_fraction=1.0)
         return replace(self, device=device)
 
     def slowed(self, factor: float) -> Cluster:
-        """The same cluster with everything that a device does ``factor`` times as long."""
+        """The same cluster with everything a device does taking ``factor`` times as long."""
 
         def slower(rate: Rate) -> Rate:
             return replace(rate, fraction=rate.fraction / factor)
@@ -192,16 +202,16 @@ class Cluster:
         return replace(self, device=slow)
 
     def to_toml(self) -> str:
-        """What ``read_cluster`` reads back as an equal cluster."""
+        """The cluster as TOML text, which ``read_cluster`` reads back as an equal cluster."""
         table = asdict(self)
         table["device"]["memory"] = table["device"].pop("memory_bytes")
         return tomli_w.dumps(table)
 
 
 def read_cluster(name: str | Path) -> Cluster:
-    """A preset by its name, or a TOML file.
+    """Read a cluster: a preset by its name, or a TOML file.
 
-    Raises InputError when there is none, or when a number is missing or impossible.
+    Raises InputError when there is neither, or when a number is missing or impossible.
     """
     if str(name) in PRESETS:
         text = (resources.files("elbowroom.core") / "clusters" / f"{name}.toml").read_text()
@@ -222,7 +232,7 @@ def read_cluster(name: str | Path) -> Cluster:
 
 
 def parse_cluster(data: dict[str, Any]) -> Cluster:
-    """A cluster from TOML's tables. Raises KeyError, TypeError or ValueError."""
+    """Build a cluster from parsed TOML. Raises KeyError, TypeError or ValueError."""
     device = data["device"]
     flops = _rate(device, "flops")
     bandwidth = _rate(device, "memory_bandwidth")
@@ -265,7 +275,7 @@ def parse_cluster(data: dict[str, Any]) -> Cluster:
 
 
 def _rate(table: dict[str, Any], key: str, default: Rate | None = None) -> Rate:
-    """``key`` is a number, or a table with ``peak`` and ``fraction``."""
+    """The rate under ``key``: a number, or a table with ``peak`` and ``fraction``."""
     value = table[key] if default is None else table.get(key, default)
     if isinstance(value, Rate):
         return value

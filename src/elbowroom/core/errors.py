@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 
 
 class ElbowroomError(Exception):
-    """Base of every error that a user can cause or mend."""
+    """Base class of every error that a user can cause or fix."""
 
 
 class InputError(ElbowroomError):
@@ -19,7 +19,7 @@ class OutputError(ElbowroomError):
 
 
 class MemoryPlanError(ElbowroomError):
-    """The layout does not fit in the memory of one replica."""
+    """The layout or plan does not fit in the memory of one replica or worker."""
 
 
 class MeasuringError(ElbowroomError):
@@ -27,23 +27,23 @@ class MeasuringError(ElbowroomError):
 
 
 class UntraceableModelError(InputError):
-    """A model whose forward cannot be written down as layers that follow each other."""
+    """The model's forward cannot be written down as layers that follow each other."""
 
 
 class SplitError(InputError):
-    """A plan that cannot be applied to this model: of another model, or between tied weights."""
+    """A plan cannot be applied to this model: it is of another, or cuts between tied weights."""
 
 
 class UnsupportedModelError(ElbowroomError):
-    """No feed-forward network that we recognise, or one that the pool cannot hold."""
+    """The model has no feed-forward network that we recognise, or one that the pool cannot hold."""
 
 
 class PoolError(ElbowroomError):
-    """The pool cannot go on: a lease was misused or a slot does not fit."""
+    """The pool cannot continue: a lease was misused or a slot does not fit."""
 
 
 class PeerLostError(PoolError):
-    """A peer never appeared in time, or died before it published its weights."""
+    """A peer did not appear in time, or died before it published its weights."""
 
 
 class ReplicaError(ElbowroomError):
@@ -51,13 +51,13 @@ class ReplicaError(ElbowroomError):
 
 
 class JobStoppedError(ElbowroomError):
-    """A job ended before its last row. What is finished is kept; the same command resumes it."""
+    """A job ended before its last row. Finished rows are kept; the same command resumes the job."""
 
 
 class ScheduleError(ElbowroomError):
-    """A schedule of a pipeline cannot be carried out, or would not train what it should.
+    """A pipeline schedule cannot be carried out, or would not train what it should.
 
-    ``worker`` and ``action`` (its text form) say where, as far as it is one place.
+    ``worker`` and ``action`` (its text form) say where, when the problem has one location.
     """
 
     def __init__(self, problem: str, worker: int | None = None, action: str | None = None) -> None:
@@ -69,7 +69,7 @@ class ScheduleError(ElbowroomError):
 
 @contextmanager
 def optional(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """What a job can do without: a failure inside is said in one line, and the job goes on."""
+    """Run a part that a job can do without: report a failure inside in one line, and continue."""
     try:
         yield
     except Exception as error:

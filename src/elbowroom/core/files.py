@@ -1,4 +1,4 @@
-"""Files read and written whole: what a crash or a full disk interrupts leaves nothing half done."""
+"""Whole-file reads and atomic writes: a crash or a full disk never leaves a half-written file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elbowroom.core.errors import InputError, OutputError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError, with what is wrong."""
+    """Read a JSON object. Raises InputError that says what is wrong with the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -27,14 +27,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
-    """Replace ``path`` by ``parts`` in one step, mode 0600. Raises OutputError; leaves no rest."""
+    """Replace ``path`` by ``parts`` in one step, with mode 0600.
+
+    Raises OutputError. Leaves no temporary file behind.
+    """
     with staged_file(path, parts) as temporary:
         publish_file(temporary, path)
 
 
 @contextmanager
 def staged_file(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
-    """A whole file beside ``path``, safe on disk. It is removed unless renamed in time."""
+    """Write a temporary file beside ``path``, synced to disk; yield its path.
+
+    The file is removed at the end unless it was renamed. Raises OutputError.
+    """
     with explained_writes(str(path)):
         _refuse_what_is_no_file(path)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -50,7 +56,10 @@ def staged_file(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
 
 
 def publish_file(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``, and sync the folder where the system can."""
+    """Rename ``temporary`` to ``path``, and sync the folder where the system can.
+
+    Raises OutputError.
+    """
     with explained_writes(str(path)):
         temporary.replace(path)
     with suppress(OSError):  # the file is whole and in place; not every system can sync a folder
@@ -62,14 +71,14 @@ def publish_file(temporary: Path, path: Path) -> None:
 
 
 def check_writable(paths: Iterable[Path]) -> None:
-    """Raise OutputError if files could not be written there. Folders that are missing are made."""
+    """Raise OutputError if one of ``paths`` could not be written; create missing folders."""
     for path in paths:
         with explained_writes(str(path)):
             _refuse_what_is_no_file(path)
             path.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise OutputError(f"{path.parent} is not writable: choose another folder")
-        # Root may write anywhere, but not on a read-only disk.
+        # Permissions alone do not tell, for root in particular: create a file and see.
         with explained_writes(str(path)), tempfile.TemporaryFile(dir=path.parent):
             pass
 
@@ -82,7 +91,7 @@ def _refuse_what_is_no_file(path: Path) -> None:
 
 @contextmanager
 def explained_writes(what: str) -> Iterator[None]:
-    """Turn an OSError of the block into an OutputError that says what to do."""
+    """Turn an OSError raised inside the block into an OutputError that says what to do."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,9 @@
-"""What this process may use of the machine it runs on: cores, memory, shared memory, locks.
+"""Machine resources that this process may use: cores, memory, shared memory, locks.
 
-The one module that reaches for what Linux has and other systems lack (``sched_getaffinity``,
-``fcntl``, ``/proc``, control groups). Where something is missing it answers as well as it can;
-nothing here raises because of it. Functions that read files take the root of the file system.
+This is the one module that uses what Linux has and other systems lack (``sched_getaffinity``,
+``fcntl``, ``/proc``, control groups). Where something is missing, functions return the best answer
+they can; nothing here raises because of it. Functions that read system files take the root of the
+file system, so that tests can give their own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ except ImportError:  # Windows
 _ROOT = Path("/")
 _PR_SET_PDEATHSIG = 1
 _BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""As ``/proc/cpuinfo`` names them on x86-64 and on Arm."""
+"""Flags in ``/proc/cpuinfo``, x86-64's and Arm's, of CPUs with instructions for bfloat16.
+
+Those for float16 follow.
+"""
 
 _FP16_INSTRUCTIONS = frozenset({"avx512_fp16", "amx_fp16", "asimdhp"})
 _ISAS = {
@@ -34,18 +38,20 @@ _ISAS = {
     "DNNL_MAX_CPU_ISA": ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT"),
     "ATEN_CPU_CAPABILITY": ("AVX512", "AMX", "SVE"),
 }
-"""Environment variables that keep oneDNN and PyTorch from instructions that the machine has, and
-the parts of their values that leave them those for 16-bit numbers."""
+"""Environment variables that restrict the instructions of oneDNN and PyTorch.
+
+Each comes with the parts of values that still allow instructions for 16-bit numbers.
+"""
 
 _UNLIMITED_BYTES = 1 << 60
-"""Control groups of version 1 say "no limit" by a number near 2^63."""
+"""Threshold for "no limit": control groups of version 1 write a number near 2^63."""
 
 
 def cores(root: Path = _ROOT) -> tuple[int, ...]:
-    """The cores that this process may run on, no more of them than its CPU quota pays for.
+    """The cores that this process may run on, limited to what its CPU quota pays for.
 
-    Of logical CPUs that share a core it is the first: two threads of products would only wait for
-    each other.
+    Of logical CPUs that share a core, only the first is listed: two threads of matrix products
+    would only wait for each other.
     """
     if hasattr(os, "sched_getaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
@@ -63,7 +69,7 @@ def cores(root: Path = _ROOT) -> tuple[int, ...]:
 
 
 def memory_nodes(root: Path = _ROOT) -> tuple[tuple[int, ...], ...]:
-    """Our cores by the part of the memory that they are near to; in one group if nobody tells."""
+    """Usable cores grouped by NUMA node; one group where the system does not tell."""
     ours = cores(root)
     folders = sorted((root / "sys" / "devices" / "system" / "node").glob("node[0-9]*"))
     lists = [_id_list(folder / "cpulist") for folder in folders]
@@ -73,7 +79,7 @@ def memory_nodes(root: Path = _ROOT) -> tuple[tuple[int, ...], ...]:
 
 
 def cpu_name(root: Path = _ROOT) -> str:
-    """What the CPU calls itself."""
+    """The CPU's model name, or the machine type where the system does not tell."""
     for line in _lines(root / "proc" / "cpuinfo"):
         name, _, value = line.partition(":")
         if name.strip() == "model name":
@@ -82,13 +88,13 @@ def cpu_name(root: Path = _ROOT) -> str:
 
 
 def pin(pid: int, cores: Sequence[int]) -> None:
-    """Keep a process (0 is this one) on ``cores``, where the system can."""
+    """Pin a process (0 is this one) to ``cores``, where the system can."""
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(pid, cores)
 
 
 def memory_bytes(root: Path = _ROOT) -> int | None:
-    """Memory of this machine or container, or None where the system does not tell."""
+    """Memory of this machine or container in bytes; None where the system does not tell."""
     known = [_meminfo(root).get("MemTotal"), *(limit for limit, _ in _memory_groups(root))]
     if known[0] is None and hasattr(os, "sysconf"):  # macOS
         with suppress(ValueError, OSError):
@@ -97,20 +103,20 @@ def memory_bytes(root: Path = _ROOT) -> int | None:
 
 
 def free_memory_bytes(root: Path = _ROOT) -> int | None:
-    """Memory that can be had without swapping, in this container too; None if nobody tells."""
+    """Bytes available without swapping, within this container's limit too; None where unknown."""
     known = [_meminfo(root).get("MemAvailable")]
     known += [max(0, limit - used) for limit, used in _memory_groups(root)]
     return min((size for size in known if size is not None), default=None)
 
 
 def shared_memory_folder(root: Path = _ROOT) -> Path | None:
-    """The folder whose files are memory, if there is one."""
+    """The writable folder whose files live in memory (``/dev/shm``); None if there is none."""
     folder = root / "dev" / "shm"
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
 def free_bytes(folder: Path) -> int:
-    """What may still be written below ``folder``; 0 where nobody tells."""
+    """Bytes that can still be written below ``folder``; 0 where the system does not tell."""
     if not hasattr(os, "statvfs"):
         return 0
     try:
@@ -121,14 +127,15 @@ def free_bytes(folder: Path) -> int:
 
 
 def user_id() -> int:
-    """Distinguishes users in names of shared files."""
+    """User id, for names of shared files; 0 on systems without one."""
     return os.getuid() if hasattr(os, "getuid") else 0
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Be killed when the process that started us ends, however it ends (on Linux).
+    """Have this process killed when its parent ends, however it ends (Linux only).
 
-    At once if it has ended already, which is noticed if ``parent`` tells its id.
+    If the parent has ended already, the process is killed at once; this is only noticed if
+    ``parent`` gives the parent's id.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -139,13 +146,13 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def is_alive(pid: int, root: Path = _ROOT) -> bool:
-    """Whether a process runs. True where nobody tells."""
+    """Whether the process ``pid`` exists; True where the system does not tell."""
     processes = root / "proc"
     return (processes / str(pid)).exists() or not (processes / "self").exists()
 
 
 def cache_folder() -> Path | None:
-    """Where this user's programs keep what they can make again; None without a home."""
+    """The user's folder for files that can be made again; None without a home."""
     if chosen := os.environ.get("XDG_CACHE_HOME"):
         return Path(chosen)
     try:
@@ -159,9 +166,10 @@ def temporary_folder() -> Path:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Lock an open file until its descriptor is closed or this process dies. False: it is taken.
+    """Lock an open file without waiting; False if another process holds the lock.
 
-    Without file locks the answer is True: nothing then guards against a second process.
+    The lock lasts until the descriptor is closed or this process dies. On systems without file
+    locks the answer is always True: nothing guards against a second process there.
     """
     if fcntl is None:
         return True
@@ -175,8 +183,8 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 def fastest_dtype(own: str, root: Path = _ROOT) -> str:
     """The dtype in which this CPU computes a model of dtype ``own`` fastest without losing digits.
 
-    Without instructions for it, products in bfloat16 or float16 take several times as long as in
-    float32, which holds every value of both. Where nobody tells, it stays as it is.
+    Without instructions for them, products in bfloat16 or float16 take several times as long as in
+    float32, which holds every value of both. Returns ``own`` where the system does not tell.
     """
     instructions = {"bfloat16": _BF16_INSTRUCTIONS, "float16": _FP16_INSTRUCTIONS}.get(own)
     flags = _cpu_flags(root)
@@ -186,7 +194,7 @@ def fastest_dtype(own: str, root: Path = _ROOT) -> str:
 
 
 def _is_narrowed() -> bool:
-    """Whether the environment forbids instructions for 16-bit numbers."""
+    """Whether environment variables forbid instructions for 16-bit numbers."""
     values = {name: os.environ.get(name, "").upper() for name in _ISAS}
     return any(
         value and not any(part in value for part in _ISAS[name]) for name, value in values.items()
@@ -202,7 +210,7 @@ def _cpu_flags(root: Path) -> frozenset[str]:
 
 
 def _meminfo(root: Path) -> dict[str, int]:
-    """Bytes by name."""
+    """The entries of ``/proc/meminfo`` in bytes, by name."""
     found = {}
     for line in _lines(root / "proc" / "meminfo"):
         name, _, value = line.partition(":")
@@ -212,9 +220,9 @@ def _meminfo(root: Path) -> dict[str, int]:
 
 
 def _memory_groups(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use, in bytes, of every control group around this process that has a limit.
+    """Limit and use in bytes of every control group around this process that has a limit.
 
-    Of the use, files that nobody has touched for long are left out: they give way.
+    Inactive file cache is not counted as used: the kernel gives it up first.
     """
     for folder in _groups(root, "memory"):
         for limit, use in (
@@ -235,7 +243,7 @@ def _inactive_files(folder: Path) -> int:
 
 
 def _cpu_quota(root: Path) -> float | None:
-    """Cores' worth of time that control groups give this process; None without a limit."""
+    """CPU quota of this process's control groups, in cores; None without a limit."""
     quotas = []
     for folder in _groups(root, "cpu"):
         words = next(iter(_lines(folder / "cpu.max")), "").split()
@@ -251,7 +259,8 @@ def _cpu_quota(root: Path) -> float | None:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """Folders of the control groups around this process, from its own to the outermost.
 
-    A container sees its own group as the outermost, and may be told a path that is not there.
+    Inside a container its own group looks like the outermost one, and the path it is told may not
+    exist.
     """
     mounted = root / "sys" / "fs" / "cgroup"
     for line in _lines(root / "proc" / "self" / "cgroup"):
@@ -265,7 +274,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _id_list(path: Path) -> set[int]:
-    """Numbers written as in ``0-3,8``."""
+    """The numbers in a file that lists them like ``0-3,8``."""
     numbers: set[int] = set()
     with suppress(ValueError):
         for part in next(iter(_lines(path)), "").split(","):
@@ -283,7 +292,7 @@ def _number(path: Path) -> int | None:
 
 
 def _lines(path: Path) -> list[str]:
-    """Nothing for what is not there or cannot be read."""
+    """The lines of a file; none if it is missing or cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

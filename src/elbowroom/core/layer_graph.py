@@ -18,7 +18,7 @@ MAX_LAYERS = 10_000
 MAX_EDGES = 100_000
 MAX_FILE_BYTES = 64 * 1024**2
 MAX_TOTAL_BYTES = 10**15
-"""Of all activations, and of all parameters: sums and products stay exact in 64 bits."""
+"""Limit on all layers' activations, and on their parameters: sums stay exact in 64 bits."""
 
 MAX_TOTAL_SECONDS = 1e9
 _FORMAT, _VERSION = "elbowroom layer graph", 1
@@ -26,7 +26,7 @@ _SHOWN = 6
 
 
 class Edge(NamedTuple):
-    """``destination`` reads what ``source`` computes. Both are names of layers."""
+    """Dependency between two layers, by name: ``destination`` reads what ``source`` computes."""
 
     source: str
     destination: str
@@ -36,19 +36,19 @@ class Edge(NamedTuple):
 class LayerMemory:
     """Bytes that a layer needs in training, as measured with one minibatch.
 
-    While a stage runs, live are what its layers up to this one keep and, in the backward, the
-    gradients of the weights of those behind it. What a pass through this layer takes at most beyond
-    that are ``forward_bytes`` and ``backward_bytes``.
+    Live memory while this layer runs: what the stage's layers up to and including this one keep; in
+    the backward also the weight gradients of the stage's later layers; and ``forward_bytes`` or
+    ``backward_bytes``, the peak of this layer's own pass beyond that.
 
     Args:
-        kept_bytes: for the backward, of what the layer has made: its output, if some backward
-            reads it, and all that lies between.
-        loose_bytes: of its output that no backward reads: kept where it leaves a stage.
-        forward_bytes: its forward's own.
-        backward_bytes: its backward's own, gradients of its weights among them.
-        largest_parameter_bytes: of its weights, the largest: optimizers take them one by one.
+        kept_bytes: kept for the backward, of what the layer makes: its output, if some backward
+            reads it, and all intermediate results.
+        loose_bytes: part of its output that no backward reads: kept only where it leaves a stage.
+        forward_bytes: peak of its own forward.
+        backward_bytes: peak of its own backward, gradients of its weights included.
+        largest_parameter_bytes: size of its largest weight: optimizers update weights one by one.
 
-    Raises InputError for numbers that are none of bytes.
+    Raises InputError for numbers that are not valid byte counts.
 
     """
 
@@ -63,7 +63,7 @@ class LayerMemory:
             _check_bytes(f"memory: {key}", value)
 
     def times(self, factor: float) -> LayerMemory:
-        """With minibatches so many times as large; weights stay as large as they are."""
+        """The same layer with minibatches ``factor`` times as large; weights keep their size."""
         keys = ("kept_bytes", "loose_bytes", "forward_bytes", "backward_bytes")
         return replace(self, **{key: round(getattr(self, key) * factor) for key in keys})
 
@@ -72,10 +72,10 @@ class LayerMemory:
 class Layer:
     """One layer, as measured on one worker with one minibatch.
 
-    ``activation_bytes`` is the size of its output, ``gradient_bytes`` that of the gradient of it
-    (None: as large), ``parameter_bytes`` that of its weights, which the optimizer changes in
-    ``update_seconds``. Without ``memory`` its output is all that it keeps. Raises InputError for an
-    empty name, and for numbers that are negative or not finite.
+    ``activation_bytes`` is the size of its output; ``gradient_bytes`` the size of that output's
+    gradient (None: the same); ``parameter_bytes`` the size of its weights, which the optimizer
+    changes in ``update_seconds``. Without ``memory`` the output is all that it keeps. Raises
+    InputError for an empty name, and for numbers that are negative or not finite.
     """
 
     name: str
@@ -107,34 +107,34 @@ class Layer:
 
     @property
     def seconds(self) -> float:
-        """Forward and backward of one minibatch, and the update after it."""
+        """Seconds of forward, backward and update for one minibatch."""
         return self.forward_seconds + self.backward_seconds + self.update_seconds
 
     @property
     def returned_bytes(self) -> int:
-        """Of the gradient of its output."""
+        """Size of the gradient of the layer's output."""
         return self.activation_bytes if self.gradient_bytes is None else self.gradient_bytes
 
     @property
     def memory_or_output(self) -> LayerMemory:
-        """``memory``, or where nothing was measured what the papers count: the output."""
+        """``memory``, or where it was not measured what the papers count: the output alone."""
         return self.memory or LayerMemory(
             self.activation_bytes, largest_parameter_bytes=self.parameter_bytes
         )
 
     @property
     def is_free(self) -> bool:
-        """Takes no time and has no parameters, as a view or an element of a tuple."""
+        """Whether the layer takes no time and has no parameters, like a view or a tuple element."""
         return self.seconds == 0 and self.parameter_bytes == 0
 
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """Layers, in any order, and the edges between them: acyclic, and in one piece.
+    """Layers, in any order, and the edges between them: an acyclic, connected graph.
 
-    The layers that a group in ``tied`` names share weights or running statistics: one stage must
-    have all of them. Raises InputError when the layers are not one such piece, and for a name that
-    none of them has, with what is wrong.
+    Each group in ``tied`` names layers that share weights or running statistics: one stage must
+    have all of them. Raises InputError, with what is wrong, for an empty, cyclic or disconnected
+    graph, for names that are unknown or given twice, and for sizes beyond the limits.
     """
 
     layers: tuple[Layer, ...]
@@ -152,7 +152,7 @@ class LayerGraph:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """Indices of layers so that each follows all it reads; the earliest listed goes first."""
+        """Layer indices, each after all it reads; the earliest listed goes first."""
         waiting = [len(sources) for sources in self.sources]
         ready = [index for index, count in enumerate(waiting) if not count]
         order = []
@@ -167,7 +167,7 @@ class LayerGraph:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Of each layer's name."""
+        """Layer index by layer name."""
         return {layer.name: index for index, layer in enumerate(self.layers)}
 
     @cached_property
@@ -187,10 +187,10 @@ class LayerGraph:
         return tuple(tuple(sorted(indices)) for indices in found)
 
     def for_batch(self, factor: float) -> LayerGraph:
-        """The same layers with minibatches ``factor`` times as large.
+        """The same graph for minibatches ``factor`` times as large.
 
-        Times of passes, and activations, are taken to grow with the batch. Raises InputError for a
-        factor that is not positive.
+        Forward and backward times, activations and gradients are assumed to grow in proportion to
+        the batch. Raises InputError for a factor that is not positive.
         """
         if not 0 < factor < math.inf:
             raise InputError(f"a batch cannot be {factor} times as large: give a positive number")
@@ -218,7 +218,7 @@ class LayerGraph:
 
     @staticmethod
     def from_json(data: Any) -> LayerGraph:
-        """Raises InputError for what ``to_json`` never writes."""
+        """Build a graph from its JSON form. Raises InputError for what ``to_json`` never writes."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise InputError(f"no layer graph: its \"format\" must be '{_FORMAT}'")
         if data.get("version") != _VERSION:
@@ -250,7 +250,7 @@ def _check_bytes(what: str, value: Any) -> None:
 
 
 def parse_layer_graph(text: str) -> LayerGraph:
-    """Of our JSON, as text. Raises InputError."""
+    """Parse a graph from the text of our JSON form. Raises InputError."""
     try:
         return LayerGraph.from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
@@ -258,7 +258,7 @@ def parse_layer_graph(text: str) -> LayerGraph:
 
 
 def read_text(path: Path) -> str:
-    """A profile's text. Raises InputError if it cannot be read, is empty or too large."""
+    """Read a profile's text. Raises InputError if it cannot be read, is empty or too large."""
     try:
         num_bytes = path.stat().st_size
         if num_bytes > MAX_FILE_BYTES:
@@ -333,11 +333,11 @@ def _check_connected(graph: LayerGraph) -> None:
 
 
 def _find_cycle(graph: LayerGraph) -> list[str]:
-    """Names of the layers of one cycle, the first again at the end."""
+    """Names of the layers of one cycle; the first is repeated at the end."""
     stuck = set(range(len(graph.layers))) - set(graph.order)
     path, place = [min(stuck)], {min(stuck): 0}
     while True:
-        # Each layer that never became ready reads another such layer.
+        # Every layer that never became ready reads another such layer, so this walk meets a cycle.
         source = next(other for other in graph.sources[path[-1]] if other in stuck)
         if source in place:
             cycle = [*path[place[source] :], source]

@@ -1,14 +1,14 @@
-"""Layer graphs in the text format of the PipeDream authors' profiles, read and written.
+"""Reader and writer for the text format of the PipeDream authors' profiles.
 
-A line for each layer, then one for each edge, which begins with a tab::
+One line for each layer, then one for each edge, which begins with a tab::
 
     id -- description -- forward_compute_time=ms, backward_compute_time=ms, \
 activation_size=bytes, parameter_size=bytes
     <tab>source -- destination
 
-An activation size may be a list, ``[a; b]``: the layer's output is all of it, so the sizes add up.
-Parts of bytes, which averages have, are rounded. A part that the authors' partitioner appends,
-``-- stage_id=3``, is left out.
+An activation size may be a list, ``[a; b]``: the output is all of it, so the sizes are added.
+Fractions of bytes, which averages have, are rounded. The suffix ``-- stage_id=3``, which the
+authors' partitioner appends, is ignored.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _LONGEST_LINE = 20_000
 
 
 def read_layer_graph(path: Path) -> LayerGraph:
-    """A profile: our JSON, or the authors' text.
+    """Read a profile: our JSON, or the authors' text.
 
-    Raises InputError, with the file and, for text, the number of the line that is wrong.
+    Raises InputError with the file and, for text, the number of the offending line.
     """
     text = read_text(path)
     try:
@@ -52,7 +52,7 @@ def read_layer_graph(path: Path) -> LayerGraph:
 
 
 def parse_pipedream(text: str) -> LayerGraph:
-    """Raises InputError with the number of the line that is wrong."""
+    """Parse the authors' text. Raises InputError with the number of the offending line."""
     layers: dict[str, Layer] = {}
     edges: dict[Edge, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
@@ -75,10 +75,10 @@ def parse_pipedream(text: str) -> LayerGraph:
 
 
 def write_pipedream(graph: LayerGraph) -> str:
-    """What ``parse_pipedream`` reads back as an equal graph.
+    """The graph in the authors' text format, which ``parse_pipedream`` reads back.
 
-    But for what the format has no place for: memory, gradients, updates, and who shares weights.
-    Raises InputError for names and descriptions that the format cannot hold.
+    The format has no room for memory, gradients, updates and tied weights: these are lost. Raises
+    InputError for names and descriptions that the format cannot hold.
     """
     lines = [_layer_line(layer) for layer in graph.layers]
     lines += [f"\t{edge.source}{_SEPARATOR}{edge.destination}" for edge in graph.edges]
@@ -154,7 +154,7 @@ def _add_edge(edges: dict[Edge, int], edge: Edge, number: int) -> None:
 
 
 def _seconds(key: str, text: str) -> float:
-    # A shift of the decimal point is exact, so that what is written reads back the same.
+    # Shifting the decimal point is exact, so that a written number reads back the same.
     return float(_number(key, text).scaleb(-3))
 
 

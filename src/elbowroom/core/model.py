@@ -21,7 +21,7 @@ from elbowroom.core.model_shapes import (
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
-"""Element sizes of what is stored: weights and KV cache may be smaller than activations."""
+"""Bytes per element of stored tensors: weights and KV cache may be smaller than activations."""
 
 _EXPERT_NAME = re.compile(r"\.experts\.")
 _FFN_NAME = re.compile(
@@ -31,14 +31,14 @@ _FFN_NAME = re.compile(
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Shapes of a decoder, as element counts, so that any dtype can be asked about.
+    """Shapes of a decoder, as element counts, so that sizes can be computed for any dtype.
 
-    ffn_elements[l] counts the feed-forward matrices of layer l, which the pool holds once;
-    ``replicated_elements`` counts everything else (attention, embeddings, head, norms, biases).
-    In a mixture, expert_elements[l] is the part of ffn_elements[l] that lies in routed experts, of
-    which a token takes ``experts_per_token``. ``has_weights`` is False when only the config was
-    there. ``dtype`` is what is computed in; weights and KV cache are stored in it too unless
-    ``weight_dtype`` and ``kv_dtype`` say otherwise.
+    ``ffn_elements[l]`` counts the feed-forward matrices of layer l, which the pool holds once;
+    ``replicated_elements`` counts everything else (attention, embeddings, head, norms, biases). In
+    a mixture of experts, ``expert_elements[l]`` is the part of ``ffn_elements[l]`` that lies in
+    routed experts, of which a token takes ``experts_per_token``. ``has_weights`` is False when only
+    the config was there. ``dtype`` is what the model computes in; weights and KV cache are stored
+    in it too unless ``weight_dtype`` and ``kv_dtype`` say otherwise.
     """
 
     name: str
@@ -63,7 +63,7 @@ class ModelFacts:
 
     @property
     def is_known_type(self) -> bool:
-        """False when names and shapes alone say what belongs to the feed-forward networks."""
+        """Whether the model type is known; otherwise names and shapes alone tell what is FFN."""
         return self.model_type in KNOWN_TYPES
 
     def dtype_bytes(self) -> int:
@@ -76,29 +76,29 @@ class ModelFacts:
         return tuple(count * self.weight_element_bytes() for count in self.ffn_elements)
 
     def replicated_bytes(self) -> int:
-        """Quantised models keep embeddings and head as they were."""
+        """Bytes of all weights outside the FFNs; embeddings and head are never quantised."""
         unquantised = min(self.replicated_elements, 2 * self.vocab_size * self.hidden_size)
         rest = self.replicated_elements - unquantised
         return unquantised * self.dtype_bytes() + rest * self.weight_element_bytes()
 
     def attention_elements(self) -> int:
-        """The four attention matrices of one layer."""
+        """Elements of the four attention matrices of one layer."""
         return 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
 
     def head_elements(self) -> int:
         return self.vocab_size * self.hidden_size
 
     def active_ffn_elements(self, layer: int) -> float:
-        """Elements of layer ``layer`` that one token is multiplied with."""
+        """Elements of layer ``layer``'s feed-forward network that one token is multiplied with."""
         if not self.expert_elements:
             return self.ffn_elements[layer]
         share = self.experts_per_token / self.num_experts
         return self.ffn_elements[layer] - self.expert_elements[layer] * (1 - share)
 
     def touched_ffn_elements(self, layer: int, num_tokens: float) -> float:
-        """Elements of layer ``layer`` that ``num_tokens`` tokens read, with even routing.
+        """Elements of layer ``layer``'s feed-forward network that ``num_tokens`` tokens read.
 
-        An expert is left out by all of them with probability (1 - k/E)^n.
+        With even routing: no token takes a given expert with probability (1 - k/E)^n.
         """
         if not self.expert_elements:
             return self.ffn_elements[layer]
@@ -106,7 +106,7 @@ class ModelFacts:
         return self.ffn_elements[layer] - self.expert_elements[layer] * left_out
 
     def kv_bytes_per_token(self, tensor_parallel: int = 1) -> int:
-        """Keys and values of one token over all layers, on one of ``tensor_parallel`` devices."""
+        """Bytes of a token's keys and values in all layers, on one device of a replica."""
         heads = -(-self.num_kv_heads // tensor_parallel)
         element_bytes = STORAGE_BYTES[self.kv_dtype or self.dtype]
         return 2 * self.num_layers * heads * self.head_dim * element_bytes
@@ -115,11 +115,11 @@ class ModelFacts:
 def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
     """Facts of a Hugging Face model directory, from ``config.json`` and safetensors headers.
 
-    Without weight files, the config alone will do for the types in ``KNOWN_TYPES``. ``dtype``
+    Without weight files the config alone is enough for the types in ``KNOWN_TYPES``. ``dtype``
     "auto" takes the model's own, and bfloat16 for a float32 model, as vLLM does.
 
-    Raises InputError when a file is missing, corrupt or unsafe, and UnsupportedModelError when
-    no feed-forward matrices are found.
+    Raises InputError when a file is missing, corrupt or unsafe, and UnsupportedModelError when a
+    layer has no feed-forward matrices.
     """
     config = _read_config(model_dir)
     files = weight_files(model_dir)
@@ -164,7 +164,11 @@ def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
 
 
 def check_runnable(model: ModelFacts) -> None:
-    """Raise unless the pool can run it, not only plan it: InputError, UnsupportedModelError."""
+    """Check that the pool can run the model, not only plan it.
+
+    Raises InputError for a model without weight files, UnsupportedModelError for a mixture of
+    experts.
+    """
     if not model.has_weights:
         raise InputError(f"{model.name} has no .safetensors files: convert the weights first")
     if model.num_experts:
@@ -184,7 +188,7 @@ class _Elements:
 def _count_elements(
     shapes: Mapping[str, tuple[int, ...]], num_layers: int, config: Mapping[str, Any]
 ) -> _Elements:
-    """Elements of each layer's feed-forward matrices, of its experts, and of everything else."""
+    """Count elements of each layer's feed-forward matrices, its experts, and everything else."""
     ffn = [0] * num_layers
     experts = [0] * num_layers
     replicated = 0
@@ -209,7 +213,7 @@ def _num_experts(config: Mapping[str, Any]) -> int:
 
 
 def repository_of(folder: Path) -> str | None:
-    """The name on the hub of a folder in the Hugging Face cache; None for any other folder."""
+    """Hub name of a folder in the Hugging Face cache; None for any other folder."""
     snapshots, repository = folder.parent, folder.parent.parent.name
     if snapshots.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")

@@ -1,4 +1,4 @@
-"""Names and shapes of a model's tensors: from safetensors headers, or from its config alone."""
+"""Names and shapes of a model's tensors, from safetensors headers or from its config alone."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from elbowroom.core.files import read_json
 Shapes = dict[str, tuple[int, ...]]
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
-"""Model types whose shapes ``config_shapes`` knows."""
+"""Model types whose shapes ``config_shapes`` can derive."""
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
 
 
 def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A positive integer of a config. Raises InputError for anything else."""
+    """Read a positive integer from a config. Raises InputError for anything else."""
     value = config.get(key)
     if value is None:
         value = default
@@ -31,7 +31,10 @@ def config_int(config: Mapping[str, Any], key: str, default: int | None = None) 
 
 
 def weight_files(model_dir: Path) -> list[Path]:
-    """Weight files of a folder. The index is untrusted: only plain file names are followed."""
+    """Weight files of a model folder, by its index if it has one.
+
+    The index is untrusted: InputError is raised for names that point outside the folder.
+    """
     index = model_dir / "model.safetensors.index.json"
     if not index.exists():
         return sorted(model_dir.glob("*.safetensors"))
@@ -46,7 +49,7 @@ def weight_files(model_dir: Path) -> list[Path]:
 
 
 def file_shapes(files: list[Path]) -> Shapes:
-    """What the headers of safetensors files announce. Raises InputError when one is corrupt."""
+    """Names and shapes in the headers of safetensors files. Raises InputError if one is corrupt."""
     return {
         name: tuple(entry["shape"])
         for path in files
@@ -56,9 +59,9 @@ def file_shapes(files: list[Path]) -> Shapes:
 
 
 def config_shapes(config: Mapping[str, Any]) -> Shapes:
-    """What Hugging Face's code makes of a config, for ``KNOWN_TYPES``: names and [out, in] shapes.
+    """Tensor names and [out, in] shapes that Hugging Face's code builds from a config.
 
-    Biases and norms are left out of mixtures' experts, as they have none.
+    Only for model types in ``KNOWN_TYPES``. Experts of mixtures have no biases and no norms.
     """
     hidden = config_int(config, "hidden_size")
     vocab = config_int(config, "vocab_size")
@@ -121,7 +124,7 @@ def _is_sparse(config: Mapping[str, Any], layer: int) -> bool:
 def _gated(
     prefix: str, hidden: int, config: Mapping[str, Any], size: str, names: str = ""
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """A gated network: gate and up widen, down narrows. Mixtral calls them w1, w3 and w2."""
+    """Shapes of a gated network: gate and up widen, down narrows. Mixtral calls them w1, w3, w2."""
     width = config_int(config, size)
     gate, up, down = ("w1", "w3", "w2") if names else ("gate_proj", "up_proj", "down_proj")
     yield f"{prefix}{gate}.weight", (width, hidden)
@@ -130,7 +133,10 @@ def _gated(
 
 
 def _read_header(path: Path) -> dict[str, Any]:
-    """The JSON header of a safetensors file, checked against the file's size."""
+    """The JSON header of a safetensors file, checked against the file's size.
+
+    Raises InputError if the file cannot be read or is corrupt.
+    """
     try:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size

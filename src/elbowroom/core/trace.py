@@ -1,4 +1,4 @@
-"""Timelines in Chrome's trace format, which Perfetto opens: simulated and measured ones alike."""
+"""Simulated and measured timelines in Chrome's trace format, which Perfetto opens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elbowroom.core.errors import OutputError
 
 
 class Span(NamedTuple):
-    """Something that took from ``start`` to ``end`` seconds, on one track of one process."""
+    """An interval from ``start`` to ``end`` seconds, on one track of one process."""
 
     process: str
     track: str
@@ -22,7 +22,7 @@ class Span(NamedTuple):
 
 
 class Count(NamedTuple):
-    """A number at a time, drawn as a curve."""
+    """A value at the time ``at`` (seconds), drawn as a curve."""
 
     process: str
     name: str
@@ -31,7 +31,7 @@ class Count(NamedTuple):
 
 
 def write_trace(path: Path, events: Iterable[Span | Count]) -> None:
-    """Complete ("X") and counter ("C") events in microseconds. Raises OutputError."""
+    """Write complete ("X") and counter ("C") events, in microseconds. Raises OutputError."""
     numbers: dict[tuple[str, ...], int] = {}
     named: list[dict[str, Any]] = []
 

@@ -1,4 +1,4 @@
-"""Sizes with units, read and printed in one way everywhere."""
+"""Sizes and bandwidths with units, read and printed in one way everywhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BITS_PER_SECOND = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes in a size such as ``2GiB``, ``512MiB``, ``141GB`` or ``1000000``.
+    """Parse a size such as ``2GiB``, ``512MiB``, ``141GB`` or ``1000000`` into bytes.
 
     Raises InputError for anything else, with the accepted forms.
     """
@@ -38,7 +38,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """A size for people, in binary units: ``1.41 GiB``, ``67.6 MiB``."""
+    """Format a size for people, in binary units: ``1.41 GiB``, ``67.6 MiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(num_bytes) >= size:
             number = num_bytes / size
@@ -47,7 +47,7 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes per second in a rate such as ``10Gbit/s``, ``1.25GB/s`` or ``800MiB/s``.
+    """Parse a rate such as ``10Gbit/s``, ``1.25GB/s`` or ``800MiB/s`` into bytes per second.
 
     Raises InputError for anything else, with the accepted forms.
     """
@@ -60,7 +60,7 @@ def parse_bandwidth(text: str) -> float:
 
 
 def format_bandwidth(bytes_per_second: float) -> str:
-    """A rate for people, in bits as networks are sold: ``10 Gbit/s``."""
+    """Format a rate for people, in bits as networks are sold: ``10 Gbit/s``."""
     for unit, size in (("Gbit/s", 10**9), ("Mbit/s", 10**6), ("kbit/s", 10**3)):
         if bytes_per_second * 8 >= size:
             return f"{bytes_per_second * 8 / size:.4g} {unit}"

@@ -1,4 +1,4 @@
-"""Facts about a job: how long its prompts and outputs are."""
+"""Facts about a job: prompt and output lengths of its rows."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_ROWS = 50_000_000
 
 @dataclass(frozen=True, eq=False)
 class Workload:
-    """Rows in the order in which they are worked on. Both arrays are int64 [num_rows].
+    """Rows in processing order. Both arrays are int64 [num_rows].
 
-    ``is_bounded`` says that no row gives more output than is counted here.
+    ``is_bounded`` means that no row generates more output than is counted here.
     """
 
     prompt_tokens: NDArray[np.int64]
@@ -53,18 +53,18 @@ class Workload:
 
     @property
     def mean_context(self) -> float:
-        """Tokens that a row being decoded reads: its prompt and, on average, half its output."""
+        """Mean tokens read to decode a token: a row's prompt and, on average, half its output."""
         return (self.num_prompt_tokens + self.num_output_tokens / 2) / self.num_rows
 
     def every(self, step: int) -> Workload:
-        """Every ``step``-th row: what one of so many equal groups would take."""
+        """Every ``step``-th row: the share of one of ``step`` equal groups."""
         return self._with(self.prompt_tokens[::step], self.output_tokens[::step])
 
     def within(self, most_tokens: int) -> Workload | None:
-        """The rows that an engine of so long rows takes, or None if there are none.
+        """The rows that an engine with ``most_tokens`` as its maximum length accepts, or None.
 
-        It refuses prompts that leave no room and outputs that could never fit; other outputs end
-        where the row is full.
+        The engine refuses prompts that leave no room and outputs that could never fit; other
+        outputs are cut where the row is full.
         """
         fits = (self.prompt_tokens < most_tokens) & (self.output_tokens <= most_tokens)
         if not fits.any():
@@ -73,20 +73,20 @@ class Workload:
         return self._with(prompts, np.minimum(self.output_tokens[fits], most_tokens - prompts))
 
     def up_to(self, most_tokens: int) -> Workload | None:
-        """The rows of at most so many tokens, or None if there are none."""
+        """The rows of at most ``most_tokens`` tokens, prompt and output together, or None."""
         fits = self.prompt_tokens + self.output_tokens <= most_tokens
         return (
             self._with(self.prompt_tokens[fits], self.output_tokens[fits]) if fits.any() else None
         )
 
     def scaled(self, prompt_factor: float, output_factor: float) -> Workload:
-        """As many rows, with lengths in other proportions; each keeps a token of both."""
+        """The same number of rows with scaled lengths, at least one token for each."""
         prompts = np.maximum(1, np.rint(self.prompt_tokens * prompt_factor)).astype(np.int64)
         outputs = np.maximum(1, np.rint(self.output_tokens * output_factor)).astype(np.int64)
         return self._with(prompts, outputs)
 
     def longest_first(self) -> Workload:
-        """By output length: the order in which a run takes rows, so that the end is short."""
+        """Rows by falling output length: the order of a run, so that its end is short."""
         order = np.argsort(-self.output_tokens, kind="stable")
         return self._with(self.prompt_tokens[order], self.output_tokens[order])
 
@@ -101,7 +101,7 @@ class Workload:
 
 
 def workload(prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Workload:
-    """From real lengths; every row has at least one token of each.
+    """Build a workload from lengths; zero lengths count as one token.
 
     Raises InputError when there are no rows, or when the lists differ in length.
     """
@@ -116,10 +116,10 @@ def workload(prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Work
 
 
 def parse_lengths(text: str, seed: int = 0) -> Workload:
-    """Rows from text such as ``1024:512x10000`` or ``256-512:384-512x48,8000:100``.
+    """Parse rows from text such as ``1024:512x10000`` or ``256-512:384-512x48,8000:100``.
 
-    A range stands for a uniform distribution, of which lengths are drawn with ``seed``; several
-    terms are mixed. Raises InputError for anything else.
+    A range is a uniform distribution from which lengths are drawn with ``seed``; several terms are
+    shuffled together. Raises InputError for anything else.
     """
     generator = np.random.default_rng(seed)
     prompts, outputs = [], []

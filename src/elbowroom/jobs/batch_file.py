@@ -1,4 +1,4 @@
-"""Reads OpenAI batch files, line by line. A line that cannot be used fails alone."""
+"""Reader of OpenAI batch files, line by line. A line that cannot be used fails alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from elbowroom.jobs.limits import RowLimits, violation
 
 SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
 MAX_DEPTH = 128
-"""Lists and objects inside one another. Python's own limit depends on how deep its caller is, so a
-row near it could be read here and then fail where it is sent on."""
+"""Most lists and objects inside one another.
+
+Python's own limit depends on how deep its caller is, so a row near it could be read here and then
+fail where it is sent on.
+"""
 
 _MAX_SHOWN_CHARS = 80
 _BOM = b"\xef\xbb\xbf"
@@ -44,14 +47,14 @@ class Row:
 
     @property
     def place(self) -> str:
-        """Where the line stands, for messages."""
+        """Location of the line, for messages."""
         number = self.line_number
         return f"line {number}" if self.source is None else self.source.place(number)
 
 
 @dataclass(frozen=True, slots=True)
 class RejectedRow:
-    """A line that no engine will see, and why."""
+    """A line that is sent to no engine, and why."""
 
     index: int
     line_number: int
@@ -74,20 +77,20 @@ class _Line(NamedTuple):
 
 
 Visitor = Callable[["Row | RejectedRow"], None]
-"""Is shown every row in turn. Which ids occur twice, and made-up ids, are not known yet."""
+"""Callback for every row in turn. Repeated ids and made-up ids are not known yet at that time."""
 
 
 class BatchFile:
-    """A batch file after one pass over it: its rows can be read in any order. 29 bytes per row.
+    """A batch file after one pass over it: its rows can be read in any order.
 
     Of several lines with one ``custom_id`` the first is answered. The others, and lines without an
     id, are rejected under made-up ids (``line-17``) that no line of the file uses, so that each id
-    stands in the results once. Keeps the file open: one that is replaced meanwhile does no harm.
-    Use as a context manager.
+    is in the results once. Takes 29 bytes per row. Keeps the file open, so replacing it meanwhile
+    does no harm. Use as a context manager.
     """
 
     def __init__(self, source: BatchInput | Path, limits: RowLimits | None = None) -> None:
-        """Raises InputError when the file cannot be opened. ``scan`` comes next."""
+        """Open the file; ``scan`` comes next. Raises InputError when it cannot be opened."""
         self._own_input = BatchInput([source]) if isinstance(source, Path) else None
         self._input = self._own_input or cast(BatchInput, source)
         self.name = self._input.name
@@ -111,7 +114,7 @@ class BatchFile:
             self._own_input.close()
 
     def scan(self, visit: Visitor | None = None) -> BatchFile:
-        """Find the rows and ids that occur twice. Raises InputError when there are no rows."""
+        """Find the rows, and ids that occur twice. Raises InputError when there are no rows."""
         id_hashes = array("Q")
         has_id = bytearray()
         for line in self._lines():
@@ -147,11 +150,11 @@ class BatchFile:
         return len(self._offsets)
 
     def rows(self, order: Iterable[int] | None = None) -> Iterator[Row | RejectedRow]:
-        """The rows of these indices, or all in input order, one at a time."""
+        """The rows with these indices, or all in input order, one at a time."""
         return map(self.read, range(self.num_rows) if order is None else order)
 
     def read(self, index: int) -> Row | RejectedRow:
-        """A row, as a request or as the reason why it is none.
+        """Read a row: a request, or the reason why it is not one.
 
         Raises InputError when the file cannot be read, or no longer has the row that was seen.
         """
@@ -180,14 +183,14 @@ class BatchFile:
         return [int(index) for index in np.flatnonzero((self._id_hashes != 0) & ~self._has_own_id)]
 
     def find(self, content_hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
-        """For each content hash the index of the first row that has it, or -1."""
+        """Index of the first row that has each content hash, or -1."""
         own = np.frombuffer(self._content_hashes, np.uint64)
         order = np.argsort(own, kind="stable")
         at = np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)
         return np.where(own[order[at]] == content_hashes, order[at], -1)
 
     def id_hashes(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
-        """``hash_id`` of the id under which each row stands in the results, in input order."""
+        """``hash_id`` of the id under which each row is in the results, in input order."""
         hashes = self._id_hashes.copy()
         for index in np.flatnonzero(~self._has_own_id):
             hashes[index] = hash_id(f"{self._made_up_prefix}{self._line_numbers[index]}")
@@ -250,7 +253,7 @@ class BatchFile:
 
 
 def hash_id(custom_id: str) -> int:
-    """64 bits that stand for an id where a million of them must fit in memory."""
+    """64-bit hash of an id, for use where a million ids must fit in memory."""
     return _hash(custom_id.encode("utf-8", "surrogatepass"))
 
 
@@ -300,7 +303,7 @@ def _usable_id(data: Any) -> str | None:
 
 
 def _free_prefix(prefix: str, custom_id: str) -> str:
-    """The prefix, with enough dashes behind that ``custom_id`` does not start with it."""
+    """The prefix, with enough dashes appended that ``custom_id`` does not start with it."""
     if not custom_id.startswith(prefix):
         return prefix
     rest = custom_id.removeprefix(prefix)
@@ -320,7 +323,7 @@ def _refuse_number(text: str) -> NoReturn:
 
 
 def _finite(text: str) -> float:
-    """A number such as 1e999 is valid JSON, but nothing downstream can write it again."""
+    """Parse a float. Refuses 1e999, which is valid JSON but cannot be written again downstream."""
     value = float(text)
     return value if math.isfinite(value) else _refuse_number(text)
 
@@ -329,7 +332,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
 
 
 def _may_be_deep(data: bytes) -> bool:
-    """Cheap, and false for nearly every line: too few brackets to be nested so deep."""
+    """Cheap first test of nesting: False for nearly every line, which has too few brackets."""
     return data.count(b"[") + data.count(b"{") > MAX_DEPTH
 
 
@@ -346,7 +349,7 @@ def _is_deeper_than(data: Any, depth: int) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A value from the file, short enough for a message."""
+    """A value from the file, shortened for a message."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 

@@ -1,4 +1,4 @@
-"""What can be known of a batch file before a device is touched: bad rows, tokens, lengths."""
+"""Check of a batch file before a device is touched: bad rows, tokens, lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from elbowroom.jobs.prompts import (
 )
 
 MAX_PROBLEMS = 1000
-"""Problems beyond are counted, and not kept."""
+"""Most problems that are kept; further ones are only counted."""
 
 _BATCH_ROWS = 256
 _MAX_SHOWN = 20
@@ -46,10 +46,11 @@ class Problem(NamedTuple):
 
 @dataclass
 class CheckReport:
-    """What a file holds. ``prompt_lengths`` counts prompts by the power of two they do not exceed.
+    """Contents of a batch file: rows, problems, prompt and output tokens.
 
-    Tokens are None without a model. ``output_token_limit`` sums what rows ask for at most; rows
-    without a limit are counted in ``num_unlimited``.
+    ``prompt_lengths`` counts prompts by the power of two that they do not exceed. Tokens are None
+    without a model. ``output_token_limit`` sums the most tokens that rows ask for; rows without a
+    limit are counted in ``num_unlimited``.
     """
 
     num_rows: int = 0
@@ -76,12 +77,11 @@ class CheckReport:
 def check_file(
     source: BatchInput | Path, model_dir: Path | None, max_model_len: int | None, limits: RowLimits
 ) -> CheckReport:
-    """One pass over a file. Memory does not depend on its size, but for 29 bytes per row.
+    """Check a file in one pass.
 
-    With a model folder prompts are put through its chat template and counted in its tokens, on all
-    cores. ``max_model_len`` None is what the model was made for.
-
-    Raises InputError when the file or the tokenizer cannot be read.
+    Takes 29 bytes of memory per row, whatever the size of the file. With a model folder prompts are
+    put through its chat template and counted in its tokens, on all cores. ``max_model_len`` None is
+    what the model was made for. Raises InputError when the file or the tokenizer cannot be read.
     """
     begin = time.monotonic()
     report = CheckReport()
@@ -117,12 +117,12 @@ def check_file(
 
 
 class PromptCounter:
-    """Counts prompts in the tokens of a model, as its server would."""
+    """Counter of prompts in the tokens of a model, as its server would count them."""
 
     def __init__(
         self, model_dir: Path, max_model_len: int | None, max_prompt_tokens: int | None
     ) -> None:
-        """Loads the tokenizer. Raises InputError when it cannot."""
+        """Load the tokenizer. Raises InputError when that fails."""
         try:
             from transformers import AutoConfig, AutoTokenizer  # takes seconds
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""What answers depend on besides their row: a journal belongs to one such identity."""
+"""Identity of a job: what answers depend on besides their row. A journal belongs to one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ _SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 def job_identity(model_dir: Path, engine: EngineOptions) -> dict[str, str]:
     """Model files, engine version and the defaults of sampling, as short texts to compare.
 
-    How many replicas, their memory and the pool are left out: a job may go on with others.
+    The number of replicas, their memory and the pool are left out: a job may be resumed with
+    others.
     """
     return {
         "model": _files_digest(model_dir),
@@ -38,7 +39,10 @@ def engine_version() -> str:
 
 
 def _files_digest(model_dir: Path) -> str:
-    """Of every file's name, size, and beginning and end; the middle of large files is not read."""
+    """Digest of every file's name, size, beginning and end; the middle of large files is not read.
+
+    Raises InputError when a file cannot be read.
+    """
     hasher = blake2b(digest_size=8)
     try:
         for path in sorted(model_dir.iterdir()):

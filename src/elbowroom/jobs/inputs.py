@@ -1,4 +1,4 @@
-"""Where the rows of a job come from: one file or several, compressed or not, or standard input."""
+"""Inputs of a job: one file or several, compressed or not, or standard input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple
 from elbowroom.core.errors import InputError, OutputError
 
 STDIN = Path("-")
-"""Stands for standard input."""
+"""The path that means standard input."""
 
 _CHUNK_BYTES = 1024**2
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
@@ -33,22 +33,26 @@ _LONGEST_MAGIC = 6
 
 
 class _Part(NamedTuple):
-    """One file of several. ``before`` counts lines of the parts in front of it."""
+    """One file of several. ``before`` is the number of lines in the files before it."""
 
     name: str
     before: int
 
 
 class BatchInput:
-    """The lines of a job. Use as a context manager; ``open`` gives them as often as wanted.
+    """The lines of a job. Use as a context manager; ``open`` gives them again each time.
 
-    One plain file is read where it lies. Several, compressed ones and standard input are copied,
-    one behind the other, into a temporary file in ``folder``: rows are read more than once, and in
-    an order of their own.
+    One plain file is read where it is. Several files, compressed ones and standard input are
+    copied, one after the other, into a temporary file in ``folder``: rows are read more than once,
+    and not in file order.
     """
 
     def __init__(self, paths: Sequence[Path], folder: Path | None = None) -> None:
-        """Raises InputError for files that cannot be read, and for what holds no JSON lines."""
+        """Open the inputs, and copy them if needed.
+
+        Raises InputError for files that cannot be read or hold no JSON lines, OutputError if
+        copying fails.
+        """
         if not paths:
             raise InputError("a job needs at least one input: give --input")
         self.name = input_name(paths)
@@ -76,14 +80,14 @@ class BatchInput:
             self._copy.close()
 
     def open(self) -> IO[bytes]:
-        """All lines; those of a copy for one reader at a time. Raises OSError."""
+        """Open all lines as one file; a copy serves one reader at a time. Raises OSError."""
         if self._copy is None:
             return self._paths[0].open("rb")
         self._copy.seek(0)
         return os.fdopen(os.dup(self._copy.fileno()), "rb")
 
     def place(self, line_number: int) -> str:
-        """Where a line stands, for messages; lines are counted from 1 over all files."""
+        """Location of a line, for messages; lines are counted from 1 over all files."""
         if len(self._parts) < 2:
             return f"line {line_number}"
         part = self._parts[bisect_right(self._parts, line_number - 1, key=lambda p: p.before) - 1]
@@ -112,7 +116,7 @@ class BatchInput:
 
 
 def input_name(paths: Sequence[Path]) -> str:
-    """What messages call the files of a job."""
+    """Name of a job's files in messages."""
     others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     return f"{'standard input' if paths[0] == STDIN else paths[0]}{others}"
 
@@ -130,7 +134,7 @@ def _copying(folder: Path | None) -> Iterator[None]:
 
 @contextmanager
 def explained(path: Path | str) -> Iterator[None]:
-    """Turn what reading may raise into an InputError that says what to look at."""
+    """Turn an error of reading into an InputError that says what to check."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -143,7 +147,10 @@ def explained(path: Path | str) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str:
-    """What must be done to read a file. Raises InputError for what cannot hold JSON lines."""
+    """Kind of an input: stdin, pipe, plain, gzip or zstd.
+
+    Raises InputError for what cannot hold JSON lines.
+    """
     if path == STDIN:
         return "stdin"
     with explained(path):
@@ -157,7 +164,7 @@ def _kind(path: Path) -> str:
 
 
 def _look_at(beginning: bytes, path: Path) -> str:
-    """What a file is by its first bytes: plain, gzip or zstd. Raises InputError for others."""
+    """Kind of a file by its first bytes: plain, gzip or zstd. Raises InputError for others."""
     if beginning.startswith(_GZIP):
         return "gzip"
     if beginning.startswith(_ZSTD):
@@ -182,7 +189,7 @@ def _explained_chunks(path: Path, kind: str) -> Iterator[bytes]:
 
 
 def _chunks(path: Path, kind: str) -> Iterator[bytes]:
-    """What a file holds, decompressed. Raises EOFError and others for one that is cut off."""
+    """Contents of a file, decompressed. Raises EOFError and others for one that is cut off."""
     if kind == "stdin":
         yield from _read(sys.stdin.buffer)
         return
@@ -202,7 +209,7 @@ def _read(file: IO[bytes] | gzip.GzipFile) -> Iterator[bytes]:
 
 
 def _decompress(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
-    """Frames of zstd, one behind the other."""
+    """Decompress zstd frames, one after the other. Raises EOFError for damaged or cut ones."""
     make, failure = _zstd(path)
     frame = None
     try:
@@ -221,7 +228,10 @@ def _decompress(chunks: Iterator[bytes], path: Path) -> Iterator[bytes]:
 
 
 def _zstd(path: Path) -> tuple[Callable[[], Any], type[Exception]]:
-    """What makes a decompressor of one frame, and its error: Python 3.14's, or a package's."""
+    """Maker of decompressors for one frame, and their error: Python 3.14's, or a package's.
+
+    Raises InputError if there is neither.
+    """
     library: Any
     try:
         library = importlib.import_module("compression.zstd")

@@ -1,7 +1,8 @@
 """The journal of a job: finished rows, kept beside the output until somebody removes them.
 
-SQLite in write-ahead mode, in ``RESULTS.elbowroom/``. What was committed survives the death of any
-process and of the machine; a torn end is ignored by SQLite. One process at a time writes it.
+It is an SQLite database in write-ahead mode, in ``RESULTS.elbowroom/``. What was committed survives
+the death of any process and of the machine; SQLite ignores a torn end. One process at a time writes
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from elbowroom.core.errors import InputError, OutputError
 from elbowroom.jobs.batch_file import BatchFile
 
 COMMIT_SECONDS = 0.5
-"""A finished row is safe on disk at most so long after it came."""
+"""Longest time until a finished row is safe on disk."""
 
 _MAX_PENDING = 2000
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows passes no file on unless it is told to
@@ -47,7 +48,7 @@ _VERSION = 1
 class FinishedRow:
     """A row and its result line. ``failure`` names what went wrong; None is success.
 
-    A line that is no request has no content hash: it was never work, and is judged anew.
+    A line that is not a request has no content hash: it was never work, and is judged again.
     """
 
     index: int
@@ -78,14 +79,14 @@ class JournalTotals:
 
 
 def journal_folder(output: Path) -> Path:
-    """Raises InputError for what names no file."""
+    """The journal's folder beside ``output``. Raises InputError for a path without a file name."""
     if not output.name:
         raise InputError(f"'{output}' is no file: name the --output of a run, as it was given")
     return output.with_name(f"{output.name}.elbowroom")
 
 
 OnCommit = Callable[[Sequence[FinishedRow]], None]
-"""Is told of rows once they are safe."""
+"""Callback with rows that have become safe on disk."""
 
 
 class Journal:
@@ -94,7 +95,7 @@ class Journal:
     def __init__(
         self, output: Path, restart: bool = False, on_commit: OnCommit | None = None
     ) -> None:
-        """Open the journal beside ``output``, or begin one; ``restart`` drops what is in it.
+        """Open the journal beside ``output``, or begin one; ``restart`` drops its contents.
 
         Raises OutputError when another run has it, or when it cannot be written or read.
         """
@@ -129,12 +130,11 @@ class Journal:
             os.close(self._lock)
 
     def admit(self, identity: Mapping[str, str], batch: BatchFile) -> np.ndarray[Any, Any]:
-        """Begin or go on with a job. Returns a mask of the rows that need no work any more.
+        """Begin or resume a job. Returns a mask of the rows that need no more work.
 
-        Finished rows are found again by what their line says, wherever it now stands in the file.
-
-        Raises InputError when the journal is of another job, with the field that differs, or when
-        the line of a finished row is gone or changed.
+        The mask is bool [num_rows]. Finished rows are found again by the contents of their line,
+        wherever it now is in the file. Raises InputError when the journal is of another job, with
+        the field that differs, or when the line of a finished row is gone or changed.
         """
         known = {f: v for f, v in self.facts().items() if not f.startswith("_")}
         for field in [*known, *identity] if known else []:
@@ -154,7 +154,7 @@ class Journal:
         return is_finished
 
     def put(self, row: FinishedRow) -> None:
-        """Take a finished row. It is safe once ``commit`` or a later ``tick`` has come back."""
+        """Take a finished row. It is safe once ``commit`` or a later ``tick`` has returned."""
         self._pending.append(row)
         if len(self._pending) >= _MAX_PENDING:
             self.commit()
@@ -165,7 +165,7 @@ class Journal:
             self.commit()
 
     def commit(self) -> None:
-        """Make every row safe that was put. Raises OutputError; then all stay put."""
+        """Make every row that was put safe. Raises OutputError; then the rows stay pending."""
         rows = self._pending
         self._committed_at = time.monotonic()
         if not rows:
@@ -194,17 +194,20 @@ class Journal:
 
     @property
     def totals(self) -> JournalTotals:
-        """Of rows that are safe."""
+        """Totals over rows that are safe."""
         failures = {name: count for name, count in self._finished.items() if name is not None}
         return JournalTotals(self._finished[None], failures, *self._num_tokens)
 
     def lines(self, succeeded: bool) -> Iterator[bytes]:
-        """Result lines in input order."""
+        """Result lines in input order, of rows that succeeded or of those that failed."""
         with _explained(self._folder):
             yield from read_lines(self._database, succeeded)
 
     def _find_again(self, batch: BatchFile) -> np.ndarray[Any, Any]:
-        """Move finished rows to where their lines are now. Returns their indices."""
+        """Move finished rows to the indices of their lines now. Returns these indices.
+
+        Raises InputError if a line is gone or changed.
+        """
         found = self._database.execute("SELECT row_index, content_hash FROM rows ORDER BY 1")
         rows = np.array(found.fetchall(), np.int64).reshape(-1, 2)
         indices = batch.find(rows[:, 1].view(np.uint64)) if len(rows) else rows[:, 0]
@@ -220,7 +223,7 @@ class Journal:
         if (indices != rows[:, 0]).any():
             moves = list(zip(indices.tolist(), rows[:, 0].tolist(), strict=True))
             update = "UPDATE rows SET row_index = ? WHERE row_index = ?"
-            # First out of the way: two rows may change places.
+            # Move them out of the way first: two rows may change places.
             self._database.executemany(update, [(-1 - old, old) for _, old in moves])
             self._database.executemany(update, [(new, -1 - old) for new, old in moves])
         return indices
@@ -236,10 +239,10 @@ class Journal:
 
 
 class JournalReader:
-    """Reads a journal, also while a run writes it. Use as a context manager."""
+    """Reader of a journal, also while a run writes it. Use as a context manager."""
 
     def __init__(self, output: Path) -> None:
-        """Raises InputError when there is no journal beside ``output``."""
+        """Open the journal beside ``output``. Raises InputError when there is none."""
         self.folder = journal_folder(output)
         if not _database_path(self.folder).exists():
             raise InputError(
@@ -262,13 +265,13 @@ class JournalReader:
         return read_totals(self._database, self.folder)
 
     def facts(self) -> dict[str, Any]:
-        """What the run noted of itself, without the job's identity."""
+        """Facts that the run noted about itself, without the job's identity."""
         with _explained(self.folder):
             rows = self._database.execute("SELECT field, value FROM job").fetchall()
         return {name[1:]: json.loads(value) for name, value in rows if name.startswith("_")}
 
     def lines(self, succeeded: bool | None = None) -> Iterator[bytes]:
-        """Result lines of what is finished so far, in input order."""
+        """Result lines of rows finished so far, in input order."""
         with _explained(self.folder):
             yield from read_lines(self._database, succeeded)
 
@@ -305,7 +308,10 @@ def _database_path(folder: Path) -> Path:
 
 
 def _connect(folder: Path) -> sqlite3.Connection:
-    """Created by ourselves first: SQLite gives its other files the same mode."""
+    """Open the database, creating it with mode 0600: SQLite gives its other files the same mode.
+
+    Raises OutputError for the journal of another version.
+    """
     path = _database_path(folder)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600))
     database = sqlite3.connect(path, timeout=10)
@@ -333,7 +339,10 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(folder: Path, output: Path) -> int:
-    """Hold ``folder``'s lock until we die, however that happens: the kernel frees it."""
+    """Hold ``folder``'s lock until this process dies, however that happens: the kernel frees it.
+
+    Raises OutputError if another run holds it.
+    """
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600)
     if not host.try_lock(descriptor):
         os.close(descriptor)

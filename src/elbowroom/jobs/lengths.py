@@ -1,4 +1,4 @@
-"""How long the rows of a batch file are, for a plan: prompts are counted, outputs assumed."""
+"""Row lengths of a batch file, for a plan: prompts are counted, outputs assumed."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from elbowroom.jobs.prompts import (
 )
 
 ASSUMED_OUTPUT_TOKENS = 256
-"""Of a row that sets no limit: nobody knows before it is answered."""
+"""Assumed output of a row that sets no limit: its length is unknown until it is answered."""
 
 _COUNTED_CHARS = 100_000
-"""Of one text; the rest of a longer one is taken to be like its beginning."""
+"""Characters counted of one text; the rest of a longer one is assumed to be like its beginning."""
 
 _MOST_ANSWERS = 128
-"""Of one row: who asks for more is refused by its limits."""
+"""Most answers to one row that are counted; limits refuse rows that ask for more."""
 
 _TOKENS_PER_MESSAGE, _TOKENS_PER_CHAT = 5, 3
-"""What ChatML puts around a message (its role, its ends) and before the answer."""
+"""Tokens that ChatML puts around a message (its role, its ends) and before the answer."""
 
 
 @dataclass(frozen=True)
 class FileLengths:
-    """Lengths of a file's rows in its order; of ``num_counted`` rows if it is larger than asked.
+    """Lengths of a file's rows in its order, from ``num_counted`` of them in a large file.
 
-    ``bytes_per_token`` is what prompts have as ``jobs.prompts.prompt_bytes`` measures them.
+    ``bytes_per_token`` is the prompts' mean, as ``jobs.prompts.prompt_bytes`` measures them.
     """
 
     workload: Workload
@@ -61,8 +61,9 @@ def read_lengths(
 ) -> FileLengths:
     """Count prompts in the model's tokens. Chat templates are estimated, not rendered.
 
-    Of more than ``max_rows`` rows so many are counted, evenly spread, and stand for the others.
-    Outputs are taken to reach their limits. Raises InputError when the file cannot be read.
+    At most ``max_rows`` rows are counted, evenly spread, and stand for the others. Outputs are
+    assumed to reach their limits. Raises InputError when the file or the tokenizer cannot be read,
+    or no row could be answered.
     """
     count = _counter(model_dir)
     prompts: list[int] = []
@@ -127,7 +128,7 @@ def _prompt_tokens(body: dict[str, Any], count: Callable[[str], int]) -> list[in
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Contents of messages, and whatever text lies in them."""
+    """Texts of messages, at any depth of lists and contents."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Caps on one request: what it may ask of the engine, and from where it may have content fetched.
+"""Caps on one request: what it may ask of the engine, and the hosts it may fetch content from.
 
 Values of a wrong type are left to vLLM, which answers them with status 400.
 """
@@ -18,7 +18,7 @@ _WHOLE_VOCABULARY = 10**9
 _MAX_SHOWN = 10**18
 
 _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
-"""In a URL: readers disagree about what these mean, so the host that is seen may not be asked."""
+"""Characters in a URL that readers interpret differently: the host seen here may not be asked."""
 
 
 _COUNTS = ("n", "best_of")
@@ -49,14 +49,14 @@ class RowLimits:
 
 
 class Violation(NamedTuple):
-    """Why a request is refused."""
+    """Reason why a request is refused."""
 
     code: str
     message: str
 
 
 def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
-    """The first limit that a request breaks. Takes any JSON."""
+    """The first limit that a request breaks, or None. Takes any JSON."""
     if not _CAPPED.isdisjoint(body):
         for name, value, most, flag in _sizes(body, limits):
             if value > most:
@@ -70,7 +70,10 @@ def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
 
 
 def refused_host(url: str, allowed: frozenset[str]) -> str | None:
-    """What a URL points at, unless it is data in itself or on an allowed host."""
+    """The host that a URL points at, or None if it is data in itself or on an allowed host.
+
+    A URL whose host is not clear is returned itself, shortened.
+    """
     if url.startswith("data:"):
         return None
     shown = repr(url if len(url) <= 60 else f"{url[:60]}...")
@@ -91,7 +94,7 @@ def refused_host(url: str, allowed: frozenset[str]) -> str | None:
 
 
 def schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """JSON schemas of a request, each with the field where it stands."""
+    """JSON schemas of a request, each with the name of its field."""
     if all(name not in body for name in _SCHEMAS):
         return
     response_format = _dict(body.get("response_format"))
@@ -103,7 +106,7 @@ def schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def regexes(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Regular expressions that constrain the answer, also those in schemas."""
+    """Regular expressions that constrain the answer, including those in schemas."""
     structured = _dict(body.get("structured_outputs"))
     fields = {
         "structured_outputs.regex": structured.get("regex"),
@@ -127,7 +130,7 @@ def _structural_tags(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(value: Any) -> Any:
-    """A schema may be given as text."""
+    """A schema as data, parsed if it is given as text; None if it is not valid JSON."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -135,7 +138,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, int, str]]:
-    """Name, value, cap and flag of whatever has a cap."""
+    """Name, value, cap and flag of everything that has a cap."""
     for name in _COUNTS:
         if isinstance(body.get(name), int):
             yield name, body[name], limits.max_n, "--max-n"
@@ -158,7 +161,7 @@ def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, 
 
 
 def _urls(messages: Any) -> Iterator[str]:
-    """Strings that a chat template or a loader of media may take for a place to fetch from."""
+    """Strings that a chat template or a loader of media may take for an address to fetch from."""
     for key, value in _entries(messages):
         if isinstance(value, str) and (key == "url" or key.endswith("_url")):
             yield value

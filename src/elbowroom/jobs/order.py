@@ -1,4 +1,4 @@
-"""In which order rows are offered: long outputs first, rows that share a prefix together."""
+"""Order in which rows are offered: long outputs first, rows that share a prefix together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from elbowroom.jobs.batch_file import RejectedRow, Row
 from elbowroom.jobs.prompts import output_limit
 
 PREFIX_BYTES = 16 * 1024
-"""Of a prompt, what is compared with others."""
+"""Bytes of a prompt's beginning that are compared with other prompts."""
 
 _NUM_LEVELS = 12
 LEVEL_BYTES = tuple(
     round(64 * (PREFIX_BYTES / 64) ** (level / (_NUM_LEVELS - 1))) for level in range(_NUM_LEVELS)
 )
-"""64, 106, 175 ... 16384: a shared prefix is found to at least 60 % of its length."""
+"""Prefix lengths 64, 106, 175 ... 16384: a shared prefix is found to 60 % of its length or more."""
 
 _NO_LIMIT = 255  # the bucket of rows whose output has no limit; 10**18 tokens are in bucket 60
 _PROMPT_KEYS = ("tools", "documents", "messages", "prompt", "input")  # as chat templates order them
@@ -32,15 +32,15 @@ Indices = np.ndarray[Any, np.dtype[np.uint32]]
 
 
 class OrderBuilder:
-    """Sees every row once, in input order, and then says in which order to work on them.
+    """Builder of the order to work on rows: sees every row once, in input order.
 
     Rows with the longest output limits (by powers of two) come first, so that the end of a run is
-    short. Of rows with like limits, those that share a prefix come together, so that the engine
-    finds it in its cache: within those that share 64 bytes, those that share 106, and so on. Groups
-    stand where their first row does; for the rest, input order.
+    short. Rows with similar limits that share a prefix come together, so that the engine finds it
+    in its cache: within those that share 64 bytes, those that share 106, and so on. A group comes
+    where its first row would; otherwise rows keep the input order.
 
-    Keeps 49 bytes per row. Different prefixes that have one hash, of 32 bits, stand together too,
-    which does no harm.
+    Keeps 49 bytes per row. Different prefixes with the same 32-bit hash come together too, which
+    does no harm.
     """
 
     def __init__(self) -> None:
@@ -48,14 +48,14 @@ class OrderBuilder:
         self._hashes = array("I")  # rows x levels
 
     def visit(self, row: Row | RejectedRow) -> None:
-        """The next row. One that no engine will see comes last."""
+        """Take the next row. One that no engine will see comes last."""
         if isinstance(row, Row):
             self.add(prompt_prefix(row.body), output_limit(row))
         else:
             self.add(b"", 0)
 
     def add(self, prefix: bytes, output_limit: float) -> None:
-        """The next row: how its prompt begins, and its most output tokens (or infinity)."""
+        """Take the next row: the beginning of its prompt, its most output tokens (or infinity)."""
         bucket = _NO_LIMIT if math.isinf(output_limit) else int(output_limit).bit_length()
         self._buckets.append(bucket)
         append, num_bytes, start = self._hashes.append, len(prefix), 0
@@ -76,7 +76,7 @@ class OrderBuilder:
 
 
 def prompt_prefix(body: dict[str, Any]) -> bytes:
-    """How the prompt of a request begins, as far as a chat template's input tells.
+    """Beginning of a request's prompt, as far as a chat template's input tells.
 
     Takes any JSON value anywhere, and looks at no more of it than goes into ``PREFIX_BYTES``.
     """
@@ -90,9 +90,10 @@ def prompt_prefix(body: dict[str, Any]) -> bytes:
 
 
 def _pieces(value: Any) -> Iterator[bytes]:
-    """The keys and leaves of a JSON value, depth first, and an empty piece for each list or object.
+    """The keys and leaves of a JSON value, depth first, and an empty one for each list or object.
 
-    No recursion, so of any depth; every step gives a piece, so who stops early has read little.
+    Works without recursion, so at any depth. Every step yields something, so a caller that stops
+    early has read little.
     """
     stack = [iter((value,))]
     while stack:
@@ -113,14 +114,14 @@ def _pieces(value: Any) -> Iterator[bytes]:
 
 
 def _role_first(value: dict[str, Any]) -> dict[str, Any]:
-    """A message begins with its role, whatever the order in the file."""
+    """A message with its role first, whatever the order in the file."""
     if "role" not in value:
         return value
     return {"role": value["role"], "content": value.get("content"), **value}
 
 
 def _token_ids(values: list[Any]) -> bytes | None:
-    """A list of token ids, 4 bytes each; None if it is something else."""
+    """A list of token ids as bytes, 4 each; None if it is something else."""
     if not values or not isinstance(values[0], int):
         return None
     try:
@@ -130,11 +131,11 @@ def _token_ids(values: list[Any]) -> bytes | None:
 
 
 def _first_rows(hashes: Indices) -> Indices:
-    """For each row the first row that has its hash."""
+    """The first row with the same hash, for each row."""
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     return first.astype(np.uint32)[group]
 
 
 def _sorted_by(keys: np.ndarray[Any, Any], order: Indices) -> Indices:
-    """The order, sorted by the keys of its rows; of equal keys the one that came first."""
+    """The order, sorted by the keys of its rows; rows with equal keys keep their order."""
     return order[np.argsort(keys[order], kind="stable")]

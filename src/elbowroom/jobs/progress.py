@@ -1,4 +1,4 @@
-"""The live view: a table on a terminal, a plain line now and then elsewhere."""
+"""The live view: a table on a terminal, or a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _FULL_WIDTH = 75
 
 @dataclass(frozen=True)
 class ReplicaStats:
-    """What a replica last said of itself. ``kv_usage`` is between 0 and 1."""
+    """State and counters that a replica last reported. ``kv_usage`` is between 0 and 1."""
 
     replica: int
     state: str
@@ -61,7 +61,7 @@ class JobSnapshot:
 
 
 class _Tokens(NamedTuple):
-    """Tokens over all replicas, or such tokens per second."""
+    """Tokens summed over all replicas, or such tokens per second."""
 
     prompt: float
     output: float
@@ -73,11 +73,11 @@ class _Sample(NamedTuple):
 
 
 class ProgressView:
-    """Shows snapshots as they come. Has no thread: whoever calls ``update`` sets the pace.
+    """View that shows snapshots as they come. It has no thread: calls of ``update`` set the pace.
 
-    A screen that fails is not tried again: the job does not depend on it.
-
-    May be told every message: what is newer than the last drawing by less than DRAW_SECONDS waits.
+    A screen that fails is not tried again: the job does not depend on it. ``update`` may be called
+    for every message: within DRAW_SECONDS of the last drawing (PLAIN_SECONDS without a terminal),
+    nothing is drawn.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -102,7 +102,7 @@ class ProgressView:
                 self._show(self._unshown)  # a short job ends between two lines
 
     def update(self, snapshot: JobSnapshot) -> None:
-        """Take note of a snapshot, and show it if the last one shown is old enough."""
+        """Take a snapshot, and show it if the last one shown is old enough."""
         if not self._is_blind:
             with optional("progress", self._give_up):
                 self._update(snapshot)
@@ -141,7 +141,7 @@ class ProgressView:
             )
 
     def _headline(self, snapshot: JobSnapshot) -> str:
-        """Rows, tokens per second lately and overall, and how long it will take."""
+        """Text with rows, tokens per second lately and overall, and the time left."""
         first, last = self._samples[0], self._samples[-1]
         lately = _per_second(first.tokens, last.tokens, last.seconds - first.seconds)
         overall = _per_second(_Tokens(0, 0), _tokens(snapshot), snapshot.run_seconds)
@@ -173,7 +173,7 @@ class ProgressView:
 
 
 def _tokens(snapshot: JobSnapshot) -> _Tokens:
-    """Since the replicas started."""
+    """Tokens of all replicas since they started."""
     return _Tokens(
         sum(replica.prompt_tokens for replica in snapshot.replicas),
         sum(replica.generation_tokens for replica in snapshot.replicas),
@@ -181,7 +181,7 @@ def _tokens(snapshot: JobSnapshot) -> _Tokens:
 
 
 def _per_second(before: _Tokens, after: _Tokens, seconds: float) -> _Tokens:
-    """Nothing is known of a moment: then 0."""
+    """Tokens per second between two samples; 0 if no time has passed."""
     if seconds <= 0:
         return _Tokens(0, 0)
     return _Tokens(
@@ -200,7 +200,7 @@ def _describe(replica: ReplicaStats) -> str:
 
 
 def _describe_pool(stats: PoolStats) -> str:
-    """What moved so far, and how long compute waited for it."""
+    """Text with what the pool moved so far, and how long compute waited for it."""
     parts = []
     if stats.streamed_iterations:
         parts.append(f"{stats.streamed_iterations} iterations streamed")
@@ -214,7 +214,7 @@ def _describe_pool(stats: PoolStats) -> str:
 
 
 def _eta(snapshot: JobSnapshot) -> str:
-    """Time left at the pace so far; unknown until rows have finished."""
+    """Time left at the pace so far; "-" until rows have finished."""
     done = snapshot.rows_done - snapshot.rows_resumed
     if done <= 0 or snapshot.run_seconds <= 0:
         return "-"

@@ -10,7 +10,7 @@ from elbowroom.jobs.batch_file import Row
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 BYTES_PER_TOKEN = 4.0
-"""Of English text."""
+"""Typical bytes per token of English text."""
 
 _DEFAULT_COMPLETION_TOKENS = 16
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
@@ -24,11 +24,11 @@ class Prompts(NamedTuple):
 
 
 class RefusedError(Exception):
-    """vLLM would answer 400."""
+    """A request that vLLM would answer with status 400."""
 
 
 def prompts_of(row: Row, tokenizer: Any) -> Prompts:
-    """Raises RefusedError, or whatever the template raises.
+    """Render the prompts of a row. Raises RefusedError, or whatever the template raises.
 
     Templates that a request brings are not rendered: they could run for ever, and vLLM refuses them
     unless it is started with --trust-request-chat-template.
@@ -46,7 +46,7 @@ def prompts_of(row: Row, tokenizer: Any) -> Prompts:
 
 
 def max_output_tokens(row: Row) -> int | None:
-    """Most tokens of one answer that a row asks for; None is no limit."""
+    """Most tokens that a row asks for in one answer; None is no limit."""
     if row.url == EMBEDDINGS:
         return 0
     names = ("max_tokens",) if row.url == COMPLETIONS else ("max_completion_tokens", "max_tokens")
@@ -65,7 +65,7 @@ def prompt_bytes(row: Row) -> int:
 
 
 def num_answers(row: Row) -> int:
-    """How many answers one row asks for, over its prompts and choices."""
+    """Number of answers that one row asks for, over its prompts and choices."""
     choices = row.body.get("n")
     prompt = row.body.get("prompt") if row.url == COMPLETIONS else None
     num_prompts = len(prompt) if isinstance(prompt, list) and not _is_list_of(prompt, int) else 1
@@ -79,7 +79,10 @@ def output_limit(row: Row) -> float:
 
 
 def kept_tokens(row: Row, num_tokens: int) -> int:
-    """Tokens of a prompt that are left when a request has it cut; -1 cuts it to what fits."""
+    """Tokens left of a prompt that its request has truncated.
+
+    -1 truncates to what fits, which counts as 0 here.
+    """
     most = row.body.get("truncate_prompt_tokens")
     if type(most) is not int:
         return num_tokens
@@ -87,7 +90,7 @@ def kept_tokens(row: Row, num_tokens: int) -> int:
 
 
 def _conversations(row: Row) -> list[Any] | None:
-    """None when the request is no chat."""
+    """Conversations of a request; None when it is no chat. Raises RefusedError for a bad one."""
     messages = row.body.get("messages")
     if row.url == CHAT:
         if not isinstance(messages, list):
@@ -159,7 +162,10 @@ def _messages(conversation: list[Any], knows_developer: bool) -> list[dict[str, 
 
 
 def _message(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that vLLM hands to a template; text parts joined as for models of text alone."""
+    """A message with the fields that vLLM gives to a template.
+
+    Text parts are joined as for models that only take text.
+    """
     content = given.get("content")
     if isinstance(content, list):
         content = "\n".join(text for part in content if (text := _text(part)) is not None)
@@ -177,7 +183,7 @@ def _message(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
-    """With its arguments as an object, which is what templates expect."""
+    """A tool call with its arguments as an object, which is what templates expect."""
     arguments = call["function"].get("arguments")
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
@@ -188,7 +194,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _text(part: Any) -> str | None:
-    """None for a part that is not text, or empty of it."""
+    """Text of a message part; None if the part is not text, or has none."""
     if isinstance(part, str):
         return part
     kind = part.get("type")

@@ -1,4 +1,4 @@
-"""What is left of a run: ``report.json``, and a short table on the screen."""
+"""Report of a run: ``report.json``, and a short table on the screen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from elbowroom.pool.stats import PoolStats
 
 @dataclass(frozen=True)
 class ReplicaReport:
-    """One replica's part. Resident bytes are weights and slots, measured after loading."""
+    """One replica's part of a run. Resident bytes are weights and slots, measured after loading."""
 
     rank: int
     num_kv_tokens: int
@@ -59,7 +59,7 @@ class JobReport:
 
     @property
     def output_tokens_per_second(self) -> float:
-        """Over the time in which rows were answered, start-up left out."""
+        """Output tokens per second while rows were answered, start-up left out."""
         return self.run_output_tokens / self.run_seconds if self.run_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -126,7 +126,10 @@ def _predicted(report: JobReport) -> str:
 
 
 def _for_actual(report: JobReport) -> str:
-    """Beside the outcome: rows may have ended before their limit."""
+    """Text with the prediction for actual lengths, and measured over predicted tokens/s.
+
+    It is shown as well because rows may have ended before their limit.
+    """
     if report.prediction_for_actual is None:
         return "nothing"
     ratio = report.output_tokens_per_second / report.prediction_for_actual.tokens_per_second

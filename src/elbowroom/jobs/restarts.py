@@ -1,4 +1,4 @@
-"""When a replica that died is started again, and when it is given up."""
+"""Policy for when a replica that died is started again, and when it is given up."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _LONGEST_DELAY_SECONDS = 30.0
 
 
 class RestartPolicy:
-    """For one replica: at most ``max_restarts`` in ten minutes, after ever longer pauses.
+    """Restart policy of one replica: at most ``max_restarts`` in ten minutes, ever longer pauses.
 
-    A death among suspects was to be expected, and does not count. But a replica that dies more than
-    ``max_restarts`` times and finishes no row in between is to blame itself.
+    A death while the replica held suspect rows was to be expected, and does not count. But a
+    replica that dies more than ``max_restarts`` times and finishes no row in between is itself to
+    blame.
     """
 
     def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -28,7 +29,7 @@ class RestartPolicy:
         self._num_in_a_row = 0
 
     def excuse(self) -> None:
-        """A row was found to kill: the death that made it a suspect was not the replica's."""
+        """Forget the last death that counted, because a row was found that kills replicas."""
         if self._deaths:
             self._deaths.pop()
 

@@ -17,27 +17,27 @@ from elbowroom.jobs.verify import verify_results
 
 
 def response_line(custom_id: str, status_code: int, body: Any) -> bytes:
-    """A line for a row that the engine answered, well or with an HTTP error."""
+    """Result line of a row that the engine answered, well or with an HTTP error."""
     response = {"status_code": status_code, "request_id": request_id(custom_id), "body": body}
     return _line(custom_id, response, None)
 
 
 def request_id(custom_id: str) -> str:
-    """The same in every run; vLLM makes the id of its response from it."""
+    """Request id of a row, the same in every run; vLLM makes the id of its response from it."""
     return _derive("req", custom_id)
 
 
 def error_line(custom_id: str, code: str, message: str) -> bytes:
-    """A line for a row that no engine answered."""
+    """Result line of a row that no engine answered."""
     return _line(custom_id, None, {"code": code, "message": message})
 
 
 def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> None:
     """Write both files whole, in input order. Without failed rows there is no error file.
 
-    Before they take their names, both are read again: each row of ``batch`` must stand in them
-    exactly once. Raises OutputError when one does not, or when the disk refuses; then nothing is
-    published, and no half file is left.
+    Before they take their names, both are read again: each row of ``batch`` must be in them exactly
+    once. Raises OutputError when one is not, or when the disk refuses; then nothing is published,
+    and no half file is left.
     """
     with ExitStack() as stack:
         answered = stack.enter_context(staged_file(output, journal.lines(succeeded=True)))
@@ -59,7 +59,7 @@ def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> N
 def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path) -> None:
     """Raise OutputError, before anything is loaded, if results could not be written.
 
-    Folders that are missing are made.
+    Missing folders are created.
     """
     written = [("--output", output), ("--errors", errors), ("--report", report)]
     named = [*(("input", path) for path in inputs), *written]
@@ -73,7 +73,10 @@ def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path
 
 
 def _is_same(one: Path, other: Path) -> bool:
-    """Also through links; for files that are not there yet, through linked folders."""
+    """Whether two paths are one file, also through links.
+
+    For files that do not exist yet, through linked folders.
+    """
     try:
         return one.samefile(other)
     except OSError:
@@ -88,7 +91,7 @@ def _line(custom_id: str, response: Any, error: Any) -> bytes:
         "error": error,
     }
     text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
-    # What UTF-8 has no bytes for, half a surrogate pair, becomes the \u escape that JSON allows.
+    # Half a surrogate pair has no bytes in UTF-8: it becomes the \u escape that JSON allows.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
 

@@ -1,4 +1,4 @@
-"""How far a running or interrupted job is, from its journal."""
+"""Progress of a running or interrupted job, from its journal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ State = Literal["running", "interrupted", "finished"]
 
 @dataclass(frozen=True)
 class JobStatus:
-    """Rows and tokens of the whole job; rates and times are those of the run that is on."""
+    """Rows and tokens of the whole job; rates and times are those of the current run."""
 
     folder: str
     state: State
@@ -41,7 +41,7 @@ class JobStatus:
 
 
 def job_status(journal: JournalReader) -> JobStatus:
-    """Reads no more than counts: it may be asked while the job runs."""
+    """Status of a job. Reads no more than counts, so it may be called while the job runs."""
     totals, facts = journal.totals(), journal.facts()
     num_rows = int(facts.get("num_rows", 0))
     is_running = journal.is_running()

@@ -1,4 +1,4 @@
-"""Whether results are complete: every id of the input exactly once, in output or errors."""
+"""Check that results are complete: every id of the input exactly once, in output or errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _MAX_NAMED = 10
 
 @dataclass(frozen=True)
 class Verification:
-    """Rows by how often they stand in the results; some ids of each kind are named."""
+    """Rows that are missing, repeated or unknown in the results; some ids of each are named."""
 
     num_rows: int
     num_missing: int
@@ -87,7 +87,7 @@ def result_ids(path: Path) -> Iterator[str]:
 
 
 def _named(paths: Sequence[Path], hashes: set[int]) -> tuple[str, ...]:
-    """Some ids of these hashes, looked up in the files again."""
+    """Some ids with these hashes, looked up in the files again."""
     names: dict[str, None] = {}
     if hashes:
         for path in paths:

@@ -1,4 +1,4 @@
-"""Trains the model of a script by a plan. Every worker is a process of torchrun's.
+"""Train the model of a script by a plan; torchrun starts a process for every worker.
 
 torchrun --nproc-per-node 2 -m elbowroom.pipeline SCRIPT --plan plan.json --steps 200
 """
@@ -18,9 +18,9 @@ from torch import distributed
 from elbowroom.core.errors import ElbowroomError, InputError
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.flags import AUTOCAST, add_run_flags
+from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
-from elbowroom.pipeline.worker import StageOptions
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.script import TrainingScript, load_script
@@ -52,41 +52,18 @@ def _train(args: argparse.Namespace) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
     try:
-        pipeline = Pipeline(
-            script.make_model(args.seed),
-            plan,
-            script.optimizer_fn(args.lr),
-            script.loss_fn,
-            StageOptions(
-                args.semantics,
-                args.microbatches,
-                args.seed,
-                autocast=_AUTOCAST.get(args.autocast),
-                keeps_record=args.trace is not None,
-                clip_norm=args.clip_norm,
-            ),
-            _scheduler_fn(script, args, plan),
-        )
-        generator = torch.Generator().manual_seed(args.seed)
-        progress = Progress(pipeline)
+        pipeline = _make_pipeline(script, plan, args)
         first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
         if first >= args.steps:
             raise InputError(f"{args.checkpoints} has learned from {first} already: raise --steps")
+        progress = Progress(pipeline)
         begin = time.perf_counter()
-        for step in range(args.steps):
-            batch = script.make_batch(generator)
-            if step < first:
-                continue  # learned from before the checkpoint
-            progress.note(step, pipeline.train_step(batch), batch[0])
-            is_due = (step + 1) % args.every == 0 or step + 1 == args.steps
-            if args.checkpoints and is_due:
-                pipeline.save(args.checkpoints)
-                progress.drained()
+        _run_steps(pipeline, script, args, first, progress)
         pipeline.close()
         progress.end()
         lines = summary(pipeline, progress, time.perf_counter() - begin, args.steps - first)
         spans = spans_of_all(pipeline) if args.trace else []
-        if pipeline.number == 0:
+        if pipeline.worker == 0:
             print("\n".join(lines), flush=True)
             if args.trace:
                 write_trace(args.trace, spans)
@@ -94,10 +71,50 @@ def _train(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
+def _make_pipeline(
+    script: TrainingScript, plan: PipelinePlan, args: argparse.Namespace
+) -> Pipeline:
+    return Pipeline(
+        script.make_model(args.seed),
+        plan,
+        script.optimizer_fn(args.lr),
+        script.loss_fn,
+        StageOptions(
+            args.semantics,
+            args.microbatches,
+            args.seed,
+            autocast=_AUTOCAST.get(args.autocast),
+            keeps_record=args.trace is not None,
+            clip_norm=args.clip_norm,
+        ),
+        _scheduler_fn(script, args, plan),
+    )
+
+
+def _run_steps(
+    pipeline: Pipeline,
+    script: TrainingScript,
+    args: argparse.Namespace,
+    first: int,
+    progress: Progress,
+) -> None:
+    """Train from step ``first`` on, with a checkpoint now and then."""
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(args.steps):
+        batch = script.make_batch(generator)
+        if step < first:
+            continue  # learned from before the checkpoint
+        progress.note(step, pipeline.train_step(batch), batch[0])
+        is_due = (step + 1) % args.every == 0 or step + 1 == args.steps
+        if args.checkpoints and is_due:
+            pipeline.save(args.checkpoints)
+            progress.drained()
+
+
 def _scheduler_fn(
     script: TrainingScript, args: argparse.Namespace, plan: PipelinePlan
 ) -> SchedulerFunction | None:
-    """The script's own, told of the updates of this worker's stage: one a round of its replicas."""
+    """The script's scheduler, told how many updates this stage will do: one a round of replicas."""
     if not script.has_scheduler:
         return None
     stage = plan.stages[Pipe(plan.replicas).stages[distributed.get_rank()]]

@@ -28,7 +28,7 @@ _KEPT = 2
 
 @dataclass(frozen=True)
 class Index:
-    """What a checkpoint is of. ``files`` names the one in which each tensor lies.
+    """The index of a checkpoint: its place in the run, and in which of its files each tensor is.
 
     ``steps`` minibatches were trained, and the next is number ``next_minibatch``. ``settings`` are
     those of the optimizer and its scheduler, which are the same in all stages.
@@ -54,20 +54,20 @@ class Checkpoint:
             raise InputError(f"cannot read the checkpoint {path}: {error}") from error
 
     def load_weights(self, module: nn.Module) -> None:
-        """Put weights and buffers into a stage, or into the whole model.
+        """Put weights and buffers into the module of a stage, or into the whole model.
 
         Raises InputError if the checkpoint is of another model, or damaged.
         """
         for name, tensor in _weights(module).items():
             tensor.copy_(self._read(f"model.{name}", tensor))
 
-    def restore(self, stage: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights, buffers and optimizer state in their places.
+    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put weights, buffers and optimizer state into a stage and its optimizer.
 
         Raises InputError if the checkpoint is of another model or optimizer, or damaged.
         """
-        self.load_weights(stage)
-        names = {parameter: name for name, parameter in stage.named_parameters()}
+        self.load_weights(module)
+        names = {parameter: name for name, parameter in module.named_parameters()}
         settings = self.index.settings["optimizer"]
         for group, saved in zip(optimizer.param_groups, settings, strict=True):
             group.update(saved)
@@ -96,24 +96,24 @@ class Checkpoint:
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """Of those that are whole."""
+    """The newest whole checkpoint of a folder, if it has one."""
     found = _whole(folder)
     return Checkpoint(found[-1]) if found else None
 
 
 def save(
     folder: Path,
-    stage: nn.Module,
-    stage_number: int,
+    module: nn.Module,
+    stage: int,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     steps: int,
     next_minibatch: int,
     is_writer: bool,
 ) -> Path:
-    """Write what all stages have now; every worker must call it, of each stage one ``is_writer``.
+    """Write a checkpoint of all stages; every worker must call it, one ``is_writer`` a stage.
 
-    Older ones than the last two are removed. Raises OutputError, and InputError for a folder of
+    All but the last two checkpoints are removed. Raises OutputError, and InputError for a folder of
     another run, which has come further.
     """
     path = folder / f"step-{steps:08d}"
@@ -130,7 +130,7 @@ def save(
             part.mkdir(parents=True)
         distributed.barrier()
         if is_writer:
-            _write_stage(part / f"stage-{stage_number}.safetensors", stage, optimizer)
+            _write_stage(part / f"stage-{stage}.safetensors", module, optimizer)
         distributed.barrier()
         if is_first:
             index = Index(steps, next_minibatch, _settings(optimizer, scheduler), _files_in(part))
@@ -146,21 +146,21 @@ def save(
 
 
 def _whole(folder: Path) -> list[Path]:
-    """From the oldest to the newest."""
+    """The whole checkpoints of a folder, from the oldest to the newest."""
     names = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return [p for p in names if re.fullmatch(r"step-\d{8}", p.name) and (p / _INDEX).exists()]
 
 
-def _weights(stage: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters, tied ones once, and buffers that are kept."""
-    kept = stage.state_dict(keep_vars=False)
-    buffers = {name: buffer for name, buffer in stage.named_buffers() if name in kept}
-    return {**{name: one.data for name, one in stage.named_parameters()}, **buffers}
+def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name, tied ones once, and buffers that a state dict has."""
+    kept = module.state_dict(keep_vars=False)
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+    return {**{name: one.data for name, one in module.named_parameters()}, **buffers}
 
 
-def _write_stage(path: Path, stage: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in _weights(stage).items()}
-    for name, parameter in stage.named_parameters():
+def _write_stage(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in _weights(module).items()}
+    for name, parameter in module.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)

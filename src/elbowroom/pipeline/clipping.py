@@ -14,14 +14,14 @@ _MARGIN = 1e-6
 
 
 def norm_of(gradients: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Of all elements of all of them; without dimensions."""
+    """The norm of all elements of all gradients, a tensor without dimensions."""
     return torch.nn.utils.get_total_norm(gradients.values())
 
 
 def norm_of_stages(norm: torch.Tensor, pipe: Pipe) -> torch.Tensor:
-    """Over all stages, from that of this worker's; replicas have the same, and count once.
+    """The norm over all stages, from ``norm`` of this worker's own; every worker must call it.
 
-    In float64, the same on all workers; every worker must call it.
+    In float64, the same on all workers. Replicas have the same gradients, which count once.
     """
     norms = [torch.zeros((), dtype=torch.float64) for _ in range(pipe.num_workers)]
     distributed.all_gather(norms, norm.double())
@@ -32,7 +32,7 @@ def norm_of_stages(norm: torch.Tensor, pipe: Pipe) -> torch.Tensor:
 def clipped(
     gradients: Mapping[str, torch.Tensor], norm: torch.Tensor, limit: float
 ) -> dict[str, torch.Tensor]:
-    """Those of the norm ``norm``, as they are or scaled down to ``limit``."""
+    """Gradients whose norm is ``norm``, as they are or scaled down to ``limit``."""
     scale = limit / (norm + _MARGIN)
     if scale >= 1:
         return dict(gradients)

@@ -20,10 +20,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="which weights a minibatch uses (default: the plan's)",
     )
     parser.add_argument("--microbatches", type=int, default=1, help="with --semantics flush")
-    parser.add_argument("--lr", type=float, help="of AdamW, if the script has no make_optimizer")
-    parser.add_argument("--clip-norm", type=float, help="of the gradients over all stages")
+    parser.add_argument(
+        "--lr", type=float, help="rate of AdamW, if the script has no make_optimizer"
+    )
+    parser.add_argument(
+        "--clip-norm", type=float, help="limit on the gradient norm over all stages"
+    )
     parser.add_argument("--autocast", choices=AUTOCAST, help="compute in this type where it does")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and dropout")
+    parser.add_argument("--seed", type=int, default=0, help="for weights, data and dropout")
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
     parser.add_argument("--every", type=int, default=100, help="minibatches to a checkpoint")

@@ -28,13 +28,13 @@ _DTYPES = (
     torch.int32,
     torch.bool,
 )
-"""What may be sent; a header names them by number."""
+"""Types of tensors that can be sent; a header names them by number."""
 
 _MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
 _TENSOR_SIZE = 3 + _MOST_DIMENSIONS
 _HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
-"""In place of the minibatch: none will follow."""
+"""Stands in a header in place of the minibatch: no message will follow."""
 
 
 class TensorMessage(NamedTuple):
@@ -45,7 +45,7 @@ class TensorMessage(NamedTuple):
 
 
 class Connection:
-    """One worker's ends of its channels to the workers of a stage next to its own.
+    """One worker's ends of its channels to the workers of a neighbouring stage.
 
     They take turns: minibatch i is worker ``workers[i % len(workers)]``'s. This worker has each
     ``stride``-th, and reads messages in the order of minibatches. Once one is asked for, the next
@@ -67,26 +67,26 @@ class Connection:
         self._inboxes = {worker: _Inbox(worker, self._memory, self._window) for worker in workers}
         self._outbox = _Outbox()
         self.sent_bytes: Counter[int] = Counter()
-        """To each worker, of tensors, not headers."""
+        """Bytes of tensors sent to each worker, without headers."""
 
     @property
     def buffer_bytes(self) -> int:
-        """Of tensors that lie where messages are received, used and spare."""
+        """Bytes of memory that messages are received in, used and spare."""
         return self._memory.num_bytes
 
     def send(self, minibatch: int, tensors: Sequence[torch.Tensor]) -> None:
-        """Begin to send. The tensors must not change any more."""
+        """Begin to send a minibatch's tensors, which must not change any more."""
         worker = self._worker(minibatch)
         whole = tuple(tensor.detach().contiguous() for tensor in tensors)
         self._outbox.send(worker, (_header(minibatch, tensors), *whole))
         self.sent_bytes[worker] += sum(tensor.nbytes for tensor in whole)
 
     def wait_until_sent(self, but: int = 0) -> None:
-        """All except the last few messages. Raises PeerLostError when a worker is gone."""
+        """Wait until all but the last ``but`` messages have left. Raises PeerLostError."""
         self._outbox.wait(but)
 
     def receive(self, minibatch: int) -> TensorMessage:
-        """What was sent of it. Raises PeerLostError when its worker is gone."""
+        """Wait for a minibatch's message. Raises PeerLostError when its worker is gone."""
         self._window.open(minibatch + (self._ahead - 1) * self._stride)
         message = self._inboxes[self._worker(minibatch)].receive()
         self._window.open(minibatch + self._ahead * self._stride)
@@ -94,11 +94,11 @@ class Connection:
         return message
 
     def give_back(self, message: TensorMessage) -> None:
-        """Nothing reads these tensors any more: later messages may lie there."""
+        """Let later messages use the memory of this one, which nothing reads any more."""
         self._memory.give_back(message.tensors)
 
     def close(self) -> None:
-        """Wait until all is sent, tell the workers so, and hear the same from them."""
+        """Wait until all is sent, tell the workers so, and wait to hear the same from them."""
         for worker in self._workers:
             self._outbox.send(worker, (torch.full((_HEADER_SIZE,), _CLOSE),))
         self._outbox.close()
@@ -110,7 +110,10 @@ class Connection:
 
 
 class _Sending(NamedTuple):
-    """``works`` hold the tensors too, and are taken away one by one as they end."""
+    """A message that is being sent.
+
+    ``works`` hold the tensors too, and are taken away one by one as they end.
+    """
 
     worker: int
     works: list[distributed.Work]
@@ -118,7 +121,7 @@ class _Sending(NamedTuple):
 
 
 class _Outbox:
-    """Keeps tensors until they are sent, which gloo tells only those who wait for it.
+    """Messages being sent; their tensors are kept as long, which gloo tells only who waits for it.
 
     They are let go by the thread that sends, the next time that it is here.
     """
@@ -131,7 +134,7 @@ class _Outbox:
         self._thread.start()
 
     def send(self, worker: int, tensors: tuple[torch.Tensor, ...]) -> None:
-        """Raises PeerLostError when the worker is gone."""
+        """Begin to send tensors to a worker. Raises PeerLostError when it is gone."""
         try:
             begun = [distributed.isend(tensor, worker) for tensor in tensors]
         except RuntimeError as error:
@@ -143,12 +146,12 @@ class _Outbox:
         self.let_go()
 
     def let_go(self) -> None:
-        """Of what has been sent."""
+        """Drop the tensors of messages that have been sent."""
         while self._kept and self._kept[0][0].sent.is_set():
             self._kept.popleft()
 
     def wait(self, but: int) -> None:
-        """Until all except the last few are sent. Raises PeerLostError where one cannot be."""
+        """Wait until all but the last ``but`` are sent. Raises PeerLostError where one fails."""
         while len(self._kept) > but:
             self._kept[0][0].sent.wait()
             self.let_go()
@@ -156,7 +159,7 @@ class _Outbox:
             raise self._failure
 
     def close(self) -> None:
-        """Raises PeerLostError where something could not be sent."""
+        """Wait for all, and end the thread. Raises PeerLostError where one could not be sent."""
         self.wait(0)
         self._begun.put(None)
         self._thread.join()
@@ -181,7 +184,7 @@ class _Outbox:
 
 
 class _Window:
-    """Up to which minibatch messages may be received: the same for all who send."""
+    """The last minibatch whose message may be received, the same for all senders."""
 
     def __init__(self) -> None:
         self._last = -1
@@ -198,7 +201,7 @@ class _Window:
 
 
 class _Inbox:
-    """Receives from one worker on a thread of its own, as far ahead as the window allows."""
+    """A thread that receives from one worker, as far ahead as the window allows."""
 
     def __init__(self, source: int, memory: _Memory, window: _Window) -> None:
         self._source = source
@@ -244,7 +247,7 @@ def _lost(worker: int) -> PeerLostError:
 
 
 class _Memory:
-    """Where messages of the same tensors are received, by some threads.
+    """Memory that several threads receive messages of the same tensors in.
 
     There is room for ``num_messages`` as soon as the first one says how large they are.
     """
@@ -257,7 +260,7 @@ class _Memory:
 
     @property
     def num_bytes(self) -> int:
-        """Used and spare."""
+        """Bytes of all tensors, used and spare."""
         return sum(tensor.nbytes for made in self._made if (tensor := made()) is not None)
 
     def give_back(self, tensors: tuple[torch.Tensor, ...]) -> None:
@@ -265,7 +268,7 @@ class _Memory:
             self._spare.append(tensors)
 
     def take(self, described: Sequence[_Described]) -> tuple[torch.Tensor, ...]:
-        """Those of a message that was given back, if all fit; what does not is let go."""
+        """Tensors that a message was given back with, if all fit; what does not is let go."""
         with self._lock:
             while self._spare:
                 tensors = self._spare.pop()
@@ -281,7 +284,7 @@ class _Memory:
 
 
 class _Described(NamedTuple):
-    """A tensor, in a header."""
+    """What a header says of one tensor."""
 
     dtype: torch.dtype
     needs_grad: bool
@@ -289,7 +292,7 @@ class _Described(NamedTuple):
 
 
 def _header(minibatch: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Raises ElbowroomError for tensors that it cannot describe."""
+    """The header of a message. Raises ElbowroomError for tensors that it cannot describe."""
     fields = [minibatch, len(tensors)]
     for tensor in tensors:
         if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in _DTYPES:

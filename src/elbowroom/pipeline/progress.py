@@ -1,11 +1,11 @@
-"""What a pipeline tells of itself: losses on the way, times and bytes of all workers at the end."""
+"""Reports of a training run: losses on the way, times and bytes of all workers at the end."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import distributed
@@ -14,18 +14,19 @@ from torch.utils import _pytree as pytree
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.pipeline import Pipeline
+from elbowroom.pipeline.stage_actions import DoneKind
 from elbowroom.plans.pipeline_pace import steady_seconds
 
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20
 _MOST_PACED = 1000
-_KINDS = ("forward", "backward", "update")
+_KINDS: tuple[DoneKind, ...] = get_args(DoneKind)
 
 
 class Progress:
-    """Prints the loss and samples per second now and then, where the losses are.
+    """Progress of a run: prints the loss and samples per second now and then, where losses are.
 
-    And keeps, for the first worker, when each of its last minibatches was done.
+    It also keeps, for the first worker, when each of its last minibatches was done.
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -38,7 +39,7 @@ class Progress:
         self._begin = self._last = time.perf_counter()
 
     def note(self, step: int, loss: float | None, inputs: Any) -> None:
-        """After a minibatch was fed; ``loss`` None where it is not known."""
+        """Note that a minibatch was fed; ``loss`` is None where it is not known."""
         tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
         self._samples += len(tensors[0]) if tensors and tensors[0].dim() else 1
         now = time.perf_counter()
@@ -54,14 +55,14 @@ class Progress:
         print(f"step {step + 1}: loss {recent}, {rate:.1f} samples/s", flush=True)
 
     def drained(self) -> None:
-        """The pipe is empty, and fills again with the next minibatch."""
+        """Note that the pipe is empty, and fills again with the next minibatch."""
         self._longest = self._longest_fill()
         self._paced.clear()
         self._fed = 0
 
     @property
     def steady_seconds(self) -> float | None:
-        """Per minibatch, as the first worker saw them while the pipe was full.
+        """Seconds per minibatch, as the first worker saw them while the pipe was full.
 
         The last of them, up to 1,000, of the longest time without a drain. None if they are too few
         to tell.
@@ -76,7 +77,7 @@ class Progress:
         return max(self._longest, tuple(self._paced), key=len)
 
     def _note_pace(self, now: float) -> None:
-        """Of minibatches that are this worker's own, and bring an earlier one back."""
+        """Keep the time, if this minibatch is the first worker's own and brought one back."""
         self._steps += 1
         first = self._pipeline.plan.stages[0]
         is_own = self._fed % first.replicas == 0
@@ -85,7 +86,7 @@ class Progress:
         self._fed += 1
 
     def end(self) -> None:
-        """Where the losses are: the first and the last of them."""
+        """Print the first and the last losses, where losses are."""
         if self._losses:
             first, last = self._losses[:_MEAN_OF], self._losses[-_MEAN_OF:]
             print(f"loss: {_mean(first)} at first, {_mean(last)} at last", flush=True)
@@ -96,7 +97,7 @@ def _mean(losses: Sequence[float]) -> str:
 
 
 def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: int) -> list[str]:
-    """The pace beside the predicted one, and a line per worker: its stage, bubble share and bytes.
+    """A report of the pace beside the predicted one, and of each worker's bubble share and bytes.
 
     All workers must call it; only the first one has those of all.
     """
@@ -105,9 +106,9 @@ def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: i
     gathered = torch.cat(_tables_of_all(mine))
     whole = f"{num_steps} minibatches in {seconds:.1f} s, weights: {pipeline.semantics}"
     lines = [whole, _pace(pipeline, progress)]
-    for number, (busy_seconds, sent_bytes) in enumerate(gathered.tolist()):
+    for worker, (busy_seconds, sent_bytes) in enumerate(gathered.tolist()):
         lines.append(
-            f"worker {number}, stage {pipeline.pipe.stages[number]}: "
+            f"worker {worker}, stage {pipeline.pipe.stages[worker]}: "
             f"{1 - busy_seconds / seconds:.1%} of the time idle, "
             f"{format_bytes(round(sent_bytes / num_steps))} sent a minibatch"
         )
@@ -115,7 +116,7 @@ def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: i
 
 
 def _pace(pipeline: Pipeline, progress: Progress) -> str:
-    """Predictions are of 1F1B: a run with flushes has none."""
+    """The line on seconds per minibatch. Predictions are of 1F1B: a flushed run has none."""
     plan, measured = pipeline.plan, progress.steady_seconds
     said = []
     if pipeline.semantics != "flush":
@@ -130,7 +131,7 @@ def _pace(pipeline: Pipeline, progress: Progress) -> str:
 
 
 def spans_of_all(pipeline: Pipeline) -> list[Span]:
-    """What every worker computed, as the simulator's trace has it; workers must keep a record.
+    """Spans of what every worker computed, as in the simulator's trace; they must keep a record.
 
     All workers must call it; only the first one has those of all.
     """
@@ -140,17 +141,17 @@ def spans_of_all(pipeline: Pipeline) -> list[Span]:
     ]
     mine = torch.tensor(rows, dtype=torch.float64).reshape(-1, 5)
     spans = []
-    for number, table in enumerate(_tables_of_all(mine)):
+    for worker, table in enumerate(_tables_of_all(mine)):
         for kind, minibatch, version, begin, end in table.tolist():
             name = f"{_KINDS[int(kind)]} {minibatch:.0f}"
             details = {"version": int(version)}
-            spans.append(Span(f"worker {number}", "compute", name, begin, end, details))
+            spans.append(Span(f"worker {worker}", "compute", name, begin, end, details))
     first = min((span.start for span in spans), default=0.0)
     return [span._replace(start=span.start - first, end=span.end - first) for span in spans]
 
 
 def _tables_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
-    """[rows, columns] of every worker, as many rows as it has, at the first; elsewhere its own.
+    """Tables [rows, columns] of all workers, gathered at the first; elsewhere the own table only.
 
     Point to point: the tensors of a collective are let go by a thread of gloo's, for which Python
     must be there, and a process that has come to its end meanwhile aborts (torch 2.13).

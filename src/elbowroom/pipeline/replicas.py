@@ -1,4 +1,4 @@
-"""Replicas of a stage: after each round they agree on the mean of their gradients.
+"""All-reduce of gradients: after each round the replicas of a stage have the mean of theirs.
 
 Gradients gather in buckets, and a bucket that is full is averaged on a thread of its own while the
 backward pass goes on, as in Li et al., PyTorch Distributed (2020), section 3.2.
@@ -24,9 +24,9 @@ _register_hook = torch.Tensor.register_hook
 
 
 class Replicas:
-    """One of the ``workers`` of a stage, that all train these parameters.
+    """One worker's side of the gradient all-reduce between all ``workers`` of its stage.
 
-    A bucket has ``bucket_bytes`` at most, or one parameter.
+    All of them train these parameters. A bucket has ``bucket_bytes`` at most, or one parameter.
     """
 
     def __init__(
@@ -51,27 +51,28 @@ class Replicas:
 
     @property
     def sent_bytes(self) -> dict[int, int]:
-        """Of gradients, to each other worker."""
+        """Bytes of gradients sent to each other worker."""
         return self._ring.sent_bytes
 
     @property
     def buffer_bytes(self) -> int:
-        """Where gradients of the other replicas are received."""
+        """Bytes of memory that other replicas' gradients are received in."""
         return self._ring.buffer_bytes
 
     def tell(self, num_minibatches: int) -> None:
-        """Gradients of a round are to be means, over so many minibatches here and the others' own.
+        """Have the gradients of a round averaged over all minibatches, of which these are run here.
 
-        Every replica tells it in every round, before it has any, or none ever: then they are sums.
+        Every replica calls it in every round, before it has gradients, or none ever does: then the
+        all-reduce gives sums.
         """
         if not self._is_alone:
             self._tasks.put(num_minibatches)
 
     @contextmanager
     def watch(self, leaves: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Gradients of these, found by autograd meanwhile, are on their way before all are there.
+        """Send gradients of these leaves while autograd, within this context, computes others.
 
-        They must be all that this replica has in its round.
+        They must be all gradients that this replica has in its round.
         """
         watched = {} if self._is_alone else leaves
         hooks = [_register_hook(leaf, partial(self._put, name)) for name, leaf in watched.items()]
@@ -82,9 +83,9 @@ class Replicas:
                 hook.remove()
 
     def all_reduce(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Ends a round. Gradients of all parameters in their order, valid until the next begins.
+        """End a round: the reduced gradients of all parameters, valid until the next round begins.
 
-        What was not watched is taken from ``gradients``, or 0. Alone, they stay as they are. Raises
+        What was not watched is taken from ``gradients``, or 0. A single worker gets its own. Raises
         PeerLostError when another replica is gone.
         """
         if self._is_alone:
@@ -103,13 +104,13 @@ class Replicas:
         return {name: bucket.slots[name] for name, bucket in reversed(self._bucket_of.items())}
 
     def close(self) -> None:
-        """Between rounds."""
+        """End the thread; call it between rounds."""
         if not self._is_alone:
             self._tasks.put(None)
             self._thread.join()
 
     def _put(self, name: str, gradient: torch.Tensor | None) -> None:
-        """A gradient is there; full buckets go on their way, in the same order everywhere."""
+        """Put a gradient into its bucket, and send full ones, in the same order everywhere."""
         bucket = self._bucket_of[name]
         if gradient is None:
             bucket.slots[name].zero_()
@@ -133,7 +134,7 @@ class Replicas:
 
 
 class _Bucket:
-    """Gradients that lie and travel together: ``slots`` are parts of ``whole``."""
+    """Gradients that share memory and are reduced at once: ``slots`` are parts of ``whole``."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
         sizes = [one.numel() for one in parameters.values()]
@@ -146,7 +147,7 @@ class _Bucket:
 def _groups(
     parameters: Mapping[str, torch.Tensor], bucket_bytes: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Of one type each, the last parameters first, as a backward pass comes to them."""
+    """Parameters of one type each for a bucket, the last first, as a backward comes to them."""
     groups: list[dict[str, torch.Tensor]] = []
     dtype, num_bytes = None, 0
     for name, parameter in reversed(list(parameters.items())):

@@ -1,7 +1,7 @@
-"""Workers in a ring add up a tensor: each sends to its neighbour only, and all send the same share.
+"""Ring all-reduce of a tensor: each worker sends to its neighbour only, all equally much.
 
-Of m parts each goes round twice, to be added up and to be told: 2(m-1)/m of the tensor from each
-worker, the least there is (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
+Of m parts each goes round twice, to be added up and to be handed out: 2(m-1)/m of the tensor from
+each worker, the least there is (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import distributed
 
 
 class Ring:
-    """One of m ``workers``, each of which sends to the next one, the last to the first.
+    """One worker's place in a ring of ``workers``: each sends to the next, the last to the first.
 
     ``sent_bytes[w]`` counts parts of tensors sent to w. Every worker of the ring must call the same
     methods in the same order, which raise RuntimeError when a neighbour is gone.
@@ -28,11 +28,11 @@ class Ring:
 
     @property
     def buffer_bytes(self) -> int:
-        """Where parts are received, to be added."""
+        """Bytes of memory that parts are received in, to be added."""
         return sum(spare.nbytes for spare in self._spares.values())
 
     def add_counts(self, count: int) -> int:
-        """The sum of all workers' numbers. Like headers, they are not counted as sent."""
+        """The sum of all workers' counts. Like headers, they are not counted as sent."""
         total, given = count, torch.tensor(count)
         for _ in range(self._size - 1):
             taken = torch.empty_like(given)
@@ -43,7 +43,7 @@ class Ring:
         return total
 
     def average(self, tensor: torch.Tensor, divisor: int = 1) -> None:
-        """``tensor`` becomes the sum of all workers', divided by ``divisor``; the same bits on all.
+        """Replace ``tensor`` by the sum of all workers', over ``divisor``; the same bits on all.
 
         Of one dimension, as long on each worker. Its parts differ by one element at most; all
         workers together send 2(m-1) times the tensor. Part p is added up from worker p on, and
@@ -74,7 +74,7 @@ class Ring:
         return _send(part, self._next)
 
     def _spare(self, like: torch.Tensor) -> torch.Tensor:
-        """Memory of that size, until it is asked for again."""
+        """Memory as large as ``like``, the same at each call if it suffices."""
         spare = self._spares.get(like.dtype)
         if spare is None or len(spare) < len(like):
             spare = self._spares[like.dtype] = torch.empty_like(like)

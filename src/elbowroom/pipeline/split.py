@@ -1,4 +1,4 @@
-"""Cuts a traced model into stages, as a plan says.
+"""The cut of a traced model into the stages of a plan.
 
 Stages share the model's modules and parameters: what one trains, the model has. Run one after the
 other, they compute what the model does, to the bit, if they draw random numbers in its order.
@@ -25,7 +25,7 @@ _SHOWN = 5
 
 
 def split(traced: TracedModel, plan: PipelinePlan) -> list[StageModule]:
-    """One module for each stage of a plan; replicas of a stage all run the same.
+    """Cut a model into one module for each stage of a plan; replicas of a stage run the same.
 
     Raises SplitError if the plan is not of this model's layers, if a stage reads what a later one
     computes, and if it puts tied weights or numbers between stages.

@@ -18,14 +18,16 @@ from elbowroom.core.errors import InputError
 from elbowroom.plans.pipeline import SEMANTICS, Semantics
 
 HORIZON = 2
-"""Predicted weights go so many times as far as the missing updates would if each changed as much as
-the last one. In trials on both models of docs/results/training.md, 2 did better than 1."""
+"""Extrapolation factor: predicted = newest + HORIZON x missing_updates x last_update.
+
+In trials on both models of docs/results/training.md, 2 did better than 1.
+"""
 
 Leaves = Mapping[str, torch.Tensor]
 
 
 class Versions:
-    """The parameters of a module, as they were before each of the last updates.
+    """The parameters of a module in the versions that minibatches still need.
 
     ``newest`` counts updates. The module's own parameters are the newest version, on which the
     optimizer works in place; a version that is still needed keeps its memory, and the parameters
@@ -53,16 +55,16 @@ class Versions:
 
     @property
     def trained(self) -> dict[str, nn.Parameter]:
-        """Those that take gradients, by name."""
+        """Parameters that take gradients, by name."""
         return {name: p for name, p in self._parameters.items() if p.requires_grad}
 
     @property
     def held(self) -> int:
-        """Versions in memory, the parameters among them."""
+        """Number of versions in memory, the parameters among them."""
         return len(self._leaves) + (self._in_place is None)
 
     def acquire(self, version: int) -> Leaves:
-        """Parameters by name, as leaves of a graph, as they were; kept until ``release``.
+        """The parameters of a version by name, as leaves of a graph; kept until ``release``.
 
         Raises KeyError for a version that is not kept any more.
         """
@@ -71,7 +73,7 @@ class Versions:
         return leaves
 
     def release(self, version: int) -> None:
-        """A backward pass is done with it."""
+        """Give a version back that ``acquire`` gave, after the backward."""
         self._users[version] -= 1
 
     def step(
@@ -81,11 +83,11 @@ class Versions:
         oldest_needed: int | None = None,
         ahead: int = 0,
     ) -> None:
-        """Update the parameters with these gradients: a new version.
+        """Make a new version: update the parameters with these gradients.
 
         Versions in use stay, and those from ``oldest_needed`` on, which minibatches yet to come
-        will ask for. With ``ahead``, what they will use in place of the new version is where so
-        many more updates would lead, each of which changes as much as this one.
+        will ask for. With ``ahead``, minibatches use a prediction in place of the new version: the
+        weights after ``ahead`` more updates, if each changed as much as this one.
         """
         self._drop(self.newest + 1 if oldest_needed is None else oldest_needed)
         if self._in_place is not None and not self._is_naive:
@@ -116,13 +118,13 @@ class Versions:
                 self._spare.append({name: leaves[name].data for name in self.trained})
 
     def _move_parameters(self) -> None:
-        """Away from the memory of a version that somebody still reads."""
+        """Move the parameters away from the memory of a version that is still in use."""
         for name, tensor in self._copy().items():
             self._parameters[name].data = tensor
         self._in_place = None
 
     def _copy(self) -> dict[str, torch.Tensor]:
-        """Of the parameters as they are, in memory that nobody needs."""
+        """A copy of the parameters as they are, in memory that nobody needs."""
         trained = self.trained
         if self._spare:
             copy = self._spare.pop()
@@ -131,9 +133,9 @@ class Versions:
         return {name: copy[name].copy_(parameter.data) for name, parameter in trained.items()}
 
     def _make_leaves(self, predicted: Mapping[str, torch.Tensor] | None = None) -> Leaves:
-        """On the parameters' memory, which autograd does not watch: ``step`` must not change it.
+        """Leaves that share the parameters' memory, or that of ``predicted`` where it has some.
 
-        Where something is ``predicted``, on that.
+        Autograd does not watch that memory: ``step`` must not change it.
         """
         tensors = {name: parameter.data for name, parameter in self._parameters.items()}
         tensors |= predicted or {}

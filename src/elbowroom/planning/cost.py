@@ -15,10 +15,10 @@ from elbowroom.core.model import ModelFacts
 
 
 class Batch(NamedTuple):
-    """What one iteration of one replica computes.
+    """Rows and tokens that one replica computes in one iteration.
 
     ``context_tokens`` sums what the decode rows read from the KV cache; ``prefill_pairs`` sums the
-    query-key pairs of ``prefill_rows`` prompts (n^2 / 2 for one of n tokens that is taken whole).
+    query-key pairs of ``prefill_rows`` prompts (n^2 / 2 for a prompt of n tokens taken whole).
     """
 
     decode_rows: float
@@ -33,12 +33,12 @@ class Batch(NamedTuple):
 
     @property
     def num_rows(self) -> float:
-        """Each is scheduled, and gets at most one token, whatever its prompt's length."""
+        """Rows scheduled in the iteration; each gets at most one token, however long its prompt."""
         return self.decode_rows + self.prefill_rows
 
 
 class IterationCost(NamedTuple):
-    """Seconds of compute in one iteration, all weights being there."""
+    """Seconds of compute in one iteration, by part, with all weights present."""
 
     projections: float
     kv_read: float
@@ -55,7 +55,7 @@ class IterationCost(NamedTuple):
 
 
 class Term(NamedTuple):
-    """One line of an explanation."""
+    """One line of an explanation: a term of the cost, its unit and its source."""
 
     name: str
     value: float
@@ -85,22 +85,25 @@ class CostModel:
         )
 
     def projection_seconds(self, rows: float) -> float:
-        """The four attention matrices of one layer: their bytes, or 2 FLOPs per row and element."""
+        """Seconds of one layer's attention matrices: bytes, or 2 FLOPs per row and element."""
         return self._matmul(rows, self.model.attention_elements(), self.model.attention_elements())
 
     def kv_read_seconds(self, context_tokens: float) -> float:
-        """Decode attention of all layers: it reads the keys and values of every row once."""
+        """Seconds of decode attention in all layers: it reads every row's keys and values once."""
         kv_bytes = self.model.kv_bytes_per_token(self.tensor_parallel) * context_tokens
         return kv_bytes / self.cluster.device.attention_bandwidth.achieved
 
     def prefill_attention_seconds(self, pairs: float) -> float:
-        """Two products per query-key pair and head: 4 * head_dim FLOPs, over all layers."""
+        """Seconds of prompt attention in all layers, for ``pairs`` query-key pairs.
+
+        Two products per pair and head: 4 * head_dim FLOPs.
+        """
         model = self.model
         flops = 4 * model.head_dim * model.num_heads * model.num_layers * pairs
         return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
 
     def ffn_layer_seconds(self, layer: int, rows: float) -> float:
-        """The feed-forward network of one layer; in a mixture, of the experts that rows touch."""
+        """Seconds of one layer's feed-forward network; in a mixture, of the experts touched."""
         touched = self.model.touched_ffn_elements(layer, rows)
         return self._matmul(rows, touched, self.model.active_ffn_elements(layer))
 
@@ -113,10 +116,11 @@ class CostModel:
         return self._matmul(rows, self.model.head_elements(), self.model.head_elements())
 
     def small_kernels_seconds(self, rows: float) -> float:
-        """Norms, rotary embedding, activation and residuals of one layer: launches and bytes.
+        """Seconds of one layer's norms, rotary embedding, activation and residuals.
 
-        Two norms read and write the hidden state and the residual (8 h), residuals and rotary
-        embedding another 4 h; the activation reads gate and up and writes their product (3 w).
+        The time to launch them, plus bytes over bandwidth: two norms read and write the hidden
+        state and the residual (8 h), residuals and rotary embedding another 4 h; the activation
+        reads gate and up and writes their product (3 w).
         """
         model, device = self.model, self.cluster.device
         elements = 12 * model.hidden_size + 3 * model.intermediate_size / self.tensor_parallel
@@ -124,7 +128,10 @@ class CostModel:
         return device.layer_seconds + num_bytes / device.elementwise_bandwidth.achieved
 
     def collective_seconds(self, rows: float) -> float:
-        """Two all-reduces of the hidden state per layer (Megatron), after attention and FFN."""
+        """Seconds of all layers' collectives.
+
+        Two all-reduces of the hidden state per layer, after attention and after the FFN (Megatron).
+        """
         ranks = self.tensor_parallel
         if ranks == 1:
             return 0.0
@@ -133,28 +140,31 @@ class CostModel:
         return 2 * self.model.num_layers * link.all_reduce_seconds(num_bytes, ranks)
 
     def engine_seconds(self, rows: float) -> float:
-        """Scheduling, sampling and detokenising of one iteration."""
+        """Seconds of scheduling, sampling and detokenising in one iteration."""
         device = self.cluster.device
         return device.iteration_seconds + rows * device.row_seconds
 
     def peer_link(self, num_ranks: int) -> Link:
-        """What joins the devices of ``num_ranks`` replicas."""
+        """The nearest link that joins the devices of ``num_ranks`` replicas."""
         return self.cluster.link(num_ranks * self.tensor_parallel)
 
     def ffn_layer_bytes(self, layer: int) -> float:
-        """One device's part of a layer's feed-forward weights."""
+        """One device's share of a layer's feed-forward weights, in bytes."""
         return self.model.ffn_bytes()[layer] / self.tensor_parallel
 
     def hidden_bytes(self, rows: float) -> float:
-        """One device's part of the hidden state of ``rows`` rows."""
+        """One device's share of the hidden state of ``rows`` rows, in bytes."""
         return rows * self.model.hidden_size * self.model.dtype_bytes() / self.tensor_parallel
 
     def fetch_layer_seconds(self, layer: int, num_ranks: int) -> float:
-        """Pulling one device's part of a layer from its owner, alone on the link."""
+        """Seconds to pull one device's share of a layer from its owner, alone on the link."""
         return self.peer_link(num_ranks).transfer_seconds(self.ffn_layer_bytes(layer))
 
     def fetch_seconds(self, num_ranks: int) -> float:
-        """All layers that a rank of ``num_ranks`` borrows, one after the other: (d-1)/d of all."""
+        """Seconds to fetch all borrowed layers, one after the other.
+
+        In a group of d = ``num_ranks`` replicas, (d-1)/d of the layers are borrowed.
+        """
         if num_ranks == 1:
             return 0.0
         layers = sum(
@@ -163,11 +173,11 @@ class CostModel:
         return layers * (num_ranks - 1) / num_ranks
 
     def round_trip_seconds(self, rows: float, num_ranks: int) -> float:
-        """Shipping the FFN's input rows of one layer to the owner, and its output rows back."""
+        """Seconds to ship one layer's FFN input rows to the owner, and the output rows back."""
         return 2 * self.peer_link(num_ranks).transfer_seconds(self.hidden_bytes(rows))
 
     def explain(self, batch: Batch) -> list[Term]:
-        """Every term of an iteration with its unit and where it comes from."""
+        """Every term of an iteration's cost, with its unit and source."""
         cost, device = self.iteration(batch), self.cluster.device
         measured = "measured products" if device.matmul else "max(bytes/bandwidth, FLOPs/rate)"
         model = self.model
@@ -190,7 +200,7 @@ class CostModel:
 
     @cached_property
     def _layer_kinds(self) -> tuple[tuple[int, int], ...]:
-        """One layer of each kind, and how many there are: most models have one kind."""
+        """One layer of each kind, and the number of layers like it; most models have one kind."""
         experts = self.model.expert_elements or (0,) * self.model.num_layers
         kinds: dict[tuple[int, int], list[int]] = {}
         for layer, sizes in enumerate(zip(self.model.ffn_elements, experts, strict=True)):

@@ -1,8 +1,8 @@
 """A discrete-event simulator: tasks on in-order streams that share resources fairly.
 
-It knows nothing of layers or links. A task works for so many seconds when it is alone, and uses a
-part of some resources while it does. Tasks that meet on a resource get max-min fair rates, as flows
-do on a network link, and as threads do on a core.
+It knows nothing of layers or links. A task has a duration for when it is alone, and uses a fraction
+of some resources while it runs. Tasks that meet on a resource get max-min fair rates, like flows on
+a network link or threads on a core.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _EPSILON = 1e-12
 
 
 class Task(NamedTuple):
-    """Something that takes time.
+    """A piece of work with a duration, and what it waits for and uses.
 
     Args:
-        name: for traces.
-        stream: tasks of one stream run one after the other, in the order they are listed;
-            None starts as soon as ``after`` is done.
-        seconds: of work when alone.
+        name: label in traces.
+        stream: tasks of one stream run one after the other, in the order they are listed; a task
+            with None starts as soon as ``after`` is done.
+        seconds: duration when alone.
         uses: resources, each with the fraction of it that the task takes when alone.
         after: numbers of earlier tasks that must have ended.
         latency: seconds that pass before the work begins, on no resource.
@@ -38,9 +38,10 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each task began to be worked on (or to wait out its latency) and ended, in seconds.
+    """Start and end of each task, in seconds.
 
-    busy_seconds[r] integrates how much of resource r was in use: at most its share of the total.
+    A task starts when its work, or its latency, begins. ``busy_seconds[r]`` integrates over time
+    the fraction of resource r that was in use.
     """
 
     tasks: Sequence[Task]
@@ -55,7 +56,7 @@ class Timeline:
 
 @dataclass
 class _State:
-    """What the loop changes."""
+    """Mutable state of the simulation loop."""
 
     remaining: list[float]
     missing: list[int]
@@ -101,7 +102,7 @@ def simulate(tasks: Sequence[Task], num_resources: int) -> Timeline:
 
 
 def critical_path_seconds(tasks: Sequence[Task]) -> float:
-    """The longest chain of tasks, each alone: no schedule is shorter."""
+    """Length of the longest chain of tasks, each alone: a lower bound for every schedule."""
     ends: list[float] = []
     for task, before in zip(tasks, _predecessors(tasks), strict=True):
         start = max((ends[number] for number in before), default=0.0)
@@ -110,7 +111,10 @@ def critical_path_seconds(tasks: Sequence[Task]) -> float:
 
 
 def _predecessors(tasks: Sequence[Task]) -> list[tuple[int, ...]]:
-    """``after``, and the task before in the same stream."""
+    """Predecessors of each task: ``after``, and the previous task of the same stream.
+
+    Raises ValueError for a task that waits for one listed later.
+    """
     last: dict[int, int] = {}
     result = []
     for number, task in enumerate(tasks):
@@ -144,7 +148,7 @@ def _begin(ready: Sequence[int], tasks: Sequence[Task], state: _State) -> None:
 
 
 def _end_instant(state: _State) -> list[int]:
-    """Tasks that take no time end as they begin, whatever others do."""
+    """End the tasks that take no time, at once, and return them."""
     done, state.instant = state.instant, []
     for number in done:
         state.ends[number] = state.now
@@ -152,7 +156,7 @@ def _end_instant(state: _State) -> list[int]:
 
 
 def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
-    """Let time pass to the next end of a task or of a latency. Returns the tasks that ended."""
+    """Let time pass until a task or a latency ends. Returns the tasks that ended."""
     rates = fair_rates([tasks[number].uses for number in state.working])
     step = min((at - state.now for at, _ in state.delayed), default=float("inf"))
     for number, rate in zip(state.working, rates, strict=True):
@@ -177,12 +181,12 @@ def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
 def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]]) -> list[float]:
     """Max-min fair rates, each at most 1, by progressive filling (Bertsekas and Gallager).
 
-    All rates grow together; those that use a resource which is full stay as they are.
+    All rates grow together; when a resource is full, the tasks that use it keep their rate.
     """
     rates = [1.0] * len(uses)
     demand = _demand(uses)
     room = {resource: 1.0 for resource in sorted(demand) if demand[resource] > 1 + _EPSILON}
-    """Of resources that are too small for all: the others limit nobody."""
+    """Capacity left of resources that are too small for all tasks; other resources limit nobody."""
     free = [n for n, used in enumerate(uses) if any(resource in room for resource, _ in used)]
     while free:
         demand = _demand([uses[number] for number in free])
@@ -204,7 +208,7 @@ def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]]) -> list[float]:
 
 
 def _demand(uses: Sequence[tuple[tuple[int, float], ...]]) -> dict[int, float]:
-    """Of each resource, what all use together when each is alone."""
+    """Total demand for each resource, if every task ran at its full rate."""
     demand: dict[int, float] = {}
     for used in uses:
         for resource, part in used:

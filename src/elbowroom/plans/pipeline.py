@@ -1,4 +1,4 @@
-"""Plans of pipelines: which layers each stage trains, on how many workers, and what it takes."""
+"""Pipeline plans: which layers each stage trains, on how many workers, and what that costs."""
 
 from __future__ import annotations
 
@@ -60,22 +60,22 @@ class Level:
 
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What a plan is made for.
+    """Options that a plan is made for.
 
     Args:
-        sync: how replicas agree on weights. On m workers ``ps`` costs 4(m-1)/m times the weights
-            (a parameter server, both ways: the authors' code and the 2018 form), ``allreduce``
+        sync: how replicas synchronise weights. On m workers ``ps`` moves 4(m-1)/m times the weights
+            (a parameter server, both ways: the authors' code and arXiv 1806.03377), ``allreduce``
             2(m-1)/m (SOSP 2019).
-        overlap: whether that hides behind compute (``max``) or is added to it (``sum``).
-        memory_limit_bytes: of one worker; None does not limit.
-        straight: no stage is replicated.
-        fewer_workers: units of the outermost level may stay idle.
-        depth: warm-up forwards, as a multiple of the papers' (``planning.schedule``).
-        optimizer: whose state counts in a worker's memory, and with it gradients, what passes take
-            for a while, and messages. None counts what the papers do: versions of weights and what
-            minibatches in flight keep.
-        semantics: of the weights, by which a run goes that is not told others. Predicted ones take
-            a version more where minibatches are on their way behind the one at work.
+        overlap: whether synchronisation hides behind compute (``max``) or is added to it (``sum``).
+        memory_limit_bytes: limit for one worker; None is no limit.
+        straight: replicate no stage.
+        fewer_workers: allow idle units of the outermost level.
+        depth: warm-up forwards, as a multiple of the papers' (``planning.pipeline.schedule``).
+        optimizer: optimizer whose state counts in a worker's memory, and with it gradients,
+            temporary memory of passes, and message buffers. None counts what the papers count:
+            weight versions and what minibatches in flight keep.
+        semantics: weight semantics that a run uses unless told otherwise. ``predict`` takes one
+            weight version more on stages with more than one minibatch in flight.
 
     Raises InputError for values that are none of these.
 
@@ -106,28 +106,33 @@ class PipelineOptions:
 
     @property
     def sync_factor(self) -> int:
-        """Of (m-1)/m times the weights: what one of m replicas moves to agree with the others."""
+        """Factor c: each of m replicas moves c (m-1)/m times the weights to synchronise."""
         return 4 if self.sync == "ps" else 2
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Layers that are trained together.
+    """One stage: layers that are trained together, and what they cost.
 
-    Seconds and bytes are per minibatch of the whole pipeline: of r replicas each takes every r-th.
+    Seconds and bytes are per minibatch of the whole pipeline: with r replicas, each takes every
+    r-th.
 
     Args:
         layers: names, each after those it reads.
         level_replicas: replicas at each level, the outermost first; ``replicas`` is their product.
-        seconds: the larger, or the sum, of compute and weight sync.
-        transfer_seconds: of the cut behind this stage, forward and backward; 0 for the last.
-        in_flight: minibatches between their forward and backward, and versions of the weights.
+        seconds: compute and weight synchronisation: the larger of the two, or their sum.
+        transfer_seconds: forward and backward over the cut behind this stage; 0 for the last.
+        in_flight: minibatches between their forward and backward; also the number of weight
+            versions.
         warmup_forwards: forwards before the first backward.
-        memory_bytes: of one worker: ``in_flight`` times its weights and what a minibatch keeps, and
-            ``fixed_bytes``, which there is once (``planning.stage_cost``).
-        sync_bytes: moved so that replicas agree.
+        memory_bytes: of one worker: ``in_flight`` times (its weights + what a minibatch keeps),
+            plus ``fixed_bytes``.
+        parameter_bytes: weights of the stage.
+        sync_bytes: moved to synchronise the replicas.
         transfer_bytes: moved over the cut behind this stage, forward and backward.
-        returned_bytes: of these, gradients (None: half of them).
+        fixed_bytes: memory that does not scale with ``in_flight``
+            (``planning.pipeline.stage_cost``).
+        returned_bytes: the gradients among ``transfer_bytes`` (None: half of them).
 
     """
 
@@ -147,20 +152,20 @@ class StagePlan:
 
     @property
     def activation_bytes(self) -> int:
-        """Of ``transfer_bytes``, those that go forward."""
+        """Forward traffic over the cut behind this stage: ``transfer_bytes`` without gradients."""
         if self.returned_bytes is None:
             return self.transfer_bytes // 2
         return self.transfer_bytes - self.returned_bytes
 
     @property
     def kept_bytes(self) -> int:
-        """By each minibatch in flight."""
+        """Bytes that each minibatch in flight keeps on a worker, weights not counted."""
         return (self.memory_bytes - self.fixed_bytes) // self.in_flight - self.parameter_bytes
 
 
 @dataclass(frozen=True)
 class LevelTraffic:
-    """Bytes per minibatch over all links of one level, and those of data parallel training."""
+    """Bytes per minibatch over all links of one level, compared with data-parallel training."""
 
     name: str
     num_bytes: int
@@ -168,7 +173,7 @@ class LevelTraffic:
 
     @property
     def saved(self) -> float:
-        """The part of data parallel's bytes that the pipeline does not move."""
+        """Fraction of data parallelism's bytes that the pipeline does not move."""
         if not self.data_parallel_bytes:
             return 0.0
         return 1 - self.num_bytes / self.data_parallel_bytes
@@ -176,7 +181,7 @@ class LevelTraffic:
 
 @dataclass(frozen=True)
 class DataParallel:
-    """All layers on all workers, for comparison: time per minibatch, memory of one worker."""
+    """The alternative of all layers on all workers: time per minibatch, memory of one worker."""
 
     seconds: float
     memory_bytes: int
@@ -186,10 +191,10 @@ class DataParallel:
 class PipelinePlan:
     """Stages from the input to the loss, and the facts and options they were chosen for.
 
-    ``levels`` are the topology's, the lowest first; ``traffic`` has one entry for each. ``seconds``
-    per minibatch are those of the slowest stage or transfer. ``is_exact`` is False when only some
-    of ``num_cuts`` possible cuts were looked at (``planning.cuts`` says which).
-    ``simulated_seconds`` per minibatch are those of a full pipe, if it was simulated.
+    ``levels`` is the topology, the lowest level first; ``traffic`` has one entry for each.
+    ``seconds`` per minibatch are those of the slowest stage or transfer. ``is_exact`` is False when
+    only some of the possible cuts were searched (``planning.pipeline.cuts``); ``num_cuts`` is how
+    many were. ``simulated_seconds`` per minibatch are those of a full pipe, if it was simulated.
     """
 
     stages: tuple[StagePlan, ...]
@@ -204,25 +209,26 @@ class PipelinePlan:
 
     @property
     def replicas(self) -> tuple[int, ...]:
-        """Workers of each stage."""
+        """Number of workers of each stage."""
         return tuple(stage.replicas for stage in self.stages)
 
     @property
     def num_workers(self) -> int:
-        """That work: fewer than the topology's where some may stay idle."""
+        """Number of workers that do work: fewer than the topology's where some may stay idle."""
         return sum(self.replicas)
 
     @property
     def noam(self) -> int:
         """Minibatches that keep the pipe full: ceil(workers / replicas of the input stage).
 
-        At depth 1, what each worker of that stage has in flight.
+        PipeDream's NUM_OPT_ACTIVE_MINIBATCHES. At depth 1, the number that each worker of the input
+        stage has in flight.
         """
         return -(-self.num_workers // self.stages[0].replicas)
 
     @property
     def speedup(self) -> float:
-        """Over data parallel training on all workers."""
+        """Speedup over data-parallel training on all workers."""
         return self.data_parallel.seconds / self.seconds if self.seconds else 1.0
 
     def __str__(self) -> str:
@@ -233,7 +239,7 @@ class PipelinePlan:
 
     @staticmethod
     def from_json(data: Any) -> PipelinePlan:
-        """Raises InputError for what ``to_json`` never writes."""
+        """Build a plan from its JSON form. Raises InputError for what ``to_json`` never writes."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise InputError(f"no pipeline plan: its \"format\" must be '{_FORMAT}'")
         if data.get("version") != _VERSION:
@@ -260,7 +266,10 @@ class PipelinePlan:
 
 
 def read_pipeline_plan(path: str | Path) -> PipelinePlan:
-    """Raises InputError for a file that cannot be read, or holds something else."""
+    """Read a plan from a JSON file.
+
+    Raises InputError for a file that cannot be read, or that holds something else.
+    """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""Actions of a training pipeline, and schedules: what every worker does, in its order.
+"""Actions of a training pipeline, and schedules: each worker's actions in order.
 
-A minibatch is what passes the pipe as one; those of a schedule are counted through from 0, the
-microbatches of a flushed one as well. Workers are counted through stage by stage.
+A minibatch is what passes the pipe as one. A schedule counts its minibatches through from 0; in a
+flushed schedule these are the microbatches. Workers are numbered stage by stage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from elbowroom.plans.pipeline_shape import Pipe
 
 @dataclass(frozen=True)
 class _OwnAction:
-    """On the acting worker alone. Text form: letters, stage, minibatch, such as ``F1.5``."""
+    """Action of one worker alone. Text form: letters, stage, minibatch, such as ``F1.5``."""
 
     letters: ClassVar[str]
     stage: int
@@ -29,7 +29,7 @@ class _OwnAction:
 
 @dataclass(frozen=True)
 class _PeerAction(_OwnAction):
-    """With another worker. Text form: also an arrow and its number, ``SA1.5>4``, ``RA1.5<0``."""
+    """Action with another worker. Text form: also an arrow and its number, as in ``SA1.5>4``."""
 
     arrow: ClassVar[str]
     worker: int
@@ -47,7 +47,10 @@ class Forward(_OwnAction):
 
 @dataclass(frozen=True)
 class Backward(_OwnAction):
-    """Add to the gradients, with the weights that the forward used. Text form: ``B1.5``."""
+    """Add a minibatch's gradients to the stage's. Text form: ``B1.5``.
+
+    It uses the weights of its forward, unless the rule for weight versions says otherwise.
+    """
 
     letters = "B"
 
@@ -61,14 +64,14 @@ class SendActivation(_PeerAction):
 
 @dataclass(frozen=True)
 class RecvActivation(_PeerAction):
-    """Wait for the outputs of a worker of the stage before. Text form: ``RA1.5<0``."""
+    """Wait for the outputs of a worker of the previous stage. Text form: ``RA1.5<0``."""
 
     letters, arrow = "RA", "<"
 
 
 @dataclass(frozen=True)
 class SendGradient(_PeerAction):
-    """Begin to send gradients of the inputs to the stage before. Text form: ``SG1.5>0``."""
+    """Begin to send gradients of the inputs to the previous stage. Text form: ``SG1.5>0``."""
 
     letters, arrow = "SG", ">"
 
@@ -82,10 +85,10 @@ class RecvGradient(_PeerAction):
 
 @dataclass(frozen=True)
 class Reduce(_OwnAction):
-    """Average, over all replicas of a stage, the gradients of all minibatches since the last time.
+    """Average gradients over all replicas of a stage, for all minibatches since the last reduce.
 
-    ``minibatch`` is the last of them. All replicas take part, also one that had none of these
-    minibatches: it gives no gradient and gets the average. Text form: ``M1.5`` (mean).
+    ``minibatch`` is the last of them. All replicas take part, even one that had none of these
+    minibatches: it contributes no gradient and gets the average. Text form: ``M1.5`` (mean).
     """
 
     letters = "M"
@@ -93,9 +96,9 @@ class Reduce(_OwnAction):
 
 @dataclass(frozen=True)
 class Update(_OwnAction):
-    """An optimizer step with the gradients since the last one; ``minibatch`` is the last of them.
+    """Make an optimizer step with the gradients since the last one.
 
-    Text form: ``U1.5``.
+    ``minibatch`` is the last one counted. Text form: ``U1.5``.
     """
 
     letters = "U"
@@ -113,7 +116,7 @@ _TEXT = re.compile(rf"([A-Z]+){_NUMBER}\.{_NUMBER}(?:([<>]){_NUMBER})?")
 
 
 def parse_action(text: str) -> PipelineAction:
-    """The inverse of ``str``. Raises ValueError for any other text."""
+    """Parse an action, the inverse of ``str``. Raises ValueError for any other text."""
     match = _TEXT.fullmatch(text)
     if match is not None:
         letters, stage, minibatch, arrow, worker = match.groups()
@@ -127,7 +130,7 @@ def parse_action(text: str) -> PipelineAction:
 
 
 class Message(NamedTuple):
-    """An activation or a gradient between two workers. ``stage`` is that of the sender."""
+    """An activation or a gradient sent between two workers. ``stage`` is the sender's."""
 
     source: int
     target: int
@@ -137,20 +140,20 @@ class Message(NamedTuple):
 
     @property
     def send(self) -> Send:
-        """What the sender has in its list."""
+        """The action by which the sender sends this message."""
         kind = SendActivation if self.is_activation else SendGradient
         return kind(self.stage, self.minibatch, self.target)
 
     @property
     def recv(self) -> Recv:
-        """What the receiver has in its list."""
+        """The action by which the receiver waits for this message."""
         if self.is_activation:
             return RecvActivation(self.stage + 1, self.minibatch, self.source)
         return RecvGradient(self.stage - 1, self.minibatch, self.source)
 
 
 def message_of(worker: int, action: Send | Recv) -> Message:
-    """What ``worker`` sends or receives with an action."""
+    """The message that ``worker`` sends or receives with ``action``."""
     is_activation = isinstance(action, SendActivation | RecvActivation)
     if isinstance(action, Send):
         return Message(worker, action.worker, is_activation, action.stage, action.minibatch)
@@ -160,11 +163,11 @@ def message_of(worker: int, action: Send | Recv) -> Message:
 
 @dataclass(frozen=True)
 class Schedule(Pipe):
-    """What every worker of a pipe does for ``num_minibatches`` minibatches.
+    """The actions of every worker of a pipe, for ``num_minibatches`` minibatches.
 
-    ``actions`` has a list for each worker. Whether the lists fit together is what
-    ``planning.schedule_check`` proves. Raises InputError for stages without workers, no minibatch,
-    or another number of lists than of workers.
+    ``actions`` has one list for each worker. ``planning.pipeline.schedule_check`` checks that the
+    lists fit together. Raises InputError for stages without workers, for no minibatches, and when
+    there is not one list for each worker.
     """
 
     num_minibatches: int
@@ -178,14 +181,14 @@ class Schedule(Pipe):
             raise InputError(f"{len(self.actions)} lists for {self.num_workers} workers")
 
     def __str__(self) -> str:
-        """The stages and the number of minibatches, then a line for each worker."""
+        """Text form: the stages and the number of minibatches, then one line for each worker."""
         stages = "-".join(map(str, self.replicas))
         lines = (" ".join(map(str, actions)) for actions in self.actions)
         return "\n".join((f"{stages} x {self.num_minibatches}", *lines))
 
     @staticmethod
     def parse(text: str) -> Schedule:
-        """The inverse of ``str``. Raises InputError for any other text."""
+        """Parse a schedule, the inverse of ``str``. Raises InputError for any other text."""
         head, *lines = text.split("\n")
         match = re.fullmatch(rf"({_NUMBER}(?:-{_NUMBER})*) x {_NUMBER}", head)
         if match is None:

@@ -1,4 +1,4 @@
-"""The pace of a pipe, of simulated and real runs alike: seconds per minibatch while it is full."""
+"""The pace of a pipe in simulated and real runs: seconds per minibatch while it is full."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from statistics import linear_regression
 
 
 def steady_seconds(updates: Sequence[tuple[int, float]]) -> float | None:
-    """The slope over the latter half of ``updates`` of the input stage, in their order.
+    """Seconds per minibatch of a full pipe: the slope over the latter half of ``updates``.
 
-    Each is a minibatch and the second at which the update with it ended, none of them after the
-    last forward: the pipe drains then. None where they are too few to tell.
+    ``updates`` are the input stage's, in order: each a minibatch and the second at which the update
+    with it ended. Updates after the last forward must be left out: the pipe drains then. Returns
+    None if there are too few to fit a slope.
     """
     late = updates[len(updates) // 2 :]
     if len(late) < 2:

@@ -1,4 +1,4 @@
-"""A pipe: workers, numbered stage by stage, and which of them runs which minibatch.
+"""The shape of a pipe: workers, numbered stage by stage, and which of them runs which minibatch.
 
 PipeDream: arXiv 1806.03377 section 3.2, SOSP 2019 section 3.2 (1F1B-RR: replicas take turns).
 """
@@ -12,12 +12,15 @@ from itertools import accumulate
 from elbowroom.core.errors import InputError
 
 BUCKET_BYTES = 4 << 20
-"""Of gradients that replicas of a stage send while they still compute others."""
+"""Size of a gradient bucket that replicas of a stage send while they compute other gradients."""
 
 
 @dataclass(frozen=True)
 class Pipe:
-    """``replicas`` has the workers of each stage. Raises InputError for stages without workers."""
+    """Workers arranged in stages: ``replicas`` has the number of workers of each stage.
+
+    Raises InputError for stages without workers.
+    """
 
     replicas: tuple[int, ...]
 
@@ -35,25 +38,27 @@ class Pipe:
 
     @cached_property
     def stages(self) -> tuple[int, ...]:
-        """Of each worker."""
+        """Stage of each worker."""
         return tuple(stage for stage, count in enumerate(self.replicas) for _ in range(count))
+
+    @cached_property
+    def _workers(self) -> tuple[range, ...]:
+        ends = accumulate(self.replicas)
+        return tuple(range(end - n, end) for end, n in zip(ends, self.replicas, strict=True))
 
     def workers(self, stage: int) -> range:
         """The replicas of a stage; none for a number that no stage has."""
-        if not 0 <= stage < self.num_stages:
-            return range(0)
-        first = (0, *accumulate(self.replicas))[stage]
-        return range(first, first + self.replicas[stage])
+        return self._workers[stage] if 0 <= stage < self.num_stages else range(0)
 
     def worker(self, stage: int, minibatch: int) -> int:
-        """Who runs a minibatch at a stage, forward and backward."""
+        """The worker that runs a minibatch at a stage, forward and backward."""
         workers = self.workers(stage)
         return workers[minibatch % len(workers)]
 
     def warmup_forwards(self, stage: int, depth: int = 1) -> int:
         """Forwards of each replica of a stage before its first backward, in 1F1B.
 
-        ``depth`` times those of the papers, which are ceil(workers behind it / its replicas).
+        ``depth`` times the papers' number, which is ceil(workers behind the stage / its replicas).
         """
         behind = self.num_workers - self.workers(stage).stop
         return depth * -(-behind // self.replicas[stage])

@@ -1,4 +1,7 @@
-"""Plans: frozen, printable, with a JSON round trip. Whatever a run needs to know is in its plan."""
+"""Plans of a weight pool: frozen, printable, with a JSON round trip.
+
+Whatever a run needs to know is in its plan.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ FETCH_ORDERS: tuple[FetchOrder, ...] = get_args(FetchOrder)
 
 @dataclass(frozen=True)
 class Layout:
-    """How replicas of one model lie on devices.
+    """Arrangement of replicas of one model on devices.
 
     ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
-    replicas of a group share one pool. ``pool`` "streamed" is the SiDP
-    paper's WaS; "shipped" its WaS+CaS: small batches are shipped to the owners instead.
+    replicas of a group share one pool. ``pool`` "streamed" is the SiDP paper's WaS; "shipped" is
+    its WaS+CaS: small batches are shipped to the owners instead.
     """
 
     tensor_parallel: int
@@ -59,11 +62,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class PoolShare:
-    """One rank's part in a pool: which layers it owns, and how it borrows the others.
+    """One replica's part in a pool: which layers it owns, and how it borrows the others.
 
-    owners[l] is the rank that keeps layer l. A pool of one rank owns every layer: that is what
-    ``mode`` "none" means. ``fetches`` is one forward pass' worth of copies, in order; it is empty
-    unless ``mode`` is "streamed" or "shipped".
+    ``owners[l]`` is the number, within the group, of the replica that keeps layer l. In a pool of
+    one replica that one owns every layer: this is what ``mode`` "none" means. ``fetches`` lists the
+    copies of one forward pass, in order; it is empty unless ``mode`` is "streamed" or "shipped".
 
     A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
     has no more than ``ship_bytes``, the size of a buffer; 0 never ships.
@@ -103,10 +106,10 @@ class PoolShare:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Where the memory of one replica goes, in bytes; ``planning.memory`` makes it.
+    """Division of one replica's memory, in bytes; ``planning.pool.memory`` computes it.
 
-    Sizes are those of the replica with the most weights, so that every replica fits. The cache
-    is handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
+    Sizes are those of the replica with the most weights, so that every replica fits. The cache is
+    handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
     counted in ``num_kv_blocks``, as vLLM does when it reports its cache size.
     """
 
@@ -121,7 +124,7 @@ class MemoryBudget:
 
     @property
     def weight_bytes(self) -> int:
-        """Weights that stay: replicated parts and this replica's share of the FFN layers."""
+        """Resident weights: replicated parts and this replica's share of the FFN layers."""
         return self.replicated_bytes + self.ffn_bytes
 
     @property
@@ -135,7 +138,7 @@ class MemoryBudget:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What the engine is told besides the pool. ``None`` leaves the choice to vLLM."""
+    """Engine options besides the pool. ``None`` leaves the choice to vLLM."""
 
     dtype: str
     max_model_len: int
@@ -151,10 +154,10 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan expects of a job, on a cluster; every row reaches its output limit.
+    """Predicted duration of a job on a cluster, when every row reaches its output limit.
 
-    The job is expected to take between ``low_seconds`` and ``high_seconds`` of answering rows,
-    start-up left out.
+    Answering the rows is expected to take between ``low_seconds`` and ``high_seconds``; start-up is
+    not counted.
     """
 
     cluster: str
@@ -178,9 +181,9 @@ class Prediction:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """One run of one model on equal replicas; each has a share, those of a group differ.
+    """A run of one model on equal replicas; each replica has a share, different within a group.
 
-    ``made_for`` names the job that it was made for: files, or lengths.
+    ``made_for`` names the job that the plan was made for: files, or lengths.
     """
 
     model_dir: str
@@ -198,7 +201,7 @@ class RunPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """Memory that replicas of a pool share: all layers that it holds, and mailboxes."""
+        """Bytes that replicas of a pool share: all layers in it, and mailboxes for shipping."""
         if all(share.mode == "none" for share in self.shares):
             return 0
         width = self.layout.tensor_parallel if self.layout else 1
@@ -206,7 +209,7 @@ class RunPlan:
         return width * self.num_replicas * self.budget.ffn_bytes + mailboxes
 
     def shipping_below(self, num_rows: int) -> RunPlan:
-        """The same plan with another threshold between shipping and streaming."""
+        """The same plan with ``num_rows`` as the threshold between shipping and streaming."""
         shares = tuple(replace(share, ship_below_rows=num_rows) for share in self.shares)
         return replace(self, shares=shares)
 
@@ -215,7 +218,10 @@ class RunPlan:
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> RunPlan:
-        """Raises KeyError, TypeError or ValueError for what ``to_json`` never writes."""
+        """Build a plan from its JSON form.
+
+        Raises KeyError, TypeError or ValueError for what ``to_json`` never writes.
+        """
         engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],
@@ -236,7 +242,7 @@ class RunPlan:
 
 
 def read_any_plan(path: Path) -> RunPlan:
-    """A plan that ``elbowroom plan --json`` wrote. Raises InputError for anything else."""
+    """Read a plan that ``elbowroom plan --json`` wrote. Raises InputError for anything else."""
     data = read_json(path)
     try:
         plan = RunPlan.from_json(data)
@@ -248,6 +254,6 @@ def read_any_plan(path: Path) -> RunPlan:
 
 
 def write_run_plan(path: Path, plan: RunPlan) -> None:
-    """Raises OutputError."""
+    """Write a plan as JSON, atomically. Raises OutputError."""
     text = json.dumps(plan.to_json(), indent=2) + "\n"
     write_atomically(path, iter([text.encode()]))

@@ -1,4 +1,4 @@
-"""Actions: what planners emit, mechanisms carry out, the simulator times and traces show."""
+"""Actions of a weight pool: planned, carried out, simulated, and shown in traces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Part = Literal["A", "F"]
-"""Of a decoder layer: attention, with all that is replicated, or the feed-forward network."""
+"""Part of a decoder layer: "A" is attention and all else that is replicated, "F" the FFN."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Fetch:
 
     @staticmethod
     def parse(text: str) -> Fetch:
-        """The inverse of ``str``. Raises ValueError for any other text."""
+        """Parse a fetch, the inverse of ``str``. Raises ValueError for any other text."""
         match = re.fullmatch(r"F(\d+)\.(\d+)/(\d+)", text)
         if match is None:
             raise ValueError(f"'{text}' is not a fetch action such as F12.0/1")
@@ -37,7 +37,7 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Run:
-    """Compute one part of a layer on weights that are there. Text form: ``R12A``, ``R12F``."""
+    """Compute one part of a layer whose weights are present. Text form: ``R12A``, ``R12F``."""
 
     layer: int
     part: Part
@@ -58,7 +58,7 @@ class Wait:
 
 @dataclass(frozen=True)
 class Release:
-    """Give the slot of a layer back. Text form: ``X12``."""
+    """Return the slot of a layer. Text form: ``X12``."""
 
     layer: int
 
@@ -68,7 +68,7 @@ class Release:
 
 @dataclass(frozen=True)
 class Ship:
-    """Let the owner run a layer's feed-forward network on this rank's rows. Text: ``S12``."""
+    """Let the owner run a layer's feed-forward network on this replica's rows. Text: ``S12``."""
 
     layer: int
 

@@ -1,7 +1,8 @@
-"""Finds the feed-forward network of a transformer block and lays its weights out in one buffer."""
+"""Feed-forward networks of transformer blocks, and where their matrices lie in one buffer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,11 +15,14 @@ from elbowroom.pool.store import tensor_in
 FFN_NAMES = ("mlp", "feed_forward", "ffn")
 """Attribute names of the feed-forward submodule: Llama, Qwen, Mistral, GPT-2, Falcon, Phi ..."""
 
+Forward = Callable[..., torch.Tensor]
+"""A feed-forward module's ``forward``: rows [..., columns] to rows [..., columns]."""
+
 _ALIGN_BYTES = 64  # a cache line, and the widest vector register
 
 
 class WeightSpan(NamedTuple):
-    """Where one matrix lies in its layer's buffer."""
+    """The place of one matrix in its layer's buffer, and the linear layer that uses it."""
 
     linear: nn.Module
     shape: torch.Size
@@ -36,18 +40,29 @@ class WeightSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class Ffn:
-    """The feed-forward network of one block: its module, and its matrices in one buffer.
+    """The feed-forward network of one block, and the layout of its matrices in one buffer.
 
-    Biases are not part of it: they are small and stay with every replica.
+    ``forward`` is the module's own, as it was when the network was found. Biases are not part of
+    the buffer: they are small and stay with every replica.
     """
 
     module: nn.Module
+    forward: Forward
     spans: tuple[WeightSpan, ...]
     num_bytes: int
 
+    def weights_in(self, buffer: torch.Tensor) -> list[nn.Parameter]:
+        """One frozen parameter for each span: a view of ``buffer`` (uint8, ``num_bytes``)."""
+        return [frozen(span.view(buffer)) for span in self.spans]
+
+    def bind(self, weights: Sequence[nn.Parameter]) -> None:
+        """Have the linear layers compute with ``weights``, one for each span."""
+        for span, weight in zip(self.spans, weights, strict=True):
+            span.linear.weight = weight
+
 
 def find_ffn(block: nn.Module) -> Ffn:
-    """The feed-forward network of ``block``: gated (three or two matrices) or plain (two).
+    """Find the feed-forward network of ``block``: gated (three or two matrices) or plain (two).
 
     Works on shapes alone, so it serves Hugging Face and vLLM modules, also on the meta device.
     Raises UnsupportedModelError, naming the module types seen, when there is none or when it
@@ -63,6 +78,11 @@ def find_ffn(block: nn.Module) -> Ffn:
     return _lay_out(module, linears)
 
 
+def frozen(weight: torch.Tensor) -> nn.Parameter:
+    """A parameter on the memory of ``weight`` that takes no gradient."""
+    return nn.Parameter(weight, requires_grad=False)
+
+
 def _lay_out(module: nn.Module, linears: list[nn.Module]) -> Ffn:
     spans = []
     offset = 0
@@ -71,7 +91,7 @@ def _lay_out(module: nn.Module, linears: list[nn.Module]) -> Ffn:
         assert isinstance(weight, torch.Tensor)
         spans.append(WeightSpan(linear, weight.shape, weight.dtype, offset))
         offset += -(-spans[-1].num_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-    return Ffn(module, tuple(spans), offset)
+    return Ffn(module, module.forward, tuple(spans), offset)
 
 
 def _is_matrix(weight: object) -> bool:

@@ -99,8 +99,8 @@ class Housekeeper:
 
     def _copy(self, fetch: Fetch, slot: Slot) -> None:
         source = self._sources[fetch.layer]
-        piece_bytes = -(-source.size // fetch.num_chunks)
-        part = slice(fetch.chunk * piece_bytes, min((fetch.chunk + 1) * piece_bytes, source.size))
+        chunk_bytes = -(-source.size // fetch.num_chunks)
+        part = slice(fetch.chunk * chunk_bytes, min((fetch.chunk + 1) * chunk_bytes, source.size))
         begin, num_bytes = time.perf_counter(), part.stop - part.start
         np.copyto(self._targets[slot.index][part], source[part])
         early = num_bytes / self._bytes_per_second - (time.perf_counter() - begin)

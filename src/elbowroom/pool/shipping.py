@@ -28,14 +28,13 @@ from typing import NamedTuple
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.pool.ffn import Forward
 from elbowroom.pool.run_dir import is_held
 from elbowroom.pool.shared_memory import alive_path
 from elbowroom.pool.store import tensor_in
 
 SHIP_TIMEOUT_SECONDS = 60.0
 """How long a borrower waits for its rows while the owner lives."""
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
 
 OpenMailbox = Callable[[int, int, int], torch.Tensor]
 """Given a borrower, an owner and bytes: see ``Store.mailbox``."""

@@ -1,4 +1,4 @@
-"""What a pool counts: in the replica that counts it, in the live view and in the report."""
+"""Counters of a pool, as the replica keeps them and as the live view and the report show them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Counters of one replica since its start. Bytes mapped count once, streamed at every copy.
+    """Counters of one replica since its start. They add up over the parts of a pool.
 
-    ``wait_seconds`` is how long compute waited for weights, or for rows that it had shipped, which
-    includes the owner's compute. Iterations are counted by how borrowed layers were run.
+    ``owned_bytes``, ``mapped_bytes`` and ``slot_bytes`` are weights that it holds or sees now;
+    ``streamed_bytes`` counts every copy. ``wait_seconds`` is how long compute waited for weights,
+    or for rows that it had shipped, which includes the owner's compute. Iterations are counted by
+    how borrowed layers were run.
     """
 
     owned_bytes: int = 0
@@ -23,8 +25,19 @@ class PoolStats:
     served_rows: int = 0
     wait_seconds: float = 0.0
 
+    def __add__(self, other: PoolStats) -> PoolStats:
+        return PoolStats(
+            **{
+                field.name: getattr(self, field.name) + getattr(other, field.name)
+                for field in fields(self)
+            }
+        )
+
     def after(self, before: PoolStats) -> PoolStats:
-        """Of a replica that was started again: what it holds now, and all that both lives did."""
+        """Counters of a replica that was started again, whose earlier process had ``before``.
+
+        They tell what it holds now, and all that both processes did.
+        """
         counted = {
             field.name: getattr(before, field.name) + getattr(self, field.name)
             for field in fields(self)

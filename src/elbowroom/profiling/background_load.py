@@ -1,4 +1,7 @@
-"""Processes that keep a machine as busy as training workers do, while one of them is measured."""
+"""Background load: processes that keep a machine as busy as training workers do.
+
+They run while one process is measured.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ READY = b"sweeping\n"
 
 @contextmanager
 def background_load(count: int, script: Path, seed: int, num_threads: int) -> Iterator[None]:
-    """While the block runs, ``count`` processes sweep through the model of a script.
+    """Let ``count`` processes sweep through the model of a script while the block runs.
 
-    They end with it, and with this process: each watches its standard input. Raises MeasuringError
-    if one ends before.
+    They end with the block, and with this process: each watches its standard input. Raises
+    MeasuringError if one ends earlier.
     """
     command = (
         *(sys.executable, "-m", "elbowroom.profiling.background_worker"),

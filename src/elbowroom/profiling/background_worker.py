@@ -2,7 +2,7 @@
 
     python -m elbowroom.profiling.background_worker SCRIPT SEED THREADS
 
-Says ``READY`` when it begins. Ends when its standard input does, which its parent holds.
+Prints ``READY`` when it begins. Ends when its standard input does, which its parent holds open.
 """
 
 from __future__ import annotations

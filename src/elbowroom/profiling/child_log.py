@@ -1,4 +1,4 @@
-"""Where processes that measure print to: a file, not the screen, where it would be interleaved."""
+"""Log files for measuring processes, whose output would be interleaved on the screen."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from elbowroom.core.errors import MeasuringError
 
 @contextmanager
 def child_log(what: str) -> Iterator[IO[bytes]]:
-    """A file for the standard errors of children, removed at the end.
+    """Yield a file for the standard errors of children, which is removed at the end.
 
-    If the block raises MeasuringError the file stays, and the message says where.
+    If the block raises MeasuringError the file stays, and the message says where it is.
     """
     descriptor, name = tempfile.mkstemp(prefix=f"elbowroom-{what}-", suffix=".log")
     log = Path(name)

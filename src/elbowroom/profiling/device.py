@@ -1,14 +1,14 @@
-"""Measures one device with decoder layers as an engine runs them. Runs as a process of its own.
+"""Process that measures one device with decoder layers as an engine runs them.
 
     python -m elbowroom.profiling.device CORES SHARE DTYPE
 
-reads the name of a measurement and its seconds per line and answers with one JSON line each, so
+It reads the name of a measurement and its seconds per line and answers with one JSON line each, so
 that all devices of a machine can be measured at the same time: they share caches and memory. SHARE
-is this device's part of the machine, which bounds what it allocates. A measurement that has used up
-its seconds ends with what it has, so on a slow machine with fewer numbers of rows.
+is this device's fraction of the machine, which bounds what it allocates. A measurement that has
+used up its seconds ends with what it has, so on a slow machine with fewer numbers of rows.
 
 Parts are timed where they stand in a layer, not in loops of their own: in a model each part finds
-caches that others have filled, which costs a batch of one row half as much again.
+caches that others have filled, which makes a batch of one row take half as long again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,15 @@ PREFILL_ROWS = (256, 1024)
 ALL_ROWS = (*DECODE_ROWS, *PREFILL_ROWS)
 CONTEXT = 512
 KV_ROWS = 24
-"""Attention's bandwidth is taken at this batch."""
+"""Batch at which the bandwidth of decode attention is measured."""
 
 COPY_BYTES = 64 * 1024**2
 MOST_LAYERS, LEAST_LAYERS = 8, 2
 MOST_COPIES, LEAST_COPIES = 32, 4
-"""Of 90 and 64 MB: as many as do not stay in a large cache, as layers do not."""
+"""Bounds for the numbers of layers (90 MB each) and of copy sources (64 MB each).
+
+The upper ones are too much for a large cache, as a model's layers are.
+"""
 
 _SWEEPS = 3
 _LEAST_SECONDS = 0.25
@@ -56,7 +59,7 @@ class LayerSeconds(NamedTuple):
 
 
 class DecoderLayer(NamedTuple):
-    """Packed weights and a KV cache. The down projection lies in halves, as the engine packs it."""
+    """Packed weights and a KV cache. The down projection is in halves, as the engine packs it."""
 
     norm: torch.Tensor
     qkv: torch.Tensor
@@ -83,9 +86,9 @@ def main() -> None:
 
 
 def measure_layers(num_layers: int, dtype: torch.dtype, seconds: float = inf) -> dict[str, object]:
-    """Rates as ``core.cluster.Device`` has them: by rows for products, one for each other part.
+    """Measure rates as ``core.cluster.Device`` has them: of products by rows, and of other parts.
 
-    In ``seconds`` or little more: rows that would take longer are left out.
+    Takes ``seconds`` or little more: rows that would take longer are left out.
     """
     until = time.perf_counter() + seconds
     pack, linear = find_kernel(dtype)
@@ -96,7 +99,7 @@ def measure_layers(num_layers: int, dtype: torch.dtype, seconds: float = inf) ->
     of_decode = max(rows for rows in parts if rows <= KV_ROWS)
     kv_bytes = sum(cache[:of_decode].nbytes for cache in layers[0].kv)
     most = max(parts)
-    # As the cost model counts them.
+    # Bytes as the cost model counts them.
     elementwise_bytes = dtype.itemsize * most * (12 * HIDDEN + 3 * WIDTH)
     measured: dict[str, object] = {
         "matmul": [(rows, elements / of_rows.products) for rows, of_rows in parts.items()],
@@ -111,7 +114,7 @@ def measure_layers(num_layers: int, dtype: torch.dtype, seconds: float = inf) ->
 
 
 def copy_bytes_per_second(num_sources: int, most_seconds: float = inf) -> float:
-    """From memory to memory, of pages that exist."""
+    """Bytes per second copied from memory to memory, between pages that exist."""
     until = time.perf_counter() + most_seconds
     sources = [torch.ones(COPY_BYTES, dtype=torch.uint8) for _ in range(num_sources)]
     target = torch.zeros(COPY_BYTES, dtype=torch.uint8)
@@ -126,10 +129,11 @@ def copy_bytes_per_second(num_sources: int, most_seconds: float = inf) -> float:
 def _layer_seconds(
     layers: list[DecoderLayer], linear: Linear, until: float
 ) -> dict[int, LayerSeconds]:
-    """The median of every part by rows, over layers that follow each other.
+    """Median seconds of every part by rows, over layers that follow each other.
 
-    Each number of rows has its turn several times: the machine's speed changes between them. Those
-    that would last beyond ``until``, as fewer rows show, are left out; one row never is.
+    Each number of rows has its turn several times, because the machine's speed changes between
+    them. Those that would last beyond ``until``, judging by fewer rows, are left out; one row never
+    is.
     """
     inputs = {rows: _random(layers[0].norm.dtype, rows, HIDDEN) for rows in ALL_ROWS}
     samples: dict[int, list[LayerSeconds]] = {}
@@ -157,7 +161,7 @@ def _layer_seconds(
 def _run_layer(
     x: torch.Tensor, layer: DecoderLayer, linear: Linear, attend: Attention
 ) -> LayerSeconds:
-    """One decoder layer. What a part makes goes into the next, as in a model."""
+    """Run one decoder layer. Each part's output goes into the next part, as in a model."""
     clock = time.perf_counter
     begin = clock()
     normed = functional.rms_norm(x + x, (HIDDEN,), layer.norm)
@@ -197,7 +201,7 @@ def _run_layer(
 
 
 def _decode_attention(queries: torch.Tensor, kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """One query per row and head, of at most KV_ROWS rows, over the row's context.
+    """Attention of one query per row and head over the row's context, of at most KV_ROWS rows.
 
     The queries of a group are rows of one product, as in an engine's kernel.
     """
@@ -218,7 +222,7 @@ def _prefill_attention(queries: torch.Tensor, _: object) -> torch.Tensor:
 
 
 def _random_layers(num_layers: int, pack: Pack, dtype: torch.dtype) -> list[DecoderLayer]:
-    """Equal layers, each in memory of its own: to draw numbers takes longer than to copy them."""
+    """Equal layers, each in its own memory; copies, because drawing numbers takes longer."""
     first = _random_layer(pack, dtype)
     return [first, *(_copied(first) for _ in range(num_layers - 1))]
 
@@ -258,7 +262,7 @@ def _is_enough(seconds: list[float]) -> bool:
 
 
 def _part_of(share: float, least: int, most: int) -> int:
-    """``most`` where a few devices share the machine, ``least`` where many do."""
+    """A number from ``least`` to ``most``: large where few devices share the machine."""
     return max(least, min(most, int(share * most * 2)))
 
 

@@ -1,9 +1,9 @@
-"""Measures what the layers of a model need of memory, in one step of training without an update.
+"""Measurement of the memory that a model's layers need, in one training step without an update.
 
-All layers run forward, then all backward in one go, and what nobody needs any more is let go, as in
-a stage of a pipeline. Of what the allocator held at most during each layer's passes, its own part
-is what is left when that of the other layers is taken away (``core.layer_graph.LayerMemory``). So
-they add up to what was measured; where less was held than they add up to, its own part is nothing.
+All layers run forward, then all backward in one go, and what nobody needs any more is released, as
+in a stage of a pipeline. A layer's own part is the allocator's peak during its passes, less what
+the other layers hold then (``core.layer_graph.LayerMemory``). So the parts add up to what was
+measured; where the peak was below what the other layers hold, a layer's own part is 0.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def measure_memory(
     inputs: Tensors,
     loss: Loss | None,
 ) -> dict[str, LayerMemory]:
-    """Of every layer in ``stages``, each of which is a stage of that layer alone.
+    """Measure every layer in ``stages``, each of which is a stage of that layer alone.
 
-    ``last`` gives the model's outputs, of which ``loss`` gives a number (default: the sum of all
-    that need gradients). What that takes counts in the model's last layer. ``inputs`` by name.
+    ``last`` gives the model's outputs, from which ``loss`` computes a number (default: the sum of
+    all that need gradients). What that takes counts in the model's last layer. ``inputs`` are by
+    name.
     """
     sweep = _Sweep(traced.layers[-1].name, stages)
     sweep.note_weights(traced.model)
@@ -52,10 +53,10 @@ def measure_memory(
 
 @dataclass(eq=False)
 class _Sweep:
-    """Notes which layer has made which storage, and which of them a backward reads.
+    """Record of which layer made which storage, and which of them a backward reads.
 
-    Storages go by their addresses. One that is kept has its own until the end; another's may be
-    taken again, so ``_makers`` has only those that are in use.
+    Storages are told apart by their addresses. A storage that is kept has its address until the
+    end; the address of another may be used again, so ``_makers`` has only those that are in use.
     """
 
     final: str
@@ -90,7 +91,7 @@ class _Sweep:
             torch.autograd.grad(total, trained, allow_unused=True)
 
     def needs(self, peaks: Mapping[str, int]) -> dict[str, LayerMemory]:
-        """Of each layer, where at most ``peaks`` were held in each section."""
+        """Memory of each layer, from the peak of each section."""
         found: dict[str, LayerMemory] = {}
         weights = _weights(self.stages)
         before, behind = self.input_bytes, sum(weights.values())
@@ -142,7 +143,7 @@ class _Sweep:
             return _total(result) if loss is None else loss(result)
 
     def _noting(self, name: str, known: Mapping[int, str]) -> saved_tensors_hooks:
-        """While a layer runs that reads storages of ``known`` makers."""
+        """Hooks that record what a running layer saves; ``known`` has the makers of its inputs."""
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
             address = _address(tensor)
@@ -155,7 +156,7 @@ class _Sweep:
 
 
 class _Given(NamedTuple):
-    """A storage that a layer's output lies in."""
+    """A storage that holds a layer's output."""
 
     maker: str
     address: int
@@ -183,14 +184,14 @@ def _reads(stage: StageModule) -> tuple[str, ...]:
 
 
 def _take(stage: StageModule, tensors: Tensors, readings: Counter[str]) -> list[torch.Tensor]:
-    """What a stage reads; the last reader takes it away."""
+    """Tensors that a stage reads; the last reader removes them from ``tensors``."""
     names = _reads(stage)
     readings.subtract(names)
     return [tensors[name] if readings[name] else tensors.pop(name) for name in names]
 
 
 def _weights(stages: Mapping[str, StageModule]) -> dict[str, int]:
-    """Bytes of weights that are trained; tied ones count in the first layer."""
+    """Bytes of each layer's trained weights; tied ones count in the first layer."""
     seen: set[int] = set()
     sizes: dict[str, int] = {}
     for name, stage in stages.items():

@@ -1,9 +1,9 @@
-"""Measures a model in training, layer by layer: what a planner of pipelines must know of it.
+"""Profile of a model in training, layer by layer: what a planner of pipelines needs to know.
 
 A sweep is one step of training without the optimizer. Forward, each layer reads what the layers
-before it really gave; backward, it turns the gradient that comes from behind into those of its
-inputs and of its weights. So each layer finds the caches that its neighbours have filled, as in
-training. The first sweeps are dropped, and of the others the medians are taken.
+before it really gave; backward, it turns the gradient of its output into those of its inputs and
+weights. So each layer finds the caches that its neighbours have filled, as in training. The first
+sweeps are dropped, and medians are taken over the others.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ LossFn = Callable[[Any, Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class SweepLimits:
-    """At least so many sweeps, and so many seconds of them, but not more than ``most``."""
+    """Limits of a measurement: at least ``least`` sweeps and ``seconds`` seconds of them.
+
+    Never more than ``most`` sweeps. Raises InputError for limits that allow none.
+    """
 
     least: int = LEAST_SWEEPS
     seconds: float = LEAST_SECONDS
@@ -56,7 +59,7 @@ def profile(
     limits: SweepLimits | None = None,
     optimizer_fn: OptimizerFunction | None = None,
 ) -> LayerGraph:
-    """Times and sizes of a model's layers, in training mode, on the device where it lies.
+    """Measure times and sizes of a model's layers, in training mode, on the model's device.
 
     Args:
         model: an ``nn.Sequential``, whose children are the layers, or what ``torch.fx`` or
@@ -64,11 +67,11 @@ def profile(
             numbers stay as they are.
         batch: the model's inputs (a tensor, a tuple of positional or a dict of named arguments);
             with ``loss_fn`` a pair of them and the targets.
-        loss_fn: gives a number of outputs and targets. Its time counts in the last layer. Without
+        loss_fn: gives a number from outputs and targets. Its time counts in the last layer. Without
             it the gradients of the outputs are ones.
         limits: how long to measure.
-        optimizer_fn: of parameters, such as ``partial(torch.optim.AdamW, lr=1e-3)``; without it
-            updates take no time.
+        optimizer_fn: makes an optimizer of parameters, such as ``partial(torch.optim.AdamW,
+            lr=1e-3)``; without it updates take no time.
 
     The bytes of a tied parameter count in the first layer that uses it; plans keep layers that
     share parameters, or running statistics, in one stage.
@@ -92,7 +95,7 @@ def measure(
     limits: SweepLimits,
     optimizer_fn: OptimizerFunction | None,
 ) -> LayerGraph:
-    """As ``profile`` does, of a model that is traced already, in the mode of that."""
+    """Measure as ``profile`` does, for a model that is already traced, in the mode of its trace."""
     with untouched(traced.model), torch.enable_grad():
         sweeps = _Sweeps(traced, inputs, targets, loss_fn)
         for _ in range(WARM_UP_SWEEPS):
@@ -122,14 +125,14 @@ class _Timed:
 
 @dataclass(frozen=True, eq=False)
 class _Ran:
-    """A layer between its forward and its backward."""
+    """Inputs and outputs of a layer between its forward and its backward."""
 
     inputs: tuple[torch.Tensor, ...]
     outputs: tuple[torch.Tensor, ...]
 
 
 class _Sweeps:
-    """Runs all layers forward, then all backward, and keeps times."""
+    """Sweeps: run all layers forward, then all backward, and keep the times."""
 
     def __init__(
         self, traced: TracedModel, inputs: Any, targets: Any, loss_fn: LossFn | None
@@ -218,7 +221,7 @@ class _Sweeps:
     def _leaves(
         self, stage: StageModule, tensors: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
-        """What a layer reads. Gradients are computed for what had one in the whole model."""
+        """Tensors that a layer reads; those with a gradient in the whole model require one here."""
         names = (*stage.receives, *stage.loads)
         return tuple(tensors[n].detach().requires_grad_(self._facts[n].needs_grad) for n in names)
 
@@ -273,7 +276,7 @@ def _graph(traced: TracedModel, sweeps: _Sweeps, memory: Mapping[str, LayerMemor
 
 
 def _gradient_bytes(layer: TracedLayer) -> int:
-    """What travels back for its output."""
+    """Bytes of the gradient that comes back for a layer's output."""
     tensors = layer.value.tensors if layer.value is not None else ()
     return sum(tensor.num_bytes for tensor in tensors if tensor.needs_grad)
 
@@ -296,7 +299,7 @@ def _check_loss(loss: Any) -> None:
 
 
 def _waiter(model: nn.Module) -> Callable[[], None]:
-    """What makes sure that a device has done all it was given."""
+    """Function that waits until the model's devices have finished all their work."""
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
 
     def wait() -> None:

@@ -1,4 +1,4 @@
-"""Measures the devices of this machine, all at once, and writes them down as a cluster."""
+"""Measurement of this machine's devices, all at once, as a cluster."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from elbowroom.core.units import GIB
 from elbowroom.profiling.child_log import child_log
 
 BUDGET_SECONDS = 30.0
-"""Longest time for a measurement, also on a slow or busy machine."""
+"""Longest time for a measurement, even on a slow or busy machine."""
 
 _COPY_SECONDS, _SPARE_SECONDS = 3.0, 4.0
-"""Of it: for copies, and for answers to arrive and processes to end."""
+"""Parts of the budget: for copies, and for answers to arrive and processes to end."""
 
 DEVICE_COMMAND = (sys.executable, "-m", "elbowroom.profiling.device")
 
 MEMORY_FRACTION = 0.8
-"""Of the machine's memory, for all engines together: the rest is for the system and processes."""
+"""Fraction of the machine's memory for all engines together; system and processes need the rest."""
 
 ASSUMED_MEMORY_BYTES = 8 * GIB
-"""Of a machine that does not tell."""
+"""Memory of a machine that does not tell."""
 
 ITERATION_SECONDS = 1.6e-3
 ROW_SECONDS = 5e-5
 ENGINE_LAYER_SECONDS = 7.5e-4
-"""What vLLM itself takes of an iteration, of each of its rows and of each layer: eager Python.
+"""vLLM's own time for an iteration, for each of its rows and for each layer: eager Python.
 
-Measured with vLLM 0.32 on one core per replica, of an AMD EPYC. Iterations and rows by models that
-are too small to take time (hidden size 64): 1.67 and 2.64 ms for 4 and 16 rows of one layer. Layers
-by one of 8 layers and hidden size 2048, whose weights push the interpreter out of the caches: 44 ms
-of an engine's thread for 4 rows, of which 34.5 are what ``profile`` sees. (17 tiny layers: 0.35 ms
-each.)
+Measured with vLLM 0.32 on one core per replica, of an AMD EPYC. Iterations and rows were measured
+with models that are too small to take time (hidden size 64): 1.67 and 2.64 ms for 4 and 16 rows of
+one layer. Layers were measured with a model of 8 layers and hidden size 2048, whose weights push
+the interpreter out of the caches: 44 ms of an engine's thread for 4 rows, of which 34.5 are what
+``profile`` sees. (17 tiny layers: 0.35 ms each.)
 """
 
 UNCERTAINTY = 0.15
-"""Of times made of these measurements, against whole runs: ``bench/prediction.py``."""
+"""Relative error of times predicted from these measurements, against whole runs.
+
+Measured by ``bench/prediction.py``.
+"""
 
 _SOURCES = {
     "matmul": "products in decoder layers (hidden 2048, FFN 5632), all devices; median",
@@ -65,7 +68,7 @@ def measure_machine(
     seconds: float = BUDGET_SECONDS,
     command: Sequence[str] = DEVICE_COMMAND,
 ) -> Cluster:
-    """A cluster with one device per group of cores, as fast as it computes in ``dtype``.
+    """Measure a cluster with one device per group of cores, as fast as it computes in ``dtype``.
 
     Takes about ten seconds and at most ``seconds``: a slow machine is measured with fewer rows.
     Raises MeasuringError when a measuring process ends or does not answer in time; what it printed
@@ -96,7 +99,7 @@ def measure_machine(
 
 
 def _start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """In a session of its own: a Ctrl-C in the terminal is for us to handle."""
+    """Start a process in its own session: this one handles a Ctrl-C in the terminal."""
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, stdin=pipe, stdout=pipe, stderr=log, bufsize=0, start_new_session=True
@@ -106,7 +109,7 @@ def _start(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
 def _measure(
     workers: Sequence[subprocess.Popen[bytes]], name: str, seconds: float, until: float
 ) -> list[Any]:
-    """One measurement, on all devices at the same time."""
+    """Run one measurement, on all devices at the same time."""
     for worker in workers:
         assert worker.stdin is not None
         worker.stdin.write(f"{name} {max(1.0, seconds):.1f}\n".encode())
@@ -114,7 +117,7 @@ def _measure(
 
 
 def _answer(worker: subprocess.Popen[bytes], until: float) -> Any:
-    """The next line of a worker, as JSON."""
+    """The next line of a worker, as JSON. Raises MeasuringError if none comes in time."""
     assert worker.stdout is not None
     line = b""
     with selectors.DefaultSelector() as selector:
@@ -137,7 +140,7 @@ def format_cores(number: int) -> str:
 
 
 def _cluster(devices: Sequence[dict[str, Any]], num_cores: int, dtype: str) -> Cluster:
-    """The means over devices, as they are taken to be equal."""
+    """A cluster from the means over devices, which are assumed equal."""
 
     def mean(name: str) -> float:
         return float(sum(device[name] for device in devices) / len(devices))
@@ -148,7 +151,7 @@ def _cluster(devices: Sequence[dict[str, Any]], num_cores: int, dtype: str) -> C
         for rows in zip(*tables, strict=False)  # a device out of time has fewer
     )
     flops = Rate(2 * points[-1].rows * points[-1].elements_per_second)
-    # Without prompts long enough to be timed: as fast as products are.
+    # Without prompts long enough to be timed, attention is assumed as fast as products.
     has_prefill = all("prefill" in device for device in devices)
     memory = host.memory_bytes() or ASSUMED_MEMORY_BYTES
     link = Link("shared memory", len(devices), Rate(mean("copy")), 0.0)

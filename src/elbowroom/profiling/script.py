@@ -1,4 +1,4 @@
-"""Measures the model of a training script, on the batch that it makes."""
+"""Profile of a training script's model, on the batch that the script makes."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ def profile_script(
     num_threads: int | None = None,
     num_workers: int = 1,
 ) -> LayerGraph:
-    """Runs a script and measures for so many seconds (default: ``LEAST_SECONDS``).
+    """Run a script and measure its model for ``seconds`` (default: ``LEAST_SECONDS``).
 
-    ``seed`` is that of weights and batch; ``num_threads`` are torch's, from here on. Of
-    ``num_workers``, all others do the same meanwhile: they share caches and memory, as workers that
-    train on one machine do. Raises InputError for a script or batch that cannot be used,
-    UntraceableModelError as ``profile`` does, ElbowroomError if another one does not come up.
+    ``seed`` is for weights and batch. ``num_threads`` sets torch's threads, also after the call.
+    All but one of ``num_workers`` are background load that does the same: they share caches and
+    memory, as workers that train on one machine do. Raises InputError for a script or batch that
+    cannot be used, UntraceableModelError as ``profile`` does, MeasuringError if a background
+    process does not start or ends early.
     """
     subject = load_subject(path, seed, num_threads)
     limits = SweepLimits(seconds=LEAST_SECONDS if seconds is None else seconds)
@@ -53,7 +54,7 @@ def profile_script(
 
 
 def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
-    """Raises as ``profile_script`` does."""
+    """Load a script's model and batch, and trace it. Raises as ``profile_script`` does."""
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     script = load_script(path)

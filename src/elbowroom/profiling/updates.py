@@ -1,4 +1,4 @@
-"""Measures what the optimizer takes, and shares it out among the layers."""
+"""Measurement of the optimizer's time, shared out among the layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _WARM_UP, _TIMED = 2, 5
 
 
 def update_seconds(parameters: Iterable[nn.Parameter], optimizer_fn: OptimizerFunction) -> float:
-    """A step on copies of all that are trained: the median. They stay as they are."""
+    """Median seconds of an optimizer step on copies of all trained parameters.
+
+    The parameters themselves stay as they are.
+    """
     copies = [nn.Parameter(one.detach().clone()) for one in parameters if one.requires_grad]
     if not copies:
         return 0.0
@@ -35,7 +38,10 @@ def update_seconds(parameters: Iterable[nn.Parameter], optimizer_fn: OptimizerFu
 
 
 def with_updates(graph: LayerGraph, seconds: float) -> LayerGraph:
-    """Shared out by the bytes of weights, which an update reads and writes a few times."""
+    """The graph with update times, in proportion to the bytes of weights.
+
+    An update reads and writes each weight a few times.
+    """
     total = sum(layer.parameter_bytes for layer in graph.layers) or 1
     layers = tuple(
         replace(layer, update_seconds=seconds * layer.parameter_bytes / total)

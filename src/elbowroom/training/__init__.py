@@ -1,1 +1,1 @@
-"""What every training technique needs: tracing, layers, stages, the user's script, memory."""
+"""Shared parts of training techniques: tracing, layers, stages, the user's script, memory."""

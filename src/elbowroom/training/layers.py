@@ -1,12 +1,13 @@
-"""Finds the layers of a model in the graph of its forward.
+"""Layers of a model, found in the graph of its forward.
 
 - A call of a module, a function or a method that gives tensors is a layer, and so is an input.
-- Numbers (sizes, say) are no layers: each layer that uses one works it out again from the tensor
-  that it is taken from, so that it reads that tensor. Thus only tensors cross from layer to layer,
-  and another batch may have other sizes.
-- What has no input and is read by nobody, as a counter of batches, runs with the layer after it.
-- Where the model returns more than what one last layer gives, a layer of no time, ``output``, reads
-  that, and all that is read by nobody else.
+- Numbers (sizes, for example) are no layers: each layer that uses one computes it again from the
+  tensor that it is taken from, and so reads that tensor. Thus only tensors cross from layer to
+  layer, and another batch may have other sizes.
+- What has no input and is read by nobody, such as a counter of batches, runs with the layer after
+  it.
+- If the model returns more than what one last layer gives, a layer of no time, ``output``, reads
+  that, and everything that is read by nobody else.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ _LONGEST_DESCRIPTION = 80
 
 
 def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
-    """Layers of a model in its present mode; runs it a few times, and leaves it as it was.
+    """Trace a model's layers in its present mode; runs it a few times, and leaves it as it was.
 
-    ``inputs`` is a tensor, a tuple of positional or a dict of named arguments. Raises InputError
-    if the model does not run on them, UntraceableModelError, with the line or operation, if its
+    ``inputs`` is a tensor, a tuple of positional or a dict of named arguments. Raises InputError if
+    the model does not run on them, UntraceableModelError, with the line or operation, if its
     forward cannot be written down as layers.
     """
     graph = find_graph(model, inputs)
@@ -46,7 +47,7 @@ def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
 
 
 class _Run(fx.Interpreter):
-    """Keeps all values, and notes which storages each node writes into."""
+    """Interpreter that keeps all values, and notes which storages each node writes into."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -68,7 +69,7 @@ def _storages(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 
 class _Finder:
-    """Finds the layers of one run."""
+    """Search for the layers in one recorded run."""
 
     def __init__(
         self, model: nn.Module, graph: ModelGraph, run: _Run, changed: frozenset[str]
@@ -95,7 +96,7 @@ class _Finder:
         return TracedModel(self.model, self.graph, tuple(layers), results, outputs, training)
 
     def _find(self) -> list[_Found]:
-        """Nodes that are layers, which get names here."""
+        """Nodes that are layers; gives them their names."""
         found: list[_Found] = []
         effects: list[fx.Node] = []
         for node in self.nodes:
@@ -179,7 +180,10 @@ class _Finder:
         return _storages(tensors_in(self.run.values[node]))
 
     def _check_writes(self, node: fx.Node) -> None:
-        """Refuses to write into what another layer reads: in another stage it would not see it."""
+        """Refuse writes into what another layer reads: in another stage it would not see them.
+
+        Raises UntraceableModelError.
+        """
         written = self.run.written[node]
         if not written:
             return
@@ -197,14 +201,14 @@ class _Finder:
 
 
 class _Found(NamedTuple):
-    """A node that is a layer, and what runs with it that nobody reads."""
+    """A node that is a layer, and the nodes that run with it although nobody reads them."""
 
     node: fx.Node
     effects: list[fx.Node]
 
 
 class _Read(NamedTuple):
-    """What nodes read: layers, and what is worked out from them for each reader."""
+    """Inputs of some nodes: layers, and helpers that each reader computes from them again."""
 
     sources: tuple[fx.Node, ...]
     helpers: tuple[fx.Node, ...]
@@ -229,7 +233,7 @@ def _tensors_of(nodes: list[fx.Node], module: fx.GraphModule) -> Iterator[torch.
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """Of a dotted name."""
+    """The attribute of a module with a dotted name."""
     return operator.attrgetter(name)(module)
 
 

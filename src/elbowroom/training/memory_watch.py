@@ -1,7 +1,7 @@
-"""What PyTorch's allocator holds, section by section of what a process does.
+"""Peak memory of PyTorch's allocator, section by section of a process's work.
 
 On a CUDA device these are the allocator's own statistics, of all threads. On a CPU PyTorch keeps
-none: they are added up from the events of its profiler, which sees the thread that entered alone.
+none: they are added up from the events of its profiler, which sees only the thread that entered.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 _MARK = "elbowroom section "
 _QUIET = "6"
-"""A level of logging at which Kineto, behind the profiler, does not say that it begins and ends."""
+"""Log level at which Kineto, behind the profiler, does not report its begin and end."""
 
 
 class Section(NamedTuple):
-    """``peak_bytes`` are the most held at once, over what was held when the watch began."""
+    """A section of work; ``peak_bytes`` is the most held at once above what was held at the start.
+
+    The start is when the watch was entered.
+    """
 
     name: str
     peak_bytes: int
@@ -30,10 +33,10 @@ class Section(NamedTuple):
 
 @dataclass
 class MemoryWatch:
-    """Watches the allocator while it is entered; ``sections`` are there when it is left.
+    """Context manager that watches the allocator; ``sections`` are complete when it is left.
 
-    On a CPU, what was allocated before is not known, and its end is not seen: enter first. Costs
-    time, and memory for the record that the profiler keeps: not for long runs.
+    On a CPU, memory allocated before entering is unknown, and its release is not seen: enter first.
+    The profiler costs time, and memory for its record: not for long runs.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -53,7 +56,7 @@ class MemoryWatch:
         return self
 
     def mark(self, name: str) -> None:
-        """Here a section begins, and ends the one before."""
+        """Begin a section, and end the one before."""
         if self._profile is not None:
             with record_function(f"{_MARK}{len(self._names)}"):
                 pass
@@ -76,7 +79,7 @@ class MemoryWatch:
         self._profile = None
 
     def peak_bytes(self, name: str) -> int:
-        """Of all sections of a name. Raises ValueError if there is none."""
+        """Peak over all sections with this name. Raises ValueError if there is none."""
         return max(section.peak_bytes for section in self.sections if section.name == name)
 
     def _end_section(self) -> None:
@@ -85,7 +88,7 @@ class MemoryWatch:
         torch.cuda.reset_peak_memory_stats(self.device)
 
     def _read(self, ended: profile) -> None:
-        """A section's peak counts what is there when it begins."""
+        """Add up the profiler's events; a section's peak counts what is there when it begins."""
         changes: list[list[int]] = [[0]]
         for event in _events(ended):
             if event.name.startswith(_MARK):
@@ -99,7 +102,7 @@ class MemoryWatch:
 
 
 def _events(ended: profile) -> list[_ProfilerEvent]:
-    """Of one thread, in the order in which they began."""
+    """Events of one thread, in the order in which they began."""
     assert ended.profiler is not None and ended.profiler.kineto_results is not None
     queue = list(ended.profiler.kineto_results.experimental_event_tree())
     found = []

@@ -9,8 +9,8 @@ A script has three functions, by these names, and may have two more::
     def make_scheduler(optimizer, num_steps: int) -> LRScheduler: ...
 
 ``make_model`` draws its weights with torch's random numbers, which are seeded before.
-``make_batch`` gives one minibatch; all that is random in it comes from ``generator``. ``inputs``
-are a tensor, a tuple of positional or a dict of named arguments of the model. ``loss_fn`` gives a
+``make_batch`` gives one minibatch; everything random in it comes from ``generator``. ``inputs`` are
+a tensor, a tuple of positional or a dict of named arguments of the model. ``loss_fn`` gives a
 tensor of one number. ``make_optimizer`` is given the parameters of one stage; ``make_scheduler``
 its optimizer, and the number of updates to come: it steps after each.
 
@@ -46,32 +46,36 @@ OptimizerFunction = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class TrainingScript:
-    """The functions of a script, and errors that name it."""
+    """The functions of a script; errors raised from them name the script."""
 
     path: Path
     functions: dict[str, Callable[..., Any]]
 
     def make_model(self, seed: int) -> nn.Module:
-        """Raises InputError if the script fails, or gives something else."""
+        """The script's model, with torch's random numbers seeded by ``seed``.
+
+        Raises InputError if the script fails, or gives something else.
+        """
         torch.manual_seed(seed)
         return self._made("make_model", nn.Module)
 
     def make_batch(self, generator: torch.Generator) -> tuple[Any, Any]:
-        """Inputs and targets. Raises InputError as ``make_model`` does."""
+        """Inputs and targets of one minibatch. Raises InputError as ``make_model`` does."""
         batch = self._call("make_batch", generator)
         if not isinstance(batch, tuple) or len(batch) != 2:
             raise InputError(f"{self.path}: make_batch must return a tuple (inputs, targets)")
         return batch
 
     def loss_fn(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """The script's own, whatever it gives."""
+        """The script's own loss, whatever it gives; its errors are not wrapped."""
         loss: torch.Tensor = self.functions["loss_fn"](outputs, targets)
         return loss
 
     def optimizer_fn(self, lr: float | None = None) -> OptimizerFunction:
-        """The script's own, or AdamW.
+        """The script's ``make_optimizer``, or AdamW with learning rate ``lr`` (default 1e-3).
 
-        Raises InputError for a learning rate that the script's own would not see.
+        Raises InputError for an ``lr`` given to a script with its own optimizer, which would ignore
+        it.
         """
         if "make_optimizer" not in self.functions:
             return partial(torch.optim.AdamW, lr=_DEFAULT_RATE if lr is None else lr)
@@ -84,11 +88,14 @@ class TrainingScript:
         return "make_scheduler" in self.functions
 
     def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """Raises InputError as ``make_model`` does."""
+        """The script's optimizer for ``parameters``. Raises InputError as ``make_model`` does."""
         return self._made("make_optimizer", torch.optim.Optimizer, parameters)
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> LRScheduler:
-        """Raises InputError as ``make_model`` does."""
+        """The script's scheduler for ``num_steps`` updates.
+
+        Raises InputError as ``make_model`` does.
+        """
         return self._made("make_scheduler", LRScheduler, optimizer, num_steps)
 
     def _made(self, name: str, kind: type[Made], *args: Any) -> Made:
@@ -106,7 +113,7 @@ class TrainingScript:
 
 
 def load_script(path: Path) -> TrainingScript:
-    """Runs a file. Raises InputError if it cannot be read, fails, or lacks a function."""
+    """Run a script file. Raises InputError if it cannot be read, fails, or lacks a function."""
     if not path.is_file():
         raise InputError(f"there is no script {path}: give a Python file")
     name = f"elbowroom_script_{path.stem}"
@@ -115,7 +122,7 @@ def load_script(path: Path) -> TrainingScript:
         raise InputError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    # It stays: functions may import what lies beside the script when they are called.
+    # The folder stays on the path: functions may import their neighbours when they are called.
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""Some layers of a traced model as a module of their own."""
+"""Stage modules: some layers of a traced model as a module of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elbowroom.training.values import Value
 
 
 class Part(NamedTuple):
-    """Names of the layers of one stage, and of those whose outputs come in and go out."""
+    """Layers of one stage by name, and the layers whose outputs come in and go out."""
 
     layers: tuple[str, ...]
     receives: tuple[str, ...]
@@ -28,17 +28,17 @@ class Part(NamedTuple):
 class StageModule(nn.Module):
     """Layers of a model as a module of their own.
 
-    ``forward(*received, *loaded)`` returns a tuple of the tensors in ``passes``; of the last stage,
+    ``forward(*received, *loaded)`` returns a tuple of the tensors in ``passes``; in the last stage,
     what the model returns.
 
     Attributes:
-        body: runs the layers; in its ``state_dict`` the weights have the names that the model has
-            for them, whatever the stages are.
+        body: runs the layers; in its ``state_dict`` the weights have their names in the model,
+            however it is split into stages.
         layers: names, in the order in which they run.
-        receives: names of the tensors that the stage before passes (``TracedModel.tensors`` has
+        receives: names of the tensors that the previous stage passes (``TracedModel.tensors`` has
             their shapes, and whether they need gradients).
         loads: names of the model's inputs that it reads (``TracedModel.named_inputs``).
-        passes: names of the tensors that the stage behind receives; empty for the last.
+        passes: names of the tensors that the next stage receives; empty for the last.
         only_mode: the one mode in which it does what the model does; None if it does in both.
 
     """
@@ -51,14 +51,15 @@ class StageModule(nn.Module):
         self.loads = _tensors(traced, part.loads)
         self.passes = _tensors(traced, part.passes)
         self.only_mode = traced.training if traced.graph.mode_matters else None
-        # Not by train(): what the model keeps in another mode, such as a frozen norm, stays so.
+        # Do not call train(): what the model keeps in another mode, such as a frozen norm, stays
+        # so.
         self.training = body.training = traced.training
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         return self.body(*tensors)
 
     def train(self, mode: bool = True) -> Self:
-        """As of any module. Raises SplitError where tracing has fixed the mode."""
+        """Set the mode, as in any module. Raises SplitError where tracing has fixed the mode."""
         if self.only_mode is not None and mode != self.only_mode:
             raise SplitError(
                 f"the model was traced with training={self.only_mode}, and what it does depends on "
@@ -69,7 +70,7 @@ class StageModule(nn.Module):
 
 
 class _Rebuild(nn.Module):
-    """Tensors -> what a layer gave."""
+    """Module from tensors to a layer's output value, which may nest them."""
 
     def __init__(self, value: Value) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class _Rebuild(nn.Module):
 
 
 class _Flatten(nn.Module):
-    """What a layer gave -> its tensors."""
+    """Module from a layer's output value to its tensors."""
 
     def __init__(self, value: Value) -> None:
         super().__init__()
@@ -91,7 +92,7 @@ class _Flatten(nn.Module):
 
 
 class _Result(nn.Module):
-    """Leaves -> what the model returns."""
+    """Module from leaves to what the model returns."""
 
     def __init__(self, spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -102,7 +103,7 @@ class _Result(nn.Module):
 
 
 def build_stage(traced: TracedModel, part: Part, is_last: bool) -> StageModule:
-    """A module of some layers. Only the last one of a model gives what that returns."""
+    """Build a module of some layers. Only a model's last stage returns what the model returns."""
     builder = _Builder(traced)
     known = traced.by_name
     overwritten = {name for layer in part.layers for name in known[layer].overwrites}
@@ -118,7 +119,7 @@ def build_stage(traced: TracedModel, part: Part, is_last: bool) -> StageModule:
 
 
 class _Builder:
-    """Copies nodes of the model's graph into another one."""
+    """Copier of nodes from the model's graph into a new one."""
 
     def __init__(self, traced: TracedModel) -> None:
         self.traced, self.graph = traced, fx.Graph()
@@ -127,9 +128,10 @@ class _Builder:
         self._tensors: dict[str, list[fx.Node]] = {}
 
     def take(self, name: str, is_overwritten: bool) -> None:
-        """A layer's output comes from outside. What is written into must be a copy.
+        """Take a layer's output from outside; if it is written into, clone it first.
 
-        What comes in may be passed on as it is, or be a leaf that autograd lets nobody write into.
+        The tensor that comes in may also be passed on unchanged, or be a leaf, into which autograd
+        forbids writing.
         """
         layer, value = self.traced.by_name[name], layer_value(self.traced, name)
         start = sum(map(len, self._tensors.values()))
@@ -145,7 +147,7 @@ class _Builder:
             self._copies[layer.node] = self._call(_Rebuild(value), tuple(tensors))
 
     def copy(self, nodes: Sequence[fx.Node]) -> None:
-        """Runs nodes here. Those that are there already are not run twice."""
+        """Copy nodes to run here; nodes that are here already are not run twice."""
         module = self.traced.graph.module
         for node in sorted({*nodes} - {*self._copies}, key=self.traced.places.__getitem__):
             if node.op in ("placeholder", "output"):
@@ -155,7 +157,7 @@ class _Builder:
             self._copies[node] = self.graph.node_copy(node, self._copies.__getitem__)
 
     def give(self, names: Sequence[str]) -> None:
-        """Outputs of layers leave as one tuple of tensors."""
+        """Make outputs of layers the graph's result, as one flat tuple of tensors."""
         given: list[fx.Node] = []
         for name in names:
             value, node = layer_value(self.traced, name), self.traced.by_name[name].node
@@ -171,7 +173,7 @@ class _Builder:
         self.graph.output(tuple(given))
 
     def give_result(self) -> None:
-        """What the model returns leaves."""
+        """Make what the model returns the graph's result."""
         result = fx.map_arg(self.traced.output_nodes[-1].args[0], self._copies.__getitem__)
         spec = self.traced.graph.result
         self.graph.output(result if spec is None else self._call(_Result(spec), (result,)))

@@ -1,4 +1,4 @@
-"""A traced model: its layers, what each runs, reads and hands on, and whose weights it has."""
+"""A traced model: its layers, what each runs, reads and passes on, and the weights they use."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from elbowroom.training.values import TensorFacts, Value
 
 @dataclass(frozen=True, eq=False)
 class TracedLayer:
-    """One layer.
+    """One layer of a traced model.
 
     Args:
-        name: of the module as the model names it, or of the graph's node.
-        node: that gives its output; None for ``output``.
-        nodes: that run for it, ``node`` among them, in order.
+        name: name of the module in the model, or of the graph's node.
+        description: short text for people; "Input" for an input.
+        node: node that gives the output; None for ``output``.
+        nodes: nodes that run for it, ``node`` among them, in order.
         sources: names of the layers whose output it reads, in order.
         value: its output; None for ``output``.
         overwrites: names of the layers into whose output it writes.
@@ -47,7 +48,7 @@ class TracedLayer:
 
 
 class Tied(NamedTuple):
-    """A parameter, or running statistics, of several layers."""
+    """A parameter, or running statistics, that several layers share."""
 
     name: str
     layers: tuple[str, ...]
@@ -58,7 +59,7 @@ class TracedModel:
     """A model and its layers, each after those that it reads.
 
     ``training`` is the mode in which it was traced; ``results`` are the layers whose outputs the
-    model returns; ``output_nodes`` run for what it returns.
+    model returns; ``output_nodes`` are run for what it returns.
     """
 
     model: nn.Module
@@ -74,7 +75,7 @@ class TracedModel:
 
     @cached_property
     def places(self) -> dict[fx.Node, int]:
-        """Of the graph's nodes, in the order in which they run."""
+        """Position of each of the graph's nodes, in the order in which they run."""
         return {node: place for place, node in enumerate(self.graph.module.graph.nodes)}
 
     @property
@@ -83,7 +84,7 @@ class TracedModel:
 
     @property
     def tied(self) -> tuple[Tied, ...]:
-        """State that several layers share."""
+        """Parameters and running statistics that several layers share."""
         users: dict[str, list[str]] = {}
         for layer in self.layers:
             for name in layer.state:
@@ -92,7 +93,7 @@ class TracedModel:
 
     @cached_property
     def tensors(self) -> dict[str, TensorFacts]:
-        """Of all layers and inputs, by name."""
+        """Tensors of all layers and inputs, by name."""
         values = [layer.value for layer in self.layers if layer.value is not None]
         return {tensor.name: tensor for value in values for tensor in value.tensors}
 

@@ -1,16 +1,16 @@
-"""Writes a model's forward down as a torch.fx graph, and makes sure that it computes the same.
+"""A model's forward as a torch.fx graph that is checked to compute the same.
 
-Three ways, the first that works is taken:
+There are three ways, and the first that works is taken:
 
 1. An ``nn.Sequential`` is its children, one after the other. What happens in them does not matter.
 2. Symbolic tracing: calls of ``torch.nn`` modules, and the functions and methods between them.
-3. ``torch.export``, for what looks at shapes with Python's ``if``. Its operations are ATen's, its
-   shapes and its mode are those of the batch and the model that it saw. Models that ask whether
-   they are being traced may then choose other kernels, which round otherwise.
+3. ``torch.export``, for forwards that test shapes with Python's ``if``. Its operations are ATen's,
+  its shapes and its mode are those of the batch and the model that it saw. Models that ask whether
+  they are being traced may then choose other kernels, which round otherwise.
 
-Tracing can go wrong without a word: a forward that says ``torch.no_grad()``, looks at ``None`` or
-draws its own numbers is traced as something else. Hence each graph is run beside the model, forward
-and backward, and is only taken if they agree.
+Tracing can go wrong silently: a forward that uses ``torch.no_grad()``, tests for ``None`` or draws
+its own random numbers is traced as something else. So each graph is run beside the model, forward
+and backward, and is only taken if the results agree.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ from elbowroom.core.errors import InputError, UntraceableModelError
 from elbowroom.training.values import copy_of, tensors_in
 
 RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
-"""Of a graph against its model, in the norm: at most the larger of the first and so many roundings.
+"""Tolerance of a graph against its model, in the norm: relative, or in roundings of the dtype.
 
-The same kernels agree to the bit, but not on every device, and export may choose others.
+The larger of the two counts. The same kernels give the same bits, but not on every device, and
+export may choose other kernels.
 """
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
@@ -45,7 +46,7 @@ _STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "pur
 
 
 class Call(NamedTuple):
-    """A model's arguments."""
+    """Arguments of a call of the model."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -57,10 +58,10 @@ class ModelGraph:
 
     Args:
         module: the graph; called by ``run`` only.
-        keys: for each placeholder its position or name in the call; None of an exported graph,
+        keys: for each placeholder its position or name in the call; None for an exported graph,
             which has a placeholder for each leaf of the arguments.
-        result: what the leaves that an exported graph returns stand in.
-        mode_matters: the graph would be another one in ``eval()``, or in ``train()``.
+        result: structure of the leaves that an exported graph returns; None for other graphs.
+        mode_matters: whether the graph would differ in the other mode (``train()`` or ``eval()``).
 
     """
 
@@ -85,7 +86,7 @@ class ModelGraph:
 
 
 def as_call(inputs: Any) -> Call:
-    """A tuple holds positional arguments, a dict named ones; all else is the only argument."""
+    """Arguments from a batch: a tuple is positional, a dict named, all else the only argument."""
     if isinstance(inputs, tuple):
         return Call(inputs, {})
     if isinstance(inputs, dict):
@@ -95,7 +96,7 @@ def as_call(inputs: Any) -> Call:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Puts back what runs and tracers change: buffers, attributes, modes, random numbers."""
+    """Put back what runs and tracers change: buffers, attributes, modes, random numbers."""
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
     devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
@@ -114,10 +115,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
-    """In the mode that the model is in. Leaves the model as it was.
+    """Find a graph that computes what the model does in its present mode.
 
-    Raises InputError if the model does not run on the batch, UntraceableModelError if no graph of
-    it computes the same.
+    Leaves the model as it was. Raises InputError if the model does not run on the batch,
+    UntraceableModelError if no graph of it computes the same.
     """
     with untouched(model):
         try:
@@ -148,7 +149,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
 
 
 class _Tracer(fx.Tracer):
-    """Takes the arguments that a batch has, and leaves the others at their defaults."""
+    """Tracer that takes the arguments that a batch has, and leaves the others at their defaults."""
 
     proxy_buffer_attributes = True
 
@@ -216,7 +217,7 @@ def _exported(model: nn.Module, call: Call) -> ModelGraph:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What export logs of a failure is in its error, too."""
+    """Silence logging: what export logs of a failure is in its error, too."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -231,7 +232,7 @@ def _called(model: nn.Module, inputs: Any) -> Any:
 
 
 def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> list[torch.Tensor | None]:
-    """Tensors that a run gives, and gradients of the sum of their squares."""
+    """Output tensors of a run, and gradients of the sum of their squares."""
     with untouched(model), torch.enable_grad():
         torch.manual_seed(0)
         outputs = tensors_in(run(copy_of(inputs)))
@@ -267,7 +268,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The innermost line of the user's own code."""
+    """Text that points at the innermost line of the user's own code; empty if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if path.exists() and not _is_machinery(path):

@@ -1,4 +1,4 @@
-"""What layers hand to each other: a tensor, or tensors in tuples, lists and dicts."""
+"""Values passed between layers: a tensor, or tensors in tuples, lists and dicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 class TensorFacts(NamedTuple):
-    """A tensor that goes from layer to layer, as it was with the batch that was traced.
+    """Facts about a tensor that goes from layer to layer, as seen with the traced batch.
 
     ``name`` is the layer's own, or ``layer[0]``, ``layer[1]`` and so on where there may be several.
     ``needs_grad`` says whether a gradient comes back for it.
@@ -26,13 +26,13 @@ class TensorFacts(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """How one layer's output is made of tensors, as seen with the batch that was traced.
+    """Structure of one layer's output, and the tensors in it, as seen with the traced batch.
 
     Args:
-        tensors: in the order in which they stand.
-        spec: what they stand in.
-        leaves: of that, in order; None where a tensor stands, else what was there.
-        is_tensor: of each leaf.
+        tensors: facts of the tensors, in their order in the structure.
+        spec: the structure of containers (a pytree).
+        leaves: the structure's leaves, in order; None where a tensor stands, else what was there.
+        is_tensor: for each leaf, whether it is a tensor.
 
     """
 
@@ -43,22 +43,22 @@ class Value:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors."""
+        """Names of the tensors."""
         return tuple(tensor.name for tensor in self.tensors)
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Size of all tensors together."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
     @property
     def is_plain(self) -> bool:
-        """One tensor, in nothing."""
+        """Whether the value is a single tensor, in no container."""
         return self.spec.is_leaf()
 
     @property
     def constants(self) -> tuple[Any, ...]:
-        """What stands between the tensors and need not be the same for another batch."""
+        """Leaves that are no tensors, and may differ for another batch."""
         pairs = zip(self.leaves, self.is_tensor, strict=True)
         return tuple(leaf for leaf, is_tensor in pairs if not is_tensor and leaf is not None)
 
@@ -73,7 +73,7 @@ class Value:
 
 
 def value_of(name: str, value: Any) -> Value:
-    """Describes the output of a layer; keeps none of its tensors."""
+    """Describe the output of a layer; keeps none of its tensors."""
     leaves, spec = pytree.tree_flatten(value)
     tensors = tensors_in(value)
     names = [name] if spec.is_leaf() else [f"{name}[{k}]" for k in range(len(tensors))]
@@ -89,10 +89,10 @@ def value_of(name: str, value: Any) -> Value:
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
-    """In the order in which they stand."""
+    """Tensors in a value, in their order in its structure."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
 def copy_of(value: Any) -> Any:
-    """The same in tensors of its own."""
+    """The same value with its tensors cloned."""
     return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, value)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import strategies as st
 
-from elbowroom.planning.pipeline.schedule import KINDS, plan_schedule
+from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.plans.pipeline_actions import (
     Backward,
     Forward,
@@ -26,6 +26,7 @@ from elbowroom.plans.pipeline_actions import (
     SendGradient,
     Update,
 )
+from elbowroom.plans.pipeline_schedule import KINDS
 
 REPLICAS = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
 

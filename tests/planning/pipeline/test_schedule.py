@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
-from elbowroom.planning.pipeline.schedule import Kind, plan_schedule
+from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.plans.pipeline_actions import Backward, Forward, Reduce, Schedule, Update
+from elbowroom.plans.pipeline_schedule import Kind
 from elbowroom.plans.pipeline_shape import Pipe
 from tests.planning.pipeline.schedules import REPLICAS, schedules
 

@@ -21,7 +21,7 @@ from elbowroom.planning.pipeline.action_cost import (
     plan_costs,
 )
 from elbowroom.planning.pipeline.plan import plan_on_levels
-from elbowroom.planning.pipeline.schedule import Kind, plan_schedule
+from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.timeline import (
     PipelineTimeline,
     simulate_pipeline,
@@ -29,6 +29,7 @@ from elbowroom.planning.pipeline.timeline import (
 )
 from elbowroom.plans.pipeline import Level, Overlap, PipelineOptions, Sync
 from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule
+from elbowroom.plans.pipeline_schedule import Kind
 from tests.examples import examples
 from tests.planning.pipeline.pipelines import chain
 from tests.planning.pipeline.schedules import schedules

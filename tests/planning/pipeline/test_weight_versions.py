@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import ScheduleError
-from elbowroom.planning.pipeline.schedule import Kind, plan_schedule
+from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.schedule_check import check_schedule
 from elbowroom.planning.pipeline.weight_versions import (
     VERSION_RULES,
@@ -19,6 +19,7 @@ from elbowroom.planning.pipeline.weight_versions import (
     held_over_time,
 )
 from elbowroom.plans.pipeline_actions import Backward, Forward, Schedule, Update
+from elbowroom.plans.pipeline_schedule import ActionStream, Kind, ScheduleRule
 from tests.planning.pipeline.schedules import REPLICAS, schedules
 
 DEPTHS = st.integers(1, 3)
@@ -39,6 +40,18 @@ def test_straight_with_vertical_sync(num_stages: int, num_minibatches: int, dept
     versions = forward_versions(schedule, "vertical-sync")
     for forward, version in versions.items():
         assert version == max(0, forward.minibatch - depth * (num_stages - 1))
+
+
+@given(REPLICAS, st.integers(1, 20), DEPTHS)
+def test_streams_name_the_versions_of_vertical_sync(
+    replicas: tuple[int, ...], num_minibatches: int, depth: int
+) -> None:
+    """A worker of a stage names, minibatch by minibatch, what can be read off all lists."""
+    schedule = plan_schedule(replicas, num_minibatches, depth=depth)
+    for forward, version in forward_versions(schedule, "vertical-sync").items():
+        worker = schedule.worker(forward.stage, forward.minibatch)
+        stream = ActionStream(schedule, worker, ScheduleRule(depth=depth))
+        assert stream.input_version(forward.minibatch) == version
 
 
 @given(st.integers(1, 6), DEPTHS)

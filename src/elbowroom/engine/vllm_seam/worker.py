@@ -22,9 +22,10 @@ from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.pool import Pool, TensorParallel
+from elbowroom.pool.ffn import Forward
+from elbowroom.pool.loading import PoolLoader, PoolOptions, TensorParallel
+from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
-from elbowroom.pool.shipping import Forward
 from elbowroom.pool.store import LocalStore, Store
 
 LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
@@ -44,17 +45,27 @@ class PoolOffloader(BaseOffloader):
         run_dir: Path | None = None,
         tensor_parallel: TensorParallel | None = None,
     ) -> None:
-        self.pool = Pool(
-            share,
-            store,
+        options = PoolOptions(
             pack=pack_weight,
             run_dir=run_dir,
-            link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
             tensor_parallel=tensor_parallel,
+            link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
         )
+        self._loader = PoolLoader(share, store, options)
+        self._pool: Pool | None = None
         self.resident_before_bytes = resident_bytes()
         self.resident_after_bytes = 0
         self._num_unloaded = 0
+
+    @property
+    def pool(self) -> Pool:
+        """The pool that this model runs with. Raises PoolError while its weights are loaded."""
+        if self._pool is None:
+            raise PoolError(
+                f"{self._num_unloaded} feed-forward matrices are still to be loaded: "
+                f"there is no pool before"
+            )
+        return self._pool
 
     @staticmethod
     def from_config(
@@ -92,7 +103,7 @@ class PoolOffloader(BaseOffloader):
 
     def _wrap(self, block: nn.Module) -> nn.Module:
         """Hand one block over. Its linears load and compute through ``PooledLinearMethod``."""
-        ffn = self.pool.add_block(block, keep_weights=False)
+        ffn = self._loader.add_block(block, keep_weights=False)
         for span in ffn.spans:
             linear: Any = span.linear
             if type(linear.quant_method) is not UnquantizedLinearMethod:
@@ -110,12 +121,12 @@ class PoolOffloader(BaseOffloader):
         """One more linear has its weights. After the last, the group shares what it has."""
         self._num_unloaded -= 1
         if self._num_unloaded == 0:
-            self.pool.attach()
+            self._pool = self._loader.attach()
             return_freed_memory()
             self.resident_after_bytes = resident_bytes()
-            self.pool.start()
+            self._pool.start()
             forget_shared_names()
-            atexit.register(self.pool.close)  # a thread inside a kernel must not see Python end
+            atexit.register(self._pool.close)  # a thread inside a kernel must not see Python end
 
 
 class PooledLinearMethod(UnquantizedLinearMethod):

@@ -1,1 +1,1 @@
-"""Decisions about training pipelines: cuts, stages, schedules, and what they will take."""
+"""Decisions about training pipelines: cuts, stages, schedules, and predictions of their cost."""

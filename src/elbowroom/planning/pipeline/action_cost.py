@@ -1,13 +1,15 @@
-"""What the actions of a pipeline cost: seconds and bytes of its stages, and the links between them.
+"""Costs of pipeline actions: seconds and bytes of stages, and the links between workers.
 
-Two models of links. With ``worker`` each worker, and each unit of a level above the lowest, sends
-and receives at once at the full bandwidth, as a network card does; all that it sends shares its way
-out. With ``cut`` all activations and gradients between two stages share one link in each unit that
-holds both, as the planner reckons (2 a / B, arXiv 1806.03377); weights have links of their own.
+There are two models of links. With ``worker`` each worker, and each unit of a level above the
+lowest, sends and receives at once at the full bandwidth, as a network card does; everything that it
+sends shares its way out. With ``cut`` all activations and gradients between two stages share one
+link in each unit that holds both, as the planner assumes (2 a / B, arXiv 1806.03377); weights have
+links of their own.
 
-Replicas agree on weights in the seconds of ``planning.stage_cost``, level by level. With overlap
-``max`` that begins with the last backward before it, gradients being there layer by layer; with
-``sum`` when that has ended. The planner's ``max`` hides it behind the forward of the round too.
+Replicas synchronise their weights in the seconds of ``planning.pipeline.stage_cost``, level by
+level. With overlap ``max`` the synchronisation starts together with the last backward before it,
+because gradients become ready layer by layer; with ``sum`` it starts when that backward has ended.
+The planner's formula for ``max`` hides it behind the forward of the round too.
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ LINK_MODELS: tuple[LinkModel, ...] = get_args(LinkModel)
 
 @dataclass(frozen=True)
 class StageCosts:
-    """Of one minibatch on one worker of a stage.
+    """Costs of one minibatch on one worker of a stage.
 
     ``kept_bytes`` is what a minibatch keeps between forward and backward, ``crossing_bytes`` the
-    activations over the cut behind the stage; ``returned_bytes`` of gradients come back, as many if
-    it is None. ``fixed_bytes`` of memory are held once.
+    activations over the cut behind the stage, and ``returned_bytes`` the gradients that come back
+    over it (None: the same number). ``fixed_bytes`` is memory that does not scale with minibatches
+    in flight.
     """
 
     forward_seconds: float
@@ -44,18 +47,18 @@ class StageCosts:
 
     @property
     def gradient_bytes(self) -> int:
-        """Over the cut behind the stage."""
+        """Gradients that come back over the cut behind the stage, per minibatch."""
         return self.crossing_bytes if self.returned_bytes is None else self.returned_bytes
 
 
 @dataclass(frozen=True)
 class PipelineCosts:
-    """Stages, and the ``levels`` of links that join them, the lowest first.
+    """Costs of stages, and the ``levels`` of links that join them, the lowest first.
 
-    ``level_replicas`` are those of each stage, the outermost level first; they may be left out on
-    one level. Of ``options``, ``sync`` and ``overlap`` count. Where transfers do not
-    ``overlap_compute``, they take the compute of both ends as well. Raises InputError for another
-    model of links.
+    ``level_replicas`` has each stage's replicas at each level, the outermost level first; it may be
+    left out if there is one level. Of ``options``, only ``sync`` and ``overlap`` count, and whether
+    ``optimizer`` is None. Without ``overlap_compute``, transfers take the compute of both ends as
+    well. Raises InputError for an unknown model of links.
     """
 
     stages: tuple[StageCosts, ...]
@@ -78,7 +81,7 @@ def plan_costs(
 ) -> PipelineCosts:
     """Costs of a plan's stages; inputs take no time, as in the plan.
 
-    Raises InputError for a graph without the plan's layers.
+    Raises InputError for a graph that lacks layers of the plan.
     """
     free = {graph.layers[index].name for index in find_inputs(graph)}
     stages = []

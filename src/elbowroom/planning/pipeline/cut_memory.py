@@ -1,13 +1,13 @@
-"""What stages between cuts need of memory, beside weights, when layers were measured.
+"""Memory that stages between cuts need beside weights, from measured layers.
 
-While a stage works on one minibatch, live are what its layers up to the one that runs keep, in the
-backward also gradients of the weights of those behind it, and what that layer's own pass takes
-(``core.layer_graph.LayerMemory``). The most of it depends on the order in which branches run: it is
-taken over every order. Along a chain there is one.
+While a stage works on one minibatch, live memory is what its layers up to the running one keep, in
+the backward also weight gradients of its later layers, and the peak of the running layer's own pass
+(``core.layer_graph.LayerMemory``). The peak depends on the order in which branches run; the maximum
+over every order is taken. Along a chain there is one order.
 
-The most from cut i to cut j is the larger of that from i to a cut right before j, over all of
-these, and what the layers between those two take. So all pairs take as many steps as there are
-pairs of neighbours, each on a row of cuts.
+The peak from cut i to cut j is the larger of the peak from i to a cut right before j, over all such
+cuts, and what the segment between those two takes. All pairs together therefore need one step for
+each pair of neighbouring cuts, each on a row of cuts.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NOTHING = -(2**62)
 
 
 class SegmentMemory(NamedTuple):
-    """Of one thing that the planner moves."""
+    """Memory facts of one segment."""
 
     memory: LayerMemory
     parameter_bytes: int
@@ -35,15 +35,16 @@ class SegmentMemory(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class CutMemory:
-    """Bytes by cut, and by the cuts where a stage begins and ends.
+    """Bytes by cut, and by the pair of cuts where a stage begins and ends.
 
     Args:
-        kept_bytes: int64 [num_cuts]; a minibatch keeps so much of what lies before a cut.
-        loose_bytes: int64 [num_cuts]; of what crosses, so much is kept for that reason alone.
-        forward_bytes: int64 [num_cuts, num_cuts]; the most that one minibatch takes in the forward
-            of a stage, beside what is kept of layers before the stage.
-        backward_bytes: the same of the backward, without gradients of all weights before its end.
-        largest_bytes: of the stage's weights, the largest.
+        kept_bytes: int64 [num_cuts]; kept by a minibatch, of all that lies before the cut.
+        loose_bytes: int64 [num_cuts]; kept only because it crosses the cut.
+        forward_bytes: int64 [num_cuts, num_cuts]; peak of one minibatch in the forward of a stage,
+            including what layers before the stage keep.
+        backward_bytes: int64 [num_cuts, num_cuts]; the same for the backward, less the gradients of
+            all weights before the stage's end.
+        largest_bytes: int64 [num_cuts, num_cuts]; the largest weight of the stage.
 
     """
 
@@ -54,7 +55,7 @@ class CutMemory:
     largest_bytes: Integers
 
     def only(self, indices: Integers) -> CutMemory:
-        """Of some of the cuts."""
+        """The same facts for a subset of the cuts."""
         pairs = np.ix_(indices, indices)
         return replace(
             self,
@@ -73,9 +74,11 @@ def find_cut_memory(
     loose_bytes: Integers,
     input_bytes: int,
 ) -> CutMemory:
-    """Of cuts, smaller ones first: ``inside`` is [num_cuts, num_segments], 1 for what lies before.
+    """Find the memory of stages between cuts, which are listed smaller ones first.
 
-    ``holds`` is as ``planning.cuts`` has it. Minibatches in a first stage keep ``input_bytes``.
+    ``inside`` is int64 [num_cuts, num_segments], 1 for segments before the cut. ``holds`` is that
+    of ``planning.pipeline.cuts.Cuts``, ``loose_bytes`` that of ``CutMemory``. Minibatches in a
+    first stage keep ``input_bytes``.
     """
     size = len(inside)
     weights = inside @ np.array([segment.parameter_bytes for segment in segments], np.int64)
@@ -94,7 +97,10 @@ def find_cut_memory(
 
 
 def _step(segments: Sequence[SegmentMemory], kept_bytes: int, parameter_bytes: int) -> Integers:
-    """[3]: the most of segments after each other, with so much before them."""
+    """Peaks of consecutive segments, int64 [3]: forward, backward, largest weight.
+
+    ``kept_bytes`` and ``parameter_bytes`` are those of all that lies before them.
+    """
     forward = backward = largest = _NOTHING
     for memory, own_bytes in segments:
         kept_bytes += memory.kept_bytes
@@ -106,7 +112,7 @@ def _step(segments: Sequence[SegmentMemory], kept_bytes: int, parameter_bytes: i
 
 
 def _neighbours(holds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """[i, j]: cut j holds cut i, and no cut lies between."""
+    """Direct neighbours: [i, j] is True if cut j holds cut i and no cut lies between."""
     counts = holds.astype(np.float32)  # below 2^24: exact
     direct: NDArray[np.bool_] = holds & (counts @ counts == 0)
     return direct

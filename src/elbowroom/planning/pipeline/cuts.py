@@ -1,27 +1,28 @@
-"""Where a graph of layers can be cut into stages.
+"""Possible cuts of a graph of layers into stages.
 
-A cut is what lies before it: a set of layers that holds with each layer all that it reads (an
-antichain, as PipeDream's authors have it, and its predecessors). Stages are what lies between one
-cut and a later one that holds it. A chain of n layers has n + 1 cuts; branches multiply.
+A cut is the set of layers before it; with each layer, the set holds all that the layer reads.
+(PipeDream's authors describe it by an antichain: the set is the antichain and its predecessors.) A
+stage is what lies between one cut and a later cut that holds it. A chain of n layers has n + 1
+cuts; branches multiply.
 
-- What crosses a cut is each output that a layer behind it reads, once, however many read it there.
-  A tensor that skips stages crosses every cut on its way, and is passed on from stage to stage.
+- Each output that some layer behind a cut reads crosses the cut once, however many layers read it
+  there. A tensor that skips stages crosses every cut on its way, passed on from stage to stage.
 - No cut lies between layers that share weights.
 - Inputs (sources described as "Input..."), and layers that cost nothing and read nothing but
   inputs, lie in the first stage. They take no time and cross no cut: loading overlaps with
-  training, and each stage can load what it reads. Nor do the authors give the planner a choice.
+  training, and each stage can load what it reads. The authors do not give the planner a choice here
+  either.
 - A free layer that reads one layer and is read by none (an unused element of a tuple, a view of the
   result) goes with the layer that it reads, and its output is not kept.
 
-The last two keep such layers from multiplying the cuts. They change neither time nor bytes of the
-best plan: a stage of nothing but free layers is an idle worker, which is asked for by name.
+The last two rules keep such layers from multiplying the cuts. They change neither time nor bytes of
+the best plan: a stage of nothing but free layers is an idle worker, which has an option of its own.
 
-Where there are more than ``max_cuts``, some are looked at, in bounded time: layers are added one by
-one, the cheapest crossings first, and of equally many layers only so many cuts are kept, at least
-one; of graphs with more layers than ``max_cuts`` the cheapest cut of each window is. A plan made of
-these cuts is a plan of the graph, its numbers are the graph's own, and the one chosen is the best
-of all that are made of them. A better one may need a cut that was left out: ``is_exact`` tells when
-there are such.
+If there are more than ``max_cuts`` cuts, only some are searched, in bounded time. Layers are added
+one by one, and for each number of layers only the cuts with the cheapest crossings are kept, at
+least one; in a graph with more layers than ``max_cuts``, only the cheapest cut of each window. A
+plan made of these cuts is a valid plan of the graph with exact numbers, and the best of all that
+can be made of them. A better one may need a cut that was left out: then ``is_exact`` is False.
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.planning.pipeline.cut_memory import CutMemory, SegmentMemory, find_cut_memory
 
 _MOST_CANDIDATES = 32
-"""Layers that are tried as the next one, where not all cuts are looked at."""
+"""Segments tried as the next one to add, where not all cuts are searched."""
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 
 class Segments(NamedTuple):
-    """What the planner moves: a layer with the idle outputs that go with it.
+    """Segments, the layers that the planner moves as one: a layer with free layers attached.
 
-    Masks have a bit for each segment, in the graph's order: what a segment reads, and who reads it.
-    Those of ``tied``, each of segments that share weights, have one more, of the inputs.
+    Masks have one bit for each segment, in the graph's order: ``sources[i]`` is what segment i
+    reads, ``readers[i]`` who reads it. Each mask in ``tied`` is a group of segments that share
+    weights; these masks have one further bit, for the inputs.
     """
 
     layers: tuple[tuple[int, ...], ...]
@@ -63,20 +65,20 @@ class Segments(NamedTuple):
     tied: tuple[int, ...]
 
     def keeps_tied(self, mask: int) -> bool:
-        """A cut with these segments before it lies between none that share weights."""
+        """Whether a cut with the segments of ``mask`` before it separates no tied segments."""
         inside = mask | 1 << len(self.layers) if mask else 0
         return all(inside & group in (0, group) for group in self.tied)
 
 
 @dataclass(frozen=True, eq=False)
 class Cuts:
-    """Cuts by the number of layers before them, then the earliest layers; the last holds all.
+    """Cuts ordered by the number of segments before them, then by the earliest layers.
 
-    Of what lies before each cut, arrays of [num_cuts]: ``seconds`` of forward and backward,
-    ``parameter_bytes``, and ``output_bytes``, which a minibatch in flight keeps.
-    ``crossing_bytes`` cross the cut, and ``returned_bytes`` of gradients come back. ``holds`` is
-    bool [num_cuts, num_cuts]: [i, j] says that j holds i and more, so that a stage may lie between.
-    ``memory`` is there where it was asked for.
+    The last cut holds all layers. Arrays [num_cuts] describe what lies before each cut: ``seconds``
+    of forward, backward and update, ``parameter_bytes``, and ``output_bytes``, which a minibatch in
+    flight keeps. ``crossing_bytes`` of activations cross the cut, and ``returned_bytes`` of
+    gradients come back. ``holds`` is bool [num_cuts, num_cuts]: [i, j] says that cut j holds cut i
+    and more, so that a stage may lie between. ``memory`` is None unless it was asked for.
     """
 
     graph: LayerGraph
@@ -102,11 +104,11 @@ class Cuts:
         return frozenset((*self.segments.inputs, *inside)) if mask else frozenset()
 
     def spread(self, most: int) -> Cuts:
-        """At most so many of these cuts (at least 2), cheap ones all along the graph."""
+        """At most ``most`` of these cuts (at least 2): cheap ones, spread along the graph."""
         return self.only(_cheapest(self.crossing_bytes, most))
 
     def only(self, indices: Integers) -> Cuts:
-        """Some of these cuts, in their order. That they are fewer is not held against them."""
+        """A subset of the cuts, order preserved; ``is_exact`` is unchanged."""
         return replace(
             self,
             masks=tuple(self.masks[index] for index in indices),
@@ -120,7 +122,7 @@ class Cuts:
         )
 
     def layers_between(self, start: int, stop: int) -> tuple[str, ...]:
-        """Names of the layers of a stage, each after those that it reads."""
+        """Names of the layers between two cuts, each after those that it reads."""
         inside = self.members(stop) - self.members(start)
         return tuple(self.graph.layers[i].name for i in self.graph.order if i in inside)
 
@@ -129,14 +131,14 @@ class _Cut(NamedTuple):
     crossing_bytes: int
     mask: int
     ready: int
-    """Segments that could be added."""
+    """Mask of the segments that could be added next."""
 
     crossing: int = 0
-    """Segments whose output crosses it."""
+    """Mask of the segments whose output crosses the cut."""
 
 
 class _Step(NamedTuple):
-    """From a cut to one with one more segment; the first two say which is cheaper."""
+    """Extension of a cut by one segment; the first two fields order steps by cost."""
 
     crossing_bytes: int
     mask: int
@@ -145,9 +147,10 @@ class _Step(NamedTuple):
 
 
 def find_cuts(graph: LayerGraph, max_cuts: int, with_memory: bool = False) -> Cuts:
-    """All cuts, or at most ``max_cuts`` (at least 2) of them; ``with_memory`` also what they keep.
+    """Find all cuts of a graph, or at most ``max_cuts`` (at least 2) of them.
 
-    Raises InputError for a graph in which nothing costs anything.
+    With ``with_memory``, also find what stages between them need of memory. Raises InputError for a
+    graph in which nothing costs anything.
     """
     segments = _find_segments(graph)
     cuts = _all_cuts(segments, max_cuts)
@@ -158,7 +161,8 @@ def find_cuts(graph: LayerGraph, max_cuts: int, with_memory: bool = False) -> Cu
     measured = _measure(graph, segments, cuts, is_exact, with_memory)
     if not graph.tied:
         return measured
-    # Left out only now: memory is the most over all orders of layers, whatever may be cut.
+    # Cuts between tied layers are left out only now: peak memory is over all orders of layers,
+    # which do not depend on where cuts are allowed.
     kept = np.fromiter((segments.keeps_tied(mask) for mask in measured.masks), bool)
     return measured.only(np.flatnonzero(kept))
 
@@ -187,7 +191,7 @@ def _find_segments(graph: LayerGraph) -> Segments:
 
 
 def find_inputs(graph: LayerGraph) -> set[int]:
-    """Indices of layers that take no time wherever they are, and whose outputs cross no cut."""
+    """Indices of layers that take no time in any stage, and whose outputs cross no cut."""
     inputs: set[int] = set()
     for index in graph.order:
         layer, sources = graph.layers[index], graph.sources[index]
@@ -199,7 +203,7 @@ def find_inputs(graph: LayerGraph) -> set[int]:
 
 
 def _find_owners(graph: LayerGraph, inputs: set[int]) -> list[int]:
-    """owners[i] is the layer that layer i goes with: itself, unless its output is idle."""
+    """The layer that each layer goes with: itself, unless it is free and nobody uses its output."""
     is_idle = [False] * len(graph.layers)
     for index in reversed(graph.order):
         is_read = any(not is_idle[reader] for reader in graph.readers[index])
@@ -230,7 +234,10 @@ def _all_cuts(segments: Segments, max_cuts: int) -> list[_Cut] | None:
 
 
 def _some_cuts(segments: Segments, width: int, max_cuts: int) -> list[_Cut]:
-    """At most ``width`` cuts of each size, those that the fewest bytes cross."""
+    """At most ``width`` cuts of each size, those that the fewest bytes cross.
+
+    Not more than ``max_cuts`` in all.
+    """
     kept, sizes = [_first(segments)], [[_first(segments)]]
     for _ in segments.layers:
         larger: dict[int, _Step] = {}
@@ -252,7 +259,7 @@ def _some_cuts(segments: Segments, width: int, max_cuts: int) -> list[_Cut]:
 
 
 def _cheapest(crossing_bytes: Integers, most: int) -> Integers:
-    """Indices of at most so many cuts: the ends, and of each of equal windows the cheapest."""
+    """Indices of at most ``most`` cuts: both ends, and the cheapest of each of equal windows."""
     size = len(crossing_bytes)
     if size <= most:
         return np.arange(size)
@@ -295,7 +302,7 @@ def _crossing_with(segments: Segments, cut: _Cut, position: int) -> int:
 
 
 def _bits(mask: int) -> Iterator[int]:
-    """Positions of the ones, the lowest first."""
+    """Positions of the one bits of ``mask``, the lowest first."""
     while mask:
         lowest = mask & -mask
         yield lowest.bit_length() - 1
@@ -314,7 +321,8 @@ def _measure(
     crossings = [cut.crossing for cut in cuts]
     returned = [layer.returned_bytes for layer in first]
     is_open = np.array([cut.mask != 0 for cut in cuts])
-    # A segment is missing from a cut that does not hold the other: counts below 2^24 are exact.
+    # The matrix product counts the segments of one cut that another lacks; counts below 2^24 are
+    # exact in float32.
     present = inside.astype(np.float32)
     holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
     whole = inside.astype(np.int64)
@@ -341,7 +349,7 @@ def _measure(
 
 
 def _crossing_sums(crossings: list[int], sizes: list[int]) -> Integers:
-    """[num_cuts]: sums over the segments whose outputs cross each cut."""
+    """Sums of ``sizes`` over the segments whose outputs cross each cut, int64 [num_cuts]."""
     return np.array([sum(sizes[p] for p in _bits(crossing)) for crossing in crossings], np.int64)
 
 

@@ -1,13 +1,13 @@
 """PipeDream's dynamic programme: which cuts to take, and how many workers each stage gets.
 
-Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels). A component of a level,
-split into stages on its units, takes as long as its slowest stage or transfer
-(``planning.stage_cost``); the best components of a level are the units of the next.
+Papers: arXiv 1806.03377 section 3.2 (flat), SOSP 2019 section 3.1 (levels). A component of a level
+is split into stages on its units, and takes as long as its slowest stage or transfer
+(``planning.pipeline.stage_cost``); the best components of a level are the units of the next.
 
 Stages are laid from the last to the first, where the papers go from the first to the last. The best
-is the same, but so the workers behind a stage are known when it is laid, and with them how many
-minibatches it keeps in flight: 1 + depth * ceil(workers behind it / replicas), which at depth 1 is
-ceil(workers from it on / replicas). That makes the memory limit exact.
+plan is the same, but the workers behind a stage are known when it is laid, and with them the
+minibatches that it keeps in flight: 1 + depth * ceil(workers behind it / replicas), which at depth
+1 is ceil(workers from it on / replicas). That makes the memory limit exact.
 
 Of plans whose seconds differ by less than a part in 10^9, the one that moves the fewest bytes over
 the links of the outermost level is taken, then the one that leaves most workers idle (where they
@@ -33,21 +33,21 @@ TIE = 1e-9
 """Relative difference of seconds up to which plans are equal: sums are rounded differently."""
 
 _SLACK = 1e-6
-"""Of a unit, when work is shared out: rounding must not take one away."""
+"""Fraction of a unit that is ignored when work is shared out, so that rounding takes none away."""
 
 _NEVER = 2**62
 _MOST_CUTS = 1400
 _WORK, _INNER_WORK = 2_000_000_000, 1_000_000_000
 """Combinations of a stage and what follows it that a search may look at: a few seconds.
 
-Most of those of the outermost level are left out unseen (``_spans``), of inner levels none.
+On the outermost level most of them are skipped unseen (``_spans``), on inner levels none.
 """
 
 
 class Group(NamedTuple):
     """Layers between two cuts on ``num_units`` units of a level, each of which has all of them.
 
-    ``unit_behind`` are the workers behind each unit, as ``StageCost.unit_behind`` counts them.
+    ``unit_behind`` is the number of workers behind each unit (``StageCost.unit_behind``).
     """
 
     start: int
@@ -57,7 +57,7 @@ class Group(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Stages of so many units that begin at one cut and end at one of ``columns``.
+    """Stages of ``units`` units that begin at one cut and end at one of ``columns``.
 
     ``rests`` are the numbers of units that may lie behind them.
     """
@@ -72,7 +72,10 @@ class _Span(NamedTuple):
 
 
 class _Moved(NamedTuple):
-    """Int64 [num_units + 1, num_cuts]: fewest bytes behind a cut, without its own and with them."""
+    """Fewest bytes moved behind each cut, int64 [num_units + 1, num_cuts].
+
+    ``fewest`` leaves out the transfer over the cut itself, ``then`` includes it.
+    """
 
     fewest: Integers
     then: Integers
@@ -86,10 +89,10 @@ class Chain(NamedTuple):
 
 
 def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
-    """How many cuts can be searched in a few seconds on such a topology; at least 8.
+    """Number of cuts that can be searched in a few seconds on such a topology; at least 8.
 
-    The outermost level takes N^2/2 stages, those below N^3/3 as each may be any part of the
-    graph, and with a memory limit once for each number of workers behind.
+    The outermost level takes N^2/2 stages, those below N^3/3 as each may be any part of the graph,
+    and with a memory limit once for each number of workers behind.
     """
     splits = [n if options.straight else n * (n + 1) // 2 for n in (x.num_units for x in levels)]
     most = min(_MOST_CUTS, int((2 * _WORK / splits[-1]) ** 0.5))
@@ -102,10 +105,10 @@ def max_cuts(levels: tuple[Level, ...], options: PipelineOptions) -> int:
 
 @dataclass(frozen=True, eq=False)
 class StageSearch(StageCost):
-    """Finds the best stages between cuts.
+    """Search for the best stages between cuts.
 
-    ``minimised`` "memory" looks for the least memory of a worker instead of the least time, up to
-    the limit. Plans that take more than ``most_seconds`` need not be found.
+    With ``minimised`` "memory" it looks for the least memory of a worker instead of the least time,
+    up to the limit. Plans that take more than ``most_seconds`` need not be found.
     """
 
     minimised: Literal["seconds", "memory"] = "seconds"
@@ -115,7 +118,10 @@ class StageSearch(StageCost):
     def best_chain(
         self, level: int, behind: int, start: int, stop: int, num_units: Iterable[int]
     ) -> Chain | None:
-        """The layers between two cuts on one of ``num_units`` units; None if they do not fit."""
+        """The best groups for the layers between two cuts, on one of ``num_units`` units.
+
+        Returns None if nothing fits.
+        """
         allowed = tuple(num_units)
         best = self._least(level, behind, max(allowed), start, np.array([stop]))[:, 0]
         seconds = float(best[list(allowed), start].min())
@@ -128,7 +134,11 @@ class StageSearch(StageCost):
         return Chain(groups, seconds)
 
     def least_seconds(self, num_units: Iterable[int]) -> float:
-        """Of all layers on so many units of the outermost level, or bytes; infinite if none fit."""
+        """Least seconds for all layers on one of ``num_units`` outermost units.
+
+        Infinite if nothing fits. Least bytes of a worker's memory instead, if those are
+        ``minimised``.
+        """
         allowed, last = list(num_units), self.cuts.num_cuts - 1
         best = self._least(len(self.levels) - 1, 0, max(allowed), 0, np.array([last]))
         return float(best[allowed, 0, 0].min())
@@ -136,14 +146,14 @@ class StageSearch(StageCost):
     def _least(
         self, level: int, behind: int, num_units: int, start: int, stops: NDArray[np.intp]
     ) -> Floats:
-        """Float [num_units + 1, len(stops), num_cuts]: least seconds from a cut to each stop.
+        """Least seconds from each cut to each stop, float [num_units + 1, len(stops), num_cuts].
 
-        On exactly as many units as the first index says. ``stops`` are in order.
+        The first index is the exact number of units. ``stops`` are in ascending order.
         """
         last, count = int(stops[-1]), len(stops)
         best = np.full((num_units + 1, count, self.cuts.num_cuts), np.inf)
         then = best.copy()
-        """The same behind a stage: the transfer to what follows it, and that."""
+        """Like ``best``, as seen by a stage in front: including the transfer over the cut."""
         then[0, np.arange(count), stops] = 0.0
         transfer = self._transfer(level)
         for row in range(last - 1, start - 1, -1):
@@ -162,9 +172,9 @@ class StageSearch(StageCost):
     ) -> Iterator[_Span]:
         """Stages that begin at cut ``row``, by their units, without those that take too long.
 
-        Work is at best shared out evenly: what lies before the cut, in a stage, and behind it needs
-        so many units at least, each within ``most_seconds``. Units of an inner level are not
-        bounded: how long they may take depends on who asks.
+        Even if work is shared out evenly, what lies before the cut, in the stage and behind it
+        needs some least number of units, each within ``most_seconds``. Units of an inner level are
+        not bounded: how long they may take depends on the caller.
         """
         replications = 1 if self.options.straight else num_units
         if level < len(self.levels) - 1:
@@ -185,7 +195,10 @@ class StageSearch(StageCost):
                 yield _Span(units, rests, columns)
 
     def _ends(self, row: int, last: int, units: int, units_behind: int) -> NDArray[np.bool_]:
-        """Of the cuts behind ``row``: where a stage can end that has so many units or more."""
+        """Mask over the cuts behind ``row``: where a stage of ``units`` units can end.
+
+        It has ``units_behind`` units or more behind it.
+        """
         columns = slice(row + 1, last + 1)
         holds = self.cuts.holds[row, columns]
         limit = self.options.memory_limit_bytes
@@ -197,7 +210,10 @@ class StageSearch(StageCost):
     def _fewest_bytes(
         self, level: int, behind: int, start: int, stop: int, limit: float, best: Floats
     ) -> _Moved:
-        """Of all ways whose seconds are at most ``limit``; ``best`` has the least seconds."""
+        """Fewest bytes moved by any arrangement that takes at most ``limit`` seconds.
+
+        ``best`` is float [num_units + 1, num_cuts]: the least seconds.
+        """
         num_units = len(best) - 1
         fewest = np.full((num_units + 1, self.cuts.num_cuts), _NEVER, np.int64)
         then = fewest.copy()
@@ -219,7 +235,7 @@ class StageSearch(StageCost):
     def _bytes_from(
         self, level: int, behind: int, span: _Span, row: int, then: Integers, limit: float
     ) -> Integers:
-        """[rests, columns]: bytes of a stage and all behind it, _NEVER where it takes too long."""
+        """Bytes moved by a stage and all behind it, int64 [rests, columns]; _NEVER if too slow."""
         fits = self._stage_rows(level, behind, span, row) <= limit
         weights = self.cuts.parameter_bytes[span.columns] - self.cuts.parameter_bytes[row]
         total = then[span.rests, span.columns] + self.sync_bytes(span.units, weights)
@@ -235,7 +251,7 @@ class StageSearch(StageCost):
         limit: float,
         moved: _Moved,
     ) -> tuple[Group, ...]:
-        """Follow the fewest bytes from the first cut: the earliest next cut, most replicas."""
+        """Follow the fewest bytes from the first cut; ties take the earliest cut, most replicas."""
         groups = []
         while start != stop:
             found = []
@@ -257,9 +273,10 @@ class StageSearch(StageCost):
         return seconds if self.minimised == "seconds" else np.zeros_like(seconds)
 
     def _stage_rows(self, level: int, behind: int, span: _Span, row: int) -> Floats:
-        """Seconds of the stages of a span from cut ``row``, infinite where none can be.
+        """Seconds of the stages of a span from cut ``row``, infinite where a stage is impossible.
 
-        Float [rests, columns], or [1, columns] if what is behind makes no difference.
+        Float [rests, columns], or [1, columns] if what is behind makes no difference. Bytes of a
+        worker's memory instead, if those are ``minimised``.
         """
         columns, limit = span.columns, self.options.memory_limit_bytes
         is_memory = self.minimised == "memory"
@@ -286,7 +303,10 @@ class StageSearch(StageCost):
         return self.replicated(level, unit_seconds, span.units, weights)
 
     def _table(self, level: int, behind: int) -> Floats:
-        """Float [num_cuts, num_cuts]: least seconds of one component of a level between cuts."""
+        """Least seconds of one component of a level between any two cuts.
+
+        Float [num_cuts, num_cuts].
+        """
         if (level, behind) not in self._tables:
             num_units, size = self.levels[level].num_units, self.cuts.num_cuts
             best = self._least(level, behind, num_units, 0, np.arange(1, size))

@@ -1,9 +1,9 @@
-"""Where the workers of a pipeline stand in a topology of levels, and over which level two talk.
+"""Placement of a pipeline's workers in a topology of levels, and the level between any two.
 
-The planner fills units: a component of a level takes so many units of it, one group of stages after
-the other, and each unit of a group holds all stages of the group, which fill it (SOSP 2019). Of the
-replicas of a stage, the next one is in the next unit of the outermost level, so minibatch i stays
-in one unit from stage to stage of a group.
+The planner fills units: a component of a level takes units of it, one group of stages after the
+other, and each unit of a group holds all stages of the group, which fill it (SOSP 2019). The next
+replica of a stage is in the next unit of the outermost level, so minibatch i stays in one unit from
+stage to stage of a group.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from elbowroom.plans.pipeline import Level
 
 @dataclass(frozen=True)
 class Placement:
-    """``slots`` has each worker's number in the topology, counted through unit by unit.
+    """Location of each worker: ``slots[w]`` is its number in the topology, counted unit by unit.
 
-    Workers are counted through stage by stage, ``levels`` from the lowest.
+    Workers are numbered stage by stage; ``levels`` has the lowest level first.
     """
 
     levels: tuple[Level, ...]
@@ -29,17 +29,20 @@ class Placement:
 
     @cached_property
     def unit_workers(self) -> tuple[int, ...]:
-        """Workers in a unit of each level; 1 in one of the lowest."""
+        """Number of workers in one unit of each level; 1 at the lowest."""
         return _unit_workers(self.levels)
 
     def unit(self, worker: int, level: int) -> int:
-        """The unit of a level that a worker is in, by number; 0 above the outermost level."""
+        """Number of the unit of a level that a worker is in; 0 above the outermost level."""
         if level == len(self.levels):
             return 0
         return self.slots[worker] // self.unit_workers[level]
 
     def level_between(self, one: int, other: int) -> int:
-        """The outermost level in whose units two workers differ: they talk over its links."""
+        """The outermost level in whose units two workers differ: they talk over its links.
+
+        Raises StopIteration for a worker and itself.
+        """
         differing = (
             level
             for level in reversed(range(len(self.levels)))
@@ -51,9 +54,9 @@ class Placement:
 def place_workers(
     levels: tuple[Level, ...], level_replicas: Sequence[tuple[int, ...]]
 ) -> Placement:
-    """Of stages with so many replicas at each level, the outermost first.
+    """Place the replicas of stages, whose numbers at each level are given outermost first.
 
-    Raises InputError if stages do not fill the units of a level, as those of a plan do.
+    Raises InputError if the stages do not fill the units of a level, as those of a plan do.
     """
     if not levels or any(len(counts) != len(levels) for counts in level_replicas):
         raise InputError(f"stages of {level_replicas} replicas have not {len(levels)} levels")
@@ -75,7 +78,10 @@ def place_workers(
 
 
 def _take(levels: tuple[Level, ...], taken: list[int], counts: tuple[int, ...]) -> None:
-    """Count the units that a stage takes; those that fill a unit of the level above take it."""
+    """Count the units that a stage takes; those that fill a unit of the level above take it.
+
+    Raises InputError if the stage overfills a unit.
+    """
     taken[0] += counts[0]
     for index, level in enumerate(levels[:-1]):
         if taken[index] > level.num_units:

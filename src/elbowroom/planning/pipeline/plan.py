@@ -1,4 +1,4 @@
-"""Pipelines: from a graph of layers and a topology to stages, what they take and what they move."""
+"""Pipeline plans: from a graph of layers and a topology to stages, their time and traffic."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from elbowroom.plans.pipeline import (
 
 MAX_WORKERS = 1024
 _COARSE = 64
-"""Cuts of a first search, whose result bounds the second."""
+"""Number of cuts in the first, coarse search, whose result bounds the second."""
 
 
 def plan_pipeline(
     graph: LayerGraph, cluster: Cluster, num_workers: int, options: PipelineOptions | None = None
 ) -> PipelinePlan:
-    """The best plan on workers of a cluster, whose memory limits it unless ``options`` do.
+    """The best plan on workers of a cluster; their memory is the limit unless ``options`` sets one.
 
     Raises as ``plan_on_levels`` and ``levels_of`` do.
     """
@@ -44,7 +44,7 @@ def plan_pipeline(
 def levels_of(cluster: Cluster, num_workers: int) -> tuple[Level, ...]:
     """A cluster's links as levels of ``num_workers`` workers, the lowest first.
 
-    Latencies are left out, as the papers do. Raises InputError for more workers than the links
+    Latencies are left out, as in the papers. Raises InputError for more workers than the links
     join, and for a number that leaves a node partly used.
     """
     if num_workers < 1:
@@ -70,10 +70,10 @@ def plan_on_levels(
 ) -> PipelinePlan:
     """The best plan on all workers of a topology; ``(Level(8, 1.25e9),)`` is 8 on 10 Gbit/s.
 
-    Under 1 s for a chain of 500 layers on 64 workers, a few seconds for any graph (up to 20 for a
-    thousand workers in nested levels with too little memory): where there are too many cuts, some
-    are looked at (``planning.cuts``). Raises InputError for a topology or graph
-    that cannot be planned, MemoryPlanError where nothing fits in the memory of a worker.
+    Takes under 1 s for a chain of 500 layers on 64 workers, a few seconds for any graph (up to 20 s
+    for a thousand workers in nested levels with too little memory): where there are too many cuts,
+    only some are searched (``planning.pipeline.cuts``). Raises InputError for a topology or graph
+    that cannot be planned, MemoryPlanError if nothing fits in the memory of a worker.
     """
     return _best_plan(_search(graph, levels, options or PipelineOptions()))
 
@@ -81,7 +81,7 @@ def plan_on_levels(
 def plan_data_parallel(
     graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptions | None = None
 ) -> PipelinePlan:
-    """All layers in one stage, on all workers. Raises as ``plan_on_levels`` does."""
+    """A plan with all layers in one stage, on all workers. Raises as ``plan_on_levels`` does."""
     search = _search(graph, levels, options or PipelineOptions())
     ends = search.cuts.only(np.array([0, search.cuts.num_cuts - 1]))
     return _best_plan(replace(search, cuts=ends))
@@ -116,7 +116,7 @@ def _best_plan(whole: StageSearch) -> PipelinePlan:
 
 
 def _narrowed(search: StageSearch) -> StageSearch:
-    """The same search without what cannot be faster than a plan made of few cuts."""
+    """The same search without cuts and plans that cannot beat the best plan of a few cuts."""
     cuts, levels = search.cuts, search.levels
     coarse = replace(search, cuts=cuts.spread(_COARSE))
     seconds = coarse.least_seconds(_allowed_units(coarse))
@@ -125,7 +125,8 @@ def _narrowed(search: StageSearch) -> StageSearch:
     most = seconds * (1 + TIE)
     copies, is_quick = 1, np.zeros(cuts.num_cuts, dtype=bool)
     for index in reversed(range(len(levels))):
-        # Inside of m units, each of which takes an m-th of the minibatches, a transfer counts so.
+        # Inside m units, each of which takes every m-th minibatch, a transfer costs 1/m per
+        # minibatch.
         is_quick |= search.transfer_seconds(index) / copies <= most
         copies *= levels[index].num_units
     is_quick[[0, -1]] = True
@@ -157,7 +158,7 @@ def _nothing_fits(search: StageSearch) -> InputError | MemoryPlanError:
 
 
 def _least_memory(search: StageSearch) -> int | None:
-    """Bytes of a worker with which some plan fits; None if none does with any."""
+    """The smallest memory limit, in bytes, with which some plan fits; None if there is none."""
     free = replace(search.options, memory_limit_bytes=None)
     wide = replace(search, options=free, minimised="memory", most_seconds=np.inf)
     coarse = replace(wide, cuts=search.cuts.spread(_COARSE))
@@ -185,7 +186,7 @@ def _lay_out(search: StageSearch, chain: Chain) -> _Layout:
 def _component(
     search: StageSearch, level: int, chain: Chain, outer: tuple[int, ...], moved: list[int]
 ) -> list[StagePlan]:
-    """Stages of one component of a level, with its own replicas; adds to ``moved``."""
+    """Stages of one component of a level, with its own replicas; adds its traffic to ``moved``."""
     stages: list[StagePlan] = []
     for group in chain.groups:
         replicas = (*outer, group.num_units)
@@ -227,7 +228,10 @@ def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ..
 def _replicate(
     search: StageSearch, level: int, group: Group, inside: list[StagePlan], moved: list[int]
 ) -> list[StagePlan]:
-    """The stages of one unit, on all units of a group: adds to ``moved`` what syncs them."""
+    """The stages of one unit, replicated on all units of a group.
+
+    Adds the bytes of their weight synchronisation to ``moved``.
+    """
     cuts, units = search.cuts, group.num_units
     weights = cuts.parameter_bytes[group.stop] - cuts.parameter_bytes[group.start]
 

@@ -1,4 +1,4 @@
-"""What a plan takes when it runs: its 1F1B schedule simulated, beside the planner's formula.
+"""Predicted time of a running plan: its 1F1B schedule simulated, beside the planner's formula.
 
 The formula takes the slowest of all stages and transfers, as if the others always hid behind it.
 The simulator lets minibatches wait for each other, for transfers in their loop and for replicas.
@@ -18,25 +18,25 @@ from elbowroom.planning.pipeline.timeline import PipelineTimeline, simulate_pipe
 from elbowroom.plans.pipeline import PipelinePlan
 
 _FILLS, _LEAST_FILLS = 6, 3
-"""Minibatches that are simulated, as a multiple of those that fill the pipe.
+"""Minibatches that are simulated, as a multiple of those that fill the pipe: wanted, least.
 
 On the PipeDream authors' profiles 6 come within 0.3 % of what 24 give, 3 within 4 %.
 """
 
 _MOST_WORK = 2_000_000
-"""Of actions, times workers and ``_OVERHEAD``: about a second."""
+"""Limit of a simulation, actions x (workers + ``_OVERHEAD``): about a second."""
 
 _OVERHEAD = 20
 _GAIN = 0.01
-"""What a plan must save to be taken instead of one that is listed before it."""
+"""Relative time that a plan must save to be taken instead of one listed before it."""
 
 DEPTHS = (1, 2)
 
 
 class PipelinePrediction(NamedTuple):
-    """What holds while the pipe is full, and the whole simulated run.
+    """Pace of a full pipe, and the whole simulated run.
 
-    ``seconds`` are per minibatch; ``idle`` is the part of them in which each worker of a stage
+    ``seconds`` are per minibatch; ``idle`` is the fraction of them in which each worker of a stage
     computes nothing.
     """
 
@@ -46,10 +46,10 @@ class PipelinePrediction(NamedTuple):
 
 
 def predict(plan: PipelinePlan, graph: LayerGraph) -> PipelinePrediction | None:
-    """Simulates so many minibatches that the pipe is full for a while.
+    """Simulate enough minibatches that the pipe is full for a while.
 
-    None where that would take much longer than a second: long pipes of many stages. Raises
-    InputError for a graph without the plan's layers.
+    Returns None if that would take much longer than a second: long pipes of many stages. Raises
+    InputError for a graph that lacks layers of the plan.
     """
     first = plan.stages[0]
     fill = first.in_flight * first.replicas
@@ -72,14 +72,15 @@ def predict(plan: PipelinePlan, graph: LayerGraph) -> PipelinePrediction | None:
 
 
 def with_prediction(plan: PipelinePlan, prediction: PipelinePrediction | None) -> PipelinePlan:
-    """The plan with the seconds that were simulated, if they were."""
+    """The plan with its simulated seconds filled in, or None where it was not simulated."""
     return replace(plan, simulated_seconds=prediction.seconds if prediction else None)
 
 
 def alternatives(plan: PipelinePlan, graph: LayerGraph) -> tuple[PipelinePlan, ...]:
     """Other plans for the same workers: best by formula, straight, data parallel.
 
-    At depth 1 and 2, those that fit in the memory of a worker, each once, the given plan first.
+    Each at depth 1 and 2; those that fit in the memory of a worker, each once, the given plan
+    first.
     """
     found = [plan]
     for depth in DEPTHS:
@@ -99,7 +100,10 @@ def alternatives(plan: PipelinePlan, graph: LayerGraph) -> tuple[PipelinePlan, .
 
 
 def fastest(plans: tuple[PipelinePlan, ...]) -> PipelinePlan:
-    """By simulated seconds, where there are any; the first of those that are all but equal."""
+    """The plan with the least simulated seconds; the first of those that are all but equal.
+
+    Plans that were not simulated only count if none was.
+    """
     best = plans[0]
     for plan in plans[1:]:
         if plan.simulated_seconds is None:
@@ -111,6 +115,6 @@ def fastest(plans: tuple[PipelinePlan, ...]) -> PipelinePlan:
 
 
 def _is_same(one: PipelinePlan, other: PipelinePlan) -> bool:
-    """The same run: depth means nothing where no stage has another behind it."""
+    """Whether two plans run alike: depth means nothing where no stage has another behind it."""
     depths = {plan.options.depth for plan in (one, other)}
     return one.stages == other.stages and (len(depths) == 1 or len(one.stages) == 1)

@@ -1,23 +1,23 @@
-"""Proves that the action lists of a schedule fit together, or says where they do not.
+"""Checker of schedules: proves that action lists fit together, or says where they do not.
 
 Workers exchange messages over one first-in, first-out channel for each direction between two of
 them, wait only in receives and reduces, and never choose what to wait for: a Kahn process network.
 Whatever one order of execution shows holds in all of them. So the lists are carried out once, each
-worker as far as it comes, and every action is checked where it stands:
+worker as far as it can get, and every action is checked in its place:
 
 - each send has one receive, and both sides of a channel have the same order;
 - a forward follows the arrival of its input, a backward follows its forward on the same worker and
   the arrival of its gradient;
 - every minibatch passes each stage once forward and once backward;
 - all replicas of a stage enter the same reduces in the same order, each followed by its update;
-- the minibatches that an update says it counts, those since the one before up to its own, are just
-  those whose backwards went into the gradients.
+- the minibatches that an update claims to count, those since the previous update up to its own, are
+  exactly those whose backwards went into the gradients.
 
-Sends are buffered: they do not wait for their receive, as ``isend`` beside receives that are posted
+Sends are buffered: they do not wait for their receive, like ``isend`` with receives that are posted
 early. With ``rendezvous`` a send waits until its receive is reached. Flushed GPipe passes that,
 1F1B does not: one stage sends an activation while the next sends a gradient, and both wait. With
 ``gradients`` only sends of gradients wait, and all schedules pass. Workers of ``pipeline`` wait for
-fewer of them, so they come to an end as well.
+fewer of them, so they finish as well.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Step(NamedTuple):
 
 
 def check_schedule(schedule: Schedule, sends: Sends = "buffered") -> None:
-    """Raises ScheduleError with the worker, the action and what is wrong with it."""
+    """Check a schedule. Raises ScheduleError with the worker, the action and the problem."""
     for _ in execution_order(schedule, sends):
         pass
 
@@ -68,7 +68,7 @@ def check_schedule(schedule: Schedule, sends: Sends = "buffered") -> None:
 def execution_order(schedule: Schedule, sends: Sends = "buffered") -> Iterator[Step]:
     """All actions, each after those that it waits for; raises as ``check_schedule`` does.
 
-    The reduce of all replicas of a stage comes in one go, a receive some time after its send.
+    The reduces of all replicas of a stage come together, a receive some time after its send.
     """
     _check_places(schedule)
     _check_messages(schedule)
@@ -76,7 +76,10 @@ def execution_order(schedule: Schedule, sends: Sends = "buffered") -> Iterator[S
 
 
 def _check_places(schedule: Schedule) -> None:
-    """Stages, minibatches and peers exist; each stage has each minibatch once in each direction."""
+    """Check that stages, minibatches and peers exist, and that no pass is missing or repeated.
+
+    Each stage has each minibatch once in each direction.
+    """
     times: Counter[PipelineAction] = Counter()
     for worker, actions in enumerate(schedule.actions):
         for action in actions:
@@ -103,7 +106,7 @@ def _check_places(schedule: Schedule) -> None:
 
 
 def _check_messages(schedule: Schedule) -> None:
-    """Each message is sent once and received once, in the same order at both ends of a channel."""
+    """Check that each message is sent and received once, in the same order at both ends."""
     sent: dict[tuple[int, int], list[Message]] = {}
     received: dict[tuple[int, int], list[Message]] = {}
     for worker, actions in enumerate(schedule.actions):
@@ -128,10 +131,10 @@ def _check_messages(schedule: Schedule) -> None:
 
 @dataclass
 class _Worker:
-    """What one worker has, while its list is carried out.
+    """State of one worker while its list is carried out.
 
     ``ready`` are messages that arrived and are not used yet. ``counted`` is the last minibatch that
-    an update counts, ``gathered`` those whose backwards came since, and ``reduced`` the minibatch
+    an update counted, ``gathered`` those whose backwards came since, and ``reduced`` the minibatch
     of a reduce whose update is still to come.
     """
 
@@ -144,7 +147,7 @@ class _Worker:
 
 
 class _Execution:
-    """Carries lists out whose places and messages are right; a check per kind of action."""
+    """Execution of lists whose places and messages are right; one check per kind of action."""
 
     def __init__(self, schedule: Schedule, sends: Sends) -> None:
         self._schedule = schedule
@@ -177,7 +180,7 @@ class _Execution:
             yield Step(worker, action)
 
     def _waits_for(self, worker: int, action: PipelineAction) -> str | None:
-        """What has to come first; None if the action can begin."""
+        """Description of what must come first; None if the action can begin."""
         if isinstance(action, Recv):
             message = message_of(worker, action)
             if not self._channels.get((message.source, message.target)):
@@ -220,7 +223,7 @@ class _Execution:
             self._update(worker, action)
 
     def _use(self, worker: int, action: Forward | Backward, stage: int) -> None:
-        """Take what the stage before or behind sent; the first and the last stage need none."""
+        """Use up the message from the stage before or behind; the outer stages need none."""
         if not 0 <= stage < self._schedule.num_stages:
             return
         ready = self._workers[worker].ready
@@ -232,7 +235,7 @@ class _Execution:
         ready -= fitting
 
     def _reduce(self, action: Reduce) -> Iterator[Step]:
-        """All replicas at once: each is at a reduce, whose minibatch must be the same."""
+        """Reduce on all replicas at once: each must be at a reduce of the same minibatch."""
         replicas = self._schedule.workers(action.stage)
         gathered: set[int] = set()
         for worker in replicas:

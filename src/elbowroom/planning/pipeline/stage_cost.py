@@ -1,16 +1,16 @@
-"""What a stage of a pipeline takes, moves and keeps: the terms that plans are compared by.
+"""Time, traffic and memory of a pipeline stage: the terms by which plans are compared.
 
 Papers: arXiv 1806.03377 section 3.2, SOSP 2019 section 3.1. A stage of layers i..j on m units
 takes, per minibatch,
 
     T(i..j, m) = max( U(i..j), c (m-1)/m w(i..j) / B ) / m        or the sum of the two,
 
-U being the seconds of one unit: forward and backward of all layers on one worker at the lowest
-level, and the best pipeline on all units of the level below at the others. Between two stages
-2 a / B passes, activations one way and gradients back, undivided however often the stages are
-replicated. B is the bandwidth of the level; latencies are left out. (The authors' results would
-come out as well if a transfer were shared out among the replicas that receive it, but not among
-those that send it; undivided is what the papers write.)
+with U the seconds of one unit: forward and backward of all layers on one worker at the lowest
+level, and the best pipeline on all units of the level below at the others. Between two stages 2 a /
+B passes, activations one way and gradients back, undivided however often the stages are replicated.
+B is the bandwidth of the level; latencies are left out. (The authors' results would follow as well
+if a transfer were shared out among the replicas that receive it, but not among those that send it;
+undivided is what the papers write.)
 """
 
 from __future__ import annotations
@@ -28,40 +28,45 @@ from elbowroom.plans.pipeline_shape import BUCKET_BYTES
 Counts = TypeVar("Counts", int, Integers)
 
 _STATES: dict[Optimizer, int] = {"sgd": 0, "momentum": 1, "adamw": 2}
-"""Bytes of an optimizer's state for each byte of weights."""
+"""Bytes of optimizer state for each byte of weights."""
 
 _OF_LARGEST: dict[Optimizer, int] = {"sgd": 0, "momentum": 0, "adamw": 2}
-"""Copies of a weight that a step makes for a while, one weight after the other.
+"""Temporary copies of a weight that an optimizer step makes, one weight after the other.
 
-So torch.optim (2.13) does on a CPU. On CUDA it takes all weights at once (foreach): more."""
+This is what torch.optim (2.13) does on a CPU. On CUDA it takes all weights at once (foreach), which
+needs more.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class StageCost:
-    """Of stages between cuts, on levels of which the lowest is first."""
+    """Costs of stages between cuts, on levels listed from the lowest."""
 
     cuts: Cuts
     levels: tuple[Level, ...]
     options: PipelineOptions
 
     def transfer_seconds(self, level: int) -> Floats:
-        """[num_cuts]: activations over each cut, and gradients back."""
+        """Seconds to move activations over each cut and gradients back, float [num_cuts]."""
         return self.transfer_bytes.astype(np.float64) / self.levels[level].bandwidth
 
     @property
     def transfer_bytes(self) -> Integers:
-        """[num_cuts]: what that moves. Integers have no gradients, and count one way."""
+        """Activations over each cut and gradients back, in bytes, int64 [num_cuts].
+
+        Integer tensors have no gradients, and count one way.
+        """
         return self.cuts.crossing_bytes + self.cuts.returned_bytes
 
     def sync_bytes(self, num_units: int, parameter_bytes: Integers) -> Integers:
-        """Moved per minibatch so that units agree on so many bytes of weights, rounded down."""
+        """Bytes per minibatch to synchronise the weights of ``num_units`` units, rounded down."""
         moved: Integers = self.options.sync_factor * (num_units - 1) * parameter_bytes // num_units
         return moved
 
     def replicated(
         self, level: int, unit_seconds: Floats, num_units: int, parameter_bytes: Integers
     ) -> Floats:
-        """T(i..j, m): seconds per minibatch on ``num_units`` units that agree on weights."""
+        """T(i..j, m): seconds per minibatch on ``num_units`` units, weight sync included."""
         factor = self.options.sync_factor * (num_units - 1) / num_units
         sync = factor * parameter_bytes / self.levels[level].bandwidth
         joined = unit_seconds + sync
@@ -71,20 +76,26 @@ class StageCost:
         return shared
 
     def minibatch_bytes(self, start: int, stops: slice | int) -> Integers:
-        """For each minibatch in flight: a version of the weights, and what it keeps."""
+        """Memory of each minibatch in flight: a version of the weights, and what it keeps."""
         return self._weights(start, stops) + self._kept(start, stops)
 
     def fixed_bytes(
         self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
     ) -> Integers:
-        """What a worker holds once: what is live beside ``minibatch_bytes`` when most is.
+        """Peak memory of a worker that does not scale with minibatches in flight.
 
-        The weights that are updated, where minibatches use predicted ones; optimizer state; of the
-        minibatch that is worked on, what its pass takes, or the update after it, instead of what it
-        keeps; messages: ``depth`` activations and as many gradients that come ahead of time, a
-        gradient that is read, and ``depth`` on their way out. Replicas have gradients in buckets as
-        well, and room to receive one. Without an optimizer the first alone counts, as in the
-        papers.
+        The sum of these, in bytes:
+
+        - the newest weights, where more than one minibatch is in flight and they use predicted
+          ones;
+        - optimizer state;
+        - the peak of the current minibatch's pass, or of the update after it, beyond what
+          ``minibatch_bytes`` counts as kept by that minibatch;
+        - messages: ``depth`` activations and ``depth`` gradients received ahead of time, one
+          gradient being read, and ``depth`` gradients being sent;
+        - in replicated stages, gradients in buckets, and one bucket to receive into.
+
+        Without an optimizer only the first counts, as in the papers.
         """
         cuts, memory, optimizer = self.cuts, self.cuts.memory, self.options.optimizer
         weights = self._weights(start, stops)
@@ -114,7 +125,7 @@ class StageCost:
     def memory_bytes(
         self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
     ) -> Integers:
-        """Of a worker of a stage on ``num_units`` units, with so many minibatches in flight."""
+        """Memory of a worker of a stage on ``num_units`` units with ``in_flight`` minibatches."""
         held: Integers = in_flight * self.minibatch_bytes(start, stops)
         return held + self.fixed_bytes(start, stops, in_flight, num_units)
 
@@ -123,7 +134,10 @@ class StageCost:
         return weights
 
     def _kept(self, start: int, stops: slice | int) -> Integers:
-        """By one minibatch: what is received, and what layers keep; without facts, outputs."""
+        """Memory that one minibatch keeps: what is received, and what layers keep.
+
+        Without measured memory, a layer keeps its output.
+        """
         cuts, memory = self.cuts, self.cuts.memory
         if memory is None:
             made: Integers = cuts.output_bytes[stops] - cuts.output_bytes[start]
@@ -133,16 +147,20 @@ class StageCost:
         return kept
 
     def in_flight(self, unit_behind: Counts) -> Counts:
-        """Minibatches that a worker keeps, with so many behind it: see ``Pipe.warmup_forwards``."""
+        """Minibatches that a worker keeps in flight: see ``Pipe.warmup_forwards``.
+
+        ``unit_behind`` is the number of workers behind it, shared out among its replicas.
+        """
         return 1 + self.options.depth * unit_behind
 
     def unit_behind(self, level: int, behind: int, num_units: int, units_behind: int) -> int:
         """Workers behind each unit of a group that has ``units_behind`` units behind it.
 
-        ``behind`` are those behind the group's component. Both are shared out among the copies that
-        take turns with minibatches, and rounded up: a worker of a stage keeps ``depth`` minibatches
-        in flight for each that is then behind it, and one of its own. To round up at each level
-        is to round up once: ceil((x + n) / m) is ceil((ceil(x) + n) / m) for whole n and m.
+        ``behind`` are those behind the group's component. Both are shared out among the units,
+        which take turns with minibatches, and rounded up: a worker of a stage keeps ``depth``
+        minibatches in flight for each worker that is then behind it, and one of its own. Rounding
+        up at each level equals rounding up once: ceil((x + n) / m) is ceil((ceil(x) + n) / m) for
+        whole n and m.
         """
         unit_workers = prod(below.num_units for below in self.levels[:level])
         return -(-(behind + units_behind * unit_workers) // num_units)

@@ -1,8 +1,8 @@
-"""Replays the schedule of a pipeline on the costs of its stages: time, bubbles, bytes and memory.
+"""Simulation of a pipeline's schedule on its stages' costs: time, bubbles, bytes and memory.
 
 Every worker has a stream for compute; transfers have one for each direction between two workers,
-and begin when what they send is computed. Each action has one handler; ``planning.pipeline_costs``
-has what it costs.
+and begin when what they send is computed. Each action has one handler;
+``planning.pipeline.action_cost`` has its costs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _WORDS: dict[type[PipelineAction], str] = {Forward: "forward", Backward: "backwa
 
 
 class Track(NamedTuple):
-    """Who computes or sends, or the first of those who reduce; and where a trace shows it."""
+    """The worker that computes or sends, or the first that reduces, and its track in a trace."""
 
     worker: int
     name: str
@@ -54,18 +54,20 @@ class Track(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PipelineTimeline:
-    """A simulated run.
+    """A simulated run of a pipeline.
 
     Args:
-        tracks: of each task of the timeline.
-        full_updates: minibatches of the updates of the input stage that forwards still follow, and
-            when the last replica did each.
+        schedule: the schedule that was simulated.
+        timeline: start and end of every task.
+        tracks: worker and trace track of each task of the timeline.
+        full_updates: updates of the input stage that are followed by forwards: the minibatch, and
+            when the last replica did the update.
         link_bytes: activations and gradients by (sender, receiver), of all minibatches.
-        cut_bytes: the same over the cut behind each stage.
-        sync_bytes: that replicas of each stage moved to agree.
+        cut_bytes: activations and gradients over the cut behind each stage, of all minibatches.
+        sync_bytes: moved to synchronise the replicas of each stage.
         level_bytes: all of these over links of each level, the lowest first.
-        peak_bytes: of each worker: weight versions, what minibatches in flight keep, and what the
-            plan has counted once.
+        peak_bytes: peak memory of each worker: weight versions, what minibatches in flight keep,
+            and the plan's fixed bytes.
 
     """
 
@@ -85,16 +87,17 @@ class PipelineTimeline:
 
     @property
     def steady_seconds(self) -> float:
-        """Per minibatch, while the pipe is full.
+        """Seconds per minibatch while the pipe is full.
 
-        As ``core.pace`` defines it; in a run too short to tell, the mean of all minibatches.
+        As ``plans.pipeline_pace`` defines it; in a run too short to tell, the mean of all
+        minibatches.
         """
         pace = steady_seconds(self.full_updates)
         return self.seconds / self.schedule.num_minibatches if pace is None else pace
 
     @property
     def bubbles(self) -> tuple[float, ...]:
-        """The part of the run in which each worker computes nothing."""
+        """The fraction of the run in which each worker computes nothing."""
         busy = [0.0] * self.schedule.num_workers
         for task in self.timeline.tasks:
             if task.stream is not None and task.stream < len(busy):
@@ -102,7 +105,7 @@ class PipelineTimeline:
         return tuple(1 - seconds / self.seconds if self.seconds else 0.0 for seconds in busy)
 
     def spans(self) -> Iterator[Span]:
-        """Compute, sends and reduces of every worker, for a trace; passes named as a run's are."""
+        """Compute, sends and reduces of every worker, for a trace; passes are named as in a run."""
         timeline = self.timeline
         for number, (worker, track) in enumerate(self.tracks):
             start, end = timeline.starts[number], timeline.ends[number]
@@ -114,7 +117,7 @@ class PipelineTimeline:
 def simulate_pipeline(
     schedule: Schedule, costs: PipelineCosts, rule: VersionRule = "stash"
 ) -> PipelineTimeline:
-    """Time the schedule; ``rule`` says how many versions of weights are kept.
+    """Time a schedule; ``rule`` says how many versions of weights are kept.
 
     Raises ScheduleError for lists that do not fit together, InputError for costs of other stages or
     replicas.
@@ -164,7 +167,7 @@ def simulate_pipeline_plan(
 
 @dataclass
 class _Lowering:
-    """Turns actions into tasks, in an order in which each follows those that it waits for.
+    """Translation of actions into tasks; actions come after those that they wait for.
 
     ``_last`` is the newest task of each compute stream, ``_before_backward`` the one before the
     newest backward. ``resources`` numbers compute by worker, and links by level and unit.
@@ -214,7 +217,7 @@ class _Lowering:
         self._last[worker] = self._add(track, str(action), worker, seconds, uses, after)
 
     def _send(self, worker: int, action: Send) -> None:
-        """On the stream of the pair, as soon as what was listed before is computed."""
+        """Add a send to the pair's stream; it starts when what was listed before is computed."""
         message = message_of(worker, action)
         cut = min(action.stage, self.schedule.stages[action.worker])
         crossed = self.costs.stages[cut]
@@ -237,7 +240,7 @@ class _Lowering:
         self._sent[message] = self._add(track, str(action), stream, seconds, uses, after)
 
     def _reduce(self, worker: int, action: Reduce) -> None:
-        """A task at each level for all replicas, listed with the first; each waits for them."""
+        """Add one task per level for all replicas, with the first of them; each waits for these."""
         if action not in self._reduces:
             replicas = self.schedule.workers(action.stage)
             after = tuple(task for replica in replicas for task in self._gradients(replica))
@@ -250,7 +253,7 @@ class _Lowering:
     def _reduce_gradients(
         self, worker: int, action: Reduce, level: int, count: int, after: tuple[int, ...]
     ) -> int:
-        """Groups of ``count`` units of a level average gradients, all groups at once.
+        """Average gradients in groups of ``count`` units of a level, all groups at once.
 
         Workers of one unit share its link, and each brings all of the stage's gradients.
         """
@@ -271,7 +274,7 @@ class _Lowering:
         )
 
     def _ways(self, workers: Sequence[int], level: int, way: str) -> list[tuple[str, int, int]]:
-        """Out of or into the units of a level that workers are in, each once."""
+        """Links out of or into the units of a level that workers are in, each once."""
         units = sorted({self.placement.unit(worker, level) for worker in workers})
         return [(way, level, unit) for unit in units]
 
@@ -280,7 +283,7 @@ class _Lowering:
         return tuple((number, 1.0) for number in numbers)
 
     def _gradients(self, worker: int) -> tuple[int, ...]:
-        """What a worker's part of a reduce waits for: see the head of the file."""
+        """Tasks that a worker's part of a reduce waits for: see ``action_cost`` on overlap."""
         newest = self._newest(worker)
         begun = self._before_backward.pop(worker, newest)
         return begun if self.costs.options.overlap == "max" else newest

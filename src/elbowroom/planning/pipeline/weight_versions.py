@@ -1,17 +1,17 @@
-"""Which weights each minibatch of a schedule is trained with, and how many versions that keeps.
+"""Weight versions that a schedule's minibatches are trained with, and how many are kept.
 
-Version v of a stage is its weights after v updates. All is read off the action lists, nothing is
-assumed of how they were made.
+Version v of a stage is its weights after v updates. Everything is read off the action lists;
+nothing is assumed about how they were made.
 
-- ``stash`` (weight stashing): the forward takes the newest version of its stage, the backward the
-  same again. In a straight 1F1B pipeline of n stages that is max(0, i - d (n-1-k)) for minibatch i
-  at stage k, which keeps d (n-1-k) + 1 versions (arXiv 1806.03377, where the depth d is 1). In a
-  flushed schedule there is one.
-- ``vertical-sync``: all stages take the version that the input stage has at the forward, which
-  each counts by itself: in a straight pipeline max(0, i - d (n-1)), and d (n-1) + 1 versions
-  at each stage. Where stages update after rounds of different lengths, a stage takes its newest
-  version that counts no minibatch which the input stage's does not count.
-- ``naive``: whatever the newest version is, also in the backward: one version, wrong gradients.
+- ``stash`` (weight stashing): the forward takes the newest version of its stage, and the backward
+  takes the same one again. In a straight 1F1B pipeline of n stages that is max(0, i - d (n-1-k))
+  for minibatch i at stage k, which keeps d (n-1-k) + 1 versions (arXiv 1806.03377, where the depth
+  d is 1). In a flushed schedule there is one.
+- ``vertical-sync``: all stages take the version that the input stage has at the forward, which each
+  counts by itself: in a straight pipeline max(0, i - d (n-1)), and d (n-1) + 1 versions at each
+  stage. Where stages update after rounds of different lengths, a stage takes its newest version
+  that counts no minibatch which the input stage's version does not count.
+- ``naive``: the newest version, also in the backward: one version, wrong gradients.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ VersionRule = Literal["stash", "vertical-sync", "naive"]
 VERSION_RULES: tuple[VersionRule, ...] = get_args(VersionRule)
 
 Versions = Mapping[Forward, int]
-"""Updates that the weights of each forward have behind them."""
+"""Weight version that each forward uses: the number of updates before it."""
 
 
 class Held(NamedTuple):
-    """What a worker holds at one time: minibatches between forward and backward, and versions."""
+    """Contents of a worker at one time: minibatches between forward and backward, and versions."""
 
     in_flight: int
     versions: int
 
 
 def forward_versions(schedule: Schedule, rule: VersionRule = "stash") -> dict[Forward, int]:
-    """Of each forward of a checked schedule; ``naive`` differs from ``stash`` in backwards alone.
+    """Weight version of each forward of a checked schedule.
 
-    Raises ScheduleError if vertical sync asks for a version that is not there yet.
+    ``naive`` differs from ``stash`` in backwards alone. Raises ScheduleError if vertical sync asks
+    for a version that does not exist yet.
     """
     newest: dict[Forward, int] = {}
     for actions in schedule.actions:
@@ -56,7 +57,7 @@ def forward_versions(schedule: Schedule, rule: VersionRule = "stash") -> dict[Fo
 def held_over_time(
     schedule: Schedule, worker: int, rule: VersionRule = "stash", used: Versions | None = None
 ) -> list[Held]:
-    """What a worker holds after each of its actions; ``used`` are the ``forward_versions``.
+    """Contents of a worker after each of its actions; ``used`` are the ``forward_versions``.
 
     A version is dropped when it is neither the newest nor will be used again, a minibatch after its
     backward. Buffers of transfers and gradients are not counted.
@@ -91,7 +92,7 @@ def held_over_time(
 
 
 def _synced(schedule: Schedule, newest: Versions) -> dict[Forward, int]:
-    """Every stage's version for each minibatch, from the input stage's."""
+    """Version of every stage for each minibatch, derived from the input stage's."""
     counted = [_counted(schedule, stage) for stage in range(schedule.num_stages)]
     synced: dict[Forward, int] = {}
     for forward, version in newest.items():
@@ -108,6 +109,6 @@ def _synced(schedule: Schedule, newest: Versions) -> dict[Forward, int]:
 
 
 def _counted(schedule: Schedule, stage: int) -> list[int]:
-    """Minibatches that the weights of a stage count after its first update, its second ..."""
+    """Number of minibatches that a stage's weights count after each of its updates."""
     actions = schedule.actions[schedule.workers(stage)[0]]
     return [action.minibatch + 1 for action in actions if isinstance(action, Update)]

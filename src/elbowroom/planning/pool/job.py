@@ -1,8 +1,8 @@
-"""Simulates a whole job: replicas that pull rows from one queue and batch them continuously.
+"""Simulation of a whole job: replicas pull rows from one queue and batch them continuously.
 
 Every row has its own length. A replica admits rows while its KV cache has room for them to their
-end, takes prompts in chunks beside its decode rows as vLLM does, and decodes. Between two events (a
-row is admitted, a row ends) all iterations are timed at once.
+end, takes prompts in chunks beside its decode rows as vLLM does, and decodes. All iterations
+between two events (a row is admitted, a row ends) are timed at once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from elbowroom.planning.cost import Batch
 from elbowroom.planning.pool.modes import Mode, PoolTimes
 
 Policy = Literal["local", "mapped", "streamed", "shipped", "per-replica", "group", "mixed"]
-"""How the mode of an iteration is chosen. ``local`` is without a pool; ``per-replica`` takes the
-faster of stream and ship by the replica's own batch; ``group`` lets all replicas of the group use
-one mode by their mean batch, looked at once a minute, as in the paper."""
+"""Rule by which the mode of an iteration is chosen.
+
+``local`` is without a pool; ``per-replica`` takes the faster of streamed and shipped by the
+replica's own batch; ``group`` lets all replicas of the group use one mode by their mean batch,
+reconsidered once a minute, as in the paper.
+"""
 
 GROUP_PERIOD_SECONDS = 60.0
 _MAX_SEGMENTS = 20_000
@@ -33,7 +36,7 @@ _MAX_SEGMENTS = 20_000
 
 @dataclass(frozen=True)
 class ReplicaLimits:
-    """What a replica may hold: KV tokens, rows at once, tokens of one iteration."""
+    """Limits of one replica: KV tokens, rows at once, tokens of one iteration."""
 
     num_kv_tokens: int
     max_num_seqs: int = 256
@@ -41,16 +44,16 @@ class ReplicaLimits:
     block_tokens: int = 32
 
     def row_tokens(self, num_tokens: float) -> int:
-        """KV tokens that a row of this length takes, in whole blocks."""
+        """KV tokens that a row of ``num_tokens`` tokens takes, in whole blocks."""
         return ceil(num_tokens / self.block_tokens) * self.block_tokens
 
     def rows_at_once(self, workload: Workload) -> int:
-        """Of a workload's mean length."""
+        """Rows of a workload's mean length that fit at once."""
         return min(self.max_num_seqs, self.num_kv_tokens // self.row_tokens(workload.mean_row))
 
 
 class Segment(NamedTuple):
-    """Some iterations of one replica in a row, for the trace."""
+    """Consecutive iterations of one replica, for the trace. Times are in seconds."""
 
     replica: int
     start: float
@@ -63,7 +66,7 @@ class Segment(NamedTuple):
 
 @dataclass
 class ReplicaOutcome:
-    """What one replica did. ``mode_iterations`` counts iterations by mode."""
+    """Totals of one replica. ``mode_iterations`` counts iterations by mode."""
 
     finish_seconds: float = 0.0
     num_rows: int = 0
@@ -76,7 +79,7 @@ class ReplicaOutcome:
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """A simulated job. ``segments`` is cut off after 20,000."""
+    """Result of a simulated job. ``segments`` is cut off after 20,000."""
 
     seconds: float
     output_tokens: int
@@ -88,7 +91,7 @@ class JobOutcome:
         return self.output_tokens / self.seconds
 
     def mode_share(self, mode: Mode) -> float:
-        """Share of all iterations that ran in a mode."""
+        """Fraction of all iterations that ran in ``mode``."""
         done = sum(replica.mode_iterations.get(mode, 0) for replica in self.replicas)
         return done / max(1, sum(replica.num_iterations for replica in self.replicas))
 
@@ -101,7 +104,7 @@ def simulate_job(
     policy: Policy,
     speeds: tuple[float, ...] | None = None,
 ) -> JobOutcome:
-    """Run a workload on equal replicas; ``speeds[r]`` makes replica r so many times as fast.
+    """Run a workload on equal replicas; ``speeds[r]`` is the relative speed of replica r.
 
     Raises MemoryPlanError when a row is longer than a replica's KV cache.
     """
@@ -116,7 +119,7 @@ def simulate_job(
     queue = deque(rows)
     segments: list[Segment] = []
     replicas = [_Replica(number, limits, iterations, segments) for number in range(num_replicas)]
-    # At the start all have room: rows are dealt out. Later only the one whose row ended has any.
+    # At the start all have room: rows are dealt out. Later only a replica whose row ended has any.
     while sum(replica.take(queue) for replica in replicas):
         pass
     clocks = [(0.0, number) for number in range(num_replicas)]
@@ -135,7 +138,7 @@ def simulate_job(
 
 
 class _Replica:
-    """One engine. A row in its heap is known by the iteration in which it will end."""
+    """One engine. Rows in its heap are ordered by the iteration in which they will end."""
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ class _Replica:
         return True
 
     def _prefill(self, now: float) -> float:
-        """One iteration with prompts: what decode rows leave of the token budget goes to them."""
+        """Run one iteration with prompts, which get the token budget that decode rows leave."""
         budget = max(1, self._limits.max_num_batched_tokens - len(self._ends))
         num_decode, num_prompts, tokens, pairs, finished = len(self._ends), 0, 0, 0.0, []
         while self._prompts and tokens < budget:
@@ -212,7 +215,7 @@ class _Replica:
         return now + seconds
 
     def _start_decoding(self, prompt: int, output: int) -> None:
-        """The first token came with the last chunk of the prompt."""
+        """Move a row from prompts to decoding; its first token came with its last prompt chunk."""
         self.outcome.output_tokens += 1
         reserved = self._limits.row_tokens(prompt + output)
         last = self.outcome.num_iterations + output - 1
@@ -220,7 +223,7 @@ class _Replica:
         self._context += prompt + 1
 
     def _decode(self, now: float) -> float:
-        """All iterations to the next end of a row."""
+        """Run all iterations up to the next end of a row; returns the time after them."""
         num_iterations = self._ends[0][0] - self.outcome.num_iterations
         if num_iterations <= 0:
             return now
@@ -249,7 +252,7 @@ class _Replica:
 
 
 class _Iterations:
-    """Seconds of iterations under a policy. What does not depend on the context is kept."""
+    """Seconds of iterations under a policy; what does not depend on the context is cached."""
 
     def __init__(
         self, times: PoolTimes, policy: Policy, num_replicas: int, speeds: tuple[float, ...]
@@ -264,7 +267,7 @@ class _Iterations:
         self._group_looked = float("-inf")
 
     def one(self, replica: int, now: float, batch: Batch) -> tuple[float, Mode]:
-        """An iteration with prompts in it."""
+        """Seconds and mode of an iteration with prompts in it."""
         local = self._times.cost.iteration(batch).total
         seconds, mode = self._choose(replica, now, int(batch.num_tokens), np.array([local]))
         return float(seconds[0]) / self._speeds[replica], mode
@@ -272,7 +275,10 @@ class _Iterations:
     def many(
         self, replica: int, now: float, num_rows: int, context: int, count: int
     ) -> tuple[NDArray[np.float64], Mode]:
-        """When each of ``count`` decode iterations ends. Cut at the next look at the group."""
+        """End times of ``count`` decode iterations, and their mode.
+
+        Under policy ``group`` the list stops where the group's mode is due to be reconsidered.
+        """
         contexts = context + num_rows * np.arange(count)
         local = (self._fixed(num_rows) + self._context_seconds * contexts).astype(np.float64)
         seconds, mode = self._choose(replica, now, num_rows, local)
@@ -311,14 +317,20 @@ class _Iterations:
         return self._times.ship_seconds(Batch(tokens, 0), 0.0, joined_rows)
 
     def _joined_rows(self, replica: int, tokens: int) -> float:
-        """With those of the group's other replicas as they are now: idle ones are skipped."""
+        """Rows that an owner joins: ``tokens`` of this replica, and those of the others.
+
+        Each other replica of the group counts with their present mean; idle ones have no rows.
+        """
         others = (sum(self.rows) - self.rows[replica]) / max(1, len(self.rows) - 1)
         return tokens + others * (self._times.num_ranks - 1)
 
     def _group(
         self, replica: int, now: float, tokens: int, local: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], Mode]:
-        """One mode for all. Shipping is lockstep: all wait for the most rows and the slowest."""
+        """Seconds and mode where the whole group uses one mode.
+
+        Shipping is lockstep: all replicas wait for the one with the most rows, and for the slowest.
+        """
         if now >= self._group_looked + GROUP_PERIOD_SECONDS:
             self._group_looked = now
             mean = int(np.ceil(np.mean(self.rows)))

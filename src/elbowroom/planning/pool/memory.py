@@ -1,4 +1,4 @@
-"""The memory budget: where the bytes of one replica go, before anything is loaded."""
+"""Memory budget of one replica: the division of its bytes, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK_TOKENS = 32
 """Tokens of one KV block: small, so that a row wastes little, and what vLLM's CPU kernels want."""
 
 MIN_KV_BLOCKS = 2
-"""vLLM keeps block 0 for itself: one more is the least that can hold a token."""
+"""Least number of KV blocks: vLLM keeps block 0 for itself, one more can hold a token."""
 
 
 def divide_memory(
@@ -25,14 +25,14 @@ def divide_memory(
     tensor_parallel: int = 1,
     activation_bytes: int | None = None,
 ) -> MemoryBudget:
-    """The memory budget of one device of the replica with the most weights; the rest is KV cache.
+    """Memory budget of a device of the replica with the most weights; the rest is KV cache.
 
-    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace,
-    and less what is needed to ship, which counts as slots
-    (SiDP, section 3, with t devices per replica and d replicas that share a pool).
+    KV = memory - W_rest / t - W_ffn / (t d) - slots * w_layer / t - activation workspace, minus
+    what is needed to ship, which counts as slots (SiDP, section 3, with t devices per replica and d
+    replicas that share a pool).
 
-    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known.
-    Never raises: ``kv_bytes`` may be negative, see ``check_fits``.
+    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known. Never
+    raises: ``kv_bytes`` may be negative, see ``check_fits``.
     """
     ffn_bytes = model.ffn_bytes()
     owned = -(-max(_owned_bytes(share, ffn_bytes) for share in shares) // tensor_parallel)
@@ -57,10 +57,10 @@ def divide_memory(
 def workspace_bytes(
     model: ModelFacts, max_num_batched_tokens: int, max_num_seqs: int, tensor_parallel: int = 1
 ) -> int:
-    """Activations of the largest iteration: two layer inputs, the widest layer, the logits.
+    """Bytes of the largest iteration's activations: layer inputs, the widest layer, the logits.
 
-    Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which
-    is its widest.
+    Derived from the tensors that are alive at once in a decoder layer's feed-forward part, which is
+    its widest.
     """
     hidden = 3 * model.hidden_size  # layer input, residual, output
     widest = 3 * model.intermediate_size // tensor_parallel  # gate, up, their product
@@ -69,7 +69,7 @@ def workspace_bytes(
 
 
 def logits_bytes(model: ModelFacts, num_rows: int) -> int:
-    """In float32, and one copy of them."""
+    """Bytes of the logits of ``num_rows`` rows, in float32, and one copy of them."""
     return 2 * num_rows * model.vocab_size * 4
 
 
@@ -96,10 +96,10 @@ def check_fits(budget: MemoryBudget, max_model_len: int) -> None:
 
 
 def _ship_bytes(model: ModelFacts, share: PoolShare, tensor_parallel: int) -> int:
-    """Mailboxes for each peer, rows joined from all, and what the owner computes on them.
+    """Bytes needed to ship: mailboxes for each peer, rows joined from all, and work on them.
 
-    A mailbox holds rows in and out, and counts for the borrower; the widest layer has gate, up and
-    their product at once.
+    A mailbox holds rows in and out, and counts for the borrower. The owner's work has gate, up and
+    their product alive at once in the widest layer.
     """
     peers = share.num_ranks - 1
     rows = peers * share.ship_bytes // (model.hidden_size * model.dtype_bytes())

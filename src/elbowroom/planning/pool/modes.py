@@ -1,13 +1,13 @@
-"""Stream or ship: what an iteration takes in each mode of a pool, and where the modes part.
+"""Iteration time in each mode of a pool, and the batch at which streaming beats shipping.
 
 SiDP leaves the threshold open ("the smallest batch whose forward time hides the fetch"). Here the
 modes are compared directly. With local compute C(B), the time F to fetch all borrowed layers, and
 round trips R(B) of their activations:
 
-    local   C(B)
-    stream  max(C(B), F)            where copies overlap, else C(B) + F
-    ship    C(B) - FFN(B) + FFN(J) + R(B)
-    mixed   min over the shipped share x of max(compute(x), (1 - x) F)
+    local     C(B)
+    streamed  max(C(B), F)            where copies overlap, else C(B) + F
+    shipped   C(B) - FFN(B) + FFN(J) + R(B)
+    mixed     min over the shipped share x of max(compute(x), (1 - x) F)
 
 with J the rows that an owner joins, of all replicas that ship at once: d B, or fewer where some are
 idle. B_th is the smallest batch at which streaming takes no longer than shipping. While F > C, that
@@ -48,8 +48,8 @@ class ModeTimes(NamedTuple):
 class PoolTimes:
     """Iteration times of a replica in a pool of ``num_ranks`` replicas, in steady state.
 
-    ``num_slots`` decides which share of its link a reader gets; None takes the whole link.
-    Where rows are shipped, ``joined_rows`` None is the rows of this replica times all ranks.
+    ``num_slots`` decides which share of its link a reader gets; None takes the whole link. In
+    methods that ship, ``joined_rows`` None means this replica's rows times ``num_ranks``.
     """
 
     cost: CostModel
@@ -67,14 +67,18 @@ class PoolTimes:
         )
 
     def mapped_seconds(self, batch: Batch, local_seconds: float) -> float:
-        """Kernels read the owner's memory: as if their own, or over the link (``maps_peers``)."""
+        """Seconds where kernels read the owner's memory directly.
+
+        Equal to local compute where devices read peers as fast as themselves (``maps_peers``);
+        otherwise the FFNs of borrowed layers take at least the time to fetch them.
+        """
         if self.cost.cluster.device.maps_peers or self.num_ranks == 1:
             return local_seconds
         ffn = self.cost.ffn_seconds(batch.num_tokens) * self._borrowed
         return local_seconds - ffn + max(ffn, self.fetch_seconds)
 
     def stream_seconds(self, local_seconds: Seconds) -> Seconds:
-        """Compute, and the fetch where it is not hidden (SiDP section 4.2)."""
+        """Seconds of compute, plus the fetch where copies do not hide it (SiDP section 4.2)."""
         if self.cost.cluster.device.copies_overlap:
             hidden: Seconds = np.maximum(local_seconds, self.fetch_seconds)
             return hidden
@@ -83,7 +87,7 @@ class PoolTimes:
     def ship_seconds(
         self, batch: Batch, local_seconds: float, joined_rows: float | None = None
     ) -> float:
-        """Round trips of borrowed layers, and owners that run the rows of all who ship at once."""
+        """Seconds with borrowed layers shipped, and owners that run the rows of all at once."""
         if self.num_ranks == 1:
             return local_seconds
         return local_seconds + self._ship_extra_seconds(batch.num_tokens, joined_rows)
@@ -91,7 +95,7 @@ class PoolTimes:
     def mixed_seconds(
         self, batch: Batch, local_seconds: float, joined_rows: float | None = None
     ) -> float:
-        """Ship the share x of borrowed layers whose fetch the rest cannot hide.
+        """Seconds when shipping just the share x of borrowed layers whose fetch is not hidden.
 
         compute(x) grows in x and (1 - x) F falls, so the best x is where they meet.
         """
@@ -107,7 +111,7 @@ class PoolTimes:
 
     @cached_property
     def fetch_seconds(self) -> float:
-        """F: all borrowed layers over the share of the link that other readers leave."""
+        """F: seconds to fetch all borrowed layers, with the link share that other readers leave."""
         seconds = self.cost.fetch_seconds(self.num_ranks)
         if not self.num_slots or self.num_ranks == 1:
             return seconds
@@ -126,7 +130,10 @@ class PoolTimes:
         return smallest(streams)
 
     def hiding_batch(self, context_tokens_per_row: float) -> int | None:
-        """The paper's threshold: the smallest decode batch whose compute hides the whole fetch."""
+        """The paper's threshold: the smallest decode batch whose compute hides the whole fetch.
+
+        None if no batch up to 131,072 rows does.
+        """
 
         def hides(rows: int) -> bool:
             batch = Batch(rows, rows * context_tokens_per_row)
@@ -136,7 +143,7 @@ class PoolTimes:
 
     @property
     def _borrowed(self) -> float:
-        """Share of the layers that other ranks own."""
+        """Fraction of the layers that other replicas own."""
         return (self.num_ranks - 1) / self.num_ranks
 
     def _ship_extra_seconds(self, rows: float, joined_rows: float | None) -> float:

@@ -1,4 +1,4 @@
-"""Enumerates layouts, times each on the job, and says which to take and why."""
+"""Search over layouts: times each on the job, and says which to take and why."""
 
 from __future__ import annotations
 
@@ -18,31 +18,34 @@ from elbowroom.planning.pool.shares import SHIP_ROWS, plan_shares
 from elbowroom.plans.pool import EngineOptions, FetchOrder, Layout, MemoryBudget, PoolShare
 
 SAMPLE_ROWS_PER_REPLICA = 300
-"""Layouts are compared on at least so many rows of a long job. ``simulate`` runs every row."""
+"""Least rows per replica in the sample of a long job. ``simulate`` runs every row."""
 
 _COARSE, _FINE = 2, 8
 _NUM_FINE, _MOST_REPLICAS = 2, 16
 """Times that a sample fills the replicas: for all layouts, then for the best of them.
 
-Of more replicas than ``_MOST_REPLICAS``, one group stands for all also in a short job.
+With more replicas than ``_MOST_REPLICAS``, one group stands for all, in a short job too.
 """
 
 USUAL_ROWS, USUAL_TOKENS = 256, 2048
-"""Rows at once and tokens of one iteration where nothing is known of the job."""
+"""Default rows at once and tokens of one iteration, where nothing is known of the job."""
 
 MOST_ROWS, LEAST_TOKENS = 1024, 256
-"""Bounds of what is chosen: vLLM's own for its largest devices, and prompts in small parts."""
+"""Most rows at once and least tokens of one iteration that are chosen.
+
+The first is vLLM's own for its largest devices; few tokens take prompts in small chunks.
+"""
 
 _TIE = 0.01
-"""Layouts whose finish differs by less are equal, and the one with the most KV tokens is taken."""
+"""Relative difference of finish times that counts as equal: most KV tokens then decide."""
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What an engine is told, of what matters to a plan. None leaves a choice to the planner.
+    """Engine options that matter to a plan. None leaves a choice to the planner.
 
-    ``activation_bytes`` None is derived. ``max_model_len`` is the longest row answered, None is
-    what the model and the cache can hold.
+    Without ``activation_bytes`` the workspace is derived from the model. ``max_model_len`` is the
+    longest row answered; None is what the model and the cache can hold.
     """
 
     max_num_seqs: int | None = None
@@ -56,15 +59,15 @@ class EngineLimits:
 
     @property
     def num_tokens(self) -> int:
-        """Of one iteration: vLLM wants room for a token of every row."""
+        """Tokens of one iteration; vLLM wants room for a token of every row."""
         return self.max_num_batched_tokens or max(USUAL_TOKENS, self.num_rows)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout with its memory budget and its predicted job, or what each device lacks for it.
+    """A layout with its memory budget and predicted job, or the bytes a device lacks for it.
 
-    ``engine`` leaves nothing open. ``cluster`` is where the layout lies.
+    ``engine`` leaves nothing open. ``cluster`` is what the layout runs on.
     """
 
     layout: Layout
@@ -81,7 +84,7 @@ class Candidate:
         return not self.missing_bytes
 
     def describe(self) -> str:
-        """For people: how many engines, on what each, and what they share."""
+        """Description for people: the number of engines, devices of each, and what they share."""
         layout, device = self.layout, self.cluster.device.name
         if layout.tensor_parallel > 1:
             device = f"{layout.tensor_parallel} devices ({device})"
@@ -100,7 +103,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """All candidates, the fastest first; ``best`` is None when none fits."""
+    """Result of a search: candidates, the fastest first; ``best`` is None when none fits."""
 
     candidates: tuple[Candidate, ...]
     best: Candidate | None
@@ -108,7 +111,7 @@ class Choice:
 
     @property
     def next_best(self) -> Candidate | None:
-        """The fastest of another kind that fits."""
+        """The fastest fitting candidate of another kind than the best; None if there is none."""
         return _next_best(self.best, self.candidates) if self.best else None
 
     def pareto(self) -> tuple[Candidate, ...]:
@@ -126,10 +129,10 @@ class Choice:
 def enumerate_layouts(
     model: ModelFacts, cluster: Cluster, num_slots: int | None = None
 ) -> Iterator[Layout]:
-    """Layouts that use every device: t x d x groups, pools within the nearest links.
+    """Layouts that use every device: t x d x groups, with pools within the nearest links.
 
-    Tensor parallelism takes powers of two that divide the heads; a streamed pool 2 or d-1 slots
-    unless it is told, as one slot hides nothing.
+    Tensor parallelism t takes powers of two that divide the heads. A streamed or shipped pool gets
+    ``num_slots`` slots, by default both 2 and d-1: one slot hides nothing.
     """
     width = 1
     while width <= cluster.node_devices:
@@ -159,7 +162,7 @@ def choose(
     engine: EngineLimits,
     layouts: Sequence[Layout] | None = None,
 ) -> Choice:
-    """Time every layout on the workload. Under 2 s for 8 devices.
+    """Time every layout on the workload and choose one. Takes under 2 s for 8 devices.
 
     Raises MemoryPlanError when there is no layout to look at.
     """
@@ -180,9 +183,9 @@ def choose(
 
 
 def first_that_fits(choices: Sequence[Choice]) -> Choice:
-    """The first choice that has a best, with the candidates of all, and what the next would take.
+    """The first choice that has a best, with the candidates of all choices.
 
-    Raises IndexError without any choice.
+    Its reason compares with the next best of them all. Raises IndexError without any choice.
     """
     candidates = sorted((c for choice in choices for c in choice.candidates), key=_by_time)
     best = next((choice.best for choice in choices if choice.best is not None), None)
@@ -200,7 +203,7 @@ def evaluate(
     layout: Layout,
     depth: int = _FINE,
 ) -> Candidate:
-    """One layout on one job; ``depth`` as for ``job_seconds``."""
+    """Evaluate one layout on one job; ``depth`` as for ``job_seconds``."""
     memory = cluster.device.usable_bytes
     engine = fill_in(model, layout, memory, engine, workload)
     candidate = Candidate(layout, layout_budget(model, layout, memory, engine), engine, cluster)
@@ -224,11 +227,11 @@ def fill_in(
     engine: EngineLimits,
     workload: Workload,
 ) -> EngineLimits:
-    """What ``engine`` leaves open, chosen for a job.
+    """Fill in what ``engine`` leaves open, for a job.
 
-    As many rows at once as a replica's cache holds at their mean length, but no more than it has to
-    answer, and 2,048 tokens of one iteration. Where the longest row would not fit, fewer tokens,
-    and then fewer rows. Never more rows than tokens, which vLLM refuses.
+    Rows at once are those that a replica's cache holds at their mean length, but no more than it
+    has to answer; tokens of one iteration are 2,048. Where the longest row would not fit, fewer
+    tokens are taken, and then fewer rows. Never more rows than tokens, which vLLM refuses.
     """
     tokens = engine.max_num_batched_tokens or USUAL_TOKENS
     rows: int | None = None
@@ -258,7 +261,10 @@ def _rows_that_fit(
     engine: EngineLimits,
     workload: Workload,
 ) -> int:
-    """Each takes its KV cache to its end, and room for its logits."""
+    """Rows that fit at once; each takes its KV cache to its end, and room for its logits.
+
+    At most the rows that a replica has to answer, and ``MOST_ROWS``; at least 1.
+    """
     budget = layout_budget(model, layout, memory_bytes, replace(engine, max_num_seqs=1))
     row_tokens = replica_limits(budget, engine).row_tokens(workload.mean_row)
     each = row_tokens * budget.kv_bytes_per_token
@@ -270,7 +276,7 @@ def _rows_that_fit(
 
 
 def _missing_bytes(budget: MemoryBudget, engine: EngineLimits, workload: Workload) -> int:
-    """What a device lacks for the job's longest row, and for the one that is asked for."""
+    """Bytes that a device lacks for the job's longest row and for ``max_model_len``; 0 if none."""
     limits = replica_limits(budget, engine)
     longest = limits.row_tokens(max(workload.longest_row, engine.max_model_len or 1))
     if longest <= limits.num_kv_tokens:
@@ -279,10 +285,10 @@ def _missing_bytes(budget: MemoryBudget, engine: EngineLimits, workload: Workloa
 
 
 def without_idle_cache(model: ModelFacts, candidate: Candidate, workload: Workload) -> MemoryBudget:
-    """The memory budget without KV cache that this job cannot fill, which would cost others memory.
+    """The memory budget without KV cache that this job cannot fill, to leave memory to others.
 
     There is room for all rows of the job at once, and for one of the longest that the model takes.
-    Of a job whose rows may be longer than was planned, all is kept.
+    If rows may be longer than was planned, the whole cache is kept.
     """
     budget = candidate.budget
     if not workload.is_bounded:
@@ -304,10 +310,11 @@ def job_seconds(
     limits: ReplicaLimits,
     depth: int = _FINE,
 ) -> float:
-    """Predicted seconds of a job. All rows of a short one are simulated.
+    """Predicted seconds of a job, by simulating all rows of a short one.
 
-    Of a long one two samples are, on one group of replicas, one twice as large as the other: what
-    the larger adds is the pace of the rest. The larger fills the replicas ``depth`` times.
+    For a long job, two samples are simulated on one group of replicas, one twice as large as the
+    other: what the larger adds gives the pace of the rest. The larger fills the replicas ``depth``
+    times.
     """
     times, policy = pool_times(model, cluster, layout), policy_of(layout)
 
@@ -331,7 +338,7 @@ def job_seconds(
 def layout_budget(
     model: ModelFacts, layout: Layout, memory_bytes: int, engine: EngineLimits
 ) -> MemoryBudget:
-    """The memory budget of one device, by the function that ``run`` uses."""
+    """Memory budget of one device, by the function that ``run`` uses."""
     return divide_memory(
         model,
         layout_shares(model, layout),
@@ -349,7 +356,7 @@ def layout_shares(
     order: FetchOrder = "peak-shift",
     ship_below_rows: int = 0,
 ) -> tuple[PoolShare, ...]:
-    """The shares of one group's replicas; the last argument is for layouts that ship."""
+    """Shares of one group's replicas; ``ship_below_rows`` is for layouts that ship."""
     return plan_shares(
         model.ffn_bytes(),
         layout.num_ranks,
@@ -364,7 +371,7 @@ def layout_shares(
 def ship_threshold(
     model: ModelFacts, cluster: Cluster, layout: Layout, context_tokens: float
 ) -> int:
-    """B_th for layouts that ship, 0 for others: what ``PoolShare.ship_below_rows`` is made for."""
+    """B_th for layouts that ship, 0 for others: the value for ``PoolShare.ship_below_rows``."""
     if not layout.ships or layout.num_ranks == 1:
         return 0
     times = pool_times(model, cluster, layout)
@@ -380,7 +387,7 @@ def engine_limits(options: EngineOptions) -> EngineLimits:
 
 
 def replica_limits(budget: MemoryBudget, engine: EngineLimits) -> ReplicaLimits:
-    """What a replica may hold; the engine keeps one block for itself."""
+    """Limits of a replica with this budget; the engine keeps one block for itself."""
     return ReplicaLimits(
         num_kv_tokens=max(0, budget.num_kv_tokens - budget.block_tokens),
         max_num_seqs=engine.num_rows,
@@ -414,7 +421,7 @@ def _next_best(best: Candidate, candidates: Sequence[Candidate]) -> Candidate | 
 
 
 def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
-    """Why it is the best: what the next best of another kind would take."""
+    """Reason why the best is best, compared with the next best of another kind."""
     other = _next_best(best, fitting)
     if other is None:
         return "the only kind of layout that fits"

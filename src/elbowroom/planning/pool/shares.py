@@ -1,4 +1,4 @@
-"""Decisions about the pool: who owns which layer, and in which order a rank fetches the rest."""
+"""Decisions about the pool: who owns which layer, and in which order replicas fetch the rest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from elbowroom.plans.pool import FetchOrder, PoolMode, PoolShare
 from elbowroom.plans.pool_actions import Fetch
 
 SHIP_ROWS = 256
-"""Rows of the largest batch that is shipped: what the buffers are made for."""
+"""Rows of the largest batch that is shipped; buffers are sized for it."""
 
 SLICE_BYTES = 2 * 1024**2
 """Size of one slice of a sliced fetch (NVIDIA DWDP pulls 2 MiB slices)."""
@@ -18,8 +18,8 @@ SLICE_BYTES = 2 * 1024**2
 def assign_owners(ffn_bytes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
     """Owner of every layer, balanced by bytes.
 
-    Layers are dealt in cycles of ``num_ranks``; within a cycle each rank takes at most one layer,
-    the largest layer going to the rank that holds least. Equal layers give l mod d (SiDP,
+    Layers are dealt in cycles of ``num_ranks``; within a cycle each replica takes at most one
+    layer, the largest layer going to the replica that holds least. Equal layers give l mod d (SiDP,
     section 3, figure of the pool).
 
     Args:
@@ -49,16 +49,16 @@ def fetch_order(
     order: FetchOrder,
     slice_bytes: int = SLICE_BYTES,
 ) -> tuple[Fetch, ...]:
-    """One forward pass' worth of fetches for ``rank``, in the order they are issued.
+    """Fetches of one forward pass for replica ``rank``, in the order they are issued.
 
     Borrowed layers are taken cycle by cycle, in windows of at most ``num_slots`` layers. Within a
-    window, rank r starts r layers in and wraps ("peak shifting", SiDP section 4): readers then do
-    not meet at one owner. With d-1 slots a window is a whole cycle, as in the paper; with fewer
+    window, replica r starts r layers in and wraps ("peak shifting", SiDP section 4): readers then
+    do not meet at one owner. With d-1 slots a window is a whole cycle, as in the paper; with fewer
     it is shorter, because a window larger than the slots would wait for itself.
 
     ``sliced`` takes the layers of a window in turns of ``slice_bytes``, so that two slots are
-    enough to spread one reader over two owners. ``in-order`` does not shift: all readers meet at
-    the owner of the next layer, which is there to be compared with.
+    enough to spread one reader over two owners. ``in-order`` does not shift, so that all readers
+    meet at the owner of the next layer; it is a baseline for comparison.
     """
     fetches: list[Fetch] = []
     for start in range(0, len(owners), num_ranks):
@@ -97,7 +97,7 @@ def plan_shares(
     ship_bytes: int = 0,
     ship_below_rows: int = 0,
 ) -> tuple[PoolShare, ...]:
-    """The share of every replica. Replicas of mode "none" are pools of one rank each.
+    """The share of every replica. Replicas of mode "none" are pools of one replica each.
 
     ``num_slots`` defaults to d-1 (SiDP, section 4). Raises MemoryPlanError for fewer than one.
     """

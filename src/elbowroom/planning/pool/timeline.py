@@ -1,4 +1,4 @@
-"""Replays the action lists of every rank on the cost model: iterations of a pool, layer by layer.
+"""Simulation of a pool's iterations, layer by layer: action lists replayed on the cost model.
 
 Compute and copies are streams of their own; a fetch takes its owner's outgoing and its reader's
 incoming link, and compute too where copies do not overlap. Each action has one handler, which says
@@ -19,13 +19,13 @@ from elbowroom.plans.pool import FetchOrder, PoolShare
 from elbowroom.plans.pool_actions import Action, Fetch, Release, Run, Ship, Wait
 
 RESOURCES = ("compute", "out", "in")
-"""Of each rank: its device, and the two directions of its link."""
+"""Resources of each replica: its device, and the two directions of its link."""
 
 _LINK_CYCLES = 2
 
 
 class RankActions(NamedTuple):
-    """One iteration of one rank: what its compute does, and what its copies do beside it."""
+    """Actions of one replica in one iteration: of its compute stream, and of its copies."""
 
     compute: tuple[Action, ...]
     copies: tuple[Fetch, ...]
@@ -44,8 +44,8 @@ class Slot(NamedTuple):
 class PoolTimeline:
     """Simulated iterations of a group.
 
-    ends[i][r] is when rank r ended iteration i; waits[r] sums the seconds in which its compute
-    waited, for weights or for an answer of an owner.
+    ``ends[i][r]`` is when replica r ended iteration i; ``waits[r]`` sums the seconds in which its
+    compute waited, for weights or for an answer of an owner.
     """
 
     timeline: Timeline
@@ -56,7 +56,7 @@ class PoolTimeline:
 
     @property
     def iteration_seconds(self) -> float:
-        """The mean over ranks, from the end of the first iteration to the end of the last."""
+        """Mean seconds of an iteration over replicas; of several, the first is left out."""
         first, last = sum(self.ends[0]), sum(self.ends[-1])
         num_ranks = len(self.ends[0])
         if len(self.ends) == 1:
@@ -64,7 +64,7 @@ class PoolTimeline:
         return (last - first) / num_ranks / (len(self.ends) - 1)
 
     def busy_fractions(self) -> dict[str, float]:
-        """Mean over ranks, of the time until the last task ended."""
+        """Busy fraction of each resource until the last task ended, as a mean over replicas."""
         seconds = self.timeline.seconds * len(self.ends[0])
         busy = self.timeline.busy_seconds
         return {
@@ -73,7 +73,7 @@ class PoolTimeline:
         }
 
     def spans(self, title: str = "iteration") -> Iterator[Span]:
-        """Compute and copies of every rank, for a trace; transfers of shipped rows beside them."""
+        """Compute and copies of every replica, for a trace; shipped rows have their own track."""
         timeline, num_ranks = self.timeline, len(self.ends[0])
         for task, start, end in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
             if end <= start:
@@ -88,7 +88,7 @@ class PoolTimeline:
             yield Span(f"{title}, replica {rank}", track, task.name, start, end)
 
     def most_slots(self, rank: int) -> int:
-        """Slots that were held at once."""
+        """The most slots that a replica held at once."""
         changes = [(slot.start, 1) for slot in self.slots if slot.rank == rank]
         changes += [(slot.end, -1) for slot in self.slots if slot.rank == rank]
         held = most = 0
@@ -99,7 +99,7 @@ class PoolTimeline:
 
 
 def iteration_actions(share: PoolShare, shipped: frozenset[int] = frozenset()) -> RankActions:
-    """What one rank does in one iteration; layers in ``shipped`` go to their owners."""
+    """Actions of one replica in one iteration; layers in ``shipped`` go to their owners."""
     compute: list[Action] = []
     fetched = {fetch.layer for fetch in share.fetches} - shipped
     for layer, owner in enumerate(share.owners):
@@ -123,11 +123,12 @@ def simulate_pool(
     joined: bool = False,
     copies_at_once: int | None = None,
 ) -> PoolTimeline:
-    """Iterations of a group whose rank r computes ``batches[r]`` over and over.
+    """Simulate iterations of a group whose replica r computes ``batches[r]`` over and over.
 
-    ``joined`` lets an owner wait for the rows of all ranks that ship a layer and run them at once,
-    as in the paper; else it serves each when it comes, beside its own work. A rank has as many
-    ``copies_at_once`` as slots, each layer's on a stream of its own; the paper's housekeeper has 1.
+    With ``joined`` an owner waits for the rows of all replicas that ship a layer and runs them at
+    once, as in the paper; otherwise it serves each as it comes, beside its own work.
+    ``copies_at_once`` defaults to the number of slots, with each layer's copies on a stream of
+    their own; the paper's housekeeper has 1.
     """
     if actions is None:
         actions = [iteration_actions(share) for share in shares]
@@ -174,7 +175,7 @@ def link_share(
 
 @dataclass
 class _Rank:
-    """What one rank's next actions refer to."""
+    """Tasks listed so far that the next actions of one replica refer to."""
 
     fetched: dict[int, list[int]] = field(default_factory=dict)
     first_piece: dict[int, int] = field(default_factory=dict)
@@ -184,9 +185,9 @@ class _Rank:
 
 
 class _Lowering:
-    """Turns actions into tasks. A handler per action; the cost rules are those of ``cost``.
+    """Translation of actions into tasks: one handler per action, cost rules from ``cost``.
 
-    Tasks must be listed after those that they wait for, while the two streams of a rank wait for
+    Tasks must be listed after those that they wait for, while the two streams of a replica wait for
     each other in turns: fetches are listed as far as slots are free, then compute up to its next
     release.
     """
@@ -226,7 +227,7 @@ class _Lowering:
         }
 
     def add_iteration(self) -> None:
-        """One more iteration of every rank, layer by layer so that owners come in order."""
+        """Add an iteration of every replica, layer by layer so that owners come in order."""
         queues = [list(actions.copies) for actions in self._actions]
         compute = [list(actions.compute) for actions in self._actions]
         for layer in range(self._cost.model.num_layers):
@@ -263,14 +264,14 @@ class _Lowering:
             self._fetch(rank, fetch, after)
 
     def _fetch(self, rank: int, fetch: Fetch, after: tuple[int, ...]) -> None:
-        """Bytes over the link; both ends' links are used, and compute if it does the copying."""
+        """Add a copy over both ends' links; it uses compute as well where that does the copying."""
         owner = self._shares[rank].owners[fetch.layer]
         link = self._cost.peer_link(len(self._shares))
         layer_bytes = self._cost.ffn_layer_bytes(fetch.layer)
         uses = [(self._resource(owner, "out"), 1.0), (self._resource(rank, "in"), 1.0)]
         if not self._cost.cluster.device.copies_overlap:
             uses.append((self._resource(rank, "compute"), 1.0))
-        # The latency of a whole layer is that of its first chunk: copies are issued ahead.
+        # A layer's latency is that of its first chunk: copies are issued ahead.
         latency = link.latency_seconds if fetch.chunk == 0 else 0.0
         seconds = layer_bytes / fetch.num_chunks / link.bandwidth.achieved
         lane = self._ranks[rank].lanes[fetch.layer] % self.copies_at_once
@@ -296,7 +297,10 @@ class _Lowering:
         self._add(str(action), rank, 0.0)
 
     def _ship(self, rank: int, action: Action) -> None:
-        """Rows go to the owner; it runs them; they come back, and compute goes on."""
+        """Add the trip of shipped rows: to the owner, its work on them, and back.
+
+        Compute continues after that.
+        """
         owner, rows = self._owner(rank, action), self._batches[rank].num_tokens
         sent = self._transfer(f"{action} out", rank, owner, rows, len(self.tasks) - 1)
         if self._joined:
@@ -308,7 +312,7 @@ class _Lowering:
         self._answer(rank, action, served)
 
     def _serve_joined(self, layer: int) -> None:
-        """One pass of the owner over its own rows and those of all ranks that shipped the layer."""
+        """Add one pass of the owner over its own rows and those of all who shipped the layer."""
         shipped = self._waiting.get(layer)
         if not shipped:
             return
@@ -327,14 +331,14 @@ class _Lowering:
         self._add(str(action), rank, 0.0, after=(back,))
 
     def _transfer(self, name: str, source: int, target: int, rows: float, after: int) -> int:
-        """Hidden states of ``rows`` rows over the link between two ranks."""
+        """Add the transfer of ``rows`` rows' hidden states over the link between two replicas."""
         link = self._cost.peer_link(len(self._shares))
         seconds = self._cost.hidden_bytes(rows) / link.bandwidth.achieved
         uses = ((self._resource(source, "out"), 1.0), (self._resource(target, "in"), 1.0))
         return self._add(name, None, seconds, uses, (after,), link.latency_seconds)
 
     def _add_tail(self, rank: int) -> int:
-        """Head, sampling and scheduling: what an iteration does beside its layers."""
+        """Add the head, sampling and scheduling: an iteration's work beside its layers."""
         cost = self._cost.iteration(self._batches[rank])
         return self._add_compute(rank, "head", cost.head + cost.engine)
 
@@ -355,7 +359,7 @@ class _Lowering:
         return len(self.tasks) - 1
 
     def _part_seconds(self, batch: Batch) -> tuple[float, list[float]]:
-        """Attention of one layer with its collectives and small kernels, and every FFN."""
+        """Seconds of one layer's attention with collectives and small kernels, and of each FFN."""
         cost, num_layers = self._cost.iteration(batch), self._cost.model.num_layers
         outside = cost.head + cost.engine + cost.ffn
         ffn = [self._cost.ffn_layer_seconds(i, batch.num_tokens) for i in range(num_layers)]
@@ -373,7 +377,7 @@ class _Lowering:
 
 
 def _waits(timeline: Timeline, rank: int) -> float:
-    """Gaps between one compute task of a rank and the next."""
+    """Seconds between one compute task of a replica and the next, summed."""
     end = waited = 0.0
     for task, start, ended in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
         if task.stream == rank:

@@ -1,0 +1,82 @@
+"""Leases on layers in slots, without a group: what goes wrong is noticed and told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from elbowroom.core.errors import PoolError
+from elbowroom.plans.pool_actions import Fetch
+from elbowroom.pool.ffn import Ffn, find_ffn
+from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.leases import SlottedLeases
+from elbowroom.pool.slots import Slot
+from tests.pool.hf import blocks_of, make_model
+
+LAYERS = (1, 3)
+
+
+class RecordingHousekeeper(Housekeeper):
+    """A housekeeper with one slot that remembers the slots it has given."""
+
+    def __init__(self, sources: dict[int, torch.Tensor]) -> None:
+        fetches = [Fetch(layer, 0, 1) for layer in LAYERS]
+        super().__init__(fetches, sources, num_slots=1, timeout_seconds=5)
+        self.given: list[Slot] = []
+
+    def acquire(self, layer: int) -> Slot:
+        self.given.append(super().acquire(layer))
+        return self.given[-1]
+
+
+@contextmanager
+def _slotted(
+    ffns: dict[int, Ffn], layers_there: tuple[int, ...] = LAYERS
+) -> Iterator[tuple[SlottedLeases, list[Slot]]]:
+    """Leases on ``LAYERS``, and the slots given so far."""
+    streamer = RecordingHousekeeper(
+        {layer: torch.ones(ffns[layer].num_bytes, dtype=torch.uint8) for layer in layers_there}
+    )
+    leases = SlottedLeases(ffns, streamer)
+    leases.start()
+    yield leases, streamer.given
+    leases.close()
+
+
+@pytest.fixture
+def ffns() -> dict[int, Ffn]:
+    blocks = blocks_of(make_model("llama", 5))
+    return {layer: find_ffn(blocks[layer]) for layer in LAYERS}
+
+
+def test_a_lease_binds_the_slot(ffns: dict[int, Ffn]) -> None:
+    with _slotted(ffns) as (leases, given):
+        for layer in LAYERS * 2:
+            assert leases.acquire(layer) == ffns[layer].forward
+            weight = ffns[layer].spans[0].linear.get_parameter("weight")
+            assert weight.data_ptr() == given[-1].buffer.data_ptr()
+            leases.check_integrity()
+            leases.release(layer)
+        assert len({slot.index for slot in given}) == 1
+        assert leases.stats().streamed_bytes >= 4 * ffns[3].num_bytes
+
+
+def test_integrity_compares_lease_and_slot(ffns: dict[int, Ffn]) -> None:
+    with _slotted(ffns) as (leases, given):
+        leases.acquire(1)
+        leases.check_integrity()
+        given[0].layer = 3
+        with pytest.raises(PoolError, match="layer 1 is leased, but slot 0 holds layer 3"):
+            leases.check_integrity()
+
+
+def test_failure_of_the_housekeeper_reaches_the_lease(ffns: dict[int, Ffn]) -> None:
+    with _slotted(ffns, layers_there=(1,)) as (leases, _):
+        leases.acquire(1)
+        leases.release(1)
+        with pytest.raises(PoolError, match="layer 3 was not streamed") as caught:
+            leases.acquire(3)
+        assert isinstance(caught.value.__cause__, KeyError)
