@@ -20,7 +20,7 @@ H200 = ROOT / "src" / "elbowroom" / "core" / "clusters" / "h200-8.toml"
 MODEL = ROOT / "tests" / "data" / "models" / "Qwen3-32B"
 
 INK, PAPER, LINE = "#1d2a2f", "#ffffff", "#6b7b80"
-KEPT, SHARED, SLOTS, CACHE, OTHER = "#c9d1d3", "#2f7f86", "#e0a63a", "#a9d8b8", "#e6eaeb"
+KEPT, SHARED, SLOTS, CACHE, OTHER = "#c9d1d3", "#7fbcc2", "#e0a63a", "#a9d8b8", "#e6eaeb"
 
 
 class Picture:
@@ -166,7 +166,7 @@ def chain(
 def architecture() -> None:
     """Who imports whom: the three kinds of code."""
     picture = Picture(860, 372, "Packages and who imports whom")
-    for y, title in ((20, "surfaces"), (140, "mechanisms"), (260, "facts, plans, decisions")):
+    for y, title in ((20, "surfaces"), (140, "mechanisms"), (260, "facts, decisions")):
         picture.text(20, y + 38, title, anchor="start", bold=True)
 
     def package(x: float, y: float, fill: str, name: str, about: str, width: float = 124) -> None:
@@ -196,8 +196,8 @@ def architecture() -> None:
     picture.arrow((314, 170), (350, 170))
     picture.arrow((510, 170), (474, 170))
     for x, name, about in (
-        (190, "planning.pool", "layouts"),
-        (350, "planning.pipeline", "stages"),
+        (190, "planning", "pool: layouts"),
+        (350, "planning", "pipeline: stages"),
         (510, "plans", "frozen data"),
         (670, "core", "models, clusters"),
     ):
@@ -229,7 +229,7 @@ def row() -> None:
             ("jobs/journal.py", "safe within a second"),
             ("results.jsonl", "in input order, verified"),
         ],
-        [OTHER, CACHE, CACHE, CACHE, SHARED_LIGHT, SLOTS, CACHE, OTHER],
+        [OTHER, CACHE, CACHE, CACHE, SHARED, SLOTS, CACHE, OTHER],
     )
 
 
@@ -275,24 +275,28 @@ def minibatch() -> None:
 
 def plan() -> None:
     """The way of a plan: facts, decisions, data, and who uses it."""
-    chain(
-        "plan",
-        "The way of a plan",
-        [
-            ("model", "config.json, headers"),
-            ("cluster", "TOML, or measured"),
-            ("job", "lengths of rows"),
-            ("planning/pool/search.py", "layouts, memory, time"),
-            ("plan.json", "frozen data"),
-            ("run --plan", "carries it out"),
-            ("report.json", "prediction and outcome"),
-            ("plan --calibrate", "scales predictions"),
-        ],
-        [KEPT, KEPT, KEPT, CACHE, OTHER, SLOTS, OTHER, CACHE],
-    )
-
-
-SHARED_LIGHT = "#9cc9cd"
+    picture = Picture(860, 292, "The way of a plan")
+    left, search, made, right = 20, 230, 440, 650
+    for x, y, fill, *lines in (
+        (left, 20, KEPT, "model", "config.json, headers"),
+        (left, 100, KEPT, "cluster", "TOML, or measured"),
+        (left, 180, KEPT, "job", "lengths of rows"),
+        (search, 100, CACHE, "planning", "layouts, memory, time"),
+        (made, 100, OTHER, "plan.json", "frozen data"),
+        (right, 20, SLOTS, "run --plan", "carries it out"),
+        (right, 100, OTHER, "report.json", "prediction, outcome"),
+        (right, 180, CACHE, "simulate --plan", "times and a trace"),
+    ):
+        picture.box(x, y, 170, 64, fill, *lines)
+    for y in (52, 212):
+        picture.arrow((190, y), (210, y), (210, 132), (search, 132))
+        picture.arrow((610, 132), (630, 132), (630, y), (right, y))
+    picture.arrow((190, 132), (search, 132))
+    picture.arrow((400, 132), (made, 132))
+    picture.arrow((735, 84), (735, 100))
+    picture.arrow((820, 132), (840, 132), (840, 266), (315, 266), (315, 164), dashed=True)
+    picture.text(577, 284, "plan --calibrate: later predictions are scaled to the outcome")
+    picture.save("plan")
 
 
 def main() -> None:
