@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from elbowroom.app.plan import PlanSettings
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.units import MIB
 from elbowroom.jobs.journal import JournalReader, journal_folder
 from elbowroom.plans.pool import RunPlan, write_run_plan
