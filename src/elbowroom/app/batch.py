@@ -31,7 +31,8 @@ from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import engine_version, job_identity
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import FinishedRow, OnCommit
+from elbowroom.jobs.journal import OnCommit
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
