@@ -10,21 +10,15 @@ from typing import Any
 import pytest
 
 from elbowroom.app.machine import ENGINE_BYTES
-from elbowroom.app.plan import PlanSettings, model_facts, plan_job, run_plan
+from elbowroom.app.plan import model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster
 from elbowroom.core.model import read_model
 from elbowroom.core.workload import parse_lengths
-from elbowroom.planning.pool.search import (
-    LEAST_TOKENS,
-    MOST_ROWS,
-    EngineLimits,
-    evaluate,
-    fill_in,
-    layout_budget,
-    replica_limits,
-)
+from elbowroom.planning.pool.layouts import EngineLimits, layout_budget, replica_limits
+from elbowroom.planning.pool.search import LEAST_TOKENS, MOST_ROWS, evaluate, fill_in
 from elbowroom.plans.pool import Layout, RunPlan, read_any_plan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, H200, MODELS

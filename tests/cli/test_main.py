@@ -15,7 +15,8 @@ from elbowroom.app import batch
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
 from elbowroom.jobs.batch_file import BatchFile, Row
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.results import publish, response_line
 from elbowroom.jobs.runner import JobOptions
 from tests.jobs.plans import write_batch

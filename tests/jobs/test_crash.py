@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from elbowroom.core.errors import InputError
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.journal_reader import JournalReader
 from tests.jobs.plans import write_batch
 
 pytestmark = pytest.mark.timeout(1800)  # a hundred processes

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from elbowroom.core.errors import InputError, JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.units import MIB
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.journal_reader import JournalReader
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
 from elbowroom.pool import run_dir as run_dir_module

@@ -18,14 +18,8 @@ from rich.console import Console
 
 from elbowroom.app.hub import find_model
 from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
-from elbowroom.app.plan import (
-    Planned,
-    PlanSettings,
-    check_possible,
-    model_facts,
-    plan_job,
-    run_plan,
-)
+from elbowroom.app.plan import Planned, check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.predict import Predictor
 from elbowroom.core import host
@@ -37,13 +31,15 @@ from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import engine_version, job_identity
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import FinishedRow, OnCommit
+from elbowroom.jobs.journal import OnCommit
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import JobFiles, JobOptions, PredictActual, StopRequest, run_job
+from elbowroom.planning.pool.layouts import engine_limits, replica_limits
 from elbowroom.planning.pool.memory import check_fits, longest_row
-from elbowroom.planning.pool.search import Candidate, engine_limits, replica_limits
+from elbowroom.planning.pool.search import Candidate
 from elbowroom.plans.pool import RunPlan
 
 PREDICTION_ROWS = 1000

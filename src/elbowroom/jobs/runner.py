@@ -22,7 +22,8 @@ from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
 from elbowroom.jobs.dispatcher import Dispatcher, TokenUsage, token_usage
 from elbowroom.jobs.group import ReplicaGroup
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import FinishedRow, Journal, OnCommit, journal_folder
+from elbowroom.jobs.journal import Journal, OnCommit
+from elbowroom.jobs.journal_reader import FinishedRow, journal_folder
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import JobSnapshot, ProgressView, ReplicaStats
