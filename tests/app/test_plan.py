@@ -13,6 +13,7 @@ from elbowroom.app.plan import read_run_plan
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import Row
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.prompts import prompt_bytes
@@ -89,8 +90,8 @@ def test_run_takes_a_plan(
     assert plan(*flags, "--pool", "mapped", "--seed", "3", "--json", str(path)) == 0
     seen: list[RunPlan] = []
 
-    async def run_job(plan: RunPlan, *_: object) -> None:
-        seen.append(plan)
+    async def run_job(job: Job) -> None:
+        seen.append(job.plan)
         raise InputError("seen")
 
     monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)

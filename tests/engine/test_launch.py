@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from elbowroom.engine import launch
 from elbowroom.engine.launch import replica_environment, start_replica
 from elbowroom.engine.vllm_seam import ENVIRONMENT
+from elbowroom.engine.wire import Failed
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ facts = {
 }
 print("to the log")
 print("errors too", file=sys.stderr)
-data = json.dumps(facts).encode()
+data = json.dumps({"type": "Failed", "error": json.dumps(facts)}).encode()
 sock.sendall(struct.pack("<I", len(data)) + data)
 sock.recv(1)
 os.sched_getaffinity(0)
@@ -88,9 +90,10 @@ def test_a_started_process(tmp_path: Path, libraries: Path) -> None:
         with (tmp_path / "log").open("wb") as log:
             command = [sys.executable, "-c", _TELL]
             replica = await start_replica(4, [core], log, command)
-        facts = await replica.channel.receive()
-        assert replica.rank == 4
-        assert facts == {"cores": [core], "leads_group": True, "stdin": ""}
+        told = await replica.channel.receive()
+        assert replica.replica == 4
+        assert isinstance(told, Failed)
+        assert json.loads(told.error) == {"cores": [core], "leads_group": True, "stdin": ""}
         replica.channel.close()
         assert await asyncio.wait_for(replica.process.wait(), 10) == 0, "the end is not seen"
 
