@@ -13,10 +13,11 @@ import pytest
 from elbowroom.app import batch
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
-from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.job import Job, JobOptions
 from elbowroom.jobs.journal import FinishedRow, Journal
 from elbowroom.jobs.results import publish, response_line
+from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
 

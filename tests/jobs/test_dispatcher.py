@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
 from elbowroom.jobs.dispatcher import (
     Dispatcher,
     Intake,
@@ -18,6 +17,7 @@ from elbowroom.jobs.dispatcher import (
     TokenUsage,
     token_usage,
 )
+from elbowroom.jobs.rows import RejectedRow, Row
 
 
 def _row(index: int = 0, **body: Any) -> Row:

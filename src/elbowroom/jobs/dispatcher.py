@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
-from elbowroom.jobs.prompts import BYTES_PER_TOKEN, output_limit, prompt_bytes
+from elbowroom.jobs.rows import BYTES_PER_TOKEN, RejectedRow, Row
 
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
 _SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
@@ -38,16 +37,16 @@ class RowEstimator:
 
         Before any row has finished, a row is believed to use all the output it asks for.
         """
-        limit = output_limit(row)
+        limit = row.output_limit
         guess = self._output_tokens + self._deviation
         if self._num_learned == 0:
             guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
-        return int(prompt_bytes(row) / self._bytes_per_token + min(guess, limit)) + 1
+        return int(row.prompt_bytes / self._bytes_per_token + min(guess, limit)) + 1
 
     def learn(self, row: Row, usage: TokenUsage) -> None:
         self._num_learned += 1
         rate = max(_SLOWEST_LEARNING_RATE, 1 / self._num_learned)
-        ratio = prompt_bytes(row) / max(1, usage.prompt_tokens)
+        ratio = row.prompt_bytes / max(1, usage.prompt_tokens)
         error = usage.output_tokens - self._output_tokens
         self._bytes_per_token += rate * (max(0.25, ratio) - self._bytes_per_token)
         self._output_tokens += rate * error

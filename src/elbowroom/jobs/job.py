@@ -13,7 +13,7 @@ from rich.console import Console
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal import OnCommit, journal_folder
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.prompts import BYTES_PER_TOKEN
+from elbowroom.jobs.rows import BYTES_PER_TOKEN
 from elbowroom.plans.pool import Prediction, RunPlan
 
 Order = Literal["auto", "input"]

@@ -7,12 +7,13 @@ import time
 from collections.abc import Iterator, Sequence
 
 from elbowroom.engine.wire import RowAnswer
-from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.dispatcher import TokenUsage
 from elbowroom.jobs.journal import FinishedRow, Journal
 from elbowroom.jobs.progress import JobSnapshot, ReplicaStats
 from elbowroom.jobs.report import JobReport, ReplicaReport
 from elbowroom.jobs.results import error_line, response_line
+from elbowroom.jobs.rows import RejectedRow, Row
 from elbowroom.plans.pool import RunPlan
 
 

@@ -12,7 +12,7 @@ from itertools import chain
 from elbowroom.core.errors import JobStoppedError, OutputError, optional
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import RowAnswer, RowFailure, RowRequest
-from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.dispatcher import Dispatcher, token_usage
 from elbowroom.jobs.fleet import Answered, Fleet, FleetEvent, Joined, Lost, Replica, new_replicas
 from elbowroom.jobs.group import ReplicaGroup
@@ -23,6 +23,7 @@ from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import ProgressView
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import publish, request_id
+from elbowroom.jobs.rows import RejectedRow, Row
 from elbowroom.pool.run_dir import run_directory
 
 TICK_SECONDS = 0.25
