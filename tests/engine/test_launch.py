@@ -89,13 +89,13 @@ def test_a_started_process(tmp_path: Path, libraries: Path) -> None:
     async def start() -> None:
         with (tmp_path / "log").open("wb") as log:
             command = [sys.executable, "-c", _TELL]
-            replica = await start_replica(4, [core], log, command)
-        told = await replica.channel.receive()
-        assert replica.replica == 4
+            started = await start_replica(4, [core], log, command)
+        told = await started.channel.receive()
+        assert started.replica == 4
         assert isinstance(told, Failed)
         assert json.loads(told.error) == {"cores": [core], "leads_group": True, "stdin": ""}
-        replica.channel.close()
-        assert await asyncio.wait_for(replica.process.wait(), 10) == 0, "the end is not seen"
+        started.channel.close()
+        assert await asyncio.wait_for(started.process.wait(), 10) == 0, "the end is not seen"
 
     asyncio.run(start())
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["errors too", "to the log"]
@@ -104,10 +104,10 @@ def test_a_started_process(tmp_path: Path, libraries: Path) -> None:
 def test_the_end_of_a_process_is_seen_at_once(tmp_path: Path) -> None:
     async def start() -> None:
         with (tmp_path / "log").open("wb") as log:
-            replica = await start_replica(0, [], log, [sys.executable, "-c", "pass"])
-        assert await asyncio.wait_for(replica.channel.receive(), 10) is None
-        replica.channel.close()
-        await replica.process.wait()
+            started = await start_replica(0, [], log, [sys.executable, "-c", "pass"])
+        assert await asyncio.wait_for(started.channel.receive(), 10) is None
+        started.channel.close()
+        await started.process.wait()
 
     asyncio.run(start())
 
