@@ -18,7 +18,7 @@ _MAX_SHOWN_CHARS = 80
 
 
 class MessageError(ValueError):
-    """What came is no message of this version. The text says what differs."""
+    """Received data that is no message of this version. The text says what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A replica takes rows from now on. Resident bytes are weights and slots, measured."""
+    """Announcement of a replica that takes rows. Resident bytes are weights and slots, measured."""
 
     num_kv_tokens: int
     resident_bytes: int
@@ -58,7 +58,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class RowAnswer:
-    """What the engine answered to a row, well or with an HTTP error."""
+    """Answer of the engine to a row: a result, or an HTTP error."""
 
     id: int
     status: int
@@ -67,7 +67,7 @@ class RowAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RowFailure:
-    """A row that broke a limit of ours, which only the replica could tell."""
+    """Failure of a row that broke one of our limits, which only the replica could tell."""
 
     id: int
     code: str
@@ -98,7 +98,7 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Why a replica ends although nobody told it to."""
+    """Reason why a replica ends without having been told to."""
 
     error: str
 
@@ -138,7 +138,7 @@ class Channel:
             await self._writer.drain()
 
     async def receive(self) -> Message | None:
-        """The next message, or None when the peer is gone. Raises MessageError."""
+        """Receive the next message; None when the peer is gone. Raises MessageError."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             data = await self._reader.readexactly(length)
@@ -151,14 +151,14 @@ class Channel:
 
 
 def encode(message: Message) -> bytes:
-    """A message as JSON: its fields, and the name of its class as ``type``."""
+    """Encode a message as JSON: its fields, and the name of its class as ``type``."""
     data = {"type": type(message).__name__, **_plain(message)}
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=_plain)
     return text.encode("utf-8", "surrogatepass")  # half of a pair may stand in an answer
 
 
 def decode(data: bytes) -> Message:
-    """The message that ``encode`` wrote. Raises MessageError for anything else."""
+    """Decode what ``encode`` wrote. Raises MessageError for anything else."""
     try:
         loaded = json.loads(data.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError) as error:
@@ -171,13 +171,14 @@ def decode(data: bytes) -> Message:
 
 
 def _plain(value: Any) -> dict[str, Any]:
-    """One level of what is no JSON by itself; ``json`` asks again for what is inside."""
+    """JSON form of a plan, or fields of a message; ``json`` asks again for values inside."""
     if isinstance(value, RunPlan):
         return value.to_json()
     return {field.name: getattr(value, field.name) for field in fields(value)}
 
 
 def _build(cls: type[Any], data: Any) -> Any:
+    """Build a dataclass from exactly its fields. Raises MessageError."""
     expected = _FIELDS[cls]
     if not isinstance(data, dict) or data.keys() != expected.keys():
         raise MessageError(f"{cls.__name__} has {', '.join(expected)}, not {_shown(data)}")
@@ -187,7 +188,7 @@ def _build(cls: type[Any], data: Any) -> Any:
 
 
 def _value(place: str, kind: Any, value: Any) -> Any:
-    """The value of a field, whose type is ``kind``."""
+    """Check the value of a field of type ``kind``, and build what it stands for."""
     if kind is Any:
         return value
     if kind is RunPlan:

@@ -22,21 +22,21 @@ _POLL_SECONDS = 0.25
 
 
 class Joined(NamedTuple):
-    """A replica has started, for the first time or again, and takes rows."""
+    """Event: a replica has started, for the first time or again, and takes rows."""
 
     replica: int
     num_kv_tokens: int
 
 
 class Answered(NamedTuple):
-    """A replica is done with a row."""
+    """Event: a replica has answered a row, or failed it."""
 
     replica: int
     answer: RowAnswer | RowFailure
 
 
 class Lost(NamedTuple):
-    """A replica has died. ``Fleet.bury`` decides whether it is started again."""
+    """Event: a replica has died. ``Fleet.bury`` decides whether it is started again."""
 
     replica: int
     reason: str
@@ -46,7 +46,7 @@ FleetEvent = Joined | Answered | Lost
 
 
 class Fate(NamedTuple):
-    """What becomes of a replica that died, and whether the job can go on."""
+    """Decision about a replica that died, and whether it ends the job."""
 
     text: str
     ends_job: bool
@@ -96,7 +96,7 @@ class Replica:
         return None
 
     def died(self, among_suspects: bool, num_killers: int) -> float | None:
-        """Seconds until it is to be started again; None when it is given up.
+        """Record a death. Returns seconds until the next start; None when the replica is given up.
 
         ``num_killers`` of its rows were found to kill: the deaths that made them suspects are
         excused.
@@ -111,6 +111,7 @@ class Replica:
         return delay
 
     def restarts(self) -> None:
+        """Record that the replica is started again now."""
         self.restart_at = None
         self._num_restarts += 1
         self.stats = replace(self.stats, state="starting")
@@ -165,7 +166,7 @@ class Fleet:
 
     @property
     def is_starting(self) -> bool:
-        """A replica has yet to become ready for the first time, and may."""
+        """Whether a replica that is not given up has yet to become ready for the first time."""
         return any(not replica.was_ready and not replica.is_lost for replica in self._replicas)
 
     @property
@@ -198,7 +199,11 @@ class Fleet:
         return Lost(replica.number, message.reason)
 
     def bury(self, lost: Lost, among_suspects: bool, num_killers: int) -> Fate:
-        """Decide about a replica that died among suspects or not, and what rows killed it."""
+        """Decide whether a replica that died is started again.
+
+        ``num_killers`` of its rows were found to kill; ``among_suspects`` it held only rows that
+        may have killed before.
+        """
         replica = self._replicas[lost.replica]
         what = f"replica {lost.replica} {lost.reason}"
         delay = replica.died(among_suspects, num_killers)
@@ -233,7 +238,7 @@ class Fleet:
                 self._replicas[event.replica].hear(event.message)
 
     def memory_warnings(self) -> Iterator[str]:
-        """What to say of replicas that hold more or less than their memory budget says."""
+        """Warnings about replicas that hold more or less than their memory budget says."""
         budget = self._plan.budget
         expected = budget.weight_bytes + budget.slot_bytes
         for replica in self._replicas:

@@ -36,14 +36,14 @@ _POLL_SECONDS = 0.05
 
 
 class Died(NamedTuple):
-    """A replica has ended that was not told to. ``reason`` ends with the last lines of its log."""
+    """End of a replica that was not told to. ``reason`` ends with the last lines of its log."""
 
     reason: str
     was_killed: bool
 
 
 class Event(NamedTuple):
-    """What a replica says, or its death."""
+    """Message from a replica, or its death."""
 
     replica: int
     message: Ready | RowAnswer | RowFailure | Stats | Stopped | Died

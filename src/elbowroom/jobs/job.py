@@ -1,4 +1,4 @@
-"""What a batch job is told before it starts: plan, files, options, and whom it listens to."""
+"""Description of a batch job: its plan, files and options, and who can follow or stop it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from elbowroom.plans.pool import Prediction, RunPlan
 Order = Literal["auto", "input"]
 
 PredictActual = Callable[[int, int], Prediction | None]
-"""From prompt and output tokens of a whole job."""
+"""Prediction from the numbers of prompt and output tokens of a whole job."""
 
 
 @dataclass(frozen=True)
 class JobFiles:
-    """Where a job reads and writes. Logs of replicas go to the journal's folder unless named."""
+    """Files that a job reads and writes. Logs go to the journal's folder unless named."""
 
     input: BatchInput | Path
     output: Path
@@ -39,7 +39,7 @@ class JobFiles:
 
 @dataclass(frozen=True)
 class JobOptions:
-    """How a job goes about its rows. ``restart`` drops what earlier runs have finished.
+    """Options for working through the rows. ``restart`` drops what earlier runs have finished.
 
     ``bytes_per_token`` is what prompts are believed to have before any has finished: with a good
     guess, replicas are as full as they can be from the start.

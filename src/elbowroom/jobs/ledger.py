@@ -1,4 +1,4 @@
-"""What one run of a job writes down: finished rows, notes for ``status``, the report."""
+"""Records of one run of a job: finished rows, notes for ``status``, the report."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from elbowroom.plans.pool import RunPlan
 
 
 class Ledger:
-    """Keeps the journal of one run, and the times at which the run began, was ready, was done.
+    """Keeper of one run's journal, and of when the run began, was ready and was done.
 
     Totals are those of the whole job, earlier runs included. Rows are safe after ``commit``.
     """
 
     def __init__(self, journal: Journal, batch: BatchFile) -> None:
-        """A run begins now, on a journal that has admitted ``batch``."""
+        """Begin a run now, on a journal that has admitted ``batch``."""
         self._journal = journal
         self._batch = batch
         self._before = journal.totals
@@ -67,11 +67,11 @@ class Ledger:
         self._journal.commit()
 
     def ready(self) -> None:
-        """Replicas answer rows from now on."""
+        """Note that replicas answer rows from now on."""
         self._ready_at = time.monotonic()
 
     def done(self) -> None:
-        """The last row was answered now."""
+        """Note that the last row was answered now, and make all rows safe."""
         self._done_at = time.monotonic()
         self._journal.commit()
 
@@ -87,7 +87,7 @@ class Ledger:
         )
 
     def how_far(self) -> str:
-        """How many rows are finished, for the message of a job that stops."""
+        """Text about how many rows are finished, for the message of a job that stops."""
         self._journal.commit()
         return (
             f"{self._journal.totals.num_finished} of {self._batch.num_rows} rows are finished and "

@@ -89,7 +89,7 @@ class RejectedRow:
 
 
 def is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    """Whether it is a list that begins with such a value, which is all that is looked at."""
+    """Whether a value is a list whose first item is a ``kind``; others are not looked at."""
     return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
 
 

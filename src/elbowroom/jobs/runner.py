@@ -75,7 +75,7 @@ def _scan(batch: BatchFile, order: Order) -> Iterable[int]:
 
 
 def _look_back(job: Job, report: JobReport) -> JobReport:
-    """The report with a prediction for the tokens that came, if the job has one."""
+    """Add a prediction for the tokens that occurred, if the job can predict."""
     if job.predict_actual is not None:
         with optional("prediction for the tokens that came", job.say):
             told = job.predict_actual(report.prompt_tokens, report.output_tokens)
