@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 NUM_ROWS = 3000
 NUM_KILLS = int(os.environ.get("ELBOWROOM_STUB_KILLS", "8"))
 NUM_REPLICAS = 2
-OPTIONS = ("--latency", "0.004", "--core", "--no-rank")
+OPTIONS = ("--latency", "0.004", "--core", "--anonymous")
 
 
 class CrashJob:

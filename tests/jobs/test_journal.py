@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.journal_reader import FinishedRow, JournalReader, journal_folder
+from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 
 ROOT = Path(__file__).parents[2]

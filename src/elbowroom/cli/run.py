@@ -28,8 +28,8 @@ from elbowroom.core.errors import (
     InputError,
     optional,
 )
+from elbowroom.jobs.job import JobOptions, StopRequest
 from elbowroom.jobs.report import print_summary
-from elbowroom.jobs.runner import JobOptions, StopRequest
 from elbowroom.plans.pool import RunPlan
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,49 +14,12 @@ import numpy as np
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.inputs import BatchInput, explained
 from elbowroom.jobs.limits import RowLimits, violation
-from elbowroom.jobs.strict_json import (
-    RejectionError,
-    load_json,
-    reject,
-    shown,
-)
+from elbowroom.jobs.rows import CHAT, COMPLETIONS, EMBEDDINGS, RejectedRow, Row
+from elbowroom.jobs.strict_json import RejectionError, load_json, reject, shown
 
-SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
+SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
 
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
-
-    ``content_hash`` is 64 bits of BLAKE2b over the line without its end.
-    """
-
-    index: int
-    line_number: int
-    custom_id: str
-    url: str
-    body: dict[str, Any]
-    content_hash: int
-    source: BatchInput | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def place(self) -> str:
-        """Location of the line, for messages."""
-        number = self.line_number
-        return f"line {number}" if self.source is None else self.source.place(number)
-
-
-@dataclass(frozen=True, slots=True)
-class RejectedRow:
-    """A line that is sent to no engine, and why."""
-
-    index: int
-    line_number: int
-    custom_id: str
-    code: str
-    message: str
 
 
 class _Line(NamedTuple):
@@ -67,7 +29,7 @@ class _Line(NamedTuple):
     content_hash: int
 
 
-Visitor = Callable[["Row | RejectedRow"], None]
+Visitor = Callable[[Row | RejectedRow], None]
 """Callback for every row in turn. Repeated ids and made-up ids are not known yet at that time."""
 
 
