@@ -98,7 +98,7 @@ def options_of(parser: ArgumentParser) -> set[str]:
 
 def test_options_are_real() -> None:
     """Also those of tables and running text."""
-    from elbowroom.pipeline.__main__ import _parser as pipeline_parser
+    from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
 
     known = options_of(cli_parser()) | options_of(pipeline_parser()) | OF_OTHERS
     for page in PAGES:

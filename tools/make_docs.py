@@ -190,7 +190,7 @@ def presets() -> str:
 
 
 def cli_parser() -> argparse.ArgumentParser:
-    return command_line._parser()
+    return command_line.build_parser()
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -139,7 +139,6 @@ def run_plan(
     names = (*settings.served_model_names, model.name, str(settings.model))
     hosts = sorted(settings.limits.allowed_url_hosts)
     extra = (
-        *(("--kv-cache-dtype", model.kv_dtype) if model.kv_dtype else ()),
         *(("--allowed-media-domains", *hosts) if hosts else ()),
         *settings.vllm_options,
     )
@@ -161,6 +160,7 @@ def run_plan(
             served_model_names=tuple(dict.fromkeys(names)),
             seed=settings.seed,
             prefix_caching=settings.prefix_caching,
+            kv_dtype=model.kv_dtype,
             extra=extra,
         ),
         layout=layout,

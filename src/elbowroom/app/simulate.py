@@ -114,9 +114,8 @@ def _iterate(cost: CostModel, shares: Sequence[PoolShare], batch: Batch, ships: 
 
 
 def _model(plan: RunPlan) -> ModelFacts:
-    extra = plan.engine.extra
-    kv_dtype = extra[extra.index("--kv-cache-dtype") + 1] if "--kv-cache-dtype" in extra else None
-    return replace(read_model(Path(plan.model_dir), plan.engine.dtype), kv_dtype=kv_dtype)
+    facts = read_model(Path(plan.model_dir), plan.engine.dtype)
+    return replace(facts, kv_dtype=plan.engine.kv_dtype)
 
 
 def _planned_for(plan: RunPlan) -> str:

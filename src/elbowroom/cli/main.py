@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``elbowroom``. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    args = _parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
+    args = build_parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
     console = Console(stderr=True)
     command: Callable[[argparse.Namespace, Console], int] = args.command
     try:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_RESUMABLE
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="elbowroom",
         description=_ABOUT,

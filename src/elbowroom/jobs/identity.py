@@ -24,6 +24,7 @@ def job_identity(model_dir: Path, engine: EngineOptions) -> dict[str, str]:
         "model": _files_digest(model_dir),
         "engine": engine_version(),
         "dtype": engine.dtype,
+        "KV cache dtype": engine.kv_dtype or "as computed",
         "seed": str(engine.seed),
         "vLLM options": " ".join(engine.extra) or "none",
     }

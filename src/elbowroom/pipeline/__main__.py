@@ -29,7 +29,7 @@ _AUTOCAST = dict(zip(AUTOCAST, (torch.bfloat16,), strict=True))
 
 
 def main() -> int:
-    args = _parser().parse_args()
+    args = build_parser().parse_args()
     if "WORLD_SIZE" not in os.environ:
         print("error: start it with torchrun --nproc-per-node N -m elbowroom.pipeline", flush=True)
         return 2
@@ -41,7 +41,7 @@ def main() -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbowroom.pipeline", description=__doc__)
     add_run_flags(parser)
     return parser

@@ -19,6 +19,7 @@ FetchOrder = Literal["peak-shift", "sliced", "in-order"]
 
 POOL_MODES: tuple[PoolMode, ...] = get_args(PoolMode)
 FETCH_ORDERS: tuple[FetchOrder, ...] = get_args(FetchOrder)
+_FORMAT, _VERSION = "elbowroom run plan", 1
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ class EngineOptions:
     max_num_batched_tokens: int
     served_model_names: tuple[str, ...]
     seed: int = 0
-    enforce_eager: bool = True
     prefix_caching: bool = True
-    runner: str = "auto"
+    kv_dtype: str | None = None
     extra: tuple[str, ...] = ()
 
 
@@ -214,7 +214,8 @@ class RunPlan:
         return replace(self, shares=shares)
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "shares": [share.to_json() for share in self.shares]}
+        shares = [share.to_json() for share in self.shares]
+        return {"format": _FORMAT, "version": _VERSION, **asdict(self), "shares": shares}
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> RunPlan:
@@ -222,6 +223,10 @@ class RunPlan:
 
         Raises KeyError, TypeError or ValueError for what ``to_json`` never writes.
         """
+        if data.get("format") != _FORMAT:
+            raise ValueError(f"its \"format\" must be '{_FORMAT}'")
+        if data.get("version") != _VERSION:
+            raise ValueError(f"it has version {data.get('version')!r}, and this is for {_VERSION}")
         engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],

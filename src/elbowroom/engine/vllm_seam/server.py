@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import httpx
 import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.api_server import build_app, init_app_state
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -18,11 +19,6 @@ from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
 from elbowroom.plans.pool import RunPlan
-
-try:  # vLLM 0.31 and newer
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # vLLM 0.24
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
 
 _WORKER_EXTENSION = "elbowroom.engine.vllm_seam.worker.PoolWorkerExtension"
 
@@ -168,8 +164,8 @@ def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
         # By default it is a hash over all settings, which differ from replica to replica.
         *("--fingerprint-mode", "custom", "--fingerprint-value", f"vllm-{vllm.__version__}"),
         "--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching",
+        *(("--kv-cache-dtype", engine.kv_dtype) if engine.kv_dtype else ()),
         "--disable-uvicorn-access-log",
+        "--enforce-eager",  # a compiled engine would start half a minute later
     ]
-    if engine.enforce_eager:
-        arguments.append("--enforce-eager")
     return arguments + list(engine.extra)
