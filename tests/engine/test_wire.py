@@ -9,6 +9,7 @@ import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -131,12 +132,15 @@ def test_what_is_no_message_is_refused(data: bytes, words: str) -> None:
         (_json(MESSAGES[1], id=None), "RowRequest.id is int, not None"),
         (_json(MESSAGES[1], id=1.5), "RowRequest.id is int, not 1.5"),
         (_json(MESSAGES[1], body=[]), "RowRequest.body is dict, not"),
-        (_json(MESSAGES[1], max_seconds="1"), "RowRequest.max_seconds is .*, not '1'"),
+        (
+            _json(MESSAGES[1], max_seconds="1"),
+            "RowRequest.max_seconds is float or .*, not '1'",
+        ),
         (_json(Failed(""), error=["x" * 1000]), r"Failed.error is str, not \['x{78}\.\.\.$"),
         (_json(STATS, pool={"owned_bytes": 1}), "PoolStats has owned_bytes, .*, not"),
         (_json(Stopped(STATS), stats=None), "Stats has num_requests_running, .*, not None"),
-        (_json(MESSAGES[0], plan={"model_dir": "x"}), "Start.plan is no plan: KeyError"),
-        (_json(MESSAGES[0], plan=3), "Start.plan is no plan: TypeError"),
+        (_json(MESSAGES[0], plan={"model_dir": "x"}), "Start has a plan, not KeyError"),
+        (_json(MESSAGES[0], plan=3), "Start has a plan, not TypeError"),
     ],
 )
 def test_a_malformed_message_is_refused(data: dict[str, Any], words: str) -> None:
@@ -153,6 +157,11 @@ def test_a_malformed_message_is_refused(data: dict[str, Any], words: str) -> Non
 
     with pytest.raises(MessageError, match=words):
         asyncio.run(exchange())
+
+
+def test_what_is_no_json_is_not_sent() -> None:
+    with pytest.raises(TypeError, match="cannot be part of a message"):
+        encode(RowAnswer(0, 200, {"path": Path("x")}))
 
 
 def test_a_large_message_passes_while_both_ends_work() -> None:

@@ -55,7 +55,7 @@ class Played:
         plan = make_plan(num_replicas, mode)
         self.group: Any = Group()
         self.replicas = new_replicas(plan, max_restarts)
-        self.fleet = Fleet(plan, self.replicas, self.group, max_restarts)
+        self.fleet = Fleet(plan, self.replicas, self.group)
 
     def hears(self, replica: int, message: Any) -> FleetEvent | None:
         self.group.to_say.append(Event(replica, message))

@@ -7,8 +7,8 @@ import json
 import socket
 import struct
 from contextlib import suppress
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, is_dataclass
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from elbowroom.plans.pool import RunPlan
 from elbowroom.pool.stats import PoolStats
@@ -107,8 +107,28 @@ ToReplica = Start | RowRequest | Stop
 FromReplica = Ready | RowAnswer | RowFailure | Stats | Stopped | Failed
 Message = ToReplica | FromReplica
 
+
+class _Field(NamedTuple):
+    """Type of a field, and the JSON types that it takes; none where it is built, or anything."""
+
+    kind: Any
+    accepted: tuple[type, ...]
+
+
+def _fields(cls: type) -> dict[str, _Field]:
+    """Fields of a message, looked up once: there are two messages for every row."""
+    return {name: _Field(kind, _accepted(kind)) for name, kind in get_type_hints(cls).items()}
+
+
+def _accepted(kind: Any) -> tuple[type, ...]:
+    if kind in (Any, RunPlan) or is_dataclass(kind):
+        return ()
+    types = (dict,) if get_origin(kind) is dict else get_args(kind) or (kind,)
+    return (*types, int) if float in types else types  # JSON may have 1 for 1.0
+
+
 _CLASSES: dict[str, type[Message]] = {cls.__name__: cls for cls in get_args(Message)}
-_FIELDS = {cls: get_type_hints(cls) for cls in (*_CLASSES.values(), PoolStats)}
+_FIELDS = {cls: _fields(cls) for cls in (*_CLASSES.values(), PoolStats)}
 
 
 class Channel:
@@ -174,34 +194,32 @@ def _plain(value: Any) -> dict[str, Any]:
     """JSON form of a plan, or fields of a message; ``json`` asks again for values inside."""
     if isinstance(value, RunPlan):
         return value.to_json()
-    return {field.name: getattr(value, field.name) for field in fields(value)}
+    if type(value) not in _FIELDS:
+        raise TypeError(f"{type(value).__name__} cannot be part of a message")
+    return {name: getattr(value, name) for name in _FIELDS[type(value)]}
 
 
 def _build(cls: type[Any], data: Any) -> Any:
     """Build a dataclass from exactly its fields. Raises MessageError."""
-    expected = _FIELDS[cls]
-    if not isinstance(data, dict) or data.keys() != expected.keys():
-        raise MessageError(f"{cls.__name__} has {', '.join(expected)}, not {_shown(data)}")
-    return cls(
-        **{name: _value(f"{cls.__name__}.{name}", expected[name], data[name]) for name in data}
-    )
+    fields = _FIELDS[cls]
+    if not isinstance(data, dict) or data.keys() != fields.keys():
+        raise MessageError(f"{cls.__name__} has {', '.join(fields)}, not {_shown(data)}")
+    for name, (kind, accepted) in fields.items():
+        if kind is RunPlan:
+            data[name] = _plan(data[name])
+        elif accepted and not isinstance(data[name], accepted):
+            wanted = " or ".join(dict.fromkeys(each.__name__ for each in accepted))
+            raise MessageError(f"{cls.__name__}.{name} is {wanted}, not {_shown(data[name])}")
+        elif not accepted and kind is not Any:
+            data[name] = _build(kind, data[name])
+    return cls(**data)
 
 
-def _value(place: str, kind: Any, value: Any) -> Any:
-    """Check the value of a field of type ``kind``, and build what it stands for."""
-    if kind is Any:
-        return value
-    if kind is RunPlan:
-        try:
-            return RunPlan.from_json(value)
-        except (KeyError, TypeError, ValueError) as error:
-            raise MessageError(f"{place} is no plan: {type(error).__name__}: {error}") from error
-    if isinstance(kind, type) and is_dataclass(kind):
-        return _build(kind, value)
-    accepted = (dict,) if get_origin(kind) is dict else get_args(kind) or (kind,)
-    if not isinstance(value, (*accepted, int) if float in accepted else accepted):  # JSON has 1
-        raise MessageError(f"{place} is {getattr(kind, '__name__', kind)}, not {_shown(value)}")
-    return value
+def _plan(data: Any) -> RunPlan:
+    try:
+        return RunPlan.from_json(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise MessageError(f"Start has a plan, not {type(error).__name__}: {error}") from error
 
 
 def _shown(value: object) -> str:

@@ -63,7 +63,7 @@ class Replica:
         self.stats = ReplicaStats(number, "starting")
         self.was_ready = False
         self.restart_at: float | None = None
-        self._policy = policy
+        self.policy = policy
         self._stats_before = self.stats  # of earlier lives
         self._num_restarts = 0
         self._last_ready = Ready(num_kv_tokens=0, resident_bytes=0, start_seconds=0.0)
@@ -87,7 +87,7 @@ class Replica:
                 self.stats = replace(self.stats, state="running")
                 return Joined(self.number, message.num_kv_tokens)
             case RowAnswer() | RowFailure():
-                self._policy.finished_row()
+                self.policy.finished_row()
                 return Answered(self.number, message)
             case Stats():
                 self.stats = self._over_all_lives("running", message)
@@ -102,8 +102,8 @@ class Replica:
         excused.
         """
         for _ in range(num_killers):
-            self._policy.excuse()
-        delay = self._policy.died(among_suspects)
+            self.policy.excuse()
+        delay = self.policy.died(among_suspects)
         state = "lost" if delay is None else "restarting"
         self._stats_before = self.stats
         self.stats = replace(self.stats, state=state, num_running=0, num_waiting=0, kv_usage=0.0)
@@ -156,13 +156,10 @@ def new_replicas(plan: RunPlan, max_restarts: int) -> tuple[Replica, ...]:
 class Fleet:
     """Starts and hears the replicas of a run. Their processes are the group's."""
 
-    def __init__(
-        self, plan: RunPlan, replicas: Sequence[Replica], group: ReplicaGroup, max_restarts: int
-    ) -> None:
+    def __init__(self, plan: RunPlan, replicas: Sequence[Replica], group: ReplicaGroup) -> None:
         self._plan = plan
         self._replicas = replicas
         self._group = group
-        self._max_restarts = max_restarts
 
     @property
     def is_starting(self) -> bool:
@@ -209,7 +206,7 @@ class Fleet:
         delay = replica.died(among_suspects, num_killers)
         if delay is not None:
             return Fate(f"{what}\nit is started again in {delay:.0f} s", ends_job=False)
-        gone = f"{what}\nit died more than {self._max_restarts} times and is given up"
+        gone = f"{what}\nit died more than {replica.policy.max_restarts} times and is given up"
         if not replica.was_ready and self._plan.shares[lost.replica].mode != "none":
             return Fate(f"{gone}: its layers are missing in the pool", ends_job=True)
         if all(other.is_lost for other in self._replicas):

@@ -20,7 +20,7 @@ class RestartPolicy:
     """
 
     def __init__(self, max_restarts: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_restarts = max_restarts
+        self.max_restarts = max_restarts
         self._clock = clock
         self._deaths: deque[float] = deque()
         self._num_in_a_row = 0
@@ -41,6 +41,6 @@ class RestartPolicy:
             self._deaths.append(now)
         while self._deaths and self._deaths[0] <= now - WINDOW_SECONDS:
             self._deaths.popleft()
-        if max(len(self._deaths), self._num_in_a_row) > self._max_restarts:
+        if max(len(self._deaths), self._num_in_a_row) > self.max_restarts:
             return None
         return min(_FIRST_DELAY_SECONDS * 2.0 ** (self._num_in_a_row - 1), _LONGEST_DELAY_SECONDS)

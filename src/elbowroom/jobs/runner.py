@@ -97,7 +97,7 @@ async def _answer(
     place = run_directory(num_bytes=plan.shared_bytes, say=job.say)
     with place as run_dir, job.stop.heard():
         async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
-            fleet = Fleet(plan, replicas, group, options.max_restarts)
+            fleet = Fleet(plan, replicas, group)
             dispatcher = Dispatcher(rows, options.bytes_per_token)
             await _Run(job, fleet, dispatcher, ledger, ProgressView(job.console)).answer()
 
