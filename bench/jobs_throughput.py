@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tests.jobs.plans import make_plan
 
 from elbowroom.jobs.check import check_file
+from elbowroom.jobs.job import Job, JobFiles, JobOptions
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
+from elbowroom.jobs.runner import run_job
 
 LINE_BYTES = 1024
 
@@ -106,7 +106,7 @@ def measure_here(part: str, path: Path) -> None:
         stub = [sys.executable, "-m", "tests.jobs.stub_replica"]
         options = JobOptions(restart=True)
         plan = make_plan(2, max_num_seqs=256)
-        asyncio.run(run_job(plan, files, options, {}, Console(quiet=True), command=stub))
+        asyncio.run(run_job(Job(plan, files, {}, options), stub))
     print(time.perf_counter() - begin, peak_bytes())
 
 

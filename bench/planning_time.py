@@ -25,7 +25,8 @@ from elbowroom.core.workload import parse_lengths
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.planning.pool import modes
 from elbowroom.planning.pool.job import ReplicaLimits, simulate_job
-from elbowroom.planning.pool.search import EngineLimits, choose, policy_of, pool_times
+from elbowroom.planning.pool.layouts import EngineLimits, policy_of, pool_times
+from elbowroom.planning.pool.search import choose
 from elbowroom.plans.pipeline import Level
 from elbowroom.plans.pool import Layout
 

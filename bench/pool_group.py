@@ -28,7 +28,8 @@ from bench.blocks import Block, KeysAndValues, Linear, Pack, Shape
 from elbowroom.engine.vllm_seam.kernels import find_kernel
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.loading import PoolLoader, PoolOptions
+from elbowroom.pool.loading import PoolLoader
+from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import Store

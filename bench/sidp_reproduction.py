@@ -21,8 +21,8 @@ from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import JobOutcome, Policy, ReplicaLimits, simulate_job
+from elbowroom.planning.pool.layouts import EngineLimits, layout_budget, replica_limits
 from elbowroom.planning.pool.modes import PoolTimes
-from elbowroom.planning.pool.search import EngineLimits, layout_budget, replica_limits
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.planning.pool.timeline import link_share, simulate_pool
 from elbowroom.plans.pool import FetchOrder, Layout

@@ -37,8 +37,8 @@ from bench.common import (
 from elbowroom.app.batch import iter_batch
 from elbowroom.app.machine import split_cores
 from elbowroom.engine.vllm_seam.worker import LINK_VARIABLE
+from elbowroom.jobs.job import JobOptions
 from elbowroom.jobs.journal import COMMIT_SECONDS
-from elbowroom.jobs.runner import JobOptions
 from elbowroom.profiling.machine import measure_machine
 
 BYTES_PER_SECOND = 1e9

@@ -28,7 +28,8 @@ JOURNAL = """
 import sys
 from pathlib import Path
 from elbowroom.jobs.batch_file import BatchFile
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.results import publish, response_line
 
 given, output = map(Path, sys.argv[1:])

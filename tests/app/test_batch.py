@@ -10,6 +10,7 @@ import pytest
 
 import elbowroom
 from elbowroom.core.errors import InputError, MemoryPlanError, ReplicaError
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
 from tests.jobs.plans import write_batch
@@ -33,9 +34,9 @@ class Files:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Files:
     files = Files(tmp_path)
 
-    async def run_with_stub(*args: Any) -> JobReport:
+    async def run_with_stub(job: Job) -> JobReport:
         command = [sys.executable, "-m", "tests.jobs.stub_replica", *files.stub]
-        return await run_job(*args, command=command)
+        return await run_job(job, command)
 
     monkeypatch.setattr("elbowroom.app.batch.run_job", run_with_stub)
     monkeypatch.chdir(ROOT)

@@ -5,26 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from elbowroom.app.machine import ENGINE_BYTES
-from elbowroom.app.plan import PlanSettings, model_facts, plan_job, run_plan
+from elbowroom.app.plan import model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster
 from elbowroom.core.model import read_model
 from elbowroom.core.workload import parse_lengths
-from elbowroom.planning.pool.search import (
-    LEAST_TOKENS,
-    MOST_ROWS,
-    EngineLimits,
-    evaluate,
-    fill_in,
-    layout_budget,
-    replica_limits,
-)
+from elbowroom.jobs.job import Job
+from elbowroom.planning.pool.layouts import EngineLimits, layout_budget, replica_limits
+from elbowroom.planning.pool.search import LEAST_TOKENS, MOST_ROWS, evaluate, fill_in
 from elbowroom.plans.pool import Layout, RunPlan, read_any_plan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, H200, MODELS
@@ -45,9 +39,9 @@ class Runs:
         self.plans: list[RunPlan] = []
         self.inputs: list[str] = []
 
-        async def run_job(plan: RunPlan, files: Any, *_: Any) -> Report:
-            self.plans.append(plan)
-            self.inputs.append(files.input.name)
+        async def run_job(job: Job) -> Report:
+            self.plans.append(job.plan)
+            self.inputs.append(job.files.input.name)
             return Report()
 
         monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)

@@ -20,7 +20,8 @@ from elbowroom.app.machine import (
     find_cluster,
     find_machines,
 )
-from elbowroom.app.plan import PlanSettings, model_facts, plan_job
+from elbowroom.app.plan import model_facts, plan_job
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.cluster import read_cluster

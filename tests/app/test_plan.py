@@ -12,10 +12,10 @@ from tools.make_model import make_model
 from elbowroom.app.plan import read_run_plan
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError
-from elbowroom.jobs.batch_file import Row
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.prompts import prompt_bytes
+from elbowroom.jobs.rows import Row
 from elbowroom.plans.pool import RunPlan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, MODELS
@@ -89,8 +89,8 @@ def test_run_takes_a_plan(
     assert plan(*flags, "--pool", "mapped", "--seed", "3", "--json", str(path)) == 0
     seen: list[RunPlan] = []
 
-    async def run_job(plan: RunPlan, *_: object) -> None:
-        seen.append(plan)
+    async def run_job(job: Job) -> None:
+        seen.append(job.plan)
         raise InputError("seen")
 
     monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)
@@ -188,7 +188,7 @@ def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
     assert lengths.workload.output_tokens.tolist() == [ASSUMED_OUTPUT_TOKENS, 7, 7, 7, 16, 1]
     assert lengths.num_unlimited == 1
     assert "without max_tokens" in str(lengths)
-    num_bytes = sum(prompt_bytes(Row(0, 1, "", url, body, 0)) for url, body in rows)
+    num_bytes = sum(Row(0, 1, "", url, body, 0).prompt_bytes for url, body in rows)
     assert lengths.bytes_per_token == num_bytes / (11 + 4 + 2 + 1)
 
 

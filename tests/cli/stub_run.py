@@ -16,8 +16,11 @@ from typing import Any
 from elbowroom.app import batch, machine
 from elbowroom.cli.main import main as elbowroom
 from elbowroom.jobs import runner
+from elbowroom.jobs.dispatcher import Dispatcher
 from elbowroom.jobs.group import ReplicaGroup
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.order import OrderBuilder
+from elbowroom.jobs.report import JobReport
 from elbowroom.pool import run_dir
 from elbowroom.profiling.machine import measure_machine
 
@@ -49,20 +52,20 @@ def hold_up(phase: str) -> list[str]:
     elif phase == "starting":
         start = ReplicaGroup.start
 
-        async def start_and_say(group: ReplicaGroup, rank: int) -> None:
-            await start(group, rank)
+        async def start_and_say(group: ReplicaGroup, replica: int) -> None:
+            await start(group, replica)
             say_there()
 
         ReplicaGroup.start = start_and_say  # type: ignore[method-assign]
         return ["--never-ready"]
     elif phase == "running":
-        is_ready = runner._Job._is_ready
+        join = Dispatcher.join
 
-        def is_ready_and_says(job: Any, replica: Any, message: Any) -> None:
-            is_ready(job, replica, message)
+        def join_and_say(dispatcher: Dispatcher, *args: Any) -> None:
+            join(dispatcher, *args)
             say_there()
 
-        runner._Job._is_ready = is_ready_and_says  # type: ignore[method-assign]
+        Dispatcher.join = join_and_say  # type: ignore[method-assign]
         return ["--latency", str(HOUR)]
     elif phase == "publishing":
         runner.publish = stay
@@ -76,8 +79,8 @@ def main() -> int:
     run_dir.default_root = lambda *_: output.parent
     run_job = runner.run_job
 
-    async def run_with_stub(*args: Any) -> Any:
-        return await run_job(*args, command=stub)
+    async def run_with_stub(job: Job) -> JobReport:
+        return await run_job(job, stub)
 
     batch.run_job = run_with_stub
     return elbowroom(["run", *flags])

@@ -20,6 +20,7 @@ from elbowroom.cli import run
 from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.core.errors import OutputError, PoolError
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.progress import ProgressView
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
@@ -125,8 +126,8 @@ def test_rows_are_answered_all_the_same(
     if num_refused:
         stub += ["--refuses", str(NUM_ROWS)]
 
-    async def run_with_stub(*args: Any) -> JobReport:
-        return await run_job(*args, command=stub)
+    async def run_with_stub(job: Job) -> JobReport:
+        return await run_job(job, stub)
 
     monkeypatch.setattr(batch, "run_job", run_with_stub)
     monkeypatch.chdir(ROOT)

@@ -7,17 +7,18 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from elbowroom.app import batch
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
-from elbowroom.jobs.batch_file import BatchFile, Row
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.job import Job, JobOptions
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.results import publish, response_line
-from elbowroom.jobs.runner import JobOptions
+from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
 
@@ -159,7 +160,7 @@ class Report:
     num_failed = 0
 
 
-Calls = list[tuple[Any, ...]]
+Calls = list[Job]
 
 
 @pytest.fixture
@@ -167,8 +168,8 @@ def calls(command: Command, monkeypatch: pytest.MonkeyPatch) -> Calls:
     """Jobs that would have run."""
     calls: Calls = []
 
-    async def run_job(*args: Any) -> Report:
-        calls.append(args)
+    async def run_job(job: Job) -> Report:
+        calls.append(job)
         return Report()
 
     monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)
@@ -179,7 +180,8 @@ def calls(command: Command, monkeypatch: pytest.MonkeyPatch) -> Calls:
 def test_a_plan_reaches_the_job(command: Command, calls: Calls) -> None:
     """Flags arrive where they belong."""
     assert command.run(replicas="3", pool="streamed", slots="1", seed="7", dtype="float32") == 0
-    plan, files, options, identity, *_ = calls[0]
+    plan, files, identity = calls[0].plan, calls[0].files, calls[0].identity
+    options = calls[0].options
     assert plan.num_replicas == 3
     assert {share.mode for share in plan.shares} == {"streamed"}
     assert {share.num_slots for share in plan.shares} == {1}
@@ -196,7 +198,7 @@ def test_a_plan_reaches_the_job(command: Command, calls: Calls) -> None:
 def test_options_of_the_job_reach_it(command: Command, calls: Calls) -> None:
     flags = {"order": "input", "grace": "1.5", "max_restarts": "0", "max_n": "3"}
     assert command.run(**flags, max_row_seconds="9", allow_url_host="a.example") == 0
-    plan, _, options, *_ = calls[0]
+    plan, options = calls[0].plan, calls[0].options
     assert (options.order, options.grace_seconds, options.max_restarts) == ("input", 1.5, 0)
     assert (options.limits.max_n, options.limits.max_row_seconds) == (3, 9.0)
     assert options.limits.allowed_url_hosts == {"a.example"}
@@ -206,7 +208,7 @@ def test_options_of_the_job_reach_it(command: Command, calls: Calls) -> None:
 def test_what_follows_two_dashes_is_for_vllm(command: Command, calls: Calls) -> None:
     flags = [part for flag in command.flags.items() for part in flag]
     assert main(["run", *flags, "--", "--gpu-flag", "1"]) == 0
-    assert calls[0][0].engine.extra == ("--gpu-flag", "1")
+    assert calls[0].plan.engine.extra == ("--gpu-flag", "1")
 
 
 def test_what_answers_depend_on_is_told_apart(command: Command, calls: Calls) -> None:
@@ -216,7 +218,7 @@ def test_what_answers_depend_on_is_told_apart(command: Command, calls: Calls) ->
     command.run(seed="1")
     (model / "generation_config.json").write_text('{"temperature": 0.5}')
     command.run()
-    first, elsewhere, seeded, other_defaults = (identity for _, _, _, identity, *_ in calls)
+    first, elsewhere, seeded, other_defaults = (job.identity for job in calls)
     assert first == elsewhere, "a job may go on with other hardware"
     assert {field for field in first if first[field] != seeded[field]} == {"seed"}
     assert {field for field in first if first[field] != other_defaults[field]} == {"model"}

@@ -18,9 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
-from elbowroom.app.plan import PlanSettings
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.units import MIB
-from elbowroom.jobs.journal import JournalReader, journal_folder
+from elbowroom.jobs.journal_reader import JournalReader, journal_folder
 from elbowroom.plans.pool import RunPlan, write_run_plan
 from elbowroom.pool.run_dir import default_root
 from tests.jobs.plans import plan_here

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from elbowroom.engine import launch
 from elbowroom.engine.launch import replica_environment, start_replica
 from elbowroom.engine.vllm_seam import ENVIRONMENT
+from elbowroom.engine.wire import Failed
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ facts = {
 }
 print("to the log")
 print("errors too", file=sys.stderr)
-data = json.dumps(facts).encode()
+data = json.dumps({"type": "Failed", "error": json.dumps(facts)}).encode()
 sock.sendall(struct.pack("<I", len(data)) + data)
 sock.recv(1)
 os.sched_getaffinity(0)
@@ -87,12 +89,13 @@ def test_a_started_process(tmp_path: Path, libraries: Path) -> None:
     async def start() -> None:
         with (tmp_path / "log").open("wb") as log:
             command = [sys.executable, "-c", _TELL]
-            replica = await start_replica(4, [core], log, command)
-        facts = await replica.channel.receive()
-        assert replica.rank == 4
-        assert facts == {"cores": [core], "leads_group": True, "stdin": ""}
-        replica.channel.close()
-        assert await asyncio.wait_for(replica.process.wait(), 10) == 0, "the end is not seen"
+            started = await start_replica(4, [core], log, command)
+        told = await started.channel.receive()
+        assert started.replica == 4
+        assert isinstance(told, Failed)
+        assert json.loads(told.error) == {"cores": [core], "leads_group": True, "stdin": ""}
+        started.channel.close()
+        assert await asyncio.wait_for(started.process.wait(), 10) == 0, "the end is not seen"
 
     asyncio.run(start())
     assert sorted((tmp_path / "log").read_text().splitlines()) == ["errors too", "to the log"]
@@ -101,10 +104,10 @@ def test_a_started_process(tmp_path: Path, libraries: Path) -> None:
 def test_the_end_of_a_process_is_seen_at_once(tmp_path: Path) -> None:
     async def start() -> None:
         with (tmp_path / "log").open("wb") as log:
-            replica = await start_replica(0, [], log, [sys.executable, "-c", "pass"])
-        assert await asyncio.wait_for(replica.channel.receive(), 10) is None
-        replica.channel.close()
-        await replica.process.wait()
+            started = await start_replica(0, [], log, [sys.executable, "-c", "pass"])
+        assert await asyncio.wait_for(started.channel.receive(), 10) is None
+        started.channel.close()
+        await started.process.wait()
 
     asyncio.run(start())
 

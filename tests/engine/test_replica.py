@@ -7,14 +7,29 @@ import json
 import socket
 import sys
 import types
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
 from elbowroom.core.errors import PoolError
 from elbowroom.engine import replica
-from elbowroom.engine.wire import Channel, Message
+from elbowroom.engine.wire import (
+    Channel,
+    Failed,
+    Message,
+    Ready,
+    RowAnswer,
+    RowFailure,
+    RowRequest,
+    Start,
+    Stats,
+    Stop,
+    Stopped,
+)
+from elbowroom.pool.stats import PoolStats
 from tests.jobs.plans import make_plan
+
+T = TypeVar("T")
 
 
 class Counters(NamedTuple):
@@ -43,7 +58,7 @@ class Engine:
     is_closed = False
 
     @classmethod
-    async def start(cls, plan: Any, rank: int, run_dir: str) -> Engine:
+    async def start(cls, plan: Any, replica: int, run_dir: str) -> Engine:
         if cls.start_error is not None:
             raise cls.start_error
         return cls()
@@ -93,8 +108,8 @@ class Talk(NamedTuple):
     said: list[Message]
     status: int
 
-    def of(self, kind: str) -> list[Message]:
-        return [message for message in self.said if message["type"] == kind]
+    def of(self, kind: type[T]) -> list[T]:
+        return [message for message in self.said if isinstance(message, kind)]
 
 
 def _talk(messages: list[Message], seconds: float = 10.0) -> Talk:
@@ -104,8 +119,7 @@ def _talk(messages: list[Message], seconds: float = 10.0) -> Talk:
         ours, theirs = socket.socketpair()
         channel = await Channel.over(ours)
         task = asyncio.create_task(replica._serve(theirs))
-        start = {"type": "start", "plan": make_plan(1).to_json(), "rank": 0, "run_dir": "/none"}
-        for message in [start, *messages]:
+        for message in [Start(make_plan(1), 0, "/none"), *messages]:
             channel.send(message)
         status = await asyncio.wait_for(task, seconds)
         theirs.close()
@@ -130,24 +144,24 @@ def _row(
     max_seconds: float | None = None,
     max_prompt_tokens: int | None = None,
     **body: Any,
-) -> Message:
-    row = {"type": "row", "id": index, "url": "/v1/completions", "body": body}
-    limits = {"max_seconds": max_seconds, "max_prompt_tokens": max_prompt_tokens}
-    return {**row, "request_id": f"req-{index}", **limits}
+) -> RowRequest:
+    url, request_id = "/v1/completions", f"req-{index}"
+    return RowRequest(index, url, body, request_id, max_seconds, max_prompt_tokens)
 
 
-STOP: Message = {"type": "stop"}
+STOP = Stop()
 
 
 def test_rows_are_answered_as_they_finish(engine: type[Engine]) -> None:
     talk = _talk([_row(0, seconds=0.1), _row(1), _row(2, status=400), STOP])
-    assert [message["type"] for message in talk.said] == ["ready", *["done"] * 3, "stopped"]
-    assert talk.said[0]["num_kv_tokens"] == 640
-    assert talk.said[0]["resident_bytes"] == 99
-    assert [message["id"] for message in talk.of("done")] == [1, 2, 0]
-    assert [message["status"] for message in talk.of("done")] == [200, 400, 200]
-    assert talk.said[-1]["generation_tokens"] == 4
-    assert talk.said[-1]["pool"] == {"wait_seconds": 0.5}
+    assert [type(message) for message in talk.said] == [Ready, *[RowAnswer] * 3, Stopped]
+    (ready,) = talk.of(Ready)
+    assert (ready.num_kv_tokens, ready.resident_bytes) == (640, 99)
+    assert [answer.id for answer in talk.of(RowAnswer)] == [1, 2, 0]
+    assert [answer.status for answer in talk.of(RowAnswer)] == [200, 400, 200]
+    (stopped,) = talk.of(Stopped)
+    assert stopped.stats.generation_tokens == 4
+    assert stopped.stats.pool == PoolStats(wait_seconds=0.5)
     assert talk.status == 0
     assert engine.is_closed
 
@@ -155,50 +169,49 @@ def test_rows_are_answered_as_they_finish(engine: type[Engine]) -> None:
 def test_reports_come_while_rows_run(engine: type[Engine], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica, "STATS_SECONDS", 0.05)
     talk = _talk([_row(0, seconds=0.3), STOP])
-    assert len(talk.of("stats")) >= 2
+    assert len(talk.of(Stats)) >= 2
 
 
 def test_a_start_that_fails_is_told(engine: type[Engine]) -> None:
     engine.start_error = RuntimeError("no memory")
     talk = _talk([_row(0)])
-    assert talk.said == [{"type": "failed", "error": "RuntimeError: no memory"}]
+    assert talk.said == [Failed("RuntimeError: no memory")]
     assert talk.status == 1
 
 
 def test_our_own_errors_speak_for_themselves(engine: type[Engine]) -> None:
     engine.start_error = PoolError("layer 4 needs 1 MiB")
-    assert _talk([]).said == [{"type": "failed", "error": "layer 4 needs 1 MiB"}]
+    assert _talk([]).said == [Failed("layer 4 needs 1 MiB")]
 
 
 def test_a_row_that_takes_too_long_fails_alone(engine: type[Engine]) -> None:
     talk = _talk([_row(0, max_seconds=0.1, seconds=5), _row(1, max_seconds=5), STOP])
-    first, second = sorted(talk.of("done"), key=lambda done: int(done["id"]))
-    assert first["error"]["code"] == "row_timeout"
-    assert "no answer within 0.1 s" in first["error"]["message"]
-    assert second["status"] == 200
+    (failure,), (answer,) = talk.of(RowFailure), talk.of(RowAnswer)
+    assert (failure.id, failure.code) == (0, "row_timeout")
+    assert "no answer within 0.1 s" in failure.message
+    assert (answer.id, answer.status) == (1, 200)
     assert talk.status == 0
 
 
 def test_a_prompt_over_the_limit_is_not_answered(engine: type[Engine]) -> None:
     rows = [_row(n, max_prompt_tokens=10, prompt_tokens=10 + n) for n in range(2)]
     talk = _talk([*rows, STOP])
-    first, second = sorted(talk.of("done"), key=lambda done: int(done["id"]))
-    assert first["body"]["id"] == "req-0"
-    assert second["error"]["code"] == "limit_exceeded"
-    assert "11 tokens, more than --max-prompt-tokens 10" in second["error"]["message"]
+    (failure,), (answer,) = talk.of(RowFailure), talk.of(RowAnswer)
+    assert answer.body["id"] == "req-0"
+    assert (failure.id, failure.code) == (1, "limit_exceeded")
+    assert "11 tokens, more than --max-prompt-tokens 10" in failure.message
 
 
 def test_a_server_error_of_one_row_fails_that_row(engine: type[Engine]) -> None:
     talk = _talk([_row(0, status=500), _row(1), STOP])
-    assert sorted((m["id"], m["status"]) for m in talk.of("done")) == [(0, 500), (1, 200)]
+    assert sorted((m.id, m.status) for m in talk.of(RowAnswer)) == [(0, 500), (1, 200)]
     assert talk.status == 0
 
 
 def test_an_answer_that_raises_fails_that_row_alone(engine: type[Engine]) -> None:
     """Whatever the client or the application raises for one row: the engine is well."""
     talk = _talk([_row(0, raises="boom"), _row(1), STOP])
-    assert [message["id"] for message in talk.of("done") if message["status"] == 200] == [1]
-    assert [message["id"] for message in talk.of("done") if message["status"] >= 500] == [0]
+    assert sorted((m.id, m.status) for m in talk.of(RowAnswer)) == [(0, 500), (1, 200)]
     assert talk.status == 0
 
 
@@ -209,7 +222,7 @@ def test_an_engine_that_is_dead_ends_the_replica(
     monkeypatch.setattr(replica, "STATS_SECONDS", 0.05)
     setattr(engine, what, RuntimeError("EngineCore died"))
     talk = _talk([_row(0, status=500), _row(1, seconds=0.5)])
-    assert talk.said[-1] == {"type": "failed", "error": "RuntimeError: EngineCore died"}
+    assert talk.said[-1] == Failed("RuntimeError: EngineCore died")
     assert talk.status == 1
 
 
@@ -220,3 +233,16 @@ def test_a_runner_that_goes_before_the_start() -> None:
         return await asyncio.wait_for(replica._serve(theirs), 5)
 
     assert asyncio.run(go()) == 1
+
+
+def test_a_runner_that_does_not_begin_with_the_start(engine: type[Engine]) -> None:
+    async def go() -> tuple[int, Message | None]:
+        ours, theirs = socket.socketpair()
+        channel = await Channel.over(ours)
+        channel.send(STOP)
+        status = await asyncio.wait_for(replica._serve(theirs), 5)
+        said = await channel.receive()
+        channel.close()
+        return status, said
+
+    assert asyncio.run(go()) == (1, Failed("MessageError: Start comes first, not Stop"))

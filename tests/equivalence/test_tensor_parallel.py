@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tools.make_model import make_model
 
-from elbowroom.app.plan import PlanSettings
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.units import MIB
 from elbowroom.plans.pool import write_run_plan
 from tests.jobs.plans import plan_here

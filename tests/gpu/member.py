@@ -17,7 +17,8 @@ from bench.blocks import Block, PackedLinear, Shape
 from bench.pool_group import ALWAYS, finish, kernel, open_store
 
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.pool.loading import PoolLoader, PoolOptions
+from elbowroom.pool.loading import PoolLoader
+from elbowroom.pool.options import PoolOptions
 
 SHAPE = Shape(512, 1024, 8, 4, 64, 32)
 NUM_LAYERS, MOST_ROWS = 7, 256

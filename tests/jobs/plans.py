@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from elbowroom.app.plan import PlanSettings, check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan import check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.workload import parse_lengths
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import EngineOptions, MemoryBudget, PoolMode, RunPlan

@@ -11,10 +11,9 @@ import asyncio
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from elbowroom.jobs import restarts
-from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
+from elbowroom.jobs.job import Job, JobFiles, JobOptions
+from elbowroom.jobs.runner import run_job
 from elbowroom.pool import run_dir
 from tests.jobs.plans import make_plan
 
@@ -28,15 +27,10 @@ def main() -> int:
         *(root / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report.json"))
     )
     stub = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(root / "pids")]
-    job = run_job(
-        make_plan(int(num_replicas), max_num_seqs=8),
-        files,
-        JobOptions(max_restarts=1000),
-        {"model": "stub"},
-        Console(quiet=True),
-        command=[*stub, "--log", str(root / "answered"), *options],
-    )
-    report = asyncio.run(job)
+    plan = make_plan(int(num_replicas), max_num_seqs=8)
+    job = Job(plan, files, {"model": "stub"}, JobOptions(max_restarts=1000))
+    command = [*stub, "--log", str(root / "answered"), *options]
+    report = asyncio.run(run_job(job, command))
     return 3 if report.num_failed else 0
 
 

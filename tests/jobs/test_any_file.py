@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.job import Job, JobFiles, JobOptions
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
+from elbowroom.jobs.runner import run_job
 from elbowroom.jobs.verify import verify_results
 from tests.examples import examples
 from tests.jobs.plans import make_plan
@@ -36,10 +36,8 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(folder: Path, restart: bool = False) -> JobReport:
     files = JobFiles(*(folder / name for name in ("in", "out", "err", "report")))
-    options = JobOptions(restart=restart)
-    console = Console(quiet=True)
-    job = run_job(make_plan(1, max_num_seqs=64), files, options, {}, console, command=STUB)
-    return asyncio.run(asyncio.wait_for(job, 120))
+    job = Job(make_plan(1, max_num_seqs=64), files, {}, JobOptions(restart=restart))
+    return asyncio.run(asyncio.wait_for(run_job(job, STUB), 120))
 
 
 def request(custom_id: object, prompt: object = "x", **changes: Any) -> bytes:

@@ -14,15 +14,10 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import InputError
-from elbowroom.jobs.batch_file import (
-    MAX_DEPTH,
-    SUPPORTED_URLS,
-    BatchFile,
-    RejectedRow,
-    Row,
-    hash_id,
-)
+from elbowroom.jobs.batch_file import SUPPORTED_URLS, BatchFile, hash_id
 from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.rows import RejectedRow, Row
+from elbowroom.jobs.strict_json import MAX_DEPTH
 from tests.examples import examples
 from tests.jobs.test_inputs import is_no_text
 

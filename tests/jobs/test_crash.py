@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from elbowroom.core.errors import InputError
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.journal_reader import JournalReader
 from tests.jobs.plans import write_batch
 
 pytestmark = pytest.mark.timeout(1800)  # a hundred processes
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 NUM_ROWS = 3000
 NUM_KILLS = int(os.environ.get("ELBOWROOM_STUB_KILLS", "8"))
 NUM_REPLICAS = 2
-OPTIONS = ("--latency", "0.004", "--core", "--no-rank")
+OPTIONS = ("--latency", "0.004", "--core", "--anonymous")
 
 
 class CrashJob:

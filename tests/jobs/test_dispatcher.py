@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
 from elbowroom.jobs.dispatcher import (
     Dispatcher,
     Intake,
@@ -18,6 +17,7 @@ from elbowroom.jobs.dispatcher import (
     TokenUsage,
     token_usage,
 )
+from elbowroom.jobs.rows import RejectedRow, Row
 
 
 def _row(index: int = 0, **body: Any) -> Row:
@@ -35,8 +35,8 @@ def _dispatcher(
     rows: Iterable[Row | RejectedRow], *kv_tokens: int, max_rows: int = 100
 ) -> tuple[Dispatcher, dict[int, Intake]]:
     dispatcher = Dispatcher(rows)
-    for rank, tokens in enumerate(kv_tokens):
-        dispatcher.join(rank, tokens, max_rows)
+    for replica, tokens in enumerate(kv_tokens):
+        dispatcher.join(replica, tokens, max_rows)
     return dispatcher, dispatcher._intakes
 
 
@@ -46,19 +46,19 @@ def _offers(dispatcher: Dispatcher) -> list[Offer]:
 
 def test_rows_go_where_there_is_most_room() -> None:
     dispatcher, _ = _dispatcher((_row(i, max_tokens=90) for i in range(8)), 1000, 400)
-    ranks = [offer.rank for offer in _offers(dispatcher)]
-    assert ranks == [0] * 6 + [1, 0] or ranks.count(1) in (1, 2)
-    assert set(ranks) == {0, 1}
+    takers = [offer.replica for offer in _offers(dispatcher)]
+    assert takers == [0] * 6 + [1, 0] or takers.count(1) in (1, 2)
+    assert set(takers) == {0, 1}
 
 
 def test_no_replica_idles_while_another_queues() -> None:
     dispatcher, intakes = _dispatcher((_row(i, max_tokens=90) for i in range(30)), 450, 450, 450)
     started = _offers(dispatcher)
-    assert [sum(o.rank == rank for o in started) for rank in range(3)] == [4, 4, 4]
-    for offer in [o for o in started if o.rank == 1]:
+    assert [sum(o.replica == replica for o in started) for replica in range(3)] == [4, 4, 4]
+    for offer in [o for o in started if o.replica == 1]:
         dispatcher.finish(1, offer.row.index, None)
     following = _offers(dispatcher)
-    assert {offer.rank for offer in following} == {1}
+    assert {offer.replica for offer in following} == {1}
     assert len(intakes[1].rows) == 4
     assert _offers(dispatcher) == []
 
@@ -114,8 +114,8 @@ def test_every_row_is_offered_once_and_in_order(limits: list[int], kv_tokens: li
         busy = [(r, i) for r, intake in intakes.items() for i in intake.rows]
         assert len(busy) == dispatcher.num_in_flight
         assert busy or dispatcher.is_done, "rows wait although every replica is empty"
-        for rank, index in busy[:1]:
-            assert dispatcher.finish(rank, index, None) is rows[index]
+        for replica, index in busy[:1]:
+            assert dispatcher.finish(replica, index, None) is rows[index]
     assert seen == list(range(len(rows)))
 
 
@@ -210,33 +210,35 @@ def test_token_usage(body: Any, expected: TokenUsage | None) -> None:
     assert token_usage(body) == expected
 
 
-def _run_with_killers(killers: set[int], num_rows: int, num_ranks: int) -> tuple[list[int], int]:
+def _run_with_killers(killers: set[int], num_rows: int, num_replicas: int) -> tuple[list[int], int]:
     """Answer rows one by one; a replica that holds a killer dies. Returns who was given up."""
-    dispatcher, intakes = _dispatcher(map(_row, range(num_rows)), *[10**6] * num_ranks, max_rows=16)
+    dispatcher, intakes = _dispatcher(
+        map(_row, range(num_rows)), *[10**6] * num_replicas, max_rows=16
+    )
     given_up: list[int] = []
     answered: list[int] = []
     num_deaths = 0
     while not dispatcher.is_done:
         for offer in _offers(dispatcher):
-            held = intakes[offer.rank]
+            held = intakes[offer.replica]
             assert held.suspects is None or not set(held.rows) & set(answered)
-        for rank in range(num_ranks):
-            rows = dict(intakes[rank].rows)
+        for replica in range(num_replicas):
+            rows = dict(intakes[replica].rows)
             if killers & set(rows):
                 num_deaths += 1
-                given_up += [row.index for row in dispatcher.lose(rank)]
-                dispatcher.join(rank, 10**6, 16)
+                given_up += [row.index for row in dispatcher.lose(replica)]
+                dispatcher.join(replica, 10**6, 16)
             else:
                 for index in rows:
-                    dispatcher.finish(rank, index, None)
+                    dispatcher.finish(replica, index, None)
                     answered.append(index)
     assert sorted(answered + given_up) == list(range(num_rows)), "every row exactly once"
     return given_up, num_deaths
 
 
 @given(st.sets(st.integers(0, 59), max_size=6), st.integers(1, 3))
-def test_rows_that_kill_are_given_up_and_no_others(killers: set[int], num_ranks: int) -> None:
-    given_up, num_deaths = _run_with_killers(killers, 60, num_ranks)
+def test_rows_that_kill_are_given_up_and_no_others(killers: set[int], num_replicas: int) -> None:
+    given_up, num_deaths = _run_with_killers(killers, 60, num_replicas)
     assert set(given_up) == killers
     assert num_deaths <= 6 * len(killers)  # halved from 16 to 1, and the first death
 

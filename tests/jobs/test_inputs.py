@@ -14,8 +14,9 @@ import pytest
 import zstandard
 
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import STDIN, BatchInput
+from elbowroom.jobs.rows import RejectedRow, Row
 from tests.jobs.plans import write_batch
 
 NO_TEXT = (b"PK\x03\x04", b"PAR1", b"BZh9", b"\xfd7zXZ\x00", b"\x1f\x8b\x08", b"(\xb5/\xfd")

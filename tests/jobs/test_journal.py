@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.jobs.batch_file import BatchFile, Row
-from elbowroom.jobs.journal import FinishedRow, Journal, JournalReader, journal_folder
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow, JournalReader, journal_folder
+from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 
 ROOT = Path(__file__).parents[2]
@@ -178,7 +180,8 @@ def test_a_clock_that_is_set_back_changes_nothing(
 _WRITE = """
 import sys, time
 from pathlib import Path
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 
 with Journal(Path(sys.argv[1])) as journal:
     for index in range(100, 10**6):
@@ -241,7 +244,8 @@ _FILL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from elbowroom.core.errors import OutputError
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
 from elbowroom.jobs.order import LEVEL_BYTES, PREFIX_BYTES, OrderBuilder, prompt_prefix
+from elbowroom.jobs.rows import RejectedRow, Row
 
 Rows = list[tuple[bytes, float]]
 

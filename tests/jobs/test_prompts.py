@@ -8,14 +8,8 @@ from typing import Any
 
 import pytest
 
-from elbowroom.jobs.batch_file import Row
-from elbowroom.jobs.prompts import (
-    RefusedError,
-    kept_tokens,
-    max_output_tokens,
-    num_answers,
-    prompts_of,
-)
+from elbowroom.jobs.prompts import RefusedError, kept_tokens, prompts_of
+from elbowroom.jobs.rows import Row
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "model"
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -136,19 +130,19 @@ def test_what_the_server_refuses_is_not_rendered(tokenizer: Any, body: dict[str,
 
 
 def test_output_tokens() -> None:
-    assert max_output_tokens(row(EMBEDDINGS, max_tokens=5)) == 0
-    assert max_output_tokens(row(COMPLETIONS)) == 16
-    assert max_output_tokens(row(COMPLETIONS, max_tokens=None)) == 16
-    assert max_output_tokens(row(CHAT)) is None
-    assert max_output_tokens(row(CHAT, max_tokens=5)) == 5
-    assert max_output_tokens(row(CHAT, max_tokens=5, max_completion_tokens=9)) == 9
-    assert max_output_tokens(row(CHAT, max_tokens=True)) is None
+    assert row(EMBEDDINGS, max_tokens=5).max_output_tokens == 0
+    assert row(COMPLETIONS).max_output_tokens == 16
+    assert row(COMPLETIONS, max_tokens=None).max_output_tokens == 16
+    assert row(CHAT).max_output_tokens is None
+    assert row(CHAT, max_tokens=5).max_output_tokens == 5
+    assert row(CHAT, max_tokens=5, max_completion_tokens=9).max_output_tokens == 9
+    assert row(CHAT, max_tokens=True).max_output_tokens is None
 
 
 def test_answers_per_row() -> None:
-    assert num_answers(row(CHAT, n=3)) == 3
-    assert num_answers(row(COMPLETIONS, prompt=["1", "2"], n=3)) == 6
-    assert num_answers(row(COMPLETIONS, prompt=[1, 2], n="3")) == 1
+    assert row(CHAT, n=3).num_answers == 3
+    assert row(COMPLETIONS, prompt=["1", "2"], n=3).num_answers == 6
+    assert row(COMPLETIONS, prompt=[1, 2], n="3").num_answers == 1
 
 
 def test_tokens_that_are_kept() -> None:

@@ -15,9 +15,11 @@ import pytest
 
 from elbowroom.core.errors import OutputError
 from elbowroom.core.files import write_atomically
-from elbowroom.jobs.batch_file import BatchFile, Row
-from elbowroom.jobs.journal import FinishedRow, Journal
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.results import check_paths, error_line, publish, response_line
+from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 
 

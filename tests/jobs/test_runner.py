@@ -21,16 +21,17 @@ from rich.console import Console
 
 from elbowroom.core.errors import InputError, JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.units import MIB
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.job import Job, JobFiles, JobOptions, StopRequest
+from elbowroom.jobs.journal_reader import JournalReader
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.runner import JobFiles, JobOptions, StopRequest, run_job
+from elbowroom.jobs.runner import run_job
 from elbowroom.pool import run_dir as run_dir_module
 from tests.jobs.plans import make_plan, write_batch
 
 ROOT = Path(__file__).parents[2]
 
 
-class Job:
+class StubJob:
     """One job in a folder of its own: its files, its stub replicas, what it leaves behind."""
 
     def __init__(self, folder: Path) -> None:
@@ -57,23 +58,18 @@ class Job:
         self, *options: object, num_replicas: int = 1, seconds: float = 60.0, max_num_seqs: int = 8
     ) -> JobReport:
         command = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(self.pids)]
-        job = run_job(
-            make_plan(num_replicas, max_num_seqs=max_num_seqs),
-            self.files,
-            self.options,
-            {"model": "stub"},
-            Console(file=self.screen, width=200),
-            self.stop,
-            command=[*command, *(str(option) for option in options)],
-        )
-        return asyncio.run(asyncio.wait_for(job, seconds))
+        plan = make_plan(num_replicas, max_num_seqs=max_num_seqs)
+        screen = Console(file=self.screen, width=200)
+        job = Job(plan, self.files, {"model": "stub"}, self.options, screen, self.stop)
+        run = run_job(job, [*command, *(str(option) for option in options)])
+        return asyncio.run(asyncio.wait_for(run, seconds))
 
     def answers(self) -> list[dict[str, Any]]:
         return _lines(self.files.output)
 
-    def lives(self, rank: int) -> list[int]:
-        """Process ids of a rank's replicas, one after the other."""
-        return [int(line) for line in (self.pids / str(rank)).read_text().splitlines()]
+    def lives(self, replica: int) -> list[int]:
+        """Process ids of a replica, one of each life."""
+        return [int(line) for line in (self.pids / str(replica)).read_text().splitlines()]
 
     def num_finished(self) -> int:
         with JournalReader(self.files.output) as journal:
@@ -95,8 +91,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
-    job = Job(tmp_path)
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StubJob:
+    job = StubJob(tmp_path)
     monkeypatch.setattr(run_dir_module, "default_root", lambda *_: job.run_root)
     monkeypatch.setattr("elbowroom.jobs.restarts._FIRST_DELAY_SECONDS", 0.02)
     monkeypatch.chdir(ROOT)
@@ -104,13 +100,13 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 3])
-def test_every_row_once_in_input_order(job: Job, num_replicas: int) -> None:
+def test_every_row_once_in_input_order(job: StubJob, num_replicas: int) -> None:
     report = job.run("--latency", 0.005, num_replicas=num_replicas)
     answers = job.answers()
     assert [answer["custom_id"] for answer in answers] == [f"id-{i}" for i in range(40)]
     for index, answer in enumerate(answers):
         assert answer["response"]["body"]["text"] == f"say {index}"
-    share = Counter(answer["response"]["body"]["rank"] for answer in answers)
+    share = Counter(answer["response"]["body"]["replica"] for answer in answers)
     assert len(share) == num_replicas, "a replica had nothing to do"
     assert min(share.values()) >= 5
     assert (report.num_rows, report.num_succeeded, report.num_failed) == (40, 40, 0)
@@ -122,7 +118,7 @@ def test_every_row_once_in_input_order(job: Job, num_replicas: int) -> None:
     job.check_nothing_is_left(published=True)
 
 
-def test_failed_and_rejected_rows_go_to_the_error_file(job: Job) -> None:
+def test_failed_and_rejected_rows_go_to_the_error_file(job: StubJob) -> None:
     with job.files.input.open("a") as file:
         file.write('{broken\n{"custom_id": "id-3"}\n')
     report = job.run("--refuses", 10)
@@ -141,7 +137,7 @@ def test_failed_and_rejected_rows_go_to_the_error_file(job: Job) -> None:
 
 
 @pytest.mark.parametrize(("data", "words"), [(None, "cannot read"), ("\n \n", "has no rows")])
-def test_an_input_without_rows_leaves_nothing(job: Job, data: str | None, words: str) -> None:
+def test_an_input_without_rows_leaves_nothing(job: StubJob, data: str | None, words: str) -> None:
     job.files.input.unlink()
     if data is not None:
         job.files.input.write_text(data)
@@ -151,7 +147,7 @@ def test_an_input_without_rows_leaves_nothing(job: Job, data: str | None, words:
     assert list(job.run_root.iterdir()) == []
 
 
-def test_a_file_of_nothing_but_rejected_rows(job: Job) -> None:
+def test_a_file_of_nothing_but_rejected_rows(job: StubJob) -> None:
     job.files.input.write_text("{\n" * 5)
     report = job.run()
     assert report.failures == {"invalid_json": 5}
@@ -162,10 +158,10 @@ def test_a_file_of_nothing_but_rejected_rows(job: Job) -> None:
 @pytest.mark.parametrize("num_replicas", [1, 2])
 @pytest.mark.parametrize("latency", [0, 0.01])
 def test_a_replica_that_is_killed_is_started_again(
-    job: Job, num_replicas: int, latency: float
+    job: StubJob, num_replicas: int, latency: float
 ) -> None:
     job.batch(200)
-    options = ["--rank", num_replicas - 1, "--killed-after", 20, "--latency", latency]
+    options = ["--replica", num_replicas - 1, "--killed-after", 20, "--latency", latency]
     report = job.run(*options, num_replicas=num_replicas)
     assert report.num_succeeded == 200
     assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(200)]
@@ -177,16 +173,16 @@ def test_a_replica_that_is_killed_is_started_again(
     job.check_nothing_is_left(published=True)
 
 
-def test_a_replica_that_dies_while_it_starts_is_started_again(job: Job) -> None:
-    report = job.run("--rank", 1, "--dies-at-start", num_replicas=2)
+def test_a_replica_that_dies_while_it_starts_is_started_again(job: StubJob) -> None:
+    report = job.run("--replica", 1, "--dies-at-start", num_replicas=2)
     assert [replica.num_restarts for replica in report.replicas] == [0, 1]
     assert report.num_succeeded == 40
 
 
-def test_the_others_go_on_without_a_replica_that_dies_too_often(job: Job) -> None:
+def test_the_others_go_on_without_a_replica_that_dies_too_often(job: StubJob) -> None:
     job.batch(150)
     job.options = JobOptions(max_restarts=1)
-    options = ["--rank", 1, "--killed-after", 1, "--lives", 99, "--latency", 0.02]
+    options = ["--replica", 1, "--killed-after", 1, "--lives", 99, "--latency", 0.02]
     report = job.run(*options, num_replicas=2)
     assert report.num_succeeded == 150
     assert len(job.lives(1)) == 2
@@ -194,7 +190,7 @@ def test_the_others_go_on_without_a_replica_that_dies_too_often(job: Job) -> Non
     job.check_nothing_is_left(published=True)
 
 
-def test_a_job_without_replicas_stops_and_goes_on_later(job: Job) -> None:
+def test_a_job_without_replicas_stops_and_goes_on_later(job: StubJob) -> None:
     job.batch(150)
     job.options = JobOptions(max_restarts=1)
     with pytest.raises(JobStoppedError, match=r"of 150 rows are finished and kept: run the same"):
@@ -211,7 +207,7 @@ def test_a_job_without_replicas_stops_and_goes_on_later(job: Job) -> None:
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_a_row_that_kills_the_engine_is_given_up_and_the_others_are_answered(
-    job: Job, num_replicas: int
+    job: StubJob, num_replicas: int
 ) -> None:
     job.batch(100)
     job.options = JobOptions(max_restarts=3)
@@ -227,7 +223,7 @@ def test_a_row_that_kills_the_engine_is_given_up_and_the_others_are_answered(
     job.check_nothing_is_left(published=True)
 
 
-def test_the_same_command_again_publishes_again_and_starts_nothing(job: Job) -> None:
+def test_the_same_command_again_publishes_again_and_starts_nothing(job: StubJob) -> None:
     with job.files.input.open("a") as file:
         file.write("{broken\n")
     job.run("--refuses", 10)
@@ -239,7 +235,7 @@ def test_the_same_command_again_publishes_again_and_starts_nothing(job: Job) -> 
     assert len(job.lives(0)) == 1
 
 
-def test_an_input_that_grew_costs_only_what_is_new(job: Job) -> None:
+def test_an_input_that_grew_costs_only_what_is_new(job: StubJob) -> None:
     job.run()
     job.batch(50)
     report = job.run(num_replicas=2)
@@ -248,7 +244,7 @@ def test_an_input_that_grew_costs_only_what_is_new(job: Job) -> None:
     assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(50)]
 
 
-def test_a_stop_lets_rows_in_flight_finish(job: Job) -> None:
+def test_a_stop_lets_rows_in_flight_finish(job: StubJob) -> None:
     job.batch(400)
     threading.Timer(1.5, job.stop, ["stopped by SIGTERM"]).start()
     with pytest.raises(JobStoppedError, match=r"stopped by SIGTERM\. \d+ of 400 rows"):
@@ -262,7 +258,7 @@ def test_a_stop_lets_rows_in_flight_finish(job: Job) -> None:
     assert (report.num_resumed, report.num_succeeded) == (finished, 400)
 
 
-def test_a_stop_does_not_wait_for_ever(job: Job) -> None:
+def test_a_stop_does_not_wait_for_ever(job: StubJob) -> None:
     job.options = JobOptions(grace_seconds=0.3)
     threading.Timer(1.0, job.stop, ["enough"]).start()
     start = time.monotonic()
@@ -272,59 +268,43 @@ def test_a_stop_does_not_wait_for_ever(job: Job) -> None:
     job.check_nothing_is_left()
 
 
-def test_a_stop_while_replicas_start(job: Job) -> None:
+def test_a_stop_while_replicas_start(job: StubJob) -> None:
     threading.Timer(0.5, job.stop, ["enough"]).start()
     with pytest.raises(JobStoppedError, match="enough"):
         job.run("--never-ready")
     job.check_nothing_is_left()
 
 
-def test_rows_are_told_when_they_are_safe(job: Job) -> None:
+def test_rows_are_told_when_they_are_safe(job: StubJob) -> None:
     told: list[int] = []
     command = [sys.executable, "-m", "tests.jobs.stub_replica"]
-    asyncio.run(
-        run_job(
-            make_plan(1),
-            job.files,
-            job.options,
-            {},
-            Console(quiet=True),
-            on_rows=lambda rows: told.extend(row.index for row in rows),
-            command=command,
-        )
-    )
+    plain = Job(make_plan(1), job.files, {}, job.options)
+    told_of = replace(plain, on_rows=lambda rows: told.extend(row.index for row in rows))
+    asyncio.run(run_job(told_of, command))
     assert sorted(told) == list(range(40))
 
 
-def test_rows_go_by_order_of_work_and_come_out_in_input_order(job: Job) -> None:
+def test_rows_go_by_order_of_work_and_come_out_in_input_order(job: StubJob) -> None:
     job.batch(40)
     lines = job.files.input.read_text().splitlines(keepends=True)
     lines[30] = lines[30].replace('"max_tokens": 8', '"max_tokens": 500')
     job.files.input.write_text("".join(lines))
     first: list[int] = []
     command = [sys.executable, "-m", "tests.jobs.stub_replica", "--latency", "0"]
-    asyncio.run(
-        run_job(
-            make_plan(1, max_num_seqs=1),
-            job.files,
-            job.options,
-            {},
-            Console(quiet=True),
-            on_rows=lambda rows: first.extend(row.index for row in rows),
-            command=command,
-        )
-    )
+    plain = Job(make_plan(1, max_num_seqs=1), job.files, {}, job.options)
+    told_of = replace(plain, on_rows=lambda rows: first.extend(row.index for row in rows))
+    asyncio.run(run_job(told_of, command))
     assert first[0] == 30, "the longest output first"
     assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(40)]
 
 
-def test_a_replica_that_says_why_it_failed(job: Job) -> None:
+def test_a_replica_that_says_why_it_failed(job: StubJob) -> None:
     with pytest.raises(ReplicaError, match="replica 1 failed: no memory for layer 17"):
-        job.run("--rank", 1, "--fails", "no memory for layer 17", num_replicas=2)
+        job.run("--replica", 1, "--fails", "no memory for layer 17", num_replicas=2)
     job.check_nothing_is_left()
 
 
-def test_a_replica_that_crashes_shows_its_log(job: Job) -> None:
+def test_a_replica_that_crashes_shows_its_log(job: StubJob) -> None:
     log = "\n".join(f"log line {number}" for number in range(40))
     with pytest.raises(ReplicaError, match="replica 0 exited with 3") as caught:
         job.run("--crashes", log)
@@ -333,7 +313,7 @@ def test_a_replica_that_crashes_shows_its_log(job: Job) -> None:
     job.check_nothing_is_left()
 
 
-def test_logs_are_kept_where_they_were_asked_for(job: Job, tmp_path: Path) -> None:
+def test_logs_are_kept_where_they_were_asked_for(job: StubJob, tmp_path: Path) -> None:
     job.files = replace(job.files, logs=tmp_path / "a" / "b")
     with pytest.raises(ReplicaError):
         job.run("--crashes", "it was the disk")
@@ -341,48 +321,48 @@ def test_logs_are_kept_where_they_were_asked_for(job: Job, tmp_path: Path) -> No
     job.check_nothing_is_left()
 
 
-def test_a_command_that_does_not_exist(job: Job) -> None:
-    run = run_job(
-        make_plan(2), job.files, job.options, {}, Console(quiet=True), command=["/no/such/thing"]
-    )
+def test_a_command_that_does_not_exist(job: StubJob) -> None:
+    run = run_job(Job(make_plan(2), job.files, {}, job.options), ["/no/such/thing"])
     with pytest.raises((ReplicaError, OSError)):
         asyncio.run(run)
     job.check_nothing_is_left()
 
 
 def test_a_job_that_is_cancelled_while_it_waits_for_a_replica(
-    job: Job, monkeypatch: pytest.MonkeyPatch
+    job: StubJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("elbowroom.jobs.group._GRACE_SECONDS", 0.3)
     with pytest.raises(TimeoutError):
-        job.run("--rank", 1, "--never-ready", num_replicas=2, seconds=2.0)
+        job.run("--replica", 1, "--never-ready", num_replicas=2, seconds=2.0)
     assert len(list(job.pids.iterdir())) == 2, "the stubs did not start in time"
     job.check_nothing_is_left()
 
 
-def test_a_job_that_is_cancelled_among_its_rows(job: Job) -> None:
+def test_a_job_that_is_cancelled_among_its_rows(job: StubJob) -> None:
     with pytest.raises(TimeoutError):
         job.run("--latency", 30, num_replicas=2, seconds=2.0)
     job.check_nothing_is_left()
 
 
-def test_a_replica_that_hears_nothing_is_killed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replica_that_hears_nothing_is_killed(
+    job: StubJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("elbowroom.jobs.group._GRACE_SECONDS", 0.3)
-    options = ["--rank", 1, "--deaf", "--latency", 30]
+    options = ["--replica", 1, "--deaf", "--latency", 30]
     with pytest.raises(TimeoutError):
         job.run(*options, num_replicas=2, seconds=2.0)
     assert len(list(job.pids.iterdir())) == 2
     job.check_nothing_is_left()
 
 
-def test_replicas_need_not_stop_at_the_same_time(job: Job) -> None:
+def test_replicas_need_not_stop_at_the_same_time(job: StubJob) -> None:
     """One is gone before the other has sent its last counters: both did their work."""
-    report = job.run("--rank", 1, "--stop-seconds", 0.7, num_replicas=2)
+    report = job.run("--replica", 1, "--stop-seconds", 0.7, num_replicas=2)
     assert report.num_succeeded == 40
     job.check_nothing_is_left(published=True)
 
 
-def test_a_full_disk_ends_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_ends_the_job(job: StubJob, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OutputError("cannot write: No space left on device")
 
@@ -394,7 +374,9 @@ def test_a_full_disk_ends_the_job(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
     assert job.run(num_replicas=2).num_succeeded == 40, "once there is room"
 
 
-def test_a_full_disk_at_the_end_keeps_all_rows(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_at_the_end_keeps_all_rows(
+    job: StubJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -408,7 +390,7 @@ def test_a_full_disk_at_the_end_keeps_all_rows(job: Job, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("body", [{"n": -1}, {"max_tokens": 10**400}, {"max_tokens": -1}])
-def test_one_odd_row_does_not_end_the_job(job: Job, body: dict[str, Any]) -> None:
+def test_one_odd_row_does_not_end_the_job(job: StubJob, body: dict[str, Any]) -> None:
     odd = {"custom_id": "odd", "method": "POST", "url": "/v1/completions"}
     row = json.dumps({**odd, "body": {"prompt": "x", **body}}) + "\n"
     job.files.input.write_text(row + job.files.input.read_text() + row.replace("odd", "last"))
@@ -417,13 +399,13 @@ def test_one_odd_row_does_not_end_the_job(job: Job, body: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(("resident", "warns"), [(0, False), (40 * MIB, False), (500 * MIB, True)])
 def test_memory_that_differs_from_the_account_is_mentioned(
-    job: Job, resident: int, warns: bool
+    job: StubJob, resident: int, warns: bool
 ) -> None:
     job.run("--resident-bytes", resident)
     assert ("warning: replica 0 holds 500 MiB" in job.screen.getvalue()) == warns
 
 
-def test_lines_on_the_screen(job: Job) -> None:
+def test_lines_on_the_screen(job: StubJob) -> None:
     job.run()
     assert "40/40 rows" in job.screen.getvalue()
 
@@ -431,16 +413,15 @@ def test_lines_on_the_screen(job: Job) -> None:
 _MEASURE = """
 import asyncio, resource, sys
 from pathlib import Path
-from rich.console import Console
-from elbowroom.jobs.runner import JobFiles, JobOptions, run_job
+from elbowroom.jobs.job import Job, JobFiles
+from elbowroom.jobs.runner import run_job
 from tests.jobs.plans import make_plan
 
 folder = Path(sys.argv[1])
 files = JobFiles(*(folder / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report")))
 stub = [sys.executable, "-m", "tests.jobs.stub_replica"]
 plan = make_plan(1, max_num_seqs=64)
-job = run_job(plan, files, JobOptions(), {}, Console(quiet=True), command=stub)
-report = asyncio.run(job)
+report = asyncio.run(run_job(Job(plan, files, {}), stub))
 print(report.num_succeeded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

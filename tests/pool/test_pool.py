@@ -18,7 +18,8 @@ from elbowroom.core.errors import PeerLostError, PoolError, UnsupportedModelErro
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import FetchOrder, PoolMode, PoolShare
 from elbowroom.pool.ffn import find_ffn
-from elbowroom.pool.loading import PoolLoader, PoolOptions
+from elbowroom.pool.loading import PoolLoader
+from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalHub, LocalStore, Store

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.pool.loading import PoolLoader, PoolOptions
+from elbowroom.pool.loading import PoolLoader
+from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from tests.pool.hf import blocks_of, make_model
 

@@ -18,14 +18,8 @@ from rich.console import Console
 
 from elbowroom.app.hub import find_model
 from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
-from elbowroom.app.plan import (
-    Planned,
-    PlanSettings,
-    check_possible,
-    model_facts,
-    plan_job,
-    run_plan,
-)
+from elbowroom.app.plan import Planned, check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.predict import Predictor
 from elbowroom.core import host
@@ -37,13 +31,16 @@ from elbowroom.core.units import format_bytes, parse_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import engine_version, job_identity
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import FinishedRow, OnCommit
+from elbowroom.jobs.job import Job, JobFiles, JobOptions, PredictActual, StopRequest
+from elbowroom.jobs.journal import OnCommit
+from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
-from elbowroom.jobs.runner import JobFiles, JobOptions, PredictActual, StopRequest, run_job
+from elbowroom.jobs.runner import run_job
+from elbowroom.planning.pool.layouts import engine_limits, replica_limits
 from elbowroom.planning.pool.memory import check_fits, longest_row
-from elbowroom.planning.pool.search import Candidate, engine_limits, replica_limits
+from elbowroom.planning.pool.search import Candidate
 from elbowroom.plans.pool import RunPlan
 
 PREDICTION_ROWS = 1000
@@ -177,16 +174,17 @@ async def run_settings(
     with BatchInput(settings.inputs, output.parent) as source:
         prepared = prepare(settings, source, console, say)
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
-        return await run_job(
-            prepared.plan,
-            settings.files(source),
-            prepared.job,
-            identity,
-            console,
-            stop,
-            on_rows,
-            prepared.predict_actual,
+        job = Job(
+            plan=prepared.plan,
+            files=settings.files(source),
+            identity=identity,
+            options=prepared.options,
+            console=console,
+            stop=stop or StopRequest(),
+            on_rows=on_rows,
+            predict_actual=prepared.predict_actual,
         )
+        return await run_job(job)
 
 
 def _check_devices(settings: BatchSettings) -> None:
@@ -206,7 +204,7 @@ class Prepared:
     """A job that can start."""
 
     plan: RunPlan
-    job: JobOptions
+    options: JobOptions
     predict_actual: PredictActual | None = None
 
 
@@ -239,16 +237,16 @@ def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: 
         _check_machine(plan)
         _say_choice(planned, plan, say)
         cluster = best.cluster if planned.machines.is_measured else None
-    job, predict_actual = settings.job, None
+    options, predict_actual = settings.job, None
     if lengths is not None and rows is not None:
-        job = replace(job, bytes_per_token=lengths.bytes_per_token)
+        options = replace(options, bytes_per_token=lengths.bytes_per_token)
         with optional("prediction", say):
             predictor = None if cluster is None else _predictor(plan, model, cluster, rows)
             if predictor is not None:
                 plan = replace(plan, prediction=predictor.prediction)
                 predict_actual = predictor.for_actual
                 say(f"predicted for {lengths}: {predictor.prediction}")
-    return Prepared(plan, job, predict_actual)
+    return Prepared(plan, options, predict_actual)
 
 
 def errors_beside(output: Path) -> Path:

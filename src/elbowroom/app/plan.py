@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
-from elbowroom.app.machine import THIS_MACHINE, Machines, Say, find_machines, quiet, split_cores
+from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cores
+from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
@@ -19,84 +20,22 @@ from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.cost import Batch, Term
+from elbowroom.planning.pool.layouts import EngineLimits, layout_shares, pool_times, ship_threshold
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     Candidate,
     Choice,
-    EngineLimits,
     choose,
     enumerate_layouts,
     first_that_fits,
-    layout_shares,
-    pool_times,
-    ship_threshold,
     without_idle_cache,
 )
 from elbowroom.plans.pool import (
     EngineOptions,
-    FetchOrder,
-    Layout,
-    PoolMode,
     RunPlan,
     read_any_plan,
 )
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """What is asked of a plan. None leaves a choice to the planner.
-
-    ``memory_bytes`` is what the engine may use of one device; None is the cluster's own, and on
-    this machine what is free. A replica has ``tensor_parallel`` devices, each of which pools with
-    its like in other replicas.
-    ``dtype`` "auto" is the model's own, and on this machine what its CPU computes fastest without
-    losing digits. ``max_model_len`` None is the longest row that the model and the cache can hold.
-    ``runs_here`` says that the plan is for this machine, whatever ``cluster`` its times are from.
-    """
-
-    model: Path
-    cluster: str = THIS_MACHINE
-    memory_bytes: int | None = None
-    tensor_parallel: int | None = None
-    replicas: int | None = None
-    pool: PoolMode | None = None
-    slots: int | None = None
-    fetch_order: FetchOrder = "peak-shift"
-    dtype: str = "auto"
-    weight_dtype: str | None = None
-    kv_dtype: str | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    activation_bytes: int | None = None
-    served_model_names: tuple[str, ...] = ()
-    seed: int = 0
-    prefix_caching: bool = True
-    vllm_options: tuple[str, ...] = ()
-    calibrate: Path | None = None
-    limits: RowLimits = field(default_factory=RowLimits)
-    runs_here: bool = False
-
-    @property
-    def engine(self) -> EngineLimits:
-        return EngineLimits(
-            self.max_num_seqs,
-            self.max_num_batched_tokens,
-            self.activation_bytes,
-            self.max_model_len,
-        )
-
-    @property
-    def is_here(self) -> bool:
-        return self.runs_here or self.cluster == THIS_MACHINE
-
-    @property
-    def num_devices(self) -> int | None:
-        """Into how many devices this machine is to be divided; None where nothing asks for any."""
-        if self.replicas is not None or self.tensor_parallel is not None:
-            return (self.replicas or 1) * (self.tensor_parallel or 1)
-        return max(2, len(host.cores())) if self.pool not in (None, "none") else None
 
 
 @dataclass(frozen=True)
@@ -153,7 +92,7 @@ def plan_job(
         choices = []
         for cluster in machines.clusters:
             layouts = enumerate_layouts(model, cluster, settings.slots)
-            asked = [layout for layout in layouts if _is_asked(layout, settings)]
+            asked = [layout for layout in layouts if is_asked(layout, settings)]
             if asked:
                 choices.append(choose(model, cluster, rows, engine, asked))
         if not choices:
@@ -292,21 +231,6 @@ def read_workload(
     return of_file.workload, str(of_file)
 
 
-def _is_asked(layout: Layout, settings: PlanSettings) -> bool:
-    return (
-        (settings.tensor_parallel or (1 if settings.is_here else None))
-        in (None, layout.tensor_parallel)
-        and settings.replicas in (None, layout.num_replicas)
-        and settings.slots in (None, layout.num_slots)
-        and settings.pool in (None, layout.pool)
-        and not (settings.is_here and _has_several_pools(layout))
-    )
-
-
-def _has_several_pools(layout: Layout) -> bool:
-    return layout.num_groups > 1 and layout.pool != "none"
-
-
 def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) -> str:
     """Which of the things asked for cannot be had."""
     width, replicas = settings.tensor_parallel or 1, settings.replicas
@@ -364,7 +288,7 @@ def _smallest_changes(
     free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None)
     if free != settings:
         cluster = machines.clusters[0]
-        layouts = [x for x in enumerate_layouts(model, cluster) if _is_asked(x, free)]
+        layouts = [x for x in enumerate_layouts(model, cluster) if is_asked(x, free)]
         found = choose(model, cluster, workload, settings.engine, layouts).best
         if found is not None:
             yield f"another layout: {found.layout} fits"

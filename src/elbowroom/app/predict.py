@@ -9,7 +9,8 @@ from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.workload import Workload
-from elbowroom.planning.pool.search import EngineLimits, job_seconds, replica_limits
+from elbowroom.planning.pool.layouts import EngineLimits, replica_limits
+from elbowroom.planning.pool.search import job_seconds
 from elbowroom.plans.pool import Layout, MemoryBudget, Prediction
 
 

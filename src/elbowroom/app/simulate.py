@@ -16,7 +16,7 @@ from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import JobOutcome, simulate_job
-from elbowroom.planning.pool.search import (
+from elbowroom.planning.pool.layouts import (
     engine_limits,
     policy_of,
     pool_times,

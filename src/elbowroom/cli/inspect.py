@@ -17,7 +17,7 @@ from elbowroom.cli.screen import Console
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.journal_reader import JournalReader
 from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
 

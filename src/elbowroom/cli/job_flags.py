@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from elbowroom.app.hub import find_model
-from elbowroom.app.plan import PlanSettings
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.flags import auto, count, seconds, size
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES

@@ -10,7 +10,8 @@ from pathlib import Path
 from elbowroom.app.batch import BatchSettings, run_settings
 from elbowroom.app.hub import complete
 from elbowroom.app.machine import THIS_MACHINE
-from elbowroom.app.plan import PlanSettings, read_run_plan
+from elbowroom.app.plan import read_run_plan
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
 from elbowroom.cli.flags import number, seconds
 from elbowroom.cli.job_flags import (
@@ -27,8 +28,8 @@ from elbowroom.core.errors import (
     InputError,
     optional,
 )
+from elbowroom.jobs.job import JobOptions, StopRequest
 from elbowroom.jobs.report import print_summary
-from elbowroom.jobs.runner import JobOptions, StopRequest
 from elbowroom.plans.pool import RunPlan
 
 

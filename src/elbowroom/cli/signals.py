@@ -8,7 +8,7 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from elbowroom.jobs.runner import StopRequest
+from elbowroom.jobs.job import StopRequest
 
 T = TypeVar("T")
 

@@ -36,13 +36,13 @@ _LIBRARY_FOLDERS = (
 class ReplicaProcess:
     """A replica's process and our end of the channel to it."""
 
-    rank: int
+    replica: int
     process: asyncio.subprocess.Process
     channel: Channel
 
 
 async def start_replica(
-    rank: int,
+    replica: int,
     cores: Sequence[int],
     log: IO[bytes],
     command: Sequence[str] = REPLICA_COMMAND,
@@ -61,7 +61,7 @@ async def start_replica(
             start_new_session=True,  # a Ctrl-C in the terminal is for the runner to handle
         )
     host.pin(process.pid, cores)
-    return ReplicaProcess(rank, process, await Channel.over(ours))
+    return ReplicaProcess(replica, process, await Channel.over(ours))
 
 
 def replica_environment(num_cores: int) -> dict[str, str]:

@@ -1,9 +1,4 @@
-"""The process of one replica: it answers rows that the runner sends, and reports how it fares.
-
-From the runner: ``start`` (plan, rank, run directory), ``row`` (id, url, body, limits), ``stop``.
-To the runner: ``ready`` (KV tokens, memory), ``done`` (id, and status and body, or our error),
-``stats``, ``stopped`` (the last counters) and ``failed``.
-"""
+"""The process of one replica: it answers rows that the runner sends, and reports how it fares."""
 
 from __future__ import annotations
 
@@ -18,8 +13,19 @@ from typing import TYPE_CHECKING
 from elbowroom.core import host
 from elbowroom.core.errors import ElbowroomError
 from elbowroom.engine.process import tie_children
-from elbowroom.engine.wire import Channel, Message
-from elbowroom.plans.pool import RunPlan
+from elbowroom.engine.wire import (
+    Channel,
+    Failed,
+    MessageError,
+    Ready,
+    RowAnswer,
+    RowFailure,
+    RowRequest,
+    Start,
+    Stats,
+    Stopped,
+)
+from elbowroom.pool.stats import PoolStats
 
 if TYPE_CHECKING:
     from elbowroom.engine.vllm_seam.server import Engine
@@ -37,36 +43,36 @@ def main(descriptor: int) -> None:
 
 async def _serve(sock: socket.socket) -> int:
     channel = await Channel.over(sock)
-    start = await channel.receive()
-    if start is None:
-        return 1
     try:
+        start = await channel.receive()
+        if start is None:
+            return 1
+        if not isinstance(start, Start):
+            raise MessageError(f"Start comes first, not {type(start).__name__}")
         engine = await _start_engine(start, channel)
         await _answer_rows(engine, channel)
-        channel.send({**await _stats(engine), "type": "stopped"})
+        channel.send(Stopped(await _stats(engine)))
         await channel.drain()
         await engine.close()
     except Exception as error:  # whatever vLLM raises; the runner prints it and ends the run
         traceback.print_exc()
-        channel.send({"type": "failed", "error": describe(error)})
+        channel.send(Failed(describe(error)))
         await channel.drain()
         return 1
     return 0
 
 
-async def _start_engine(start: Message, channel: Channel) -> Engine:
+async def _start_engine(start: Start, channel: Channel) -> Engine:
     # Imported here, not above: it takes seconds, and what fails in it must reach the runner.
     from elbowroom.engine.vllm_seam.server import Engine
 
     begin = time.perf_counter()
-    plan = RunPlan.from_json(start["plan"])
-    engine = await Engine.start(plan, start["rank"], start["run_dir"])
-    ready = {
-        "type": "ready",
-        "num_kv_tokens": engine.num_kv_tokens,
-        "resident_bytes": await engine.resident_bytes(),
-        "start_seconds": time.perf_counter() - begin,
-    }
+    engine = await Engine.start(start.plan, start.replica, start.run_dir)
+    ready = Ready(
+        num_kv_tokens=engine.num_kv_tokens,
+        resident_bytes=await engine.resident_bytes(),
+        start_seconds=time.perf_counter() - begin,
+    )
     channel.send(ready)
     await channel.drain()
     return engine
@@ -80,37 +86,38 @@ async def _answer_rows(engine: Engine, channel: Channel) -> None:
     async with asyncio.TaskGroup() as tasks:
         reporter = tasks.create_task(_report(engine, channel))
         async with asyncio.TaskGroup() as rows:
-            while (message := await channel.receive()) is not None and message["type"] == "row":
+            while isinstance(message := await channel.receive(), RowRequest):
                 rows.create_task(_answer(engine, channel, message))
             if message is None:  # the runner died: nobody wants the rows in flight
                 os._exit(1)
         reporter.cancel()
 
 
-async def _answer(engine: Engine, channel: Channel, row: Message) -> None:
+async def _answer(engine: Engine, channel: Channel, row: RowRequest) -> None:
+    answer: RowAnswer | RowFailure
     try:
-        async with asyncio.timeout(row["max_seconds"]):
-            done = await _done(engine, row)
+        async with asyncio.timeout(row.max_seconds):
+            answer = await _ask(engine, row)
     except TimeoutError:
-        message = f"no answer within {row['max_seconds']:g} s: raise --max-row-seconds"
-        done = {"error": {"code": "row_timeout", "message": message}}
+        message = f"no answer within {row.max_seconds:g} s: raise --max-row-seconds"
+        answer = RowFailure(row.id, "row_timeout", message)
     except Exception as error:  # of this row alone, if the engine is well
         body = {"error": {"message": describe(error), "type": "InternalServerError"}}
-        done = {"status": 500, "body": body}
-    if done.get("status", 0) >= 500:
+        answer = RowAnswer(row.id, 500, body)
+    if isinstance(answer, RowAnswer) and answer.status >= 500:
         await engine.check_health()  # a dead engine ends the replica, not row after row
-    channel.send({"type": "done", "id": row["id"], **done})
+    channel.send(answer)
     await channel.drain()
 
 
-async def _done(engine: Engine, row: Message) -> Message:
+async def _ask(engine: Engine, row: RowRequest) -> RowAnswer | RowFailure:
     """Ask the engine, if the prompt is not too long."""
-    most = row["max_prompt_tokens"]
-    if most is not None and (count := await engine.num_prompt_tokens(row["body"])) > most:
+    most = row.max_prompt_tokens
+    if most is not None and (count := await engine.num_prompt_tokens(row.body)) > most:
         message = f"the prompt has {count} tokens, more than --max-prompt-tokens {most}"
-        return {"error": {"code": "limit_exceeded", "message": message}}
-    reply = await engine.answer(row["url"], row["body"], row["request_id"])
-    return {"status": reply.status_code, "body": reply.body}
+        return RowFailure(row.id, "limit_exceeded", message)
+    reply = await engine.answer(row.url, row.body, row.request_id)
+    return RowAnswer(row.id, reply.status_code, reply.body)
 
 
 async def _report(engine: Engine, channel: Channel) -> None:
@@ -119,12 +126,9 @@ async def _report(engine: Engine, channel: Channel) -> None:
         channel.send(await _stats(engine))
 
 
-async def _stats(engine: Engine) -> Message:
-    return {
-        "type": "stats",
-        **engine.counters()._asdict(),
-        "pool": await engine.pool_stats(),
-    }
+async def _stats(engine: Engine) -> Stats:
+    pool = PoolStats(**await engine.pool_stats())
+    return Stats(**engine.counters()._asdict(), pool=pool)
 
 
 def describe(error: BaseException) -> str:

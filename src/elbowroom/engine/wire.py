@@ -1,4 +1,4 @@
-"""Messages between the runner and a replica: JSON behind a length, over a socket pair."""
+"""Messages between the runner and a replica: typed, as JSON behind a length, over a socket pair."""
 
 from __future__ import annotations
 
@@ -7,11 +7,108 @@ import json
 import socket
 import struct
 from contextlib import suppress
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
-Message = dict[str, Any]
+from elbowroom.plans.pool import RunPlan
+from elbowroom.pool.stats import PoolStats
 
 _LENGTH = struct.Struct("<I")
+_MAX_SHOWN_CHARS = 80
+
+
+class MessageError(ValueError):
+    """Received data that is no message of this version. The text says what differs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The first message to a replica: its number in the plan, and where its group meets."""
+
+    plan: RunPlan
+    replica: int
+    run_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class RowRequest:
+    """A row to answer. ``id`` comes back with the answer; None is no limit."""
+
+    id: int
+    url: str
+    body: dict[str, Any]
+    request_id: str
+    max_seconds: float | None
+    max_prompt_tokens: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The last message to a replica, which then says ``Stopped`` and ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Announcement of a replica that takes rows. Resident bytes are weights and slots, measured."""
+
+    num_kv_tokens: int
+    resident_bytes: int
+    start_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowAnswer:
+    """Answer of the engine to a row: a result, or an HTTP error."""
+
+    id: int
+    status: int
+    body: Any
+
+
+@dataclass(frozen=True, slots=True)
+class RowFailure:
+    """Failure of a row that broke one of our limits, which only the replica could tell."""
+
+    id: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Counters of a replica since its start. ``kv_cache_usage`` is between 0 and 1."""
+
+    num_requests_running: int
+    num_requests_waiting: int
+    kv_cache_usage: float
+    prompt_tokens: int
+    generation_tokens: int
+    num_preemptions: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    pool: PoolStats
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The last counters of a replica that ends as it was told to."""
+
+    stats: Stats
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Reason why a replica ends without having been told to."""
+
+    error: str
+
+
+ToReplica = Start | RowRequest | Stop
+FromReplica = Ready | RowAnswer | RowFailure | Stats | Stopped | Failed
+Message = ToReplica | FromReplica
+
+_CLASSES: dict[str, type[Message]] = {cls.__name__: cls for cls in get_args(Message)}
+_FIELDS = {cls: get_type_hints(cls) for cls in (*_CLASSES.values(), PoolStats)}
 
 
 class Channel:
@@ -33,9 +130,7 @@ class Channel:
         """
         if self._writer.is_closing():
             return
-        data = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode(
-            "utf-8", "surrogatepass"
-        )
+        data = encode(message)
         self._writer.write(_LENGTH.pack(len(data)) + data)
 
     async def drain(self) -> None:
@@ -43,14 +138,72 @@ class Channel:
             await self._writer.drain()
 
     async def receive(self) -> Message | None:
-        """The next message, or None when the peer is gone."""
+        """Receive the next message; None when the peer is gone. Raises MessageError."""
         try:
             (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
             data = await self._reader.readexactly(length)
         except (asyncio.IncompleteReadError, ConnectionError):
             return None
-        message: Message = json.loads(data.decode("utf-8", "surrogatepass"))
-        return message
+        return decode(data)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def encode(message: Message) -> bytes:
+    """Encode a message as JSON: its fields, and the name of its class as ``type``."""
+    data = {"type": type(message).__name__, **_plain(message)}
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    return text.encode("utf-8", "surrogatepass")  # half of a pair may stand in an answer
+
+
+def decode(data: bytes) -> Message:
+    """Decode what ``encode`` wrote. Raises MessageError for anything else."""
+    try:
+        loaded = json.loads(data.decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"no JSON: {error}") from error
+    name = loaded.pop("type", None) if isinstance(loaded, dict) else None
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise MessageError(f"no message of this version: {_shown(name or loaded)}")
+    message: Message = _build(_CLASSES[name], loaded)
+    return message
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """JSON form of a plan, or fields of a message; ``json`` asks again for values inside."""
+    if isinstance(value, RunPlan):
+        return value.to_json()
+    return {field.name: getattr(value, field.name) for field in fields(value)}
+
+
+def _build(cls: type[Any], data: Any) -> Any:
+    """Build a dataclass from exactly its fields. Raises MessageError."""
+    expected = _FIELDS[cls]
+    if not isinstance(data, dict) or data.keys() != expected.keys():
+        raise MessageError(f"{cls.__name__} has {', '.join(expected)}, not {_shown(data)}")
+    return cls(
+        **{name: _value(f"{cls.__name__}.{name}", expected[name], data[name]) for name in data}
+    )
+
+
+def _value(place: str, kind: Any, value: Any) -> Any:
+    """Check the value of a field of type ``kind``, and build what it stands for."""
+    if kind is Any:
+        return value
+    if kind is RunPlan:
+        try:
+            return RunPlan.from_json(value)
+        except (KeyError, TypeError, ValueError) as error:
+            raise MessageError(f"{place} is no plan: {type(error).__name__}: {error}") from error
+    if isinstance(kind, type) and is_dataclass(kind):
+        return _build(kind, value)
+    accepted = (dict,) if get_origin(kind) is dict else get_args(kind) or (kind,)
+    if not isinstance(value, (*accepted, int) if float in accepted else accepted):  # JSON has 1
+        raise MessageError(f"{place} is {getattr(kind, '__name__', kind)}, not {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

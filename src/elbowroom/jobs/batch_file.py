@@ -2,71 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.inputs import BatchInput, explained
 from elbowroom.jobs.limits import RowLimits, violation
+from elbowroom.jobs.rows import CHAT, COMPLETIONS, EMBEDDINGS, RejectedRow, Row
+from elbowroom.jobs.strict_json import RejectionError, load_json, reject, shown
 
-SUPPORTED_URLS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings"})
-MAX_DEPTH = 128
-"""Most lists and objects inside one another.
+SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
 
-Python's own limit depends on how deep its caller is, so a row near it could be read here and then
-fail where it is sent on.
-"""
-
-_MAX_SHOWN_CHARS = 80
 _BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
-
-    ``content_hash`` is 64 bits of BLAKE2b over the line without its end.
-    """
-
-    index: int
-    line_number: int
-    custom_id: str
-    url: str
-    body: dict[str, Any]
-    content_hash: int
-    source: BatchInput | None = field(default=None, compare=False, repr=False)
-
-    @property
-    def place(self) -> str:
-        """Location of the line, for messages."""
-        number = self.line_number
-        return f"line {number}" if self.source is None else self.source.place(number)
-
-
-@dataclass(frozen=True, slots=True)
-class RejectedRow:
-    """A line that is sent to no engine, and why."""
-
-    index: int
-    line_number: int
-    custom_id: str
-    code: str
-    message: str
-
-
-class _RejectionError(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class _Line(NamedTuple):
@@ -76,7 +29,7 @@ class _Line(NamedTuple):
     content_hash: int
 
 
-Visitor = Callable[["Row | RejectedRow"], None]
+Visitor = Callable[[Row | RejectedRow], None]
 """Callback for every row in turn. Repeated ids and made-up ids are not known yet at that time."""
 
 
@@ -127,7 +80,7 @@ class BatchFile:
             try:
                 data = self._load(line)
                 row = self._parse(index, line, data)
-            except _RejectionError as rejection:
+            except RejectionError as rejection:
                 row = self._rejected(index, line, _usable_id(data) or "", rejection)
             custom_id = _usable_id(data)
             has_id.append(custom_id is not None)
@@ -172,10 +125,12 @@ class BatchFile:
             if own_id is not None and self._has_own_id[index]:
                 custom_id = own_id
             elif own_id is not None:
-                shown = _shown(own_id)
-                _reject("duplicate_custom_id", f"{shown} is used by an earlier line: rename it")
+                reject(
+                    "duplicate_custom_id",
+                    f"{shown(own_id)} is used by an earlier line: rename it",
+                )
             return self._parse(index, line, data)
-        except _RejectionError as rejection:
+        except RejectionError as rejection:
             return self._rejected(index, line, custom_id, rejection)
 
     def duplicates(self) -> list[int]:
@@ -232,7 +187,7 @@ class BatchFile:
         return _Line(number, offset, data, _hash(data)), num_bytes
 
     def _rejected(
-        self, index: int, line: _Line, custom_id: str, reason: _RejectionError
+        self, index: int, line: _Line, custom_id: str, reason: RejectionError
     ) -> RejectedRow:
         message = f"{self._input.place(line.number)}: {reason}"
         return RejectedRow(index, line.number, custom_id, reason.code, message)
@@ -240,15 +195,13 @@ class BatchFile:
     def _load(self, line: _Line) -> Any:
         if line.data is None:
             most = self._limits.max_line_bytes
-            _reject(
-                "line_too_long", f"longer than {most} bytes: split it or raise --max-line-bytes"
-            )
-        return _load(line.data)
+            reject("line_too_long", f"longer than {most} bytes: split it or raise --max-line-bytes")
+        return load_json(line.data)
 
     def _parse(self, index: int, line: _Line, data: Any) -> Row:
         row = _parse(index, line, data, self._input)
         if broken := violation(row.body, self._limits):
-            _reject(broken.code, broken.message)
+            reject(broken.code, broken.message)
         return row
 
 
@@ -257,42 +210,22 @@ def hash_id(custom_id: str) -> int:
     return _hash(custom_id.encode("utf-8", "surrogatepass"))
 
 
-def _load(line: bytes) -> Any:
-    try:
-        data = _DECODER.decode(line.decode("utf-8"))
-        if _may_be_deep(line) and _is_deeper_than(data, MAX_DEPTH):
-            _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
-        if b"\\u" in line and b"\\ud" in line.lower():  # half of a pair is no character
-            json.dumps(data, ensure_ascii=False).encode("utf-8")
-        return data
-    except UnicodeEncodeError:
-        _reject("invalid_utf8", "a \\u escape is half of a surrogate pair: write both halves")
-    except UnicodeDecodeError as error:
-        _reject("invalid_utf8", f"not UTF-8 at byte {error.start}: save the file as UTF-8")
-    except RecursionError:
-        _reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
-    except json.JSONDecodeError as error:
-        _reject("invalid_json", f"not valid JSON at column {error.colno}: {error.msg}")
-    except ValueError as error:
-        _reject("invalid_json", f"not valid JSON: {error}")
-
-
 def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
     if not isinstance(data, dict):
-        _reject("invalid_request", f"a JSON object is expected, not {type(data).__name__}")
+        reject("invalid_request", f"a JSON object is expected, not {type(data).__name__}")
     url, body = data.get("url"), data.get("body")
     custom_id = _usable_id(data)
     if custom_id is None:
-        _reject("invalid_custom_id", "'custom_id' must be a non-empty string")
+        reject("invalid_custom_id", "'custom_id' must be a non-empty string")
     if data.get("method") != "POST":
-        _reject("invalid_method", f"'method' must be POST, not {_shown(data.get('method'))}")
+        reject("invalid_method", f"'method' must be POST, not {shown(data.get('method'))}")
     if not isinstance(url, str) or url not in SUPPORTED_URLS:
         supported = ", ".join(sorted(SUPPORTED_URLS))
-        _reject("invalid_url", f"'url' must be one of {supported}, not {_shown(url)}")
+        reject("invalid_url", f"'url' must be one of {supported}, not {shown(url)}")
     if not isinstance(body, dict):
-        _reject("invalid_body", "'body' must be a JSON object")
+        reject("invalid_body", "'body' must be a JSON object")
     if body.get("stream"):
-        _reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
+        reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
     return Row(index, line.number, custom_id, url, body, line.content_hash, source)
 
 
@@ -316,43 +249,3 @@ def _hash(data: bytes) -> int:
 
 def _as_int(digest: bytes) -> int:
     return int.from_bytes(digest, "little")
-
-
-def _refuse_number(text: str) -> NoReturn:
-    raise ValueError(f"the number {_shown(text)} is not finite")
-
-
-def _finite(text: str) -> float:
-    """Parse a float. Refuses 1e999, which is valid JSON but cannot be written again downstream."""
-    value = float(text)
-    return value if math.isfinite(value) else _refuse_number(text)
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
-
-
-def _may_be_deep(data: bytes) -> bool:
-    """Cheap first test of nesting: False for nearly every line, which has too few brackets."""
-    return data.count(b"[") + data.count(b"{") > MAX_DEPTH
-
-
-def _is_deeper_than(data: Any, depth: int) -> bool:
-    layer = [data]
-    for _ in range(depth + 1):
-        containers = [value for value in layer if isinstance(value, (dict, list))]
-        layer = []
-        for value in containers:
-            layer.extend(value.values() if isinstance(value, dict) else value)
-        if not containers:
-            return False
-    return True
-
-
-def _shown(value: object) -> str:
-    """A value from the file, shortened for a message."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
-
-
-def _reject(code: str, message: str) -> NoReturn:
-    raise _RejectionError(code, message)

@@ -15,17 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.core.errors import InputError
-from elbowroom.jobs.batch_file import BatchFile, RejectedRow, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits, regexes, schemas
-from elbowroom.jobs.prompts import (
-    EMBEDDINGS,
-    RefusedError,
-    kept_tokens,
-    max_output_tokens,
-    num_answers,
-    prompts_of,
-)
+from elbowroom.jobs.prompts import RefusedError, kept_tokens, prompts_of
+from elbowroom.jobs.rows import EMBEDDINGS, RejectedRow, Row
 
 MAX_PROBLEMS = 1000
 """Most problems that are kept; further ones are only counted."""
@@ -176,7 +170,7 @@ class PromptCounter:
         longest = max(lengths, default=0)
         room = self._max_model_len
         if room is not None and row.url != EMBEDDINGS:
-            asked = max_output_tokens(row)
+            asked = row.max_output_tokens
             if asked is not None and asked > room:
                 problem = f"asks for {asked} output tokens, at most {room} fit with the prompt"
                 report.add_problem(row, "max_tokens", f"{row.place}: {problem}")
@@ -219,11 +213,11 @@ def print_report(console: Console, report: CheckReport) -> None:
 
 def _check_row(row: Row, report: CheckReport) -> None:
     report.urls[row.url] += 1
-    limit = max_output_tokens(row)
+    limit = row.max_output_tokens
     if limit is None:
         report.num_unlimited += 1
     else:
-        report.output_token_limit += limit * num_answers(row)
+        report.output_token_limit += limit * row.num_answers
     for name, reason in _faults(row.body):
         report.add_problem(row, "invalid_schema", f"{row.place}: {name}: {reason}")
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
-from elbowroom.jobs.prompts import BYTES_PER_TOKEN, output_limit, prompt_bytes
+from elbowroom.jobs.rows import BYTES_PER_TOKEN, RejectedRow, Row
 
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
 _SLOWEST_LEARNING_RATE = 0.05  # of moving averages; the first rows count more
@@ -38,16 +37,16 @@ class RowEstimator:
 
         Before any row has finished, a row is believed to use all the output it asks for.
         """
-        limit = output_limit(row)
+        limit = row.output_limit
         guess = self._output_tokens + self._deviation
         if self._num_learned == 0:
             guess = limit if limit < float("inf") else _FIRST_GUESS_OUTPUT_TOKENS
-        return int(prompt_bytes(row) / self._bytes_per_token + min(guess, limit)) + 1
+        return int(row.prompt_bytes / self._bytes_per_token + min(guess, limit)) + 1
 
     def learn(self, row: Row, usage: TokenUsage) -> None:
         self._num_learned += 1
         rate = max(_SLOWEST_LEARNING_RATE, 1 / self._num_learned)
-        ratio = prompt_bytes(row) / max(1, usage.prompt_tokens)
+        ratio = row.prompt_bytes / max(1, usage.prompt_tokens)
         error = usage.output_tokens - self._output_tokens
         self._bytes_per_token += rate * (max(0.25, ratio) - self._bytes_per_token)
         self._output_tokens += rate * error
@@ -81,7 +80,7 @@ class Intake:
 class Offer(NamedTuple):
     """A row, and the replica that takes it."""
 
-    rank: int
+    replica: int
     row: Row
 
 
@@ -118,13 +117,13 @@ class Dispatcher:
             and not any(intake.rows or intake.suspects for intake in self._intakes.values())
         )
 
-    def join(self, rank: int, num_kv_tokens: int, max_rows: int) -> None:
+    def join(self, replica: int, num_kv_tokens: int, max_rows: int) -> None:
         """A replica is ready for rows."""
-        self._intakes[rank] = Intake(num_kv_tokens, max_rows)
+        self._intakes[replica] = Intake(num_kv_tokens, max_rows)
 
-    def lose(self, rank: int) -> list[Row]:
+    def lose(self, replica: int) -> list[Row]:
         """A replica died. Returns the rows that are given up, because they kill alone."""
-        intake = self._intakes.pop(rank, None)
+        intake = self._intakes.pop(replica, None)
         if intake is None:
             return []
         if intake.suspects:
@@ -136,8 +135,8 @@ class Dispatcher:
         self._cohorts.extend(deque(part) for part in (rows[:half], rows[half:]) if part)
         return []
 
-    def holds_suspects(self, rank: int) -> bool:
-        intake = self._intakes.get(rank)
+    def holds_suspects(self, replica: int) -> bool:
+        intake = self._intakes.get(replica)
         return intake is not None and intake.suspects is not None
 
     def offers(self) -> Iterator[Offer | RejectedRow]:
@@ -145,34 +144,34 @@ class Dispatcher:
 
         The next row goes to the replica with most room, so none idles while another queues.
         """
-        for rank, intake in self._intakes.items():
-            yield from self._offer_suspects(rank, intake)
+        for replica, intake in self._intakes.items():
+            yield from self._offer_suspects(replica, intake)
         while (row := self._next()) is not None:
             if isinstance(row, RejectedRow):
                 yield row
                 continue
             num_tokens = self._estimator.num_tokens(row)
             takers = [
-                rank
-                for rank, intake in self._intakes.items()
+                replica
+                for replica, intake in self._intakes.items()
                 if intake.suspects is None and intake.has_room(num_tokens)
             ]
             if not takers:
                 self._waiting = row
                 return
-            rank = max(takers, key=lambda rank: self._intakes[rank].free_tokens)
-            yield self._hand(rank, row, num_tokens)
+            replica = max(takers, key=lambda replica: self._intakes[replica].free_tokens)
+            yield self._hand(replica, row, num_tokens)
 
-    def finish(self, rank: int, index: int, usage: TokenUsage | None) -> Row:
+    def finish(self, replica: int, index: int, usage: TokenUsage | None) -> Row:
         """A replica answered a row. Returns the row."""
-        intake = self._intakes[rank]
+        intake = self._intakes[replica]
         del intake.reserved[index]
         row = intake.rows.pop(index)
         if usage is not None:
             self._estimator.learn(row, usage)
         return row
 
-    def _offer_suspects(self, rank: int, intake: Intake) -> Iterator[Offer]:
+    def _offer_suspects(self, replica: int, intake: Intake) -> Iterator[Offer]:
         """The next rows of the cohort that a replica tries; an empty replica takes one up."""
         if not intake.rows and not intake.suspects:
             intake.suspects = self._cohorts.popleft() if self._cohorts else None
@@ -180,12 +179,12 @@ class Dispatcher:
             num_tokens = self._estimator.num_tokens(intake.suspects[0])
             if not intake.has_room(num_tokens):
                 return
-            yield self._hand(rank, intake.suspects.popleft(), num_tokens)
+            yield self._hand(replica, intake.suspects.popleft(), num_tokens)
 
-    def _hand(self, rank: int, row: Row, num_tokens: int) -> Offer:
-        self._intakes[rank].rows[row.index] = row
-        self._intakes[rank].reserved[row.index] = num_tokens
-        return Offer(rank, row)
+    def _hand(self, replica: int, row: Row, num_tokens: int) -> Offer:
+        self._intakes[replica].rows[row.index] = row
+        self._intakes[replica].reserved[row.index] = num_tokens
+        return Offer(replica, row)
 
     def _next(self) -> Row | RejectedRow | None:
         if self._waiting is not None:

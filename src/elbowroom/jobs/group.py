@@ -7,7 +7,6 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,17 @@ from elbowroom.engine.launch import (
     remove_openmp_leftovers,
     start_replica,
 )
-from elbowroom.engine.wire import Message
+from elbowroom.engine.wire import (
+    Failed,
+    MessageError,
+    Ready,
+    RowAnswer,
+    RowFailure,
+    Start,
+    Stats,
+    Stopped,
+    ToReplica,
+)
 from elbowroom.plans.pool import RunPlan
 
 _LOG_TAIL_LINES = 15
@@ -26,19 +35,26 @@ _LAST_WORDS_SECONDS = 1.0  # the same for one that has closed its channel
 _POLL_SECONDS = 0.05
 
 
-class Event(NamedTuple):
-    """A message from a replica, or ``{"type": "died", "reason": ...}`` about it."""
+class Died(NamedTuple):
+    """End of a replica that was not told to. ``reason`` ends with the last lines of its log."""
 
-    rank: int
-    message: Message
+    reason: str
+    was_killed: bool
+
+
+class Event(NamedTuple):
+    """Message from a replica, or its death."""
+
+    replica: int
+    message: Ready | RowAnswer | RowFailure | Stats | Stopped | Died
 
 
 class ReplicaGroup:
     """Owns the replica processes of a run. Use as an async context manager.
 
     One task per replica listens to its channel and feeds the queue behind ``next_event``; the end
-    of a channel is an event too, so a replica that dies is noticed at once. A rank whose replica
-    died may be started again.
+    of a channel is an event too, so a replica that dies is noticed at once. One that died may be
+    started again.
     """
 
     def __init__(
@@ -52,7 +68,7 @@ class ReplicaGroup:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._command = command
-        self._replicas: dict[int, ReplicaProcess] = {}
+        self._processes: dict[int, ReplicaProcess] = {}
         self._listeners: set[asyncio.Task[None]] = set()
         self._ready: set[int] = set()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
@@ -67,32 +83,31 @@ class ReplicaGroup:
         await asyncio.gather(*self._listeners, return_exceptions=True)
         await asyncio.gather(
             *(
-                _end(replica, listens=rank in self._ready)
-                for rank, replica in self._replicas.items()
+                _end(process, listens=replica in self._ready)
+                for replica, process in self._processes.items()
             )
         )
         remove_openmp_leftovers()
 
-    async def start(self, rank: int) -> None:
-        """Start the replica of a rank that has none. Its log goes on where the last one ended."""
-        with open(self._log_path(rank), "ab", opener=_private) as log:
-            replica = await start_replica(rank, self._plan.cores[rank], log, self._command)
-        self._replicas[rank] = replica
-        self._ready.discard(rank)
-        listener = asyncio.create_task(self._listen(replica))
+    async def start(self, replica: int) -> None:
+        """Start a replica that does not run. Its log goes on where the last one ended."""
+        with open(self._log_path(replica), "ab", opener=_private) as log:
+            process = await start_replica(replica, self._plan.cores[replica], log, self._command)
+        self._processes[replica] = process
+        self._ready.discard(replica)
+        listener = asyncio.create_task(self._listen(process))
         self._listeners.add(listener)
         listener.add_done_callback(self._listeners.discard)
-        start = {"plan": self._plan.to_json(), "rank": rank, "run_dir": str(self._run_dir)}
-        self.send(rank, {"type": "start", **start})
+        self.send(replica, Start(self._plan, replica, str(self._run_dir)))
 
-    def send(self, rank: int, message: Message) -> None:
-        """To a replica that has died meanwhile nothing is sent: its death is an event."""
-        if (replica := self._replicas.get(rank)) is not None:
-            replica.channel.send(message)
+    def send(self, replica: int, message: ToReplica) -> None:
+        """Send, unless the replica has died meanwhile: its death is an event."""
+        if (process := self._processes.get(replica)) is not None:
+            process.channel.send(message)
 
     async def drain(self) -> None:
-        for replica in list(self._replicas.values()):
-            await replica.channel.drain()
+        for process in list(self._processes.values()):
+            await process.channel.drain()
 
     async def next_event(self, timeout_seconds: float) -> Event | None:
         """The next message, or None after the time-out."""
@@ -101,31 +116,40 @@ class ReplicaGroup:
         except TimeoutError:
             return None
 
-    async def _listen(self, replica: ReplicaProcess) -> None:
+    async def _listen(self, process: ReplicaProcess) -> None:
         """Pass on what a replica says, until it has ended and all its children are gone."""
-        reason, has_stopped = "", False
-        with suppress(ValueError):  # what is no message ends the talk
-            while (message := await replica.channel.receive()) is not None:
-                if message["type"] == "failed":
-                    reason = f"failed: {message['error']}"
-                else:
-                    has_stopped = has_stopped or message["type"] == "stopped"
-                    if message["type"] == "ready":
-                        self._ready.add(replica.rank)
-                    self._events.put_nowait(Event(replica.rank, message))
+        replica, reason, has_stopped = process.replica, "", False
+        try:
+            while (message := await process.channel.receive()) is not None:
+                match message:
+                    case Failed(error):
+                        reason = f"failed: {error}"
+                        continue
+                    case Ready():
+                        self._ready.add(replica)
+                    case Stopped():
+                        has_stopped = True
+                    case RowAnswer() | RowFailure() | Stats():
+                        pass
+                    case _:
+                        raise MessageError(f"{type(message).__name__} is for replicas")
+                self._events.put_nowait(Event(replica, message))
+        except MessageError as error:  # nothing that comes behind it can be trusted
+            reason = f"failed: it sent {error}"
         if has_stopped:
             return  # it ends as it was told to
-        await _end(replica, grace_seconds=_LAST_WORDS_SECONDS)
-        del self._replicas[replica.rank]
-        died = {"type": "died", "reason": reason or _how_it_ended(replica)}
-        died["reason"] += self._log_tail(replica.rank)
-        self._events.put_nowait(Event(replica.rank, died))
+        await _end(process, grace_seconds=_LAST_WORDS_SECONDS)
+        del self._processes[replica]
+        code = process.process.returncode or 0
+        how = reason or _how_it_ended(code)
+        died = Died(how + self._log_tail(replica), was_killed=not reason and code < 0)
+        self._events.put_nowait(Event(replica, died))
 
-    def _log_path(self, rank: int) -> Path:
-        return self._log_dir / f"replica-{rank}.log"
+    def _log_path(self, replica: int) -> Path:
+        return self._log_dir / f"replica-{replica}.log"
 
-    def _log_tail(self, rank: int) -> str:
-        text = self._log_path(rank).read_text(encoding="utf-8", errors="replace")
+    def _log_tail(self, replica: int) -> str:
+        text = self._log_path(replica).read_text(encoding="utf-8", errors="replace")
         lines = text.splitlines()[-_LOG_TAIL_LINES:]
         return "".join(f"\n  | {line}" for line in lines)
 
@@ -134,13 +158,12 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _how_it_ended(replica: ReplicaProcess) -> str:
-    code = replica.process.returncode or 0
+def _how_it_ended(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
 async def _end(
-    replica: ReplicaProcess, grace_seconds: float = _GRACE_SECONDS, *, listens: bool = True
+    process: ReplicaProcess, grace_seconds: float = _GRACE_SECONDS, *, listens: bool = True
 ) -> None:
     """End a replica's process group: the replica leads it, its engine core is in it.
 
@@ -148,16 +171,16 @@ async def _end(
     SIGTERM comes next, which leaves Python's resource tracker time to remove semaphores, and
     SIGKILL for whatever is left.
     """
-    replica.channel.close()
+    process.channel.close()
     for sign in (
         (None, signal.SIGTERM, signal.SIGKILL) if listens else (signal.SIGTERM, signal.SIGKILL)
     ):
         if sign is not None:
-            _signal_group(replica.process.pid, sign)
+            _signal_group(process.process.pid, sign)
         deadline = time.monotonic() + grace_seconds
-        while _signal_group(replica.process.pid, 0) and time.monotonic() < deadline:
+        while _signal_group(process.process.pid, 0) and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
-    await replica.process.wait()
+    await process.process.wait()
 
 
 def _signal_group(leader: int, sign: int) -> bool:

@@ -13,8 +13,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,21 @@ import numpy as np
 from elbowroom.core import host
 from elbowroom.core.errors import InputError, OutputError
 from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.journal_reader import (
+    CLOEXEC,
+    FinishedRow,
+    JournalTotals,
+    database_path,
+    explained,
+    journal_folder,
+    read_lines,
+    read_totals,
+)
 
 COMMIT_SECONDS = 0.5
 """Longest time until a finished row is safe on disk."""
 
 _MAX_PENDING = 2000
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows passes no file on unless it is told to
 _SCHEMA = """
     CREATE TABLE job (field TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE rows (
@@ -42,47 +50,6 @@ _SCHEMA = """
     );
 """
 _VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class FinishedRow:
-    """A row and its result line. ``failure`` names what went wrong; None is success.
-
-    A line that is not a request has no content hash: it was never work, and is judged again.
-    """
-
-    index: int
-    custom_id: str
-    content_hash: int | None
-    failure: str | None
-    line: bytes
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class JournalTotals:
-    """Rows and tokens in a journal. ``failures`` counts failed rows by what went wrong."""
-
-    num_succeeded: int
-    failures: dict[str, int]
-    prompt_tokens: int
-    output_tokens: int
-
-    @property
-    def num_failed(self) -> int:
-        return sum(self.failures.values())
-
-    @property
-    def num_finished(self) -> int:
-        return self.num_succeeded + self.num_failed
-
-
-def journal_folder(output: Path) -> Path:
-    """The journal's folder beside ``output``. Raises InputError for a path without a file name."""
-    if not output.name:
-        raise InputError(f"'{output}' is no file: name the --output of a run, as it was given")
-    return output.with_name(f"{output.name}.elbowroom")
 
 
 OnCommit = Callable[[Sequence[FinishedRow]], None]
@@ -103,11 +70,11 @@ class Journal:
         self._on_commit = on_commit
         self._pending: list[FinishedRow] = []
         self._committed_at = time.monotonic()
-        with _explained(self._folder):
+        with explained(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _lock(self._folder, output)
         try:
-            with _explained(self._folder):
+            with explained(self._folder):
                 if restart:
                     _remove(self._folder)
                 self._database = _connect(self._folder)
@@ -144,7 +111,7 @@ class Journal:
                     f"{known.get(field, 'not there')}, now it is {identity.get(field, 'not there')}"
                     f". Use the same {field} to resume, or --restart to start over"
                 )
-        with _explained(self._folder), self._database:
+        with explained(self._folder), self._database:
             self._database.execute("DELETE FROM rows WHERE content_hash IS NULL")
             self._set_facts({**identity, "_num_rows": str(batch.num_rows)})
             indices = self._find_again(batch)
@@ -170,7 +137,7 @@ class Journal:
         self._committed_at = time.monotonic()
         if not rows:
             return
-        with _explained(self._folder), self._database:
+        with explained(self._folder), self._database:
             self._database.executemany(
                 "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)",
                 map(_columns, rows),
@@ -185,11 +152,11 @@ class Journal:
 
     def note(self, **facts: object) -> None:
         """Keep facts about this run for ``status``."""
-        with _explained(self._folder), self._database:
+        with explained(self._folder), self._database:
             self._set_facts({f"_{name}": json.dumps(value) for name, value in facts.items()})
 
     def facts(self) -> dict[str, str]:
-        with _explained(self._folder):
+        with explained(self._folder):
             return dict(self._database.execute("SELECT field, value FROM job"))
 
     @property
@@ -200,7 +167,7 @@ class Journal:
 
     def lines(self, succeeded: bool) -> Iterator[bytes]:
         """Result lines in input order, of rows that succeeded or of those that failed."""
-        with _explained(self._folder):
+        with explained(self._folder):
             yield from read_lines(self._database, succeeded)
 
     def _find_again(self, batch: BatchFile) -> np.ndarray[Any, Any]:
@@ -238,82 +205,13 @@ class Journal:
         self._num_tokens = [totals.prompt_tokens, totals.output_tokens]
 
 
-class JournalReader:
-    """Reader of a journal, also while a run writes it. Use as a context manager."""
-
-    def __init__(self, output: Path) -> None:
-        """Open the journal beside ``output``. Raises InputError when there is none."""
-        self.folder = journal_folder(output)
-        if not _database_path(self.folder).exists():
-            raise InputError(
-                f"{self.folder} is not there: name the --output of a run, as it was given"
-            )
-        with _explained(self.folder):
-            self._database = sqlite3.connect(
-                f"file:{_database_path(self.folder)}?mode=ro", uri=True, timeout=10
-            )
-            if self._database.execute("PRAGMA user_version").fetchone() == (0,):
-                raise InputError(f"{self.folder} has just been made: try again in a moment")
-
-    def __enter__(self) -> JournalReader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._database.close()
-
-    def totals(self) -> JournalTotals:
-        return read_totals(self._database, self.folder)
-
-    def facts(self) -> dict[str, Any]:
-        """Facts that the run noted about itself, without the job's identity."""
-        with _explained(self.folder):
-            rows = self._database.execute("SELECT field, value FROM job").fetchall()
-        return {name[1:]: json.loads(value) for name, value in rows if name.startswith("_")}
-
-    def lines(self, succeeded: bool | None = None) -> Iterator[bytes]:
-        """Result lines of rows finished so far, in input order."""
-        with _explained(self.folder):
-            yield from read_lines(self._database, succeeded)
-
-    def is_running(self) -> bool:
-        with _explained(self.folder):
-            descriptor = os.open(self.folder / "lock", os.O_RDWR | _CLOEXEC)
-        try:
-            return not host.try_lock(descriptor, shared=True)
-        finally:
-            os.close(descriptor)
-
-
-def read_lines(database: sqlite3.Connection, succeeded: bool | None) -> Iterator[bytes]:
-    which = {None: "1", True: "failure IS NULL", False: "failure IS NOT NULL"}[succeeded]
-    for (line,) in database.execute(f"SELECT line FROM rows WHERE {which} ORDER BY row_index"):
-        yield line
-
-
-def read_totals(database: sqlite3.Connection, folder: Path) -> JournalTotals:
-    with _explained(folder):
-        groups = database.execute(
-            "SELECT failure, COUNT(*), SUM(prompt_tokens), SUM(output_tokens) FROM rows GROUP BY 1"
-        ).fetchall()
-    return JournalTotals(
-        num_succeeded=sum(count for failure, count, *_ in groups if failure is None),
-        failures={failure: count for failure, count, *_ in groups if failure is not None},
-        prompt_tokens=sum(group[2] for group in groups),
-        output_tokens=sum(group[3] for group in groups),
-    )
-
-
-def _database_path(folder: Path) -> Path:
-    return folder / "journal.sqlite"
-
-
 def _connect(folder: Path) -> sqlite3.Connection:
     """Open the database, creating it with mode 0600: SQLite gives its other files the same mode.
 
     Raises OutputError for the journal of another version.
     """
-    path = _database_path(folder)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600))
+    path = database_path(folder)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | CLOEXEC, 0o600))
     database = sqlite3.connect(path, timeout=10)
     try:
         database.execute("PRAGMA journal_mode = WAL")
@@ -343,7 +241,7 @@ def _lock(folder: Path, output: Path) -> int:
 
     Raises OutputError if another run holds it.
     """
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | _CLOEXEC, 0o600)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | CLOEXEC, 0o600)
     if not host.try_lock(descriptor):
         os.close(descriptor)
         raise OutputError(
@@ -351,24 +249,6 @@ def _lock(folder: Path, output: Path) -> int:
             f"'elbowroom status {output}'"
         )
     return descriptor
-
-
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {folder}: {error.strerror}. Free some space or choose another folder "
-            f"for --output; finished rows are kept"
-        ) from error
-    except sqlite3.DatabaseError as error:
-        name = getattr(error, "sqlite_errorname", "")
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-            remedy = "it is damaged: restore it from a copy, or use --restart to start over"
-        else:
-            remedy = "free some space or check permissions, then run again; finished rows are kept"
-        raise OutputError(f"cannot use the journal {folder}: {error}; {remedy}") from error
 
 
 def _columns(row: FinishedRow) -> tuple[object, ...]:

@@ -12,15 +12,10 @@ from tokenizers import Tokenizer
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.workload import Workload, workload
-from elbowroom.jobs.batch_file import BatchFile, Row
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.jobs.prompts import (
-    BYTES_PER_TOKEN,
-    max_output_tokens,
-    num_answers,
-    prompt_bytes,
-)
+from elbowroom.jobs.rows import BYTES_PER_TOKEN, Row
 
 ASSUMED_OUTPUT_TOKENS = 256
 """Assumed output of a row that sets no limit: its length is unknown until it is answered."""
@@ -39,7 +34,7 @@ _TOKENS_PER_MESSAGE, _TOKENS_PER_CHAT = 5, 3
 class FileLengths:
     """Lengths of a file's rows in its order, from ``num_counted`` of them in a large file.
 
-    ``bytes_per_token`` is the prompts' mean, as ``jobs.prompts.prompt_bytes`` measures them.
+    ``bytes_per_token`` is the prompts' mean, as ``Row.prompt_bytes`` measures them.
     """
 
     workload: Workload
@@ -77,12 +72,12 @@ def read_lengths(
             if not isinstance(row, Row):
                 continue
             num_counted += 1
-            limit = max_output_tokens(row)
+            limit = row.max_output_tokens
             num_unlimited += limit is None
-            answers = min(num_answers(row), _MOST_ANSWERS)
+            answers = min(row.num_answers, _MOST_ANSWERS)
             of_prompts = _prompt_tokens(row.body, count)
             num_tokens += sum(of_prompts)
-            num_bytes += prompt_bytes(row)
+            num_bytes += row.prompt_bytes
             prompts += [sum(of_prompts) // max(1, len(of_prompts))] * answers
             outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
     if not prompts:

@@ -11,8 +11,7 @@ from zlib import crc32
 
 import numpy as np
 
-from elbowroom.jobs.batch_file import RejectedRow, Row
-from elbowroom.jobs.prompts import output_limit
+from elbowroom.jobs.rows import RejectedRow, Row
 
 PREFIX_BYTES = 16 * 1024
 """Bytes of a prompt's beginning that are compared with other prompts."""
@@ -50,7 +49,7 @@ class OrderBuilder:
     def visit(self, row: Row | RejectedRow) -> None:
         """Take the next row. One that no engine will see comes last."""
         if isinstance(row, Row):
-            self.add(prompt_prefix(row.body), output_limit(row))
+            self.add(prompt_prefix(row.body), row.output_limit)
         else:
             self.add(b"", 0)
 

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from elbowroom.jobs.batch_file import Row
+from elbowroom.jobs.rows import CHAT, EMBEDDINGS, Row, is_list_of
 
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-
-BYTES_PER_TOKEN = 4.0
-"""Typical bytes per token of English text."""
-
-_DEFAULT_COMPLETION_TOKENS = 16
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal", "thinking")
 
 
@@ -37,45 +31,12 @@ def prompts_of(row: Row, tokenizer: Any) -> Prompts:
     conversations = _conversations(row)
     if conversations is None:
         given = body.get("input") if row.url == EMBEDDINGS else body.get("prompt")
-        is_one = isinstance(given, str) or _is_list_of(given, int)
+        is_one = isinstance(given, str) or is_list_of(given, int)
         prompts = [given] if is_one else given if isinstance(given, list) else []
         items = [prompt for prompt in prompts if isinstance(prompt, str | list)]
         return Prompts(items, bool(body.get("add_special_tokens", True)))
     texts = [_render(row, conversation, tokenizer) for conversation in conversations]
     return Prompts(list(texts), bool(body.get("add_special_tokens", False)))
-
-
-def max_output_tokens(row: Row) -> int | None:
-    """Most tokens that a row asks for in one answer; None is no limit."""
-    if row.url == EMBEDDINGS:
-        return 0
-    names = ("max_tokens",) if row.url == COMPLETIONS else ("max_completion_tokens", "max_tokens")
-    given = next((row.body[name] for name in names if row.body.get(name) is not None), None)
-    if given is None and row.url == COMPLETIONS:
-        return _DEFAULT_COMPLETION_TOKENS
-    return given if _is_count(given) else None
-
-
-def prompt_bytes(row: Row) -> int:
-    """Size of what becomes the prompt: messages, tools, text; not the sampling parameters."""
-    parts = [row.body[key] for key in ("messages", "tools", "prompt", "input") if key in row.body]
-    if len(parts) == 1 and _is_list_of(parts[0], int) and parts[0]:
-        return int(len(parts[0]) * BYTES_PER_TOKEN)
-    return len(json.dumps(parts, ensure_ascii=False))
-
-
-def num_answers(row: Row) -> int:
-    """Number of answers that one row asks for, over its prompts and choices."""
-    choices = row.body.get("n")
-    prompt = row.body.get("prompt") if row.url == COMPLETIONS else None
-    num_prompts = len(prompt) if isinstance(prompt, list) and not _is_list_of(prompt, int) else 1
-    return max(1, num_prompts) * (choices if _is_count(choices) and choices > 0 else 1)
-
-
-def output_limit(row: Row) -> float:
-    """Most output tokens of a row over all its answers; infinite where it sets no limit."""
-    limit = max_output_tokens(row)
-    return float("inf") if limit is None else float(limit * num_answers(row))
 
 
 def kept_tokens(row: Row, num_tokens: int) -> int:
@@ -99,9 +60,9 @@ def _conversations(row: Row) -> list[Any] | None:
     if row.url != EMBEDDINGS:
         return None
     given = messages if messages is not None else row.body.get("input")
-    if _is_list_of(given, dict):
+    if is_list_of(given, dict):
         return [given]
-    return given if _is_list_of(given, list) and _is_list_of(given[0], dict) else None
+    return given if is_list_of(given, list) and is_list_of(given[0], dict) else None
 
 
 def _render(row: Row, conversation: list[Any], tokenizer: Any) -> str:
@@ -202,11 +163,3 @@ def _text(part: Any) -> str | None:
         return None
     text = part.get(kind if kind in ("refusal", "thinking") else "text")
     return text if isinstance(text, str) else None
-
-
-def _is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**31

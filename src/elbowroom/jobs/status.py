@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.jobs.journal import JournalReader
+from elbowroom.jobs.journal_reader import JournalReader
 from elbowroom.jobs.progress import clock_text
 
 State = Literal["running", "interrupted", "finished"]

@@ -1,1 +1,1 @@
-"""Replicas that hold feed-forward weights once (SiDP). Works on any list of transformer blocks."""
+"""A pool of replicas that hold feed-forward weights once (SiDP), for any transformer blocks."""

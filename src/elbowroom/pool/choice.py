@@ -21,7 +21,7 @@ MOST_CORRECTION = 4.0
 _LEARNING_RATE = 0.1
 
 BatchMode = Literal["streamed", "shipped"]
-"""The pool modes that one iteration can take and the next one leave."""
+"""The pool mode of the borrowed layers in one iteration."""
 
 
 class Chooser:
@@ -84,7 +84,7 @@ class Chooser:
 
 
 class LeaseChoice(Protocol):
-    """The rule that says, for every iteration, by which leases each layer is used."""
+    """A rule that chooses in every iteration by which leases each layer is used."""
 
     @property
     def leases(self) -> Sequence[Leases]:
@@ -114,8 +114,9 @@ class OneMode:
 
 
 class StreamedOrShipped:
-    """Borrowed layers streamed or shipped, as a ``Chooser`` has it that is told what either cost.
+    """A choice between streaming and shipping borrowed layers, made by a ``Chooser``.
 
+    It is told after every iteration what that one cost.
     ``owned`` are the leases on this replica's own layers; ``borrowed`` says for each layer whether
     it is a peer's. Batches of at most ``ship_bytes`` bytes can be shipped.
     """

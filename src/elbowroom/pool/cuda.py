@@ -1,7 +1,7 @@
-"""A store in the memory of NVIDIA GPUs: layers are buffers that peers open by CUDA's IPC handles.
+"""A store in the memory of NVIDIA GPUs, whose buffers peers open by CUDA's IPC handles.
 
 Buffers are taken from the driver, not from PyTorch's allocator: a handle names a whole allocation,
-and those of expandable segments have none.
+and an allocation in expandable segments has none.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ _HANDLE_BYTES = 64
 
 
 class CudaStore(SharedMemoryStore):
-    """Layers of rank r on its device; in the run directory lie their handles, and locks.
+    """A store that keeps one rank's layers on ``device``, and their handles in ``run_dir``.
 
-    What a rank has published ends with it. A group of which one died has to be started again.
+    What a rank has published ends with its process: a group of which one member died has to be
+    started again.
     """
 
     outlives_owner = False
@@ -41,15 +42,16 @@ class CudaStore(SharedMemoryStore):
         return self._own[layer]
 
     def publish(self, layer: int) -> None:
-        torch.cuda.synchronize(self.device)  # whoever opens it must see all of it
+        # A peer copies on streams of its own, which know nothing of ours: all must be written.
+        torch.cuda.synchronize(self.device)
         _write_handle(self._part_path(layer), self._own[layer])
         super().publish(layer)
 
     def reopen(self, layer: int, owner: int, num_bytes: int) -> None:
-        """Nothing is left of an earlier process of this rank."""
+        """Find nothing: device memory ends with the process that allocated it."""
 
     def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
-        """Memory of the borrower's."""
+        """Open memory that lies on the borrower's device. See ``Store.mailbox``."""
         path = self._run_dir / f"mail-{borrower}-{owner}"
         if borrower != self._rank:
             return _open(path, self.device)
@@ -68,7 +70,10 @@ class CudaStore(SharedMemoryStore):
 
 
 class _DeviceMemory:
-    """Bytes at an address. ``free`` gives them back when no tensor uses them any more."""
+    """Device memory of ``num_bytes`` at ``address``, in the form that PyTorch makes tensors from.
+
+    ``free`` gets the address when no tensor uses the memory any more.
+    """
 
     def __init__(self, address: int, num_bytes: int, free: Any) -> None:
         self._address = address
@@ -85,6 +90,10 @@ class _DeviceMemory:
 
 
 def _allocate(num_bytes: int, device: torch.device, what: str) -> torch.Tensor:
+    """Take new device memory from the driver, as a uint8 vector.
+
+    Raises PoolError, which names ``what`` needs it, when the device is full.
+    """
     _check(runtime.cudaSetDevice(device.index or 0))
     error, address = runtime.cudaMalloc(num_bytes)
     if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
@@ -98,7 +107,7 @@ def _allocate(num_bytes: int, device: torch.device, what: str) -> torch.Tensor:
 
 
 def _write_handle(path: Path, buffer: torch.Tensor) -> None:
-    """The handle, and the size in bytes as text."""
+    """Write the IPC handle of ``buffer`` to a file, followed by its size in bytes as text."""
     (handle,) = _check(runtime.cudaIpcGetMemHandle(buffer.data_ptr()))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "wb") as file:
@@ -106,7 +115,10 @@ def _write_handle(path: Path, buffer: torch.Tensor) -> None:
 
 
 def _open(path: Path, device: torch.device) -> torch.Tensor:
-    """What a peer has written the handle of. Readable and writable, and as fast as the link."""
+    """Open a peer's memory by the handle in a file, as a uint8 vector, readable and writable.
+
+    Access is as fast as the link between the devices.
+    """
     data = path.read_bytes()
     handle = runtime.cudaIpcMemHandle_t()
     handle.reserved = data[:_HANDLE_BYTES]
@@ -118,13 +130,17 @@ def _open(path: Path, device: torch.device) -> torch.Tensor:
 
 
 def _tensor(memory: _DeviceMemory, address: int) -> torch.Tensor:
-    """On the device where the bytes are: naming another would copy them."""
+    """Make a uint8 vector of ``memory`` without a copy."""
+    # It has to be on the device where the bytes are: on another, PyTorch would copy them.
     (attributes,) = _check(runtime.cudaPointerGetAttributes(address))
     return torch.as_tensor(memory, device=torch.device("cuda", attributes.device))
 
 
 def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What a call of the runtime gave. Raises PoolError if it failed."""
+    """Strip the error code from what a call of the CUDA runtime returned.
+
+    Raises PoolError if the call failed.
+    """
     error, *values = result
     if error != runtime.cudaError_t.cudaSuccess:
         _, text = runtime.cudaGetErrorString(error)

@@ -1,4 +1,4 @@
-"""The housekeeper: a background thread that streams borrowed layers into slots ahead of compute."""
+"""A background thread that streams borrowed layers into slots ahead of compute."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot, Slots
 
 STREAM_TIMEOUT_SECONDS = 60.0
-"""How long compute waits for one streamed layer before it gives up."""
+"""Seconds that compute waits for one streamed layer before it gives up."""
 
 
 class Housekeeper:
-    """Carries out one order of fetches again and again, as far ahead as the slots allow.
+    """A ``Streamer`` within a host's memory: a thread that copies as far ahead as slots allow.
 
-    A ``Streamer`` of a host's memory. Copies are one-sided and release the interpreter lock. The
-    thread waits for free slots (signalled by ``Slots.release``) and signals ready ones; any error
-    goes to whoever waits. ``bytes_per_second`` holds copies back, to see how a pool would do on a
-    slower link.
+    The thread carries out ``fetches`` pass after pass, from ``sources`` (uint8, by layer). It waits
+    for free slots, which the compute thread signals (``release``), and signals ready ones, which
+    the compute thread waits for (``acquire``). An error ends it and is raised by ``acquire``.
+    Copies are one-sided and release the interpreter lock.
+
+    ``timeout_seconds`` is how long ``acquire`` waits. ``bytes_per_second`` holds copies back, to
+    see how a pool would do on a slower link.
     """
 
     def __init__(
@@ -70,7 +73,7 @@ class Housekeeper:
 
     def close(self) -> None:
         """Stop after the copy under way and wait for the thread."""
-        self._is_closing = True
+        self._is_closing = True  # before the thread is woken, so that it begins no other pass
         self._slots.close()
         if self._thread.ident is not None:
             self._thread.join()
@@ -79,11 +82,11 @@ class Housekeeper:
         try:
             while not self._is_closing:
                 self._run_pass(self._slots.epoch)
-        except BaseException as error:  # handed to the compute thread, which raises it
+        except BaseException as error:  # the compute thread raises it
             self._slots.fail(error)
 
     def _run_pass(self, epoch: int) -> None:
-        """One forward pass' worth of fetches; left early when the order starts anew."""
+        """Carry out the fetches of one forward pass, and stop early when the order starts anew."""
         filling: dict[int, Slot] = {}
         for fetch in self._fetches:
             if fetch.chunk == 0:
@@ -95,9 +98,10 @@ class Housekeeper:
             if fetch.chunk == fetch.num_chunks - 1:
                 self._slots.mark_ready(filling.pop(fetch.layer), epoch)
         for slot in filling.values():
-            self._slots.mark_ready(slot, epoch)  # the epoch is over: this frees the slot
+            self._slots.mark_ready(slot, epoch)  # the epoch is over: this frees it
 
     def _copy(self, fetch: Fetch, slot: Slot) -> None:
+        """Copy one chunk of a layer, as slowly as ``bytes_per_second`` says."""
         source = self._sources[fetch.layer]
         chunk_bytes = -(-source.size // fetch.num_chunks)
         part = slice(fetch.chunk * chunk_bytes, min((fetch.chunk + 1) * chunk_bytes, source.size))

@@ -39,7 +39,7 @@ class Leases(ABC):
     def acquire(self, layer: int) -> Forward:
         """Take the lease on ``layer``: the forward returned may run until ``release``.
 
-        Raises PoolError when the weights do not arrive. There is no lease to release then.
+        Raises PoolError when the weights do not arrive; there is no lease to release then.
         """
 
     def release(self, layer: int) -> None:  # noqa: B027 (most residencies have nothing to do)
@@ -116,7 +116,10 @@ class SlottedLeases(Leases):
         self.wait_seconds = 0.0
 
     def acquire(self, layer: int) -> Forward:
-        """See ``Leases.acquire``. Raises PoolError also for a layer that is not the next."""
+        """Wait for the slot of ``layer``, and bind it. See ``Leases.acquire``.
+
+        Raises PoolError when the layer is not the next in order or does not arrive in time.
+        """
         if layer != self._layers[self._next]:
             self._restart(layer)
         begin = time.perf_counter()
@@ -235,9 +238,9 @@ class ShippedLeases(Leases):
         return ffn.forward(x, *args, **kwargs)
 
     def _ship(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-        """Rows [..., columns] that the owner made of ``x``. None where it died and left weights.
+        """Have the owner run ``layer`` on ``x`` [..., columns]; None if it died but left weights.
 
-        Raises PeerLostError where it left none, PoolError where it failed.
+        Raises PeerLostError where it left none, and PoolError where it failed.
         """
         owner = self._owners[layer]
         begin = time.perf_counter()

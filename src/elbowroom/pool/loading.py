@@ -1,74 +1,25 @@
-"""Loading: a model's blocks are taken over one by one, and become a pool when weights are there."""
+"""A loader, which takes a model's blocks over one by one and makes a pool of them when loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from elbowroom.core.errors import PoolError, UnsupportedModelError
+from elbowroom.core.errors import UnsupportedModelError
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.choice import LeaseChoice, OneMode, StreamedOrShipped
-from elbowroom.pool.ffn import Ffn, Forward, find_ffn, frozen
-from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS, Housekeeper
-from elbowroom.pool.leases import (
-    Leases,
-    MappedLeases,
-    OwnedLeases,
-    Reduce,
-    ShippedLeases,
-    SlottedLeases,
-)
+from elbowroom.pool.assembly import Layers, choose_leases, make_server
+from elbowroom.pool.ffn import Ffn, find_ffn, frozen
+from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.pool import Pool
-from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS, Shipper, ShipServer
 from elbowroom.pool.store import Store
-from elbowroom.pool.streamer import DeviceStreamer, Streamer
-
-PEER_TIMEOUT_SECONDS = 600.0
-"""Seconds to wait until a peer publishes a layer: reading a large model takes minutes."""
-
-Pack = Callable[[torch.Tensor], torch.Tensor]
-"""Brings a matrix into the form its kernel wants; same shape, dtype and bytes."""
-
-
-class TensorParallel(NamedTuple):
-    """What shipping needs where a replica's ranks each hold a part of every matrix.
-
-    ``partial`` gives a feed-forward module's forward without the sum over its ranks. Its result
-    goes back to the rank that asked, and ``reduce`` sums over the ranks of that one's replica.
-    """
-
-    partial: Callable[[nn.Module], Forward]
-    reduce: Reduce
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """Settings of a pool that its plan does not hold.
-
-    ``pack`` is applied to every matrix before it is published. ``run_dir`` is where rows are
-    shipped through, if the share says that they may be; without it none are.
-    ``link_bytes_per_second`` holds streaming back, see ``Housekeeper``.
-    """
-
-    pack: Pack | None = None
-    run_dir: Path | None = None
-    tensor_parallel: TensorParallel | None = None
-    link_bytes_per_second: float = float("inf")
-    peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS
-    stream_timeout_seconds: float = STREAM_TIMEOUT_SECONDS
-    ship_timeout_seconds: float = SHIP_TIMEOUT_SECONDS
 
 
 class PoolLoader:
-    """The pool of one replica while its model is built and loaded.
+    """A replica's part in a pool, while its model is built and its weights are loaded.
 
-    ``add_block`` for every block in order, load weights, then ``attach`` gives the pool.
+    First ``add_block`` for every block in order; then load weights; then ``attach`` gives the pool.
     """
 
     def __init__(self, share: PoolShare, store: Store, options: PoolOptions | None = None) -> None:
@@ -80,6 +31,7 @@ class PoolLoader:
         self._reopened: dict[int, torch.Tensor] = {}
 
     def owns(self, layer: int) -> bool:
+        """Tell whether this replica keeps ``layer`` for its group."""
         return self._share.owners[layer] == self._share.rank
 
     def add_block(self, block: nn.Module, keep_weights: bool = True) -> Ffn:
@@ -120,8 +72,10 @@ class PoolLoader:
         plan's fetches are not those of the layers that this rank borrows.
         """
         self._publish()
-        choice = self._lease(self._open_borrowed())
-        pool = Pool(self._share, self._store, choice, self._make_server())
+        owned = self._allocated | self._reopened
+        opened = self._open_borrowed()
+        layers = Layers(self._share, self._store, self._options, self._ffns, owned, opened)
+        pool = Pool(self._share, self._store, choose_leases(layers), make_server(layers))
         for layer, ffn in enumerate(self._ffns):
             ffn.module.forward = partial(pool.run, layer)
         return pool
@@ -142,108 +96,9 @@ class PoolLoader:
             if not self.owns(layer)
         }
 
-    def _lease(self, opened: dict[int, torch.Tensor]) -> LeaseChoice:
-        """Decide by which leases each layer is used. A new residency is given its place here."""
-        owned = OwnedLeases(self._ffns_of(self._owned), self._owned)
-        ffns = self._ffns_of(opened)
-        if self._share.streams:
-            self._check_fetches(opened)
-        if not opened:
-            return OneMode(self._by_layer(owned, owned))
-        if not self._share.streams:
-            return OneMode(self._by_layer(owned, MappedLeases(ffns, opened)))
-        slotted = SlottedLeases(ffns, self._make_streamer(opened))
-        if self._shipping_dir is None:
-            return OneMode(self._by_layer(owned, slotted))
-        shipped = self._make_shipped(opened, self._shipping_dir)
-        return StreamedOrShipped(
-            owned,
-            slotted,
-            shipped,
-            [layer in opened for layer in range(len(self._ffns))],
-            self._share.ship_below_rows,
-            self._share.ship_bytes,
-        )
-
-    @property
-    def _owned(self) -> dict[int, torch.Tensor]:
-        return self._allocated | self._reopened
-
-    @property
-    def _shipping_dir(self) -> Path | None:
-        """The directory that rows are shipped through. None where they may not be."""
-        return self._options.run_dir if self._share.ship_bytes else None
-
-    def _ffns_of(self, layers: Iterable[int]) -> dict[int, Ffn]:
-        return {layer: self._ffns[layer] for layer in layers}
-
-    def _by_layer(self, owned: Leases, borrowed: Leases) -> list[Leases]:
-        return [owned if self.owns(layer) else borrowed for layer in range(len(self._ffns))]
-
-    def _check_fetches(self, opened: dict[int, torch.Tensor]) -> None:
-        fetched = sorted({fetch.layer for fetch in self._share.fetches})
-        if sorted(opened) != fetched:
-            raise PoolError(
-                f"rank {self._share.rank} borrows layers {sorted(opened)}, but its plan fetches "
-                f"{fetched}: plan again"
-            )
-
-    def _make_streamer(self, opened: dict[int, torch.Tensor]) -> Streamer:
-        fetches, num_slots = self._share.fetches, self._share.num_slots
-        if self._store.device.type != "cpu":
-            return DeviceStreamer(fetches, opened, num_slots, self._store.device)
-        return Housekeeper(
-            fetches,
-            opened,
-            num_slots,
-            self._options.stream_timeout_seconds,
-            self._options.link_bytes_per_second,
-        )
-
-    def _make_shipped(self, opened: dict[int, torch.Tensor], run_dir: Path) -> ShippedLeases:
-        share, store, tensor_parallel = self._share, self._store, self._options.tensor_parallel
-        shipper = Shipper(
-            run_dir,
-            share.rank,
-            share.ship_bytes,
-            store.mailbox,
-            self._options.ship_timeout_seconds,
-            store.device,
-        )
-        return ShippedLeases(
-            self._ffns_of(opened),
-            opened,
-            share.owners,
-            shipper,
-            store.outlives_owner,
-            tensor_parallel.reduce if tensor_parallel else None,
-        )
-
-    def _make_server(self) -> ShipServer | None:
-        """The server of what this rank owns; None where no rows are shipped."""
-        if self._shipping_dir is None:
-            return None
-        share, store, tensor_parallel = self._share, self._store, self._options.tensor_parallel
-        served = {
-            layer: (
-                tensor_parallel.partial(ffn.module) if tensor_parallel else ffn.forward,
-                ffn.spans[0].dtype,
-            )
-            for layer, ffn in self._ffns_of(self._owned).items()
-        }
-        return ShipServer(
-            self._shipping_dir,
-            share.rank,
-            share.num_ranks,
-            share.ship_bytes,
-            served,
-            store.mailbox,
-            store.device,
-        )
-
 
 def _move_weights(ffn: Ffn, buffer: torch.Tensor, keep_values: bool) -> None:
-    """Have the matrices of ``ffn`` lie in ``buffer`` (uint8), as they are loaded into it later."""
+    """Move the matrices of ``ffn`` into ``buffer`` (uint8), with or without their values."""
     for span in ffn.spans:
         weight = span.view(buffer)
         if keep_values:
@@ -252,5 +107,6 @@ def _move_weights(ffn: Ffn, buffer: torch.Tensor, keep_values: bool) -> None:
 
 
 def _replace_with_placeholders(ffn: Ffn) -> None:
+    """Drop the matrices of ``ffn``: parameters on the meta device keep their shapes."""
     for span in ffn.spans:
         span.linear.weight = frozen(torch.empty(span.shape, dtype=span.dtype, device="meta"))

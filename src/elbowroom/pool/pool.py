@@ -1,4 +1,4 @@
-"""The pool of one replica: stands in for the feed-forward modules of its model's blocks.
+"""The pool of one replica, which runs in place of the feed-forward modules of its model.
 
 ``loading.PoolLoader`` makes it, once the weights are there. Then: ``start``, forward passes,
 ``close``. The forward passes need no change: each feed-forward module's ``forward`` is
@@ -23,7 +23,7 @@ from elbowroom.pool.store import Store
 
 
 class Pool:
-    """One replica's view of the pool. Not thread-safe: one thread computes.
+    """One replica's view of the pool that its group shares. Not thread-safe: one thread computes.
 
     Args:
         share: what the plan says of this replica.

@@ -1,4 +1,4 @@
-"""The private directory in which the processes of one run meet.
+"""A private directory in which the processes of one run meet.
 
 It lies in shared memory where there is any, so weights published as files in it are memory. Its
 creator holds a lock on it for as long as it lives; a directory whose lock is free belongs to
@@ -27,10 +27,10 @@ _LOCK_SECONDS = 1.0  # a peer that looks holds the lock for a moment
 
 
 def default_root(num_bytes: int = 0, say: Callable[[str], None] = lambda _: None) -> Path:
-    """Shared memory of this host, or the temporary directory where it has no ``num_bytes`` free.
+    """Find shared memory with ``num_bytes`` free, or else the temporary directory.
 
-    Files there are mapped just as well, through the page cache; the system may write them to disk.
-    Raises PoolError where neither has the room.
+    Files in the temporary directory are mapped just as well, through the page cache; the system
+    may write them to disk, and ``say`` is told so. Raises PoolError where neither has the room.
     """
     memory, temporary = host.shared_memory_folder(), host.temporary_folder()
     if memory is not None and host.free_bytes(memory) >= num_bytes:
@@ -57,9 +57,10 @@ def default_root(num_bytes: int = 0, say: Callable[[str], None] = lambda _: None
 def run_directory(
     root: Path | None = None, num_bytes: int = 0, say: Callable[[str], None] = lambda _: None
 ) -> Iterator[Path]:
-    """A new directory, mode 0700, removed at exit. Leftovers of dead runs are swept first.
+    """Make a directory, mode 0700, that is removed at exit; sweep what dead runs left.
 
-    Without a ``root``, where ``default_root`` finds room for ``num_bytes``.
+    It lies in ``root``, or else where ``default_root`` finds room for ``num_bytes``, which may
+    raise PoolError.
     """
     root = root or default_root(num_bytes, say)
     sweep(root)
@@ -75,7 +76,7 @@ def run_directory(
 
 
 def sweep(root: Path) -> list[Path]:
-    """Remove this user's run directories whose creator is gone. Returns what was removed."""
+    """Remove this user's run directories in ``root`` whose creator is gone, and return them."""
     removed = []
     for path in root.glob(f"{_PREFIX}{host.user_id()}-*"):
         lock = path / _LOCK
@@ -92,7 +93,7 @@ def sweep(root: Path) -> list[Path]:
 
 
 def hold_lock(path: Path) -> int:
-    """Create ``path`` and hold its lock until the returned descriptor is closed or we die.
+    """Create ``path`` and lock it until the returned descriptor is closed or the process ends.
 
     Raises BlockingIOError when another process holds it.
     """
@@ -107,7 +108,7 @@ def hold_lock(path: Path) -> int:
 
 
 def is_held(path: Path) -> bool:
-    """Whether some live process holds the lock of ``path``. False when it does not exist."""
+    """Tell whether a live process holds the lock of ``path``. False when it does not exist."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

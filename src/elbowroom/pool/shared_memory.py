@@ -1,4 +1,4 @@
-"""A store in the shared memory of one host: layers are files in the run directory, mapped."""
+"""A store in the shared memory of one host, whose layers are mapped files in a run directory."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from elbowroom.pool.store import check_size, not_published
 _POLL_SECONDS = 0.01
 
 GRACE_SECONDS = 30.0
-"""How long an owner that died may be away: whoever runs the group may start it again."""
+"""Seconds that an owner that died may be away: whoever runs the group may start it again."""
 
 
 class SharedMemoryStore:
-    """Layers of rank r of a group that meets in ``run_dir``.
+    """A store of one rank of a group that meets in ``run_dir``, on one host.
 
-    A layer is visible once its file has its final name. Each rank holds the lock of
-    ``rank-r.lock`` while it lives, so a peer that waits knows when its owner died. What a rank has
+    A layer is visible once its file has its final name. Rank r holds the lock of ``rank-r.lock``
+    while it lives, so a peer that waits for a layer knows when its owner died. What a rank has
     published outlives it: the next process of that rank opens it again.
     """
 
@@ -42,7 +42,7 @@ class SharedMemoryStore:
         path.unlink(missing_ok=True)  # of a process of this rank that died
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            # Reserves the pages now: without it a full /dev/shm kills the process with SIGBUS.
+            # Reserve the pages now: otherwise a full /dev/shm kills the process with SIGBUS later.
             os.posix_fallocate(descriptor, 0, num_bytes)
             return _map_file(descriptor, num_bytes)
         except OSError as error:
@@ -111,7 +111,10 @@ class SharedMemoryStore:
 
 
 def shared_mailbox(run_dir: Path, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
-    """A mapped file, which outlives both ends, so that either may be started again."""
+    """Map a mailbox's file, uint8 [num_bytes], and create it if need be.
+
+    It outlives borrower and owner, so that either may be started again.
+    """
     path = run_dir / f"mail-{borrower}-{owner}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -122,10 +125,11 @@ def shared_mailbox(run_dir: Path, borrower: int, owner: int, num_bytes: int) -> 
 
 
 def _map_file(descriptor: int, num_bytes: int, flags: int = mmap.MAP_SHARED) -> torch.Tensor:
-    """The first bytes of a file as a uint8 vector, which outlives the descriptor."""
+    """Map the first bytes of a file as a uint8 vector, which outlives the descriptor."""
     mapping = mmap.mmap(descriptor, num_bytes, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 def alive_path(run_dir: Path, rank: int) -> Path:
+    """The path of the file that ``rank`` holds the lock of while it lives."""
     return run_dir / f"rank-{rank}.lock"

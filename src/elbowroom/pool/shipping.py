@@ -1,15 +1,16 @@
-"""Shipping: a rank's rows travel to a layer's owner, which runs the feed-forward network on them.
+"""Shipping of a borrower's rows to a layer's owner, which runs the feed-forward network on them.
 
-Nobody waits for anybody who has nothing to ship. A borrower writes its rows into a mailbox, memory
-that it shares with one owner, and rings: a message of 24 bytes in the owner's pipe. The owner's
-server, a thread beside its own forward passes, takes all messages that are there, runs the rows of
-one layer in one pass, writes every slice back and rings in turn. Buffers are made once; a call
-allocates what any layer does, its activations. Mailboxes lie on the device that computes; before a
-bell rings, the host waits until what it announces is there.
+A borrower writes its rows into a mailbox, memory that it shares with one owner, and rings: it puts
+a message of 24 bytes into the owner's pipe, and waits for one in its own. The owner's server, a
+thread beside its forward passes, waits for messages, takes all that are there, runs the rows of one
+layer in one pass, writes each borrower's part back and rings in turn. No rank waits for one that
+has nothing to ship. Buffers are made once; a call allocates what any layer does, its activations.
+Mailboxes lie on the device that computes; before a bell rings, the host waits until what it
+announces is there.
 
 On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
 interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
-scheduler divides the cores between them: 19 of 20 FFNs of the owner's take at most twice as long
+scheduler divides the cores between them: 19 of 20 of the owner's FFNs take at most twice as long
 (``bench/shipping.py``). A server on cores of its own would idle most of the time.
 """
 
@@ -34,24 +35,24 @@ from elbowroom.pool.shared_memory import alive_path
 from elbowroom.pool.store import tensor_in
 
 SHIP_TIMEOUT_SECONDS = 60.0
-"""How long a borrower waits for its rows while the owner lives."""
+"""Seconds that a borrower waits for its rows while the owner lives."""
 
 OpenMailbox = Callable[[int, int, int], torch.Tensor]
-"""Given a borrower, an owner and bytes: see ``Store.mailbox``."""
+"""``Store.mailbox``, called with a borrower, an owner and a number of bytes."""
 
 CPU = torch.device("cpu")
 
 _LOOK_SECONDS = 0.1
-"""Between two looks whether an owner still lives."""
+"""Seconds between two checks that an owner still lives."""
 
 _MESSAGE = struct.Struct("<IIIIQ")  # short enough for a pipe to keep it whole
 _MOST_MESSAGES = 128
 _FAILED = 2**32 - 1  # as the number of columns of an answer
-_CLOSE = 2**32 - 1  # as the layer of a message to ourselves
+_CLOSE = 2**32 - 1  # as the layer of a message that a server sends to itself
 
 
 class _Request(NamedTuple):
-    """A call of a borrower, or the answer to it, which says the shape that comes back."""
+    """A borrower's call, or its owner's answer, which tells the shape that comes back."""
 
     borrower: int
     layer: int
@@ -62,7 +63,7 @@ class _Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Call:
-    """Rows under way to an owner: what ``Shipper.wait`` takes."""
+    """A call under way: rows were sent, and ``Shipper.wait`` gives what comes back."""
 
     owner: int
     layer: int
@@ -71,7 +72,11 @@ class Call:
 
 
 class Shipper:
-    """The borrower's end. One call at a time."""
+    """The borrower's end of shipping. One call at a time.
+
+    ``buffer_bytes`` is the most that can be shipped at once. ``timeout_seconds`` is how long
+    ``wait`` waits for an owner that lives.
+    """
 
     def __init__(
         self,
@@ -96,9 +101,9 @@ class Shipper:
         self._next_call = time.monotonic_ns()  # no answer to an earlier process of this rank fits
 
     def start(self, owner: int, layer: int, x: torch.Tensor) -> Call:
-        """Send ``x`` [rows, columns] to ``owner``. Raises PeerLostError if it is gone.
+        """Send ``x`` [rows, columns], no larger than the buffer, to ``owner``.
 
-        ``x`` must not be larger than the buffer.
+        Raises PeerLostError if the owner is gone.
         """
         if owner not in self._bells:
             buffer = self._open_mailbox(self._rank, owner, 2 * self._buffer_bytes)
@@ -113,7 +118,7 @@ class Shipper:
         return Call(owner, layer, self._next_call, x.dtype)
 
     def wait(self, call: Call) -> torch.Tensor:
-        """The rows that come back, [rows, columns], in memory of their own.
+        """Wait for the rows that come back, [rows, columns], in memory of their own.
 
         Raises PeerLostError when the owner dies, PoolError when it fails or takes too long.
         """
@@ -140,7 +145,7 @@ class Shipper:
             bell.close()
 
     def _receive(self, call: Call) -> _Request | None:
-        """The answer to ``call``, if it comes soon; answers to calls given up are dropped."""
+        """Wait a moment for the answer to ``call``, and drop answers to calls given up."""
         if not self._poll.poll(_LOOK_SECONDS * 1000):
             return None
         answers = _read(self._answers)
@@ -148,10 +153,11 @@ class Shipper:
 
 
 class ShipServer:
-    """The owner's end: runs layers for others on a thread of its own.
+    """The owner's end of shipping: a thread that runs layers for borrowers.
 
-    ``served_rows`` and ``served_calls`` count what it ran, ``passes`` how often: calls that came
-    together ran as one.
+    ``layers`` has the forward and the dtype of rows for every layer owned. ``served_rows`` and
+    ``served_calls`` count what the thread ran, ``passes`` how often: calls that came together ran
+    as one.
     """
 
     def __init__(
@@ -183,7 +189,10 @@ class ShipServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the pass under way. Calls that come later are not answered."""
+        """Stop after the pass under way, and wait for the thread.
+
+        Calls that come later are not answered.
+        """
         if self._thread.ident is not None:
             os.write(self._calls, _MESSAGE.pack(self._rank, _CLOSE, 0, 0, 0))
             self._thread.join()
@@ -192,20 +201,24 @@ class ShipServer:
             bell.close()
 
     def _run(self) -> None:
+        """Answer calls until ``close`` rings. Waits in ``_read``, for a borrower's bell."""
         module = torch.get_device_module(self._device)
         module.set_device(self._device)
         with torch.inference_mode(), module.stream(module.Stream()):
             while True:
-                of_layer: dict[int, list[_Request]] = {}
+                calls_by_layer: dict[int, list[_Request]] = {}
                 for call in _read(self._calls):
-                    of_layer.setdefault(call.layer, []).append(call)
-                if of_layer.pop(_CLOSE, None):
+                    calls_by_layer.setdefault(call.layer, []).append(call)
+                if calls_by_layer.pop(_CLOSE, None):
                     return
-                for layer, calls in of_layer.items():
+                for layer, calls in calls_by_layer.items():
                     self._serve(layer, calls)
 
     def _serve(self, layer: int, calls: list[_Request]) -> None:
-        """One pass for all. Whatever fails in it is told to those who called, and printed."""
+        """Run ``layer`` once for all ``calls``, and answer each.
+
+        A failure is printed and told to every caller; the thread goes on.
+        """
         try:
             forward, dtype = self._layers[layer]
             inputs = [
@@ -229,7 +242,7 @@ class ShipServer:
             self._bell(answer.borrower).ring(answer)  # a borrower that is gone hears nothing
 
     def _join(self, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """The rows of all callers below each other; those of one stay where they are."""
+        """Join the callers' rows into one matrix; those of a single caller stay where they are."""
         if len(inputs) == 1:
             return inputs[0]
         shape = torch.Size((sum(map(len, inputs)), inputs[0].shape[1]))
@@ -248,14 +261,14 @@ class ShipServer:
 
 
 class _Bell:
-    """The other end of a named pipe. Whoever is started again opens a new pipe of that name."""
+    """The writing end of a peer's named pipe, opened again when that peer is started again."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._descriptor = -1
 
     def ring(self, message: _Request) -> bool:
-        """Whether somebody hears it. Never waits."""
+        """Send ``message`` without waiting. False when no live process reads the pipe."""
         for _ in range(2):
             try:
                 if self._descriptor < 0:
@@ -275,7 +288,7 @@ class _Bell:
 
 @dataclass(frozen=True)
 class _Mailbox:
-    """Rows of one borrower for one owner, and the answer.
+    """Memory that one borrower shares with one owner: rows, and from ``answers_at`` the answer.
 
     An owner answers in the order of calls, so an answer to a call that was given up is overwritten
     by the next.
@@ -292,13 +305,16 @@ class _Mailbox:
 
 
 def _read(descriptor: int) -> list[_Request]:
-    """All messages that are there; waits for one where the pipe blocks."""
+    """Read all messages that are there; wait for one where the pipe blocks."""
     data = os.read(descriptor, _MOST_MESSAGES * _MESSAGE.size)
     return [_Request(*fields) for fields in _MESSAGE.iter_unpack(data)]
 
 
 def _open_pipe(path: Path, blocking: bool = False) -> int:
-    """Our end of a named pipe, without what was left in it. We hold both ends: it never breaks."""
+    """Make a named pipe at ``path``, in place of what is there, and open it for reading.
+
+    The descriptor writes, too, so that the pipe never breaks when the last peer closes it.
+    """
     path.unlink(missing_ok=True)
     os.mkfifo(path, 0o600)
     flags = os.O_RDWR | os.O_CLOEXEC | (0 if blocking else os.O_NONBLOCK)
@@ -318,6 +334,6 @@ def _answers_path(run_dir: Path, borrower: int) -> Path:
 
 
 def _finish(device: torch.device) -> None:
-    """Wait until the current stream has done all. A CPU has, whenever it is asked."""
+    """Wait until the device's current stream has done all. On a CPU that is always so."""
     if device.type != "cpu":
         torch.get_device_module(device).current_stream().synchronize()

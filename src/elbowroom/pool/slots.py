@@ -1,8 +1,9 @@
 """Slots: fixed buffers that borrowed weights are streamed into.
 
-Two threads meet here. The housekeeper reserves slots and marks them ready; the compute thread
-waits for a ready slot and releases it. One condition guards all of it, and each change of state
-notifies the other side.
+Two threads meet here. The housekeeper waits for a free slot (``reserve``) and signals a ready one
+(``mark_ready``, ``fail``); the compute thread waits for a ready slot (``wait_ready``) and signals a
+free one (``release``, ``restart``, ``pause``, ``resume``, ``close``). One condition guards all of
+it, and each change of state notifies the other side.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class SlotState(Enum):
 
 @dataclass
 class Slot:
-    """One buffer, and which layer it is for. ``layer`` is None exactly when the slot is free."""
+    """A buffer (uint8) for one layer at a time: ``layer``, which is None when the slot is free."""
 
     index: int
     buffer: torch.Tensor
@@ -35,7 +36,7 @@ class Slot:
 
 
 class Slots:
-    """The slots of one rank. All memory is taken, and touched, when they are made."""
+    """The slots of one rank, of ``slot_bytes`` each. All memory is taken, and touched, at once."""
 
     def __init__(self, num_slots: int, slot_bytes: int) -> None:
         self._slots = [
@@ -53,13 +54,13 @@ class Slots:
 
     @property
     def epoch(self) -> int:
-        """Counts restarts: the housekeeper starts its order anew when it changes."""
+        """The number of restarts so far: the housekeeper starts its order anew when it changes."""
         return self._epoch
 
     def reserve(self, layer: int, epoch: int) -> Slot | None:
-        """Housekeeper: a free slot for ``layer``, waiting for one.
+        """Wait for a free slot and reserve it for ``layer``. Called by the housekeeper.
 
-        None when the order was restarted or the slots were closed meanwhile.
+        None when the order was restarted since ``epoch``, or the slots were closed.
         """
         with self._changed:
             self._changed.wait_for(
@@ -74,7 +75,10 @@ class Slots:
             return slot
 
     def mark_ready(self, slot: Slot, epoch: int) -> None:
-        """Housekeeper: the layer is whole. After a restart, nobody wants it: the slot is free."""
+        """Hand over a slot whose layer is whole. Called by the housekeeper.
+
+        After a restart nobody wants the layer: the slot is free again.
+        """
         with self._changed:
             if epoch == self._epoch:
                 slot.state = SlotState.READY
@@ -83,13 +87,16 @@ class Slots:
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Housekeeper: it died of ``error``; whoever waits is told."""
+        """Tell whoever waits for a slot that the housekeeper died of ``error``, and called this."""
         with self._changed:
             self._failure = error
             self._changed.notify_all()
 
     def wait_ready(self, layer: int, timeout_seconds: float) -> Slot:
-        """Compute: the slot that holds ``layer``, now in use. PoolError after the time-out."""
+        """Wait for the slot that holds ``layer`` and take it into use. Called by compute.
+
+        Raises PoolError when it is not ready in time, or the housekeeper has failed.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._failure is not None or self._ready_slot(layer) is not None,
@@ -105,7 +112,10 @@ class Slots:
             return slot
 
     def release(self, slot: Slot) -> None:
-        """Compute: the layer's work is done."""
+        """Free a slot whose layer has been used. Called by compute.
+
+        Raises PoolError unless the slot is in use.
+        """
         with self._changed:
             if slot.state is not SlotState.IN_USE:
                 raise PoolError(f"slot {slot.index} released while {slot.state.value}")
@@ -113,29 +123,30 @@ class Slots:
             self._changed.notify_all()
 
     def restart(self) -> None:
-        """Compute: the next layer wanted is the first again. What was fetched ahead is dropped."""
+        """Start the order anew and drop what was fetched ahead. Called by compute."""
         with self._changed:
             self._restart()
 
     def pause(self) -> None:
-        """Compute: no streamed layer is wanted until ``resume``. What was fetched is dropped."""
+        """Reserve nothing until ``resume`` and drop what was fetched ahead. Called by compute."""
         with self._changed:
             self._is_paused = True
             self._restart()
 
     def resume(self) -> None:
-        """Compute: from the first layer on."""
+        """Reserve slots again, from the first layer on. Called by compute after ``pause``."""
         with self._changed:
             self._is_paused = False
             self._changed.notify_all()
 
     def close(self) -> None:
+        """Reserve nothing any more, so that the housekeeper can end. Called by compute."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
     def check_integrity(self) -> None:
-        """See ``check_slots``."""
+        """Raise PoolError if states and layers disagree; see ``check_slots``."""
         with self._changed:
             check_slots(self._slots)
 
@@ -150,7 +161,7 @@ class Slots:
         return self._is_closed or epoch != self._epoch
 
     def _free_slot(self, layer: int) -> Slot | None:
-        """A free slot, unless ``layer`` still has one from the pass before."""
+        """Find a free slot, unless ``layer`` still has one from the pass before."""
         if any(slot.layer == layer for slot in self._slots):
             return None
         return next((slot for slot in self._slots if slot.state is SlotState.FREE), None)

@@ -1,4 +1,4 @@
-"""Where owners publish weights and peers open them. One protocol, an in-process twin for tests."""
+"""Stores, in which owners publish weights and peers open them; one within a process for tests."""
 
 from __future__ import annotations
 
@@ -11,20 +11,23 @@ from elbowroom.core.errors import PeerLostError
 
 
 class Store(Protocol):
-    """Buffers of one rank, readable by its peers once published.
+    """One rank's view of the layers that its group shares.
 
-    Buffers are uint8 vectors. An owner runs no code for its readers: copies out of an opened
-    buffer are one-sided.
+    Buffers are uint8 vectors, one for each layer, readable by peers once published. An owner runs
+    no code for its readers: copies out of an opened buffer are one-sided.
     """
 
     device: torch.device
-    """Where this rank computes: its buffers and slots lie there."""
+    """The device that this rank computes on, and that its buffers and slots lie on."""
 
     outlives_owner: bool
-    """Whether a peer's layers can still be read when it has died."""
+    """True if a peer's layers can still be read when it has died."""
 
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
-        """A new buffer for an owned layer, private until published."""
+        """Make a buffer for an owned layer, private until published.
+
+        Raises PoolError when there is not enough memory.
+        """
         ...
 
     def publish(self, layer: int) -> None:
@@ -32,18 +35,19 @@ class Store(Protocol):
         ...
 
     def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
-        """A layer of our own that an earlier process of this rank has published, if one has."""
+        """Open an owned layer that an earlier process of this rank has published, if one has."""
         ...
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
-        """A peer's layer, read-only by agreement; waits until it is published.
+        """Open a peer's layer, which is only to be read; wait until it is published.
 
-        Raises PeerLostError when the owner died and did not come back, or did not publish in time.
+        Raises PeerLostError when the owner died and did not come back, did not publish in time, or
+        published another number of bytes.
         """
         ...
 
     def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
-        """Memory that two ranks write and read, the same for both. The borrower asks first."""
+        """Open memory that a borrower and an owner both write and read. The borrower asks first."""
         ...
 
     def close(self) -> None:
@@ -52,7 +56,7 @@ class Store(Protocol):
 
 
 class LocalHub:
-    """What the ranks of one process share: the in-process stand-in for a host's memory."""
+    """The memory that several ``LocalStore`` share, as processes share their host's."""
 
     def __init__(self) -> None:
         self.published: dict[int, torch.Tensor] = {}
@@ -61,7 +65,7 @@ class LocalHub:
 
 
 class LocalStore:
-    """A store within one process. Ranks that share a hub are peers."""
+    """A store within one process; ranks whose stores have the same hub are peers."""
 
     device = torch.device("cpu")
     outlives_owner = True
@@ -105,12 +109,13 @@ class LocalStore:
 def tensor_in(
     buffer: torch.Tensor, offset_bytes: int, shape: torch.Size, dtype: torch.dtype
 ) -> torch.Tensor:
-    """A tensor that lies in ``buffer`` (uint8), without a copy."""
+    """View a part of ``buffer`` (uint8) as a tensor, without a copy."""
     end = offset_bytes + shape.numel() * dtype.itemsize
     return buffer[offset_bytes:end].view(dtype).view(shape)
 
 
 def not_published(layer: int, owner: int, timeout_seconds: float) -> PeerLostError:
+    """The error of a layer that its owner did not publish in time."""
     return PeerLostError(
         f"rank {owner} did not publish layer {layer} within {timeout_seconds:g} s: "
         f"see its log; a slow disk or too little memory may be the cause"
@@ -118,7 +123,10 @@ def not_published(layer: int, owner: int, timeout_seconds: float) -> PeerLostErr
 
 
 def check_size(buffer: torch.Tensor, layer: int, owner: int, num_bytes: int) -> torch.Tensor:
-    """``buffer``, if it has the expected size; peers that load different models end here."""
+    """Return ``buffer`` if it has ``num_bytes`` bytes.
+
+    Raises PeerLostError if not: peers that load different models end here.
+    """
     if buffer.numel() != num_bytes:
         raise PeerLostError(
             f"layer {layer} of rank {owner} has {buffer.numel()} bytes, expected {num_bytes}: "

@@ -1,4 +1,4 @@
-"""Streaming layers into slots: what a pool asks for, and how devices with streams do it.
+"""Streamers, which bring layers into slots: their protocol, and one for devices with streams.
 
 On a CPU, ``Housekeeper`` copies on a thread of its own.
 """
@@ -15,54 +15,62 @@ from elbowroom.pool.slots import Slot, SlotState, check_slots
 
 
 class Streamer(Protocol):
-    """Brings layers into slots in the order of its plan, pass after pass, ahead of compute."""
+    """A background copier of layers into slots, in the plan's order, pass after pass."""
 
     streamed_bytes: int
+    """Bytes copied since the start."""
 
     @property
     def buffers(self) -> Sequence[torch.Tensor]:
-        """The slots' memory, uint8. All of it is taken when the streamer is made."""
+        """The memory of the slots, uint8. All of it is taken when the streamer is made."""
         ...
 
     def start(self) -> None:
-        """Begin to fetch."""
+        """Begin to fetch, once all sources are published."""
         ...
 
     def acquire(self, layer: int) -> Slot:
-        """The slot that holds the next layer, usable by what is computed from here on.
+        """Give the slot that holds the next layer, for what is computed from here on.
 
-        Raises PoolError when it does not come.
+        Raises PoolError when the layer does not come.
         """
         ...
 
     def release(self, slot: Slot) -> None:
-        """What was computed so far is all that needed this layer."""
+        """Take a slot back: what was computed so far is all that needed its layer."""
         ...
 
     def restart(self) -> None:
-        """The next layer wanted is the first again, in the middle of a pass."""
+        """Start again with the first layer, in the middle of a pass."""
         ...
 
     def pause(self) -> None:
-        """Between two passes: no layer is wanted until ``resume``."""
+        """Hold until ``resume``, between two passes: no layer is wanted."""
         ...
 
-    def resume(self) -> None: ...
+    def resume(self) -> None:
+        """Fetch again after ``pause``, from the first layer on."""
+        ...
 
     def check_integrity(self) -> None:
         """Raise PoolError if slots and layers disagree."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Stop, and wait for copies under way."""
+        ...
 
 
 class DeviceStreamer:
-    """Has the device copy beside compute: a stream per slot, and events between the two.
+    """A ``Streamer`` on a device's own streams: one for each slot's copies, beside compute.
 
-    The host waits for nothing. After ``acquire``, the compute stream waits for the layer's copy;
-    after ``release``, the slot's next copy waits for the compute stream. In every pass the layers
-    take the same slots in turn, so that a layer's weights always lie at the same address, as
-    captured graphs need. A link's time is shared by all copies under way.
+    The host waits for nothing; streams wait for each other through two events per slot:
+
+    - ready: recorded by the slot's copy stream after the copy; ``acquire`` has compute wait for it.
+    - free: recorded by the compute stream in ``release``; the slot's next copy waits for it.
+
+    In every pass the layers take the same slots in turn, so that a layer's weights always lie at
+    the same address, as captured graphs need. A link's time is shared by all copies under way.
     """
 
     def __init__(
@@ -109,22 +117,22 @@ class DeviceStreamer:
                 self._fetch(slot, slot.index)
 
     def pause(self) -> None:
-        """What was fetched for the next pass stays where it is."""
+        """Do nothing: what was fetched for the next pass stays where it is."""
 
     def resume(self) -> None:
-        pass
+        """Do nothing: see ``pause``."""
 
     def check_integrity(self) -> None:
         check_slots(self._slots)
 
     def close(self) -> None:
-        """Copies under way read what peers own: wait for them."""
+        """Wait for copies under way: they read memory that peers may give back after this."""
         for stream in self._copies:
             self._device.current_stream().wait_stream(stream)
         self._device.synchronize()
 
     def _fetch(self, slot: Slot, position: int) -> None:
-        """Copy the layer at ``position`` of the order, after all that was computed so far."""
+        """Begin to copy the layer at ``position`` of the order, after what was computed so far."""
         slot.layer = self._layers[position]
         slot.state = SlotState.FILLING
         source = self._sources[slot.layer]

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.events import critical_path_seconds
+from elbowroom.planning.pool.lowering import RESOURCES
 from elbowroom.planning.pool.modes import PoolTimes
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.planning.pool.timeline import (
-    RESOURCES,
     PoolTimeline,
     iteration_actions,
     link_share,

@@ -55,11 +55,11 @@ class Engine:
         self._client = client
 
     @staticmethod
-    async def start(plan: RunPlan, rank: int, run_dir: str) -> Engine:
+    async def start(plan: RunPlan, replica: int, run_dir: str) -> Engine:
         """Start the engine of one replica. Raises whatever vLLM raises, or InputError for flags."""
         try:
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(
-                _arguments(plan, rank, run_dir)
+                _arguments(plan, replica, run_dir)
             )
         except SystemExit as error:
             raise InputError(f"vLLM refused the options {' '.join(plan.engine.extra)}") from error
@@ -118,9 +118,9 @@ class Engine:
             prefix_hit_tokens=int(values.get("vllm:prefix_cache_hits", 0)),
         )
 
-    async def pool_stats(self) -> dict[str, float]:
+    async def pool_stats(self) -> dict[str, Any]:
         """Counters of the replica's first device; the others do the same beside it."""
-        stats: dict[str, float] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
+        stats: dict[str, Any] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
         return stats
 
     async def resident_bytes(self) -> int:
@@ -137,16 +137,18 @@ class Engine:
 
 
 def _cores(num_ranks: int) -> str:
-    """The replica's cores, divided among its ranks as vLLM writes it; with too few, shared."""
+    """The replica's cores, divided among its tensor-parallel ranks; with too few, shared."""
     cores = host.cores()
-    of_ranks = [cores[rank::num_ranks] or [cores[rank % len(cores)]] for rank in range(num_ranks)]
+    of_ranks = (
+        cores[tp_rank::num_ranks] or [cores[tp_rank % len(cores)]] for tp_rank in range(num_ranks)
+    )
     return "|".join(",".join(map(str, of_rank)) for of_rank in of_ranks)
 
 
-def _arguments(plan: RunPlan, rank: int, run_dir: str) -> list[str]:
+def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
     """VLLM's command line for one replica of the plan."""
     engine = plan.engine
-    pool = {"share": plan.shares[rank].to_json(), "run_dir": run_dir}
+    pool = {"share": plan.shares[replica].to_json(), "run_dir": run_dir}
     width = plan.layout.tensor_parallel if plan.layout else 1
     arguments = [
         *("--model", plan.model_dir),

@@ -23,7 +23,8 @@ from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.ffn import Forward
-from elbowroom.pool.loading import PoolLoader, PoolOptions, TensorParallel
+from elbowroom.pool.loading import PoolLoader
+from elbowroom.pool.options import PoolOptions, TensorParallel
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalStore, Store

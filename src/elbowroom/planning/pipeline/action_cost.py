@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_graph import LayerGraph
-from elbowroom.planning.pipeline.cuts import find_inputs
+from elbowroom.planning.pipeline.segments import find_inputs
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 
 LinkModel = Literal["worker", "cut"]

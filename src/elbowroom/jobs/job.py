@@ -1,0 +1,100 @@
+"""Description of a batch job: its plan, files and options, and who can follow or stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.journal import OnCommit
+from elbowroom.jobs.journal_reader import journal_folder
+from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.rows import BYTES_PER_TOKEN
+from elbowroom.plans.pool import Prediction, RunPlan
+
+Order = Literal["auto", "input"]
+
+PredictActual = Callable[[int, int], Prediction | None]
+"""Prediction from the numbers of prompt and output tokens of a whole job."""
+
+
+@dataclass(frozen=True)
+class JobFiles:
+    """Files that a job reads and writes. Logs go to the journal's folder unless named."""
+
+    input: BatchInput | Path
+    output: Path
+    errors: Path
+    report: Path
+    logs: Path | None = None
+
+    @property
+    def log_folder(self) -> Path:
+        return self.logs or journal_folder(self.output) / "logs"
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """Options for working through the rows. ``restart`` drops what earlier runs have finished.
+
+    ``bytes_per_token`` is what prompts are believed to have before any has finished: with a good
+    guess, replicas are as full as they can be from the start.
+    """
+
+    limits: RowLimits = field(default_factory=RowLimits)
+    order: Order = "auto"
+    max_restarts: int = 3
+    grace_seconds: float = 5.0
+    restart: bool = False
+    bytes_per_token: float = BYTES_PER_TOKEN
+
+
+class StopRequest:
+    """Asks a job, from its own thread, to stop after the rows in flight.
+
+    ``is_heard`` while replicas run. Before and after, a job reads, plans and writes on the thread
+    that calls it and asks nobody: who wants it to stop then interrupts that thread.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.is_heard = False
+
+    def __call__(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        self.is_heard = True
+        try:
+            yield
+        finally:
+            self.is_heard = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run of a job depends on.
+
+    ``identity`` is what answers depend on: a journal with another one is refused. ``on_rows`` is
+    called with rows once they are safe. At the end ``predict_actual`` predicts again, from the
+    numbers of prompt and output tokens that occurred.
+    """
+
+    plan: RunPlan
+    files: JobFiles
+    identity: Mapping[str, str]
+    options: JobOptions = field(default_factory=JobOptions)
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    stop: StopRequest = field(default_factory=StopRequest)
+    on_rows: OnCommit | None = None
+    predict_actual: PredictActual | None = None
+
+    def say(self, text: str) -> None:
+        with suppress(Exception):  # the terminal may be gone, and the job is not
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,97 @@
+"""Rows of a batch file: a request and what follows from it, or the reason why a line is none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeGuard
+
+from elbowroom.jobs.inputs import BatchInput
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+
+BYTES_PER_TOKEN = 4.0
+"""Typical bytes per token of English text."""
+
+_DEFAULT_COMPLETION_TOKENS = 16
+_PROMPT_KEYS = ("messages", "tools", "prompt", "input")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A request. ``index`` counts non-blank lines from 0, ``line_number`` all lines from 1.
+
+    ``content_hash`` is 64 bits of BLAKE2b over the line without its end. Properties take any JSON.
+    """
+
+    index: int
+    line_number: int
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+    content_hash: int
+    source: BatchInput | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def place(self) -> str:
+        """Location of the line, for messages."""
+        number = self.line_number
+        return f"line {number}" if self.source is None else self.source.place(number)
+
+    @cached_property
+    def prompt_bytes(self) -> int:
+        """Size of what becomes the prompt: messages, tools, text; not the sampling parameters.
+
+        Kept, because a row that waits for room is looked at again whenever another one finishes.
+        """
+        parts = [self.body[key] for key in _PROMPT_KEYS if key in self.body]
+        if len(parts) == 1 and is_list_of(parts[0], int) and parts[0]:
+            return int(len(parts[0]) * BYTES_PER_TOKEN)
+        return len(json.dumps(parts, ensure_ascii=False))
+
+    @property
+    def max_output_tokens(self) -> int | None:
+        """Most tokens that a row asks for in one answer; None is no limit."""
+        if self.url == EMBEDDINGS:
+            return 0
+        is_completion = self.url == COMPLETIONS
+        names = ("max_tokens",) if is_completion else ("max_completion_tokens", "max_tokens")
+        given = next((self.body[name] for name in names if self.body.get(name) is not None), None)
+        if given is None and is_completion:
+            return _DEFAULT_COMPLETION_TOKENS
+        return given if _is_count(given) else None
+
+    @property
+    def num_answers(self) -> int:
+        """Number of answers that one row asks for, over its prompts and choices."""
+        choices = self.body.get("n")
+        prompt = self.body.get("prompt") if self.url == COMPLETIONS else None
+        num_prompts = len(prompt) if isinstance(prompt, list) and not is_list_of(prompt, int) else 1
+        return max(1, num_prompts) * (choices if _is_count(choices) and choices > 0 else 1)
+
+    @property
+    def output_limit(self) -> float:
+        """Most output tokens of a row over all its answers; infinite where it sets no limit."""
+        limit = self.max_output_tokens
+        return float("inf") if limit is None else float(limit * self.num_answers)
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedRow:
+    """A line that is sent to no engine, and why."""
+
+    index: int
+    line_number: int
+    custom_id: str
+    code: str
+    message: str
+
+
+def is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
+    """Whether a value is a list whose first item is a ``kind``; others are not looked at."""
+    return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**31

@@ -1,0 +1,142 @@
+"""The parts of a pool, made for the layers that a replica owns and those that it borrows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from elbowroom.core.errors import PoolError
+from elbowroom.plans.pool import PoolShare
+from elbowroom.pool.choice import LeaseChoice, OneMode, StreamedOrShipped
+from elbowroom.pool.ffn import Ffn
+from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.leases import Leases, MappedLeases, OwnedLeases, ShippedLeases, SlottedLeases
+from elbowroom.pool.options import PoolOptions
+from elbowroom.pool.shipping import Shipper, ShipServer
+from elbowroom.pool.store import Store
+from elbowroom.pool.streamer import DeviceStreamer, Streamer
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a group as one of its replicas has them, once all are published.
+
+    ``ffns`` has every layer in order. ``owned`` and ``opened`` have the bytes (uint8) of this
+    replica's own layers and of its peers'; a layer is in one of the two.
+    """
+
+    share: PoolShare
+    store: Store
+    options: PoolOptions
+    ffns: Sequence[Ffn]
+    owned: Mapping[int, torch.Tensor]
+    opened: Mapping[int, torch.Tensor]
+
+    @property
+    def shipping_dir(self) -> Path | None:
+        """The directory that rows are shipped through. None where they may not be."""
+        return self.options.run_dir if self.share.ship_bytes else None
+
+    def ffns_of(self, layers: Iterable[int]) -> dict[int, Ffn]:
+        """The feed-forward networks of some layers."""
+        return {layer: self.ffns[layer] for layer in layers}
+
+    def by_layer(self, owned: Leases, borrowed: Leases) -> list[Leases]:
+        """The leases that each layer is used by, where owned and borrowed layers have one kind."""
+        return [borrowed if layer in self.opened else owned for layer in range(len(self.ffns))]
+
+
+def choose_leases(layers: Layers) -> LeaseChoice:
+    """Make the leases on all layers, and the rule by which each iteration chooses among them.
+
+    A new residency is given its place here. Raises PoolError when the plan's fetches are not those
+    of the borrowed layers.
+    """
+    share, opened = layers.share, layers.opened
+    owned = OwnedLeases(layers.ffns_of(layers.owned), layers.owned)
+    if share.streams:
+        _check_fetches(layers)
+    if not opened:
+        return OneMode(layers.by_layer(owned, owned))
+    if not share.streams:
+        return OneMode(layers.by_layer(owned, MappedLeases(layers.ffns_of(opened), opened)))
+    slotted = SlottedLeases(layers.ffns_of(opened), _make_streamer(layers))
+    if layers.shipping_dir is None:
+        return OneMode(layers.by_layer(owned, slotted))
+    return StreamedOrShipped(
+        owned,
+        slotted,
+        _make_shipped(layers, layers.shipping_dir),
+        [layer in opened for layer in range(len(layers.ffns))],
+        share.ship_below_rows,
+        share.ship_bytes,
+    )
+
+
+def make_server(layers: Layers) -> ShipServer | None:
+    """Make the server that runs owned layers for peers; None where no rows are shipped."""
+    if layers.shipping_dir is None:
+        return None
+    share, store, tensor_parallel = layers.share, layers.store, layers.options.tensor_parallel
+    served = {
+        layer: (
+            tensor_parallel.partial(ffn.module) if tensor_parallel else ffn.forward,
+            ffn.spans[0].dtype,
+        )
+        for layer, ffn in layers.ffns_of(layers.owned).items()
+    }
+    return ShipServer(
+        layers.shipping_dir,
+        share.rank,
+        share.num_ranks,
+        share.ship_bytes,
+        served,
+        store.mailbox,
+        store.device,
+    )
+
+
+def _check_fetches(layers: Layers) -> None:
+    borrowed = sorted(layers.opened)
+    fetched = sorted({fetch.layer for fetch in layers.share.fetches})
+    if borrowed != fetched:
+        raise PoolError(
+            f"rank {layers.share.rank} borrows layers {borrowed}, but its plan fetches {fetched}: "
+            f"plan again"
+        )
+
+
+def _make_streamer(layers: Layers) -> Streamer:
+    fetches, num_slots = layers.share.fetches, layers.share.num_slots
+    if layers.store.device.type != "cpu":
+        return DeviceStreamer(fetches, layers.opened, num_slots, layers.store.device)
+    return Housekeeper(
+        fetches,
+        layers.opened,
+        num_slots,
+        layers.options.stream_timeout_seconds,
+        layers.options.link_bytes_per_second,
+    )
+
+
+def _make_shipped(layers: Layers, run_dir: Path) -> ShippedLeases:
+    share, store, tensor_parallel = layers.share, layers.store, layers.options.tensor_parallel
+    shipper = Shipper(
+        run_dir,
+        share.rank,
+        share.ship_bytes,
+        store.mailbox,
+        layers.options.ship_timeout_seconds,
+        store.device,
+    )
+    return ShippedLeases(
+        layers.ffns_of(layers.opened),
+        layers.opened,
+        share.owners,
+        shipper,
+        store.outlives_owner,
+        tensor_parallel.reduce if tensor_parallel else None,
+    )

@@ -1,0 +1,51 @@
+"""Settings of a pool that its plan does not hold: they belong to the engine and the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from elbowroom.pool.ffn import Forward
+from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS
+from elbowroom.pool.leases import Reduce
+from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS
+
+PEER_TIMEOUT_SECONDS = 600.0
+"""Seconds to wait until a peer publishes a layer: reading a large model takes minutes."""
+
+Pack = Callable[[torch.Tensor], torch.Tensor]
+"""A function that brings a matrix into its kernel's form, of the same shape, dtype and size."""
+
+
+class TensorParallel(NamedTuple):
+    """The two functions that shipping needs where ranks of a replica hold parts of each matrix.
+
+    ``partial`` gives a feed-forward module's forward without the sum over its ranks. Its result
+    goes back to the rank that asked, and ``reduce`` sums over the ranks of that one's replica.
+    """
+
+    partial: Callable[[nn.Module], Forward]
+    reduce: Reduce
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Settings of a pool that its plan does not hold.
+
+    ``pack`` is applied to every matrix before it is published. ``run_dir`` is where rows are
+    shipped through, if the share says that they may be; without it none are.
+    ``link_bytes_per_second`` holds streaming back, see ``Housekeeper``.
+    """
+
+    pack: Pack | None = None
+    run_dir: Path | None = None
+    tensor_parallel: TensorParallel | None = None
+    link_bytes_per_second: float = float("inf")
+    peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS
+    stream_timeout_seconds: float = STREAM_TIMEOUT_SECONDS
+    ship_timeout_seconds: float = SHIP_TIMEOUT_SECONDS
