@@ -82,7 +82,10 @@ class Connection:
         self.sent_bytes[worker] += sum(tensor.nbytes for tensor in whole)
 
     def wait_until_sent(self, but: int = 0) -> None:
-        """Wait until all but the last ``but`` messages have left. Raises PeerLostError."""
+        """Wait until all but the last ``but`` messages have left.
+
+        Raises PeerLostError when a worker is gone.
+        """
         self._outbox.wait(but)
 
     def receive(self, minibatch: int) -> TensorMessage:
@@ -121,9 +124,10 @@ class _Sending(NamedTuple):
 
 
 class _Outbox:
-    """Messages being sent; their tensors are kept as long, which gloo tells only who waits for it.
+    """Messages being sent; their tensors are kept until gloo has sent them.
 
-    They are let go by the thread that sends, the next time that it is here.
+    A thread waits for that, as gloo tells only those who wait. Tensors are let go by the thread
+    that sends, the next time that it is here.
     """
 
     def __init__(self) -> None:
@@ -268,7 +272,7 @@ class _Memory:
             self._spare.append(tensors)
 
     def take(self, described: Sequence[_Described]) -> tuple[torch.Tensor, ...]:
-        """Tensors that a message was given back with, if all fit; what does not is let go."""
+        """Spare tensors of the described shapes, or new ones; spares that do not fit are let go."""
         with self._lock:
             while self._spare:
                 tensors = self._spare.pop()
