@@ -169,7 +169,9 @@ def _print_plan(
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
-        table.add_row(*_row(number, stage, f"{prediction.idle[number]:.1%}" if prediction else "?"))
+        table.add_row(
+            *_row(number, stage, f"{max(0.0, prediction.idle[number]):.1%}" if prediction else "?")
+        )
     screen.print(table)
     _say(screen, _times(plan))
     for level in plan.traffic:

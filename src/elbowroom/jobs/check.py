@@ -208,7 +208,9 @@ def print_report(console: Console, report: CheckReport) -> None:
         shown = f"{problem.message} [{problem.code}]"
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
     if report.num_problems > _MAX_SHOWN:
-        console.print(f"... and {report.num_problems - _MAX_SHOWN} more (--json has 1000)")
+        console.print(
+            f"... and {report.num_problems - _MAX_SHOWN} more (--json has {MAX_PROBLEMS})"
+        )
 
 
 def _check_row(row: Row, report: CheckReport) -> None:

@@ -39,10 +39,8 @@ class Placement:
         return self.slots[worker] // self.unit_workers[level]
 
     def level_between(self, one: int, other: int) -> int:
-        """The outermost level in whose units two workers differ: they talk over its links.
-
-        Raises StopIteration for a worker and itself.
-        """
+        """The outermost level in whose units two workers differ: they talk over its links."""
+        assert one != other, "a worker needs no link to itself"
         differing = (
             level
             for level in reversed(range(len(self.levels)))
