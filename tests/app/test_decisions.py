@@ -250,7 +250,7 @@ def test_a_job_of_which_nothing_is_known_has_all_room(
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     (run.folder / "in.jsonl").write_text(json.dumps(line))
     assert run().budget.memory_bytes > 2 * GIB
-    monkeypatch.setattr("elbowroom.app.batch.read_lengths", fail)
+    monkeypatch.setattr("elbowroom.app.prepare.read_lengths", fail)
     plan = run()
     assert plan.engine.max_num_seqs == MOST_ROWS
     assert plan.budget.memory_bytes > 2 * GIB

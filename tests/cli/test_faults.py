@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from elbowroom.app import batch, machine
+from elbowroom.app import batch, machine, prepare
 from elbowroom.app.predict import Predictor
 from elbowroom.cli import run
 from elbowroom.cli.main import main
@@ -98,10 +98,10 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "measuring has a fault": (broken(machine, "find_cluster"), "this part fails"),
     "the cache is read-only": (read_only_cache, "the measurement is not kept"),
     "there is no home": (without_home, "not measured"),
-    "lengths cannot be read": (broken(batch, "read_lengths"), "no prediction: this part fails"),
+    "lengths cannot be read": (broken(prepare, "read_lengths"), "no prediction: this part fails"),
     "prediction fails": (broken(Predictor, "_predict"), "no prediction: this part fails"),
     "looking back fails": (broken(Predictor, "for_actual"), "this part fails"),
-    "the table of layouts fails": (broken(batch, "print_plan_table"), "no table of layouts"),
+    "the table of layouts fails": (broken(prepare, "print_plan_table"), "no table of layouts"),
     "the live view fails": (broken(ProgressView, "_show"), "no progress: this part fails"),
     "the report cannot be written": (report_refused, "no report file: cannot write report"),
     "the summary fails": (broken(run, "print_summary"), "no summary: this part fails"),

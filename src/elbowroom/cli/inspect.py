@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from elbowroom.app.batch import errors_beside
 from elbowroom.app.hub import find_model
+from elbowroom.app.prepare import errors_beside
 from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
 from elbowroom.cli.flags import count
 from elbowroom.cli.job_flags import add_limits, limits_of

@@ -7,11 +7,12 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from elbowroom.app.batch import BatchSettings, run_settings
+from elbowroom.app.batch import run_settings
 from elbowroom.app.hub import complete
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.app.plan import read_run_plan
 from elbowroom.app.plan_settings import PlanSettings
+from elbowroom.app.prepare import BatchSettings
 from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
 from elbowroom.cli.flags import number, seconds
 from elbowroom.cli.job_flags import (

@@ -1,0 +1,207 @@
+"""A batch job before it starts: what is asked, what the planner decides, what it should take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
+from elbowroom.app.plan import Planned, check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
+from elbowroom.app.plan_table import print_plan_table
+from elbowroom.app.predict import Predictor
+from elbowroom.core import host
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.errors import InputError, MemoryPlanError, optional
+from elbowroom.core.model import ModelFacts, check_runnable
+from elbowroom.core.units import format_bytes
+from elbowroom.core.workload import Workload, workload
+from elbowroom.jobs.identity import engine_version
+from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual
+from elbowroom.jobs.lengths import read_lengths
+from elbowroom.planning.pool.layouts import engine_limits, replica_limits
+from elbowroom.planning.pool.memory import check_fits, longest_row
+from elbowroom.planning.pool.search import Candidate
+from elbowroom.plans.pool import RunPlan
+
+PREDICTION_ROWS = 1000
+"""Rows of the input that are counted for a prediction."""
+
+
+_UNKNOWN_ROWS = replace(workload([512] * 10_000, [256] * 10_000), is_bounded=False)
+"""A job of which nothing is known."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What ``elbowroom run`` is told.
+
+    ``errors`` and ``report`` lie beside the output unless they are named, and the replicas' logs in
+    the journal's folder. ``given_plan`` says all that is asked of layout and engine.
+    """
+
+    inputs: tuple[Path, ...]
+    output: Path
+    plan: PlanSettings
+    errors: Path | None = None
+    report: Path | None = None
+    logs: Path | None = None
+    job: JobOptions = field(default_factory=JobOptions)
+    given_plan: RunPlan | None = None
+
+    def files(self, source: BatchInput) -> JobFiles:
+        output = self.output
+        return JobFiles(
+            input=source,
+            output=output,
+            errors=self.errors or errors_beside(output),
+            report=self.report or output.parent / f"{output.stem}.report.json",
+            logs=self.logs,
+        )
+
+
+def check_devices(settings: BatchSettings) -> None:
+    """Raise InputError where nothing is known of the devices that the engine would run on."""
+    asked, version = settings.plan, engine_version()
+    is_open = None in (asked.memory_bytes, asked.replicas, asked.pool) or asked.dtype == "auto"
+    on_gpus = version.startswith("vllm ") and "+cpu" not in version
+    if on_gpus and is_open and settings.given_plan is None:
+        raise InputError(
+            f"{version} runs on GPUs, of which nothing is decided yet: give --replicas 1, "
+            f"--pool none, --dtype and the --memory of one device"
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that can start."""
+
+    plan: RunPlan
+    options: JobOptions
+    predict_actual: PredictActual | None = None
+
+
+def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: Say) -> Prepared:
+    """Decide what was left open, and predict. Nothing is started.
+
+    Raises InputError and UnsupportedModelError for a model that cannot be run, MemoryPlanError when
+    no row fits.
+    """
+    asked = settings.plan
+    model = model_facts(asked, say)
+    check_runnable(model)
+    lengths = None
+    with optional("prediction", say):
+        lengths = read_lengths(source, asked.model, settings.job.limits, PREDICTION_ROWS)
+    rows = None if lengths is None else lengths.workload
+    if rows is not None and settings.job.order != "input":
+        rows = rows.longest_first()
+    if settings.given_plan is not None:
+        plan = _renewed(settings.given_plan, source.name, say)
+        cluster = None
+        with optional("prediction", say):
+            cluster = find_cluster(asked.cluster, device_cores(plan), plan.engine.dtype, say)
+    else:
+        planned, best = _decide(asked, model, rows, str(lengths), console, say)
+        plan = run_plan(planned, best, asked, source.name)
+        if rows is None:
+            plan = replace(plan, prediction=None)
+        check_fits(plan.budget, plan.engine.max_model_len)
+        _check_machine(plan)
+        _say_choice(planned, plan, say)
+        cluster = best.cluster if planned.machines.is_measured else None
+    options, predict_actual = settings.job, None
+    if lengths is not None and rows is not None:
+        options = replace(options, bytes_per_token=lengths.bytes_per_token)
+        with optional("prediction", say):
+            predictor = None if cluster is None else _predictor(plan, model, cluster, rows)
+            if predictor is not None:
+                plan = replace(plan, prediction=predictor.prediction)
+                predict_actual = predictor.for_actual
+                say(f"predicted for {lengths}: {predictor.prediction}")
+    return Prepared(plan, options, predict_actual)
+
+
+def errors_beside(output: Path) -> Path:
+    return output.parent / f"{output.stem}.errors.jsonl"
+
+
+def _decide(
+    asked: PlanSettings,
+    model: ModelFacts,
+    rows: Workload | None,
+    about_rows: str,
+    console: Console,
+    say: Say,
+) -> tuple[Planned, Candidate]:
+    """The best of the layouts that are allowed, which are shown.
+
+    Rows that the model or the cache cannot hold will fail alone: they count for nothing. Raises
+    MemoryPlanError, with the numbers, when no row fits.
+    """
+    most = asked.max_model_len or model.max_position_embeddings
+    rows = (rows and rows.within(most)) or _UNKNOWN_ROWS.within(most) or workload([1], [1])
+    planned = plan_job(asked, model, rows, about_rows, say)
+    if planned.choice.best is None:
+        room = max(replica_limits(c.budget, c.engine).num_kv_tokens for c in planned.candidates)
+        fitting = rows.up_to(room)
+        if fitting is not None and fitting.num_rows < rows.num_rows:
+            num_longer = rows.num_rows - fitting.num_rows
+            say(f"{num_longer} rows of more than {room} tokens do not fit: give more --memory")
+            planned = plan_job(asked, model, fitting, about_rows, say, planned.machines)
+    with optional("table of layouts", say):
+        print_plan_table(console, planned)
+    best = planned.choice.best
+    if best is None:
+        nearest = min(planned.candidates, key=lambda candidate: candidate.missing_bytes)
+        longest = asked.max_model_len or longest_row(model, nearest.budget)
+        check_fits(nearest.budget, longest)
+        return planned, check_possible(planned)
+    return planned, best
+
+
+def _check_machine(plan: RunPlan) -> None:
+    """Raise MemoryPlanError for more memory than this machine has."""
+    there, asked = host.memory_bytes(), plan.num_replicas * plan.budget.memory_bytes
+    if there is not None and asked > there:
+        raise MemoryPlanError(
+            f"{plan.num_replicas} replicas of {format_bytes(plan.budget.memory_bytes)} need more "
+            f"than the {format_bytes(there)} that this machine has: lower --memory or --replicas"
+        )
+
+
+def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
+    """What is taken, and what the next best would take."""
+    best, other = planned.choice.best, planned.choice.next_best
+    assert best is not None
+    say(
+        f"taken: {best.describe()}, {plan.engine.dtype}: {plan.budget.num_kv_tokens} KV tokens, "
+        f"{plan.engine.max_num_seqs} rows at once"
+    )
+    if other is not None and planned.machines.is_measured:
+        longer = other.seconds / best.seconds
+        say(f"next best: {other.describe()}: {longer:.2f}x as long, as far as can be told")
+
+
+def _renewed(plan: RunPlan, source_name: str, say: Say) -> RunPlan:
+    """A given plan on the cores that this process has."""
+    if plan.made_for not in ("", source_name):
+        say(f"the plan was made for {plan.made_for}, and is now run for {source_name}")
+    return replace(plan, cores=split_cores(plan.num_replicas))
+
+
+def _predictor(
+    plan: RunPlan, model: ModelFacts, cluster: Cluster, rows: Workload
+) -> Predictor | None:
+    """None where no row fits."""
+    assert plan.layout is not None
+    limits = engine_limits(plan.engine)
+    room = replica_limits(plan.budget, limits).num_kv_tokens
+    fitting = rows.within(plan.engine.max_model_len)
+    fitting = fitting and fitting.up_to(room)
+    if fitting is None:
+        return None
+    return Predictor(model, cluster, plan.layout, plan.budget, limits, fitting)
