@@ -42,7 +42,7 @@ HEADS, KV_HEADS, HEAD_DIM = 4, 2, 64
 LONGEST, ROPE_THETA, EPSILON, INITIAL_SCALE = 1024, 10_000.0, 1e-6, 0.02
 
 ROWS, WIDTH = 32, 64
-"""Of a minibatch. All are equally wide, so that stages know what they receive."""
+"""Shape of a minibatch. All rows are equally wide, so that stages know what they receive."""
 
 PEAK_RATE, WARM_UP, FALLING, BETAS, DECAY = 7.5e-4, 100, 0.4, (0.9, 0.98), 0.05
 NUM_ASKED, ASKED_SEED = 600, 2027

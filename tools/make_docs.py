@@ -70,7 +70,7 @@ ENGINE = {
 }
 
 REFUSED = {"plan-no-fit": 2}
-"""Of commands that are shown because they are refused."""
+"""Exit codes of commands that are shown because they are refused."""
 
 KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
 """Files of ``ENGINE`` that ``LIVE`` uses."""

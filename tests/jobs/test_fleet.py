@@ -124,7 +124,7 @@ def test_a_replica_is_given_up_and_then_the_last_one() -> None:
         played.hears(replica, READY)
     first, last = played.dies(0), played.dies(1)
     assert not first.ends_job
-    assert "given up; the others go on" in first.text
+    assert "given up; the others continue" in first.text
     assert last.ends_job
     assert [stats.state for stats in played.fleet.stats] == ["lost", "lost"]
 

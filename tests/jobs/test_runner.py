@@ -186,7 +186,7 @@ def test_the_others_go_on_without_a_replica_that_dies_too_often(job: StubJob) ->
     report = job.run(*options, num_replicas=2)
     assert report.num_succeeded == 150
     assert len(job.lives(1)) == 2
-    assert "is given up; the others go on" in job.screen.getvalue()
+    assert "is given up; the others continue" in job.screen.getvalue()
     job.check_nothing_is_left(published=True)
 
 

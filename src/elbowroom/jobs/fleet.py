@@ -211,7 +211,7 @@ class Fleet:
             return Fate(f"{gone}: its layers are missing in the pool", ends_job=True)
         if all(other.is_lost for other in self._replicas):
             return Fate(f"{gone}, as all others were", ends_job=True)
-        return Fate(f"{gone}; the others go on", ends_job=False)
+        return Fate(f"{gone}; the others continue", ends_job=False)
 
     async def restart_due(self) -> None:
         """Start the replicas again whose pause is over."""

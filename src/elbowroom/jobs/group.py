@@ -90,7 +90,7 @@ class ReplicaGroup:
         remove_openmp_leftovers()
 
     async def start(self, replica: int) -> None:
-        """Start a replica that does not run. Its log goes on where the last one ended."""
+        """Start a replica that does not run. Its log is appended to."""
         with open(self._log_path(replica), "ab", opener=_private) as log:
             process = await start_replica(replica, self._plan.cores[replica], log, self._command)
         self._processes[replica] = process

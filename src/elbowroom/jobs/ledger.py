@@ -92,7 +92,7 @@ class Ledger:
         self._journal.commit()
         return (
             f"{self._journal.totals.num_finished} of {self._batch.num_rows} rows are finished and "
-            f"kept: run the same command again to go on"
+            f"kept: run the same command again to resume"
         )
 
     def snapshot(self, replicas: tuple[ReplicaStats, ...]) -> JobSnapshot:

@@ -56,7 +56,7 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
                 raise JobStoppedError(f"{job.stop.reason}. {ledger.how_far()}")
             publish(journal, batch, files.output, files.errors)
         except OutputError as error:
-            raise JobStoppedError(f"{error}. Then run the same command to go on") from error
+            raise JobStoppedError(f"{error}. Then run the same command to resume") from error
         report = ledger.report(job.plan, [replica.report() for replica in replicas])
         report = _look_back(job, report)
         if first is not None or not files.report.exists():
@@ -179,7 +179,7 @@ class _Run:
     def _lose(self, lost: Lost) -> None:
         """Have a dead replica's rows tried again, and start it again if that may help.
 
-        Raises JobStoppedError when no replica can go on.
+        Raises JobStoppedError when no replica can continue.
         """
         among_suspects = self._dispatcher.holds_suspects(lost.replica)
         killers = self._dispatcher.lose(lost.replica)

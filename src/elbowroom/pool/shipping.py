@@ -217,7 +217,7 @@ class ShipServer:
     def _serve(self, layer: int, calls: list[_Request]) -> None:
         """Run ``layer`` once for all ``calls``, and answer each.
 
-        A failure is printed and told to every caller; the thread goes on.
+        A failure is printed and told to every caller; the thread continues.
         """
         try:
             forward, dtype = self._layers[layer]

@@ -102,7 +102,7 @@ def _synced(schedule: Schedule, newest: Versions) -> dict[Forward, int]:
         if synced[forward] > version:
             raise ScheduleError(
                 f"vertical sync needs version {synced[forward]}, the stage has {version}: "
-                "update each stage before it goes on",
+                "update each stage before its next pass",
                 action=str(forward),
             )
     return synced
