@@ -8,25 +8,31 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tests.pipeline.cases import Case
+from typing import Any, Protocol
 
 _SECONDS = 60.0
 """Within which each worker of a case must end."""
 
 
+class AnyCase(Protocol):
+    @property
+    def replicas(self) -> tuple[int, ...]: ...
+
+    def to_json(self) -> str: ...
+
+
 class Members:
     """As many as the largest case so far needs; after a failure, new ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "tests.pipeline.member") -> None:
+        self._module = module
         self._processes: list[subprocess.Popen[str]] = []
 
-    def run(self, case: Case, folder: Path) -> list[dict[str, Any]]:
+    def run(self, case: AnyCase, folder: Path) -> list[dict[str, Any]]:
         """What each worker saw."""
         number = sum(case.replicas)
         while len(self._processes) < number:
-            self._processes.append(_start())
+            self._processes.append(_start(self._module))
         try:
             for worker, process in enumerate(self._processes[:number]):
                 assert process.stdin is not None
@@ -57,8 +63,8 @@ def run_together(commands: Sequence[Sequence[str]], seconds: float) -> None:
             process.wait()
 
 
-def _start() -> subprocess.Popen[str]:
-    command = (sys.executable, "-m", "tests.pipeline.member")
+def _start(module: str) -> subprocess.Popen[str]:
+    command = (sys.executable, "-m", module)
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 

@@ -1,12 +1,12 @@
-"""One worker of a pipeline that watches its memory, for tests.
+"""One worker of a pipeline at a time that watches its memory, for tests.
 
-    python -m tests.pipeline.memory_member CASE FOLDER WORKER
-
-Trains by ``FOLDER/plan.json`` and writes the bytes that it held at most to ``FOLDER/WORKER.json``.
+Reads lines of JSON, [CASE, FOLDER, WORKER]. For each it trains by ``FOLDER/plan.json``, writes the
+bytes that it held at most to ``FOLDER/WORKER.json``, and says that it is done.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -50,4 +50,8 @@ def main(case: Case, folder: Path, number: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Case.from_json(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    for line in sys.stdin:
+        case, folder, number = json.loads(line)
+        main(Case.from_json(case), Path(folder), number)
+        gc.collect()  # what is freed later would be missing from what the next case holds
+        print("done", flush=True)

@@ -9,7 +9,7 @@ minibatches in flight, any other worker holds one batch that it does not use.
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.timeline import simulate_pipeline_plan
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from elbowroom.profiling.layers import SweepLimits, profile
-from tests.pipeline.members import run_together
+from tests.pipeline.members import Members
 from tests.pipeline.memory_cases import MODELS, Case
 from tests.pipeline.memory_member import NUM_MINIBATCHES
 
@@ -31,6 +31,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BANDWIDTHS = [10 ** (power / 4) for power in range(31, 49)]
 """From low to high: stages end where little crosses, as they do between machines; in the end there
 is one stage of replicas."""
+
+
+@pytest.fixture(scope="module")
+def members() -> Iterator[Members]:
+    members = Members("tests.pipeline.memory_member")
+    yield members
+    members.end()
 
 
 EACH_KIND = [
@@ -59,11 +66,11 @@ MORE = [
     [*EACH_KIND, *(pytest.param(case, marks=pytest.mark.nightly) for case in MORE)],
     ids=lambda case: f"{case.model}-{case.replicas}-{case.optimizer}-{case.semantics}-{case.depth}",
 )
-def test_what_was_planned(case: Case, tmp_path: Path) -> None:
+def test_what_was_planned(case: Case, members: Members, tmp_path: Path) -> None:
     graph = measure(case)
     plan = make_plan(case, graph)
     expected = predict(case, plan, graph)
-    held = run(case, plan, tmp_path)
+    held = run(members, case, plan, tmp_path)
     assert held == [pytest.approx(num_bytes, rel=0.05) for num_bytes in expected]
 
 
@@ -106,15 +113,12 @@ def predict(case: Case, plan: PipelinePlan, graph: LayerGraph) -> list[int]:
     return list(expected)
 
 
-def run(case: Case, plan: PipelinePlan, folder: Path) -> list[int]:
+def run(members: Members, case: Case, plan: PipelinePlan, folder: Path) -> list[int]:
     """Bytes that each worker held."""
     (folder / "plan.json").write_text(json.dumps(plan.to_json()))
-    command = (sys.executable, "-m", "tests.pipeline.memory_member", case.to_json(), str(folder))
-    run_together([(*command, str(n)) for n in range(plan.num_workers)], 120)
     unused = sum(tensor.nbytes for tensor in MODELS[case.model]().make_batch())
     held = []
-    for number in range(plan.num_workers):
-        seen = json.loads((folder / f"{number}.json").read_text())
+    for number, seen in enumerate(members.run(case, folder)):
         reads_inputs = number < plan.stages[0].replicas
         held.append(seen["peak"] + seen["buffers"] - (0 if reads_inputs else unused))
     return held

@@ -183,7 +183,9 @@ def test_either_end_can_be_started_again(tmp_path: Path) -> None:
                 assert torch.equal(mine.wait(mine.start(0, 3, x)), forward_of(3)(x))
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(n, marks=pytest.mark.nightly) for n in range(6, 30))]
+)
 def test_an_owner_that_is_killed_while_borrowers_wait(tmp_path: Path, seed: int) -> None:
     """Each gets its rows or a typed error within a second of the death, and none hangs."""
     chance = random.Random(seed)
