@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom.app import batch
+from elbowroom.app.machine import split_cores
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
 from elbowroom.jobs.batch_file import BatchFile
@@ -337,7 +337,7 @@ def test_commands_on_what_is_no_job(
 
 def test_cores_are_divided_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 2, 4, 6, 8})
-    assert batch.split_cores(1) == ((0, 2, 4, 6, 8),)
-    assert batch.split_cores(2) == ((0, 2), (4, 6, 8))
-    assert batch.split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
-    assert batch.split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))
+    assert split_cores(1) == ((0, 2, 4, 6, 8),)
+    assert split_cores(2) == ((0, 2), (4, 6, 8))
+    assert split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
+    assert split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))

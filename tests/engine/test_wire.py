@@ -139,8 +139,8 @@ def test_what_is_no_message_is_refused(data: bytes, words: str) -> None:
         (_json(Failed(""), error=["x" * 1000]), r"Failed.error is str, not \['x{78}\.\.\.$"),
         (_json(STATS, pool={"owned_bytes": 1}), "PoolStats has owned_bytes, .*, not"),
         (_json(Stopped(STATS), stats=None), "Stats has num_requests_running, .*, not None"),
-        (_json(MESSAGES[0], plan={"model_dir": "x"}), "Start has a plan, not KeyError"),
-        (_json(MESSAGES[0], plan=3), "Start has a plan, not TypeError"),
+        (_json(MESSAGES[0], plan={"model_dir": "x"}), "Start has a plan, not ValueError"),
+        (_json(MESSAGES[0], plan=3), "Start has a plan, not ValueError"),
     ],
 )
 def test_a_malformed_message_is_refused(data: dict[str, Any], words: str) -> None:

@@ -34,7 +34,12 @@ def plain_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "pool", ["none", "streamed", pytest.param("mapped", marks=pytest.mark.nightly)]
+    "pool",
+    [
+        "streamed",
+        pytest.param("none", marks=pytest.mark.nightly),
+        pytest.param("mapped", marks=pytest.mark.nightly),
+    ],
 )
 def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"

@@ -42,7 +42,7 @@ PLAN = RunPlan(
     prediction=Prediction("a", 10, 500, 480, 40.0, 34.0, 46.0),
 )
 REPLICA = ReplicaReport(
-    rank=0,
+    replica=0,
     num_kv_tokens=1600,
     resident_bytes=150 * MIB,
     start_seconds=4.0,
@@ -70,7 +70,7 @@ REPORT = JobReport(
     run_output_tokens=300,
     start_seconds=12.5,
     run_seconds=20.0,
-    replicas=(REPLICA, replace(REPLICA, rank=1, num_kv_tokens=1584)),
+    replicas=(REPLICA, replace(REPLICA, replica=1, num_kv_tokens=1584)),
     prediction_for_actual=Prediction("a", 10, 500, 400, 40.0, 34.0, 46.0),
 )
 

@@ -98,7 +98,7 @@ def _on_threads(calls: list[object]) -> None:
 
 
 def test_some_seconds(tmp_path: Path) -> None:
-    _stress(tmp_path, 15.0)
+    _stress(tmp_path, 6.0)
 
 
 @pytest.mark.nightly

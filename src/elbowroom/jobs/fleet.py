@@ -118,7 +118,7 @@ class Replica:
 
     def report(self) -> ReplicaReport:
         return ReplicaReport(
-            rank=self.number,
+            replica=self.number,
             num_kv_tokens=self._last_ready.num_kv_tokens,
             resident_bytes=self._last_ready.resident_bytes,
             start_seconds=self._last_ready.start_seconds,

@@ -20,7 +20,7 @@ from elbowroom.pool.stats import PoolStats
 class ReplicaReport:
     """One replica's part of a run. Resident bytes are weights and slots, measured after loading."""
 
-    rank: int
+    replica: int
     num_kv_tokens: int
     resident_bytes: int
     start_seconds: float

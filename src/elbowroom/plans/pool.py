@@ -223,7 +223,7 @@ class RunPlan:
 
         Raises KeyError, TypeError or ValueError for what ``to_json`` never writes.
         """
-        if data.get("format") != _FORMAT:
+        if not isinstance(data, dict) or data.get("format") != _FORMAT:
             raise ValueError(f"its \"format\" must be '{_FORMAT}'")
         if data.get("version") != _VERSION:
             raise ValueError(f"it has version {data.get('version')!r}, and this is for {_VERSION}")
