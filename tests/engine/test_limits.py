@@ -36,14 +36,14 @@ def _run(folder: Path, rows: list[str], *flags: str) -> dict[str, Any]:
 
 
 def test_rows_over_a_limit_fail_alone(tmp_path: Path) -> None:
-    endless = _row("endless", "Compute 17 + 25.", max_tokens=900, n=64, ignore_eos=True)
+    endless = _row("endless", "Compute 17 + 25.", max_tokens=900, n=8, ignore_eos=True)
     rows = [
         endless,
         _row("good", "Compute 17 + 25.", max_tokens=8),
         _row("long prompt", "Compute 17 + 25. " * 20, max_tokens=8),
         _row("good too", "Compute 17 + 26.", max_tokens=8),
     ]
-    errors = _run(tmp_path, rows, "--max-prompt-tokens", "60", "--max-row-seconds", "10")
+    errors = _run(tmp_path, rows, "--max-prompt-tokens", "60", "--max-row-seconds", "2")
     assert errors["good"] is errors["good too"] is None
     assert errors["long prompt"]["code"] == "limit_exceeded"
     assert "more than --max-prompt-tokens 60" in errors["long prompt"]["message"]
