@@ -11,7 +11,7 @@ from pathlib import Path
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.core.files import read_json, write_atomically
+from elbowroom.core.files import read_json, write_text
 from elbowroom.core.units import GIB
 from elbowroom.plans.pool import RunPlan
 from elbowroom.profiling.machine import (
@@ -78,7 +78,7 @@ def _measured_once(groups: Sequence[Sequence[int]], dtype: str, say: Say) -> Clu
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, iter([cluster.to_toml().encode()]))
+            write_text(path, cluster.to_toml())
         except (OSError, OutputError) as error:
             say(f"the measurement is not kept: {error}")
     return cluster

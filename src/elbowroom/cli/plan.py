@@ -26,7 +26,7 @@ from elbowroom.cli.job_flags import add_inputs, add_limits, add_planned, limits_
 from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import write_atomically
+from elbowroom.core.files import write_text
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
@@ -104,7 +104,7 @@ def _profile(args: argparse.Namespace, console: Console) -> int:
         raise InputError(f"{num_devices} devices need as many cores: lower --replicas")
     dtype = args.dtype or host.fastest_dtype("bfloat16")
     cluster = measure_machine(split_cores(num_devices), dtype)
-    write_atomically(args.out, iter([cluster.to_toml().encode()]))
+    write_text(args.out, cluster.to_toml())
     console.print(f"{num_devices} devices measured: use --cluster {args.out}", highlight=False)
     return 0
 

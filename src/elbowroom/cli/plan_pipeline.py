@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from elbowroom.cli.flags import add_cluster, bandwidth, count, size
 from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import write_atomically
+from elbowroom.core.files import write_json
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.trace import write_trace
@@ -135,8 +134,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
             raise InputError(f"no trace: {_TOO_LONG}")
         write_trace(args.trace, prediction.timeline.spans())
     if args.json is not None:
-        text = json.dumps(plan.to_json(), indent=2) + "\n"
-        write_atomically(args.json, iter([text.encode()]))
+        write_json(args.json, plan.to_json())
     return 0
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from elbowroom.cli.flags import count, number, seconds
 from elbowroom.cli.screen import Console
-from elbowroom.core.files import check_writable, write_atomically
+from elbowroom.core.files import check_writable, write_text
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
@@ -59,7 +59,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     if args.text is not None:
         texts[args.text] = write_pipedream(graph)
     for path, text in texts.items():
-        write_atomically(path, iter([text.encode()]))
+        write_text(path, text)
     screen = Console(markup=False, highlight=False)  # names may have brackets
     screen.width = max(screen.width, _TABLE_WIDTH)
     _print_graph(screen, graph)

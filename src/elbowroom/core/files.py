@@ -26,6 +26,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file as ``write_atomically`` does. Raises OutputError."""
+    write_atomically(path, iter([text.encode()]))
+
+
+def write_json(path: Path, data: Any, *, ascii_only: bool = True) -> None:
+    """Write a JSON file, indented, as ``write_text`` does. Raises OutputError."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=ascii_only) + "\n")
+
+
 def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
     """Replace ``path`` by ``parts`` in one step, with mode 0600.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.core.files import write_atomically
+from elbowroom.core.files import write_json
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.pool import Prediction, RunPlan
 from elbowroom.pool.stats import PoolStats
@@ -72,8 +71,7 @@ class JobReport:
 
     def write(self, path: Path) -> None:
         """Write ``report.json`` in one step. Raises OutputError."""
-        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n"
-        write_atomically(path, iter([text.encode()]))
+        write_json(path, self.to_json(), ascii_only=False)
 
 
 def print_summary(console: Console, report: JobReport) -> None:

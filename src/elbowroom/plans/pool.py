@@ -5,13 +5,12 @@ Whatever a run needs to know is in its plan.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_json, write_atomically
+from elbowroom.core.files import read_json, write_json
 from elbowroom.plans.pool_actions import Fetch
 
 PoolMode = Literal["none", "mapped", "streamed", "shipped"]
@@ -260,5 +259,4 @@ def read_any_plan(path: Path) -> RunPlan:
 
 def write_run_plan(path: Path, plan: RunPlan) -> None:
     """Write a plan as JSON, atomically. Raises OutputError."""
-    text = json.dumps(plan.to_json(), indent=2) + "\n"
-    write_atomically(path, iter([text.encode()]))
+    write_json(path, plan.to_json())
