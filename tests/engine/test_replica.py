@@ -32,17 +32,6 @@ from tests.jobs.plans import make_plan
 T = TypeVar("T")
 
 
-class Counters(NamedTuple):
-    num_requests_running: int = 0
-    num_requests_waiting: int = 0
-    kv_cache_usage: float = 0.0
-    prompt_tokens: int = 3
-    generation_tokens: int = 4
-    num_preemptions: int = 0
-    prefix_query_tokens: int = 0
-    prefix_hit_tokens: int = 0
-
-
 class Reply(NamedTuple):
     status_code: int
     body: Any
@@ -80,13 +69,10 @@ class Engine:
         if self.health_error is not None:
             raise self.health_error
 
-    def counters(self) -> Counters:
-        return Counters()
-
-    async def pool_stats(self) -> dict[str, float]:
+    async def stats(self) -> Stats:
         if self.stats_error is not None:
             raise self.stats_error
-        return {"wait_seconds": 0.5}
+        return Stats(0, 0, 0.0, 3, 4, 0, 0, 0, PoolStats(wait_seconds=0.5))
 
     async def close(self) -> None:
         type(self).is_closed = True

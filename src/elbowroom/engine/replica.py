@@ -22,10 +22,8 @@ from elbowroom.engine.wire import (
     RowFailure,
     RowRequest,
     Start,
-    Stats,
     Stopped,
 )
-from elbowroom.pool.stats import PoolStats
 
 if TYPE_CHECKING:
     from elbowroom.engine.vllm_seam.server import Engine
@@ -51,7 +49,7 @@ async def _serve(sock: socket.socket) -> int:
             raise MessageError(f"Start comes first, not {type(start).__name__}")
         engine = await _start_engine(start, channel)
         await _answer_rows(engine, channel)
-        channel.send(Stopped(await _stats(engine)))
+        channel.send(Stopped(await engine.stats()))
         await channel.drain()
         await engine.close()
     except Exception as error:  # whatever vLLM raises; the runner prints it and ends the run
@@ -123,12 +121,7 @@ async def _ask(engine: Engine, row: RowRequest) -> RowAnswer | RowFailure:
 async def _report(engine: Engine, channel: Channel) -> None:
     while True:
         await asyncio.sleep(STATS_SECONDS)
-        channel.send(await _stats(engine))
-
-
-async def _stats(engine: Engine) -> Stats:
-    pool = PoolStats(**await engine.pool_stats())
-    return Stats(**engine.counters()._asdict(), pool=pool)
+        channel.send(await engine.stats())
 
 
 def describe(error: BaseException) -> str:

@@ -18,7 +18,9 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
+from elbowroom.engine.wire import Stats
 from elbowroom.plans.pool import RunPlan
+from elbowroom.pool.stats import PoolStats
 
 _WORKER_EXTENSION = "elbowroom.engine.vllm_seam.worker.PoolWorkerExtension"
 
@@ -28,19 +30,6 @@ class Reply(NamedTuple):
 
     status_code: int
     body: Any
-
-
-class EngineCounters(NamedTuple):
-    """Values of vLLM's own metrics, mostly of the same names."""
-
-    num_requests_running: int
-    num_requests_waiting: int
-    kv_cache_usage: float
-    prompt_tokens: int
-    generation_tokens: int
-    num_preemptions: int
-    prefix_query_tokens: int
-    prefix_hit_tokens: int
 
 
 class Engine:
@@ -98,12 +87,17 @@ class Engine:
         cache = self._llm.vllm_config.cache_config
         return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
 
-    def counters(self) -> EngineCounters:
+    async def stats(self) -> Stats:
+        """Values of vLLM's own metrics, and the pool counters of the replica's first device.
+
+        Its other devices do the same beside it.
+        """
+        pool: dict[str, Any] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
         values: dict[str, float] = {}
         for metric in get_metrics_snapshot():
             if isinstance(metric, Counter | Gauge):
                 values[metric.name] = values.get(metric.name, 0) + metric.value
-        return EngineCounters(
+        return Stats(
             num_requests_running=int(values.get("vllm:num_requests_running", 0)),
             num_requests_waiting=int(values.get("vllm:num_requests_waiting", 0)),
             kv_cache_usage=values.get("vllm:kv_cache_usage_perc", 0.0),
@@ -112,12 +106,8 @@ class Engine:
             num_preemptions=int(values.get("vllm:num_preemptions", 0)),
             prefix_query_tokens=int(values.get("vllm:prefix_cache_queries", 0)),
             prefix_hit_tokens=int(values.get("vllm:prefix_cache_hits", 0)),
+            pool=PoolStats(**pool),
         )
-
-    async def pool_stats(self) -> dict[str, Any]:
-        """Counters of the replica's first device; the others do the same beside it."""
-        stats: dict[str, Any] = (await self._llm.collective_rpc("elbowroom_stats"))[0]
-        return stats
 
     async def resident_bytes(self) -> int:
         """Memory that loading took on a device, measured; see ``PoolWorkerExtension``."""
