@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+_MAX_SHOWN_CHARS = 80
+
 
 class ElbowroomError(Exception):
     """Base class of every error that a user can cause or fix."""
@@ -65,6 +67,12 @@ class ScheduleError(ElbowroomError):
         super().__init__(": ".join([", ".join(places), problem] if places else [problem]))
         self.worker = worker
         self.action = action
+
+
+def shown(value: object) -> str:
+    """A value that came from outside, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
+from elbowroom.core.errors import shown
 from elbowroom.plans.pool import RunPlan
 from elbowroom.pool.stats import PoolStats
 
 _LENGTH = struct.Struct("<I")
-_MAX_SHOWN_CHARS = 80
 
 
 class MessageError(ValueError):
@@ -185,7 +185,7 @@ def decode(data: bytes) -> Message:
         raise MessageError(f"no JSON: {error}") from error
     name = loaded.pop("type", None) if isinstance(loaded, dict) else None
     if not isinstance(name, str) or name not in _CLASSES:
-        raise MessageError(f"no message of this version: {_shown(name or loaded)}")
+        raise MessageError(f"no message of this version: {shown(name or loaded)}")
     message: Message = _build(_CLASSES[name], loaded)
     return message
 
@@ -203,13 +203,13 @@ def _build(cls: type[Any], data: Any) -> Any:
     """Build a dataclass from exactly its fields. Raises MessageError."""
     fields = _FIELDS[cls]
     if not isinstance(data, dict) or data.keys() != fields.keys():
-        raise MessageError(f"{cls.__name__} has {', '.join(fields)}, not {_shown(data)}")
+        raise MessageError(f"{cls.__name__} has {', '.join(fields)}, not {shown(data)}")
     for name, (kind, accepted) in fields.items():
         if kind is RunPlan:
             data[name] = _plan(data[name])
         elif accepted and not isinstance(data[name], accepted):
             wanted = " or ".join(dict.fromkeys(each.__name__ for each in accepted))
-            raise MessageError(f"{cls.__name__}.{name} is {wanted}, not {_shown(data[name])}")
+            raise MessageError(f"{cls.__name__}.{name} is {wanted}, not {shown(data[name])}")
         elif not accepted and kind is not Any:
             data[name] = _build(kind, data[name])
     return cls(**data)
@@ -220,8 +220,3 @@ def _plan(data: Any) -> RunPlan:
         return RunPlan.from_json(data)
     except (KeyError, TypeError, ValueError) as error:
         raise MessageError(f"Start has a plan, not {type(error).__name__}: {error}") from error
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."

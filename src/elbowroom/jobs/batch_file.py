@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, shown
 from elbowroom.jobs.inputs import BatchInput, explained
 from elbowroom.jobs.limits import RowLimits, violation
 from elbowroom.jobs.rows import CHAT, COMPLETIONS, EMBEDDINGS, RejectedRow, Row
-from elbowroom.jobs.strict_json import RejectionError, load_json, reject, shown
+from elbowroom.jobs.strict_json import RejectionError, load_json, reject
 
 SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
 

@@ -6,15 +6,14 @@ import json
 import math
 from typing import Any, NoReturn
 
+from elbowroom.core.errors import shown
+
 MAX_DEPTH = 128
 """Most lists and objects inside one another.
 
 Python's own limit depends on how deep its caller is, so a row near it could be read here and then
 fail where it is sent on.
 """
-
-
-_MAX_SHOWN_CHARS = 80
 
 
 class RejectionError(Exception):
@@ -71,12 +70,6 @@ def _is_deeper_than(data: Any, depth: int) -> bool:
         if not containers:
             return False
     return True
-
-
-def shown(value: object) -> str:
-    """A value from the file, shortened for a message."""
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 
 def reject(code: str, message: str) -> NoReturn:
