@@ -9,8 +9,8 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,13 @@ from rich.console import Console
 
 from elbowroom.app.hub import find_model
 from elbowroom.app.plan_settings import PlanSettings
-from elbowroom.app.prepare import (
-    BatchSettings,
-    check_devices,
-    errors_beside,
-    prepare,
-)
+from elbowroom.app.prepare import BatchSettings, check_devices, prepare
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable
 from elbowroom.core.units import parse_bytes
 from elbowroom.jobs.identity import job_identity
 from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.job import Job, JobOptions, StopRequest
+from elbowroom.jobs.job import Job, JobOptions, StopRequest, say_on
 from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.report import JobReport
@@ -118,21 +113,15 @@ async def run_settings(
 
     Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
     """
-
-    def say(text: str) -> None:
-        with suppress(Exception):  # the terminal may be gone, and the job is not
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     if importlib.util.find_spec("vllm") is None:
         raise InputError("to run a model needs vLLM: pip install 'elbowroom[cpu]', or [cuda]")
     check_devices(settings)
     output = settings.output
-    report = settings.report or output.parent / f"{output.stem}.report.json"
-    check_paths(settings.inputs, output, settings.errors or errors_beside(output), report)
+    check_paths(settings.inputs, output, settings.error_file, settings.report_file)
     if settings.logs is not None:
         check_writable([settings.logs / "replica-0.log"])
     with BatchInput(settings.inputs, output.parent) as source:
-        prepared = prepare(settings, source, console, say)
+        prepared = prepare(settings, source, console, partial(say_on, console))
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
         job = Job(
             plan=prepared.plan,

@@ -30,7 +30,6 @@ from elbowroom.plans.pool import RunPlan
 PREDICTION_ROWS = 1000
 """Rows of the input that are counted for a prediction."""
 
-
 _UNKNOWN_ROWS = replace(workload([512] * 10_000, [256] * 10_000), is_bounded=False)
 """A job of which nothing is known."""
 
@@ -52,15 +51,16 @@ class BatchSettings:
     job: JobOptions = field(default_factory=JobOptions)
     given_plan: RunPlan | None = None
 
+    @property
+    def error_file(self) -> Path:
+        return self.errors or errors_beside(self.output)
+
+    @property
+    def report_file(self) -> Path:
+        return self.report or self.output.parent / f"{self.output.stem}.report.json"
+
     def files(self, source: BatchInput) -> JobFiles:
-        output = self.output
-        return JobFiles(
-            input=source,
-            output=output,
-            errors=self.errors or errors_beside(output),
-            report=self.report or output.parent / f"{output.stem}.report.json",
-            logs=self.logs,
-        )
+        return JobFiles(source, self.output, self.error_file, self.report_file, self.logs)
 
 
 def check_devices(settings: BatchSettings) -> None:

@@ -96,5 +96,10 @@ class Job:
     predict_actual: PredictActual | None = None
 
     def say(self, text: str) -> None:
-        with suppress(Exception):  # the terminal may be gone, and the job is not
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say_on(self.console, text)
+
+
+def say_on(console: Console, text: str) -> None:
+    """Print a line, if there is still a terminal: it may be gone, and the job is not."""
+    with suppress(Exception):
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
