@@ -6,6 +6,7 @@ import json
 import os
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -341,3 +342,10 @@ def test_cores_are_divided_without_overlap(monkeypatch: pytest.MonkeyPatch) -> N
     assert split_cores(2) == ((0, 2), (4, 6, 8))
     assert split_cores(5) == ((0,), (2,), (4,), (6,), (8,))
     assert split_cores(7) == ((0,), (2,), (4,), (6,), (8,), (0,), (2,))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code in (None, 0)
+    assert capsys.readouterr() == (f"elbowroom {version('elbowroom')}\n", "")

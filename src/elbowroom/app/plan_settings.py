@@ -9,11 +9,7 @@ from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core import host
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.pool.layouts import EngineLimits
-from elbowroom.plans.pool import (
-    FetchOrder,
-    Layout,
-    PoolMode,
-)
+from elbowroom.plans.pool import FetchOrder, Layout, PoolMode
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
+from typing import NoReturn
 
 import shtab
 
@@ -19,10 +20,7 @@ from elbowroom.cli.plan import add_plan_commands
 from elbowroom.cli.run import add_run_command
 from elbowroom.cli.screen import Console
 from elbowroom.cli.train import add_train_commands
-from elbowroom.core.errors import (
-    ElbowroomError,
-    InputError,
-)
+from elbowroom.core.errors import ElbowroomError, InputError
 
 _ABOUT = (
     "Runs large models on the devices you have: batch inference with pooled weights, and training."
@@ -62,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"elbowroom {version('elbowroom')}")
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show program's version number and exit"
+    )
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add = partial(_add_command, commands)
@@ -74,6 +74,14 @@ def build_parser() -> argparse.ArgumentParser:
         partial(_add_command, train.add_subparsers(required=True, metavar="COMMAND"))
     )
     return parser
+
+
+class _ShowVersion(argparse.Action):
+    """Looks the version up when it is asked for: that takes longer than to parse a command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"elbowroom {version('elbowroom')}")
+        parser.exit()
 
 
 def _add_command(

@@ -25,10 +25,7 @@ from elbowroom.cli.job_flags import (
 )
 from elbowroom.cli.screen import Console
 from elbowroom.cli.signals import Signals
-from elbowroom.core.errors import (
-    InputError,
-    optional,
-)
+from elbowroom.core.errors import InputError, optional
 from elbowroom.jobs.job import JobOptions, StopRequest
 from elbowroom.jobs.report import print_summary
 from elbowroom.plans.pool import RunPlan

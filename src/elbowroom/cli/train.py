@@ -41,10 +41,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         *("--nproc-per-node", str(num_workers), "--max-restarts", str(args.max_restarts)),
         *("-m", "elbowroom.pipeline"),
     )
-    environment = {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-    }  # as torchrun has it, but without its banner
+    # torchrun sets the same number, with a banner.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
     process = subprocess.Popen([*launcher, *_words(args)], env=environment)
     try:
         return process.wait()
