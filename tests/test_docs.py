@@ -19,12 +19,14 @@ from tools.make_docs import (
     REFUSED,
     ROOT,
     broken_links,
-    cli_parser,
     commands_of,
     prepare,
     readme,
     run,
 )
+
+from elbowroom.cli.main import build_parser
+from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
 
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = ("tools.make_docs", "tools.draw_pictures", "elbowroom.pipeline")
@@ -75,7 +77,7 @@ def test_commands_are_real(command: Command) -> None:
     program, *words = command.words
     program = program.removeprefix(".venv/bin/")
     if program == "elbowroom":
-        parse(cli_parser(), words)
+        parse(build_parser(), words)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[0] in targets
@@ -98,9 +100,7 @@ def options_of(parser: ArgumentParser) -> set[str]:
 
 def test_options_are_real() -> None:
     """Also those of tables and running text."""
-    from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
-
-    known = options_of(cli_parser()) | options_of(pipeline_parser()) | OF_OTHERS
+    known = options_of(build_parser()) | options_of(pipeline_parser()) | OF_OTHERS
     for page in PAGES:
         for code in _CODE.findall(page.read_text()):
             assert set(_OPTION.findall(code)) <= known, (page, code)

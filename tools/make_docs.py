@@ -25,8 +25,8 @@ from typing import Any
 
 from tools.results_tables import TABLES
 
-from elbowroom.cli import main as command_line
 from elbowroom.cli.exit_codes import EXIT_CODES
+from elbowroom.cli.main import build_parser
 from elbowroom.core.cluster import PRESETS
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +140,7 @@ def make_includes() -> dict[str, str]:
     made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
     made["presets.md"] = presets()
     made["exit-codes.txt"] = EXIT_CODES
-    made["cli.md"] = "\n".join(cli_page(cli_parser()))
+    made["cli.md"] = "\n".join(cli_page(build_parser()))
     made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
     made["answer.jsonl"] = answers()
     made |= {f"{name}.txt": told(name) for name in EXCERPTS}
@@ -187,10 +187,6 @@ def shortened(value: Any) -> Any:
 
 def presets() -> str:
     return ", ".join(f"`{name}`" for name in PRESETS) + "\n"
-
-
-def cli_parser() -> argparse.ArgumentParser:
-    return command_line.build_parser()
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -49,27 +49,19 @@ def default_run() -> str:
     """The default run against vLLM's own batch runner."""
     data = load("default_run")
 
-    def rows(part: str) -> list[float]:
-        return [
-            each["vllm"]["run_seconds"] / each["elbowroom"]["run_seconds"]
-            for each in data[part]["rounds"]
-        ]
-
-    def whole(part: str) -> list[float]:
-        return [
-            each["vllm"]["total_seconds"] / each["elbowroom"]["total_seconds"]
-            for each in data[part]["rounds"]
-        ]
+    def speed(part: str, seconds: str) -> str:
+        rounds = data[part]["rounds"]
+        return ratios(each["vllm"][seconds] / each["elbowroom"][seconds] for each in rounds)
 
     plain = "32 rows of 256-512 prompt tokens"
     shared = "400 rows, 8 shared prefixes in random order"
     return table(
         (where(data), "Elbowroom over `vllm run-batch`: median (rounds)"),
         (
-            (f"{plain}: output tokens/s once started", ratios(rows("plain"))),
-            (f"{plain}: the whole command", ratios(whole("plain"))),
-            (f"{shared}: output tokens/s once started", ratios(rows("prefixes"))),
-            (f"{shared}: the whole command", ratios(whole("prefixes"))),
+            (f"{plain}: output tokens/s once started", speed("plain", "run_seconds")),
+            (f"{plain}: the whole command", speed("plain", "total_seconds")),
+            (f"{shared}: output tokens/s once started", speed("prefixes", "run_seconds")),
+            (f"{shared}: the whole command", speed("prefixes", "total_seconds")),
         ),
     )
 
