@@ -180,6 +180,16 @@ def _check_privacy(job: DemoJob, run_dirs: set[Path]) -> None:
             assert is_socket or stat.S_IMODE(path.stat().st_mode) == 0o600, path
 
 
+def _check_that_it_resumes(job: DemoJob, uninterrupted: list[dict[str, Any]]) -> None:
+    finished = job.num_finished()
+    assert 0 < finished < 500
+    job.start()
+    assert job.end() == 0
+    assert job.answers() == uninterrupted
+    report = json.loads(job.output.with_suffix(".report.json").read_text())
+    assert report["num_resumed"] == finished, "finished rows were not computed again"
+
+
 def test_one_job_survives_every_kind_of_kill(
     tmp_path: Path, uninterrupted: list[dict[str, Any]]
 ) -> None:
@@ -205,13 +215,7 @@ def test_one_job_survives_every_kind_of_kill(
     assert job.end() == 75
     assert time.monotonic() - begin < 15
     assert not job.output.exists()
-    finished = job.num_finished()
-    assert 0 < finished < 500
-    job.start()
-    assert job.end() == 0
-    assert job.answers() == uninterrupted
-    report = json.loads(job.output.with_suffix(".report.json").read_text())
-    assert report["num_resumed"] == finished, "finished rows were not computed again"
+    _check_that_it_resumes(job, uninterrupted)
 
 
 @pytest.mark.nightly
@@ -225,13 +229,7 @@ def test_the_runner_is_killed(tmp_path: Path, uninterrupted: list[dict[str, Any]
         assert is_on, "the job was done before it could be killed"
         job.run.kill()
         job.end()
-    finished = job.num_finished()
-    assert 0 < finished < 500
-    job.start()
-    assert job.end() == 0
-    assert job.answers() == uninterrupted
-    report = json.loads(job.output.with_suffix(".report.json").read_text())
-    assert report["num_resumed"] == finished, "finished rows were not computed again"
+    _check_that_it_resumes(job, uninterrupted)
 
 
 @pytest.mark.parametrize(

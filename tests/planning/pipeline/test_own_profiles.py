@@ -17,7 +17,7 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.plans.pipeline import Level, PipelineOptions
-from tests.planning.pipeline.test_plan import check_against_all_plans, check_numbers, flat
+from tests.planning.pipeline.test_plan import check_against_all_plans, check_planned, flat
 
 FOLDER = Path(__file__).parents[2] / "data" / "profiles"
 NAMES = ("gnmt_small", "resnet_small", "vgg_small")
@@ -54,10 +54,7 @@ def test_no_plan_of_two_levels_is_better(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("num_workers", [1, 5, 64])
 def test_every_profile_is_planned(name: str, num_workers: int) -> None:
-    layers = read(name)
-    plan = plan_on_levels(layers, flat(num_workers))
-    check_numbers(layers, plan)
-    assert plan.num_workers == num_workers
+    check_planned(read(name), num_workers)
 
 
 def test_bandwidth_decides() -> None:

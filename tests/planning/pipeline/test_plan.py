@@ -99,7 +99,10 @@ def test_traffic_saved_on_vgg16() -> None:
 @pytest.mark.parametrize("name", ALL_PROFILES)
 @pytest.mark.parametrize("num_workers", [1, 5, 64])
 def test_every_profile_is_planned(name: str, num_workers: int) -> None:
-    layers = profile(name)
+    check_planned(profile(name), num_workers)
+
+
+def check_planned(layers: LayerGraph, num_workers: int) -> None:
     plan = plan_on_levels(layers, flat(num_workers))
     check_numbers(layers, plan)
     assert plan.num_workers == num_workers
