@@ -76,8 +76,9 @@ def start_seconds(tree: Path, folder: Path) -> float:
     flags = ["--model", str(DEMO / "model"), "--served-model-name", "demo", "--restart"]
     flags += ["--input", str(folder / "start.jsonl"), "--output", str(folder / "start.out.jsonl")]
     flags += ["--replicas", "2", "--pool", "mapped", "--memory", "160MiB"]
+    is_old = not (tree / "src" / "elbowroom" / "__main__.py").exists()
     begin = time.perf_counter()
-    python(tree, "-m", "elbowroom", "run", *flags)
+    python(tree, "-m", "elbowroom.cli" if is_old else "elbowroom", "run", *flags)
     return time.perf_counter() - begin
 
 

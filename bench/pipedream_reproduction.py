@@ -12,7 +12,9 @@ from dataclasses import replace
 from math import lcm
 from typing import Any, NamedTuple
 
-from bench.common import ROOT, write_result
+from tests.planning.pipeline.pipelines import PROFILES
+
+from bench.common import write_result
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.planning.pipeline.action_cost import PipelineCosts, StageCosts, plan_costs
@@ -22,7 +24,6 @@ from elbowroom.planning.pipeline.schedule import plan_schedule
 from elbowroom.planning.pipeline.timeline import simulate_pipeline
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan, Sync
 
-PROFILES = ROOT.parent / "shared" / "profiles" / "pipedream"
 DEPTHS = (1, 2, 3)
 NO_LIMIT = (Level(64, 1e30),)
 
