@@ -31,6 +31,9 @@ class Run:
         self.flags = ["--model", model, "--input", given, "--output", self.output]
         self.flags += ["--memory", "64MiB", "--max-num-seqs", "4"]
         self.environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
+        self.environment.pop(
+            "PYTHONUNBUFFERED", None
+        )  # few users have it, and it hides what is left
 
     def start(self, phase: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.cli.stub_run", phase, *map(str, self.flags)]

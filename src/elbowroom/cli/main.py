@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +17,7 @@ from elbowroom.cli.exit_codes import EXIT_CODES, EXIT_GOOD, EXIT_RESUMABLE, exit
 from elbowroom.cli.inspect import add_inspect_commands
 from elbowroom.cli.plan import add_plan_commands
 from elbowroom.cli.run import add_run_command
-from elbowroom.cli.screen import Console
+from elbowroom.cli.screen import Console, discard_rest
 from elbowroom.cli.train import add_train_commands
 from elbowroom.core.errors import ElbowroomError, InputError
 
@@ -31,15 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of ``elbowroom``. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    args = build_parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
     console = Console(stderr=True)
-    command: Callable[[argparse.Namespace, Console], int] = args.command
     try:
+        args = build_parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
+        command: Callable[[argparse.Namespace, Console], int] = args.command
         if args.vllm and not args.takes_vllm:
             raise InputError("only `run` and `plan` take options for vLLM, behind --")
         return command(args, console)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_rest(sys.stdout)
         return EXIT_GOOD
     except ElbowroomError as error:
         with suppress(BrokenPipeError):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+from typing import IO
+
 import rich.console
 
 
@@ -10,4 +14,16 @@ class Console(rich.console.Console):
 
     def on_broken_pipe(self) -> None:
         """Raise what ``rich`` turns into an exit, which nothing that is optional could catch."""
+        discard_rest(self.file)
         raise BrokenPipeError
+
+
+def discard_rest(stream: IO[str]) -> None:
+    """Send what ``stream`` still holds nowhere: its reader is gone.
+
+    Python flushes at its end, and its exit code would be 120 instead of the command's.
+    """
+    with suppress(OSError, ValueError):  # a stream of no file needs nothing
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
