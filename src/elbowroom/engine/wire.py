@@ -172,8 +172,7 @@ class Channel:
 
 def encode(message: Message) -> bytes:
     """Encode a message as JSON: its fields, and the name of its class as ``type``."""
-    data = {"type": type(message).__name__, **_plain(message)}
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), default=_plain)
+    text = _ENCODER.encode({"type": type(message).__name__, **_plain(message)})
     return text.encode("utf-8", "surrogatepass")  # half of a pair may stand in an answer
 
 
@@ -197,6 +196,9 @@ def _plain(value: Any) -> dict[str, Any]:
     if type(value) not in _FIELDS:
         raise TypeError(f"{type(value).__name__} cannot be part of a message")
     return {name: getattr(value, name) for name in _FIELDS[type(value)]}
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_plain)
 
 
 def _build(cls: type[Any], data: Any) -> Any:
