@@ -72,7 +72,6 @@ lint: setup
 # The site in build/docs. It needs neither PyTorch nor vLLM: an environment of its own is enough.
 DOCS := build/docs-venv
 docs: $(DOCS)/.elbowroom-docs
-	$(DOCS)/bin/python -m tools.make_docs
 	$(DOCS)/bin/python -m tools.make_docs links
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict --quiet
 

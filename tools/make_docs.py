@@ -1,10 +1,10 @@
 """What the docs show of commands and results, made by running and reading them.
 
-    python -m tools.make_docs            # includes of the site, in build/docs-include
-    python -m tools.make_docs readme     # the marked blocks of README.md, too
+    python -m tools.make_docs            # the marked blocks of README.md and docs/
     python -m tools.make_docs engine     # docs/output: what needs vLLM or torchrun (minutes)
     python -m tools.make_docs links      # links of README and its neighbours
 
+A block stands between ``<!-- made: NAME -->`` and ``<!-- end -->``; ``make_blocks`` has the names.
 The first needs no PyTorch. Its commands run in build/docs-work, where ``examples`` and ``tests``
 are the repository's.
 """
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools.results_tables import TABLES
+from tools import batch_tables, training_tables
 
 from elbowroom.cli.exit_codes import EXIT_CODES
 from elbowroom.cli.main import build_parser
@@ -31,15 +31,15 @@ from elbowroom.core.cluster import PRESETS
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "output"
-INCLUDE = ROOT / "build" / "docs-include"
 WORK = ROOT / "build" / "docs-work"
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+CLUSTERS = ROOT / "src" / "elbowroom" / "core" / "clusters"
 COLUMNS = 100
 
 LLAMA = "--model tests/data/models/Llama-3.1-70B"
 
 LIVE = {
-    "help": "elbowroom --help",
     "plan-long": f"elbowroom plan {LLAMA} --lengths 4096:1024x10000 \\\n"
     "    --cluster h200-8 --replicas 4 --json plan.json",
     "plan-short": f"elbowroom plan {LLAMA} --lengths 1024:512x10000 --cluster h200-8",
@@ -131,27 +131,32 @@ def prepare(folder: Path = WORK) -> None:
             shutil.copy(OUTPUT / kept, folder / name)
 
 
-def make_includes() -> dict[str, str]:
-    """Texts by file name."""
-    prepare()
+def make_blocks(folder: Path = WORK) -> dict[str, str]:
+    """Markdown by name. Runs ``LIVE`` in ``folder``."""
+    prepare(folder)
     made = {
-        f"{name}.txt": run(command, WORK, REFUSED.get(name, 0)) for name, command in LIVE.items()
+        name: fenced("console", run(command, folder, REFUSED.get(name, 0)))
+        for name, command in LIVE.items()
     }
-    made |= {f"table-{name}.md": make() for name, make in TABLES.items()}
-    made["presets.md"] = presets()
-    made["exit-codes.txt"] = EXIT_CODES
-    made["cli.md"] = "\n".join(cli_page(build_parser()))
-    made["requests.jsonl"] = (ROOT / "examples" / "requests.jsonl").read_text()
-    made["answer.jsonl"] = answers()
-    made |= {f"{name}.txt": told(name) for name in EXCERPTS}
-    plan = shortened(json.loads((WORK / "plan.json").read_text()))
-    made["plan.json"] = json.dumps(plan, indent=1) + "\n"
-    plan = shortened(json.loads((WORK / "train-plan.json").read_text()))
-    made["train-plan.json"] = json.dumps(plan, indent=1) + "\n"
-    made["h200-8.toml"] = (
-        ROOT / "src" / "elbowroom" / "core" / "clusters" / "h200-8.toml"
-    ).read_text()
+    for name in ENGINE.keys() - LIVE.keys():
+        made[name] = fenced("console", (OUTPUT / f"{name}.txt").read_text())
+    made |= {name: fenced("console", excerpt(name)) for name in EXCERPTS}
+    tables = {**batch_tables.TABLES, **training_tables.TABLES}
+    made |= {f"table-{name}": make() for name, make in tables.items()}
+    made["presets"] = ", ".join(f"`{name}`" for name in PRESETS) + "\n"
+    made["exit-codes"] = fenced("text", EXIT_CODES)
+    made["cli"] = "\n".join(cli_page(build_parser()))
+    made["requests"] = fenced("json", (folder / "requests.jsonl").read_text())
+    made["answer"] = fenced("text", answers())
+    for name in ("plan", "train-plan"):
+        plan = shortened(json.loads((folder / f"{name}.json").read_text()), folder)
+        made[f"{name}-json"] = fenced("json", json.dumps(plan, indent=1) + "\n")
+    made["h200-8"] = fenced("toml", (CLUSTERS / "h200-8.toml").read_text())
     return made
+
+
+def fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text.rstrip()}\n```\n"
 
 
 def answers() -> str:
@@ -165,28 +170,27 @@ def answers() -> str:
     return "\n".join(lines) + "\n"
 
 
-def told(name: str) -> str:
+def excerpt(name: str) -> str:
     """An excerpt of a stored output."""
     stored, beginnings = EXCERPTS[name]
     lines = (OUTPUT / f"{stored}.txt").read_text().splitlines(keepends=True)
     return "".join(line for line in lines if line.startswith(beginnings))
 
 
-def shortened(value: Any) -> Any:
+def shortened(value: Any, folder: Path) -> Any:
     """Long lists with their first entries only, and paths without this machine's folders."""
     if isinstance(value, dict):
-        return {key: shortened(found) for key, found in value.items()}
+        return {key: shortened(found, folder) for key, found in value.items()}
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [shortened(value[0]), *(["..."] if len(value) > 1 else [])]
+        return [shortened(value[0], folder), *(["..."] if len(value) > 1 else [])]
     if isinstance(value, list):
-        return [*map(shortened, value[:3]), *(["..."] if len(value) > 3 else [])]
+        return [
+            *(shortened(found, folder) for found in value[:3]),
+            *(["..."] if len(value) > 3 else []),
+        ]
     return (
-        value.replace(f"{WORK}/", "").replace(f"{ROOT}/", "") if isinstance(value, str) else value
+        value.replace(f"{folder}/", "").replace(f"{ROOT}/", "") if isinstance(value, str) else value
     )
-
-
-def presets() -> str:
-    return ", ".join(f"`{name}`" for name in PRESETS) + "\n"
 
 
 def commands_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
@@ -231,20 +235,9 @@ def option_row(action: argparse.Action, formatter: argparse.HelpFormatter) -> It
     yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def readme(folder: Path = WORK) -> str:
-    """README.md with its marked blocks as they are made now."""
-
-    def block(match: re.Match[str]) -> str:
-        name = match[2]
-        if name.startswith("table-"):
-            text = TABLES[name.removeprefix("table-")]()
-        elif name in EXCERPTS:
-            text = f"```console\n{told(name)}```\n"
-        else:
-            text = f"```console\n{run(LIVE[name], folder)}```\n"
-        return f"{match[1]}{text}{match[3]}"
-
-    return _BLOCK.sub(block, README.read_text())
+def filled(page: str, blocks: dict[str, str]) -> str:
+    """A page with its marked blocks as they are made now."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{blocks[match[2]].strip()}\n\n{match[3]}", page)
 
 
 def run_engines() -> None:
@@ -271,20 +264,16 @@ def broken_links() -> list[str]:
 
 
 def main() -> None:
-    what = sys.argv[1] if len(sys.argv) > 1 else "includes"
+    what = sys.argv[1] if len(sys.argv) > 1 else "blocks"
     if what == "engine":
         return run_engines()
     if what == "links":
         sys.exit("\n".join(broken_links()) or None)
-    if what == "readme":
-        prepare()
-        README.write_text(readme())
-        return
-    made = make_includes()
-    shutil.rmtree(INCLUDE, ignore_errors=True)
-    INCLUDE.mkdir(parents=True)
-    for name, text in made.items():
-        (INCLUDE / name).write_text(text)
+    blocks = make_blocks()
+    for page in PAGES:
+        text = page.read_text()
+        if text != (new := filled(text, blocks)):
+            page.write_text(new)
 
 
 if __name__ == "__main__":

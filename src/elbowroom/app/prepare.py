@@ -183,7 +183,7 @@ def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
     )
     if other is not None and planned.machines.is_measured:
         longer = other.seconds / best.seconds
-        say(f"next best: {other.describe()}: {longer:.2f}x as long, as far as can be told")
+        say(f"next best: {other.describe()}: {longer:.2f}x as long, by prediction")
 
 
 def _renewed(plan: RunPlan, source_name: str, say: Say) -> RunPlan:

@@ -1,48 +1,14 @@
-"""Tables of results, made from the dated files in bench/results: no figure is copied by hand.
+"""Tables of results about batch inference, and the README's summary: no figure is copied by hand.
 
-Each function returns one Markdown table; ``TABLES`` names them all for ``tools.make_docs``.
+Each function returns one Markdown table; ``TABLES`` names them for ``tools.make_docs``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from statistics import median
-from typing import Any
+from collections.abc import Callable
 
-RESULTS = Path(__file__).parents[1] / "bench" / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    """The newest results of one benchmark."""
-    found = sorted(RESULTS.glob(f"{name}-20*.json"))
-    if not found:
-        raise SystemExit(f"no results of {name} in {RESULTS}: run python -m bench.{name}")
-    data: dict[str, Any] = json.loads(found[-1].read_text())
-    return data
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def ratios(values: Iterable[float]) -> str:
-    """A median, and every round behind it."""
-    rounds = list(values)
-    return f"{median(rounds):.2f}x ({', '.join(f'{value:.2f}' for value in rounds)})"
-
-
-def where(data: dict[str, Any]) -> str:
-    machine = data["machine"]
-    return f"{data['date']}, {machine['cpu']}, {machine['cores']} cores"
-
-
-def over(rounds: list[dict[str, Any]], one: str, other: str) -> str:
-    key = "tokens_per_second"
-    return ratios(each[one][key] / each[other][key] for each in rounds)
+from tools.results import RESULTS, load, over, ratios, table, where
 
 
 def default_run() -> str:
@@ -262,88 +228,6 @@ def predictions() -> str:
     )
 
 
-PEERS = (
-    ("ours", "Elbowroom, `stash`, split by the planner"),
-    ("data parallel", "DistributedDataParallel, half a minibatch each"),
-    ("pipelining, split by hand", "torch.distributed.pipelining, 1F1B, split by hand"),
-    ("pipelining, split as ours", "torch.distributed.pipelining, split as ours"),
-    ("data parallel, double batch", "data parallel, one update for two minibatches"),
-)
-LINKS = (("1 Gbit/s", "1 Gbit/s"), ("not held back", "free link"))
-MODELS = (("vgg_like", "VGG"), ("gpt_like", "GPT"))
-
-
-def peers() -> str:
-    """Seconds of a minibatch, ours and other ways to train."""
-    data = load("peers")
-    parts = [data[model][link] for model, _ in MODELS for link, _ in LINKS]
-    head = [f"{model}, {link}" for _, model in MODELS for _, link in LINKS]
-
-    def best(one: dict[str, float], names: tuple[str, ...]) -> float:
-        return min(one[name] for name in names) / one["ours"]
-
-    lines = [
-        [name, *(f"{median(each[key] for each in part['rounds']):.3f}" for part in parts)]
-        for key, name in PEERS
-    ]
-    lines[3:3] = [
-        [
-            "Elbowroom over the better of these two, median (rounds)",
-            *(ratios(part["over_best_peer"]["rounds"]) for part in parts),
-        ]
-    ]
-    lines.append(
-        [
-            "Elbowroom over that",
-            *(
-                ratios(best(each, ("data parallel, double batch",)) for each in part["rounds"])
-                for part in parts
-            ),
-        ]
-    )
-    for key, name in (
-        ("planned_seconds", "Elbowroom, as planned"),
-        ("floor_seconds", "minimum: half of the compute"),
-    ):
-        lines.append([name, *(f"{part[key]:.3f}" for part in parts)])
-    return table((f"seconds a minibatch, {where(data)}", *head), lines)
-
-
-METHODS = (
-    ("stash", "`stash`"),
-    ("predict", "`predict`"),
-    (
-        "data parallel, a minibatch each",
-        "data parallel, a minibatch on each worker, as in the paper",
-    ),
-    (
-        "data parallel, half a minibatch each",
-        "data parallel, half of each minibatch on each worker",
-    ),
-)
-
-
-def accuracy() -> str:
-    """Epochs to a share of held-out digits right, and the share at the end."""
-    data = load("accuracy")
-    levels = ("0.8", "0.9", "0.95", "0.97", "0.98")
-    rows = []
-    for rate in ("0.01", "0.02", "0.05"):
-        part = data[f"rate {rate}"]
-        for number, (method, name) in enumerate(METHODS):
-            epochs = [part["epochs_to"][level][method] for level in levels]
-            rows.append(
-                [
-                    "" if number else rate,
-                    name,
-                    *("never" if epoch is None else str(epoch) for epoch in epochs),
-                    f"{part['means'][method][-1]:.1%}",
-                ]
-            )
-    shares = (f"{float(level):.0%}" for level in levels)
-    return table(("learning rate", "method", *shares, "at the end"), rows)
-
-
 def summary() -> str:
     """The one table of the README."""
     tight, plain, order, training = (
@@ -351,7 +235,10 @@ def summary() -> str:
         for name in ("pool_throughput_tight", "pool_throughput_plain", "default_run", "peers")
     )
     held, tail = load("shipping")["throttled to 1 GB/s"], load("tail")["heavy tail"]
-    vgg, gpt = (training[model]["1 Gbit/s"]["over_best_peer"]["median"] for model, _ in MODELS)
+    vgg, gpt = (
+        training[model]["1 Gbit/s"]["over_best_peer"]["median"]
+        for model in ("vgg_like", "gpt_like")
+    )
     return table(
         (f"measured on {tight['machine']['cores']} CPU cores", "median"),
         (
@@ -397,7 +284,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipping": shipping,
     "jobs": jobs,
     "predictions": predictions,
-    "peers": peers,
-    "accuracy": accuracy,
     "summary": summary,
 }
