@@ -50,8 +50,8 @@ test-avx2: setup
 
 nightly: setup
 	ELBOWROOM_KILLS=5 $(BIN)/python -m pytest -m nightly
-	ELBOWROOM_SHIPPING_KILLS=15 ELBOWROOM_STUB_KILLS=50 HYPOTHESIS_PROFILE=nightly \
-	    $(BIN)/python -m pytest tests/engine/test_crash.py tests/jobs tests/planning tests/plans tests/core
+	ELBOWROOM_STUB_KILLS=50 HYPOTHESIS_PROFILE=nightly \
+	    $(BIN)/python -m pytest tests/jobs tests/planning tests/plans tests/core
 
 # The layouts and the demo on another vLLM, in an environment of its own.
 OTHER := .venv-vllm-$(VLLM)

@@ -26,6 +26,7 @@ from elbowroom.jobs.check import check_file
 from elbowroom.jobs.job import Job, JobFiles, JobOptions
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 
 LINE_BYTES = 1024
 
@@ -102,11 +103,12 @@ def measure_here(part: str, path: Path) -> None:
     if part == "check":
         assert check_file(path, None, None, RowLimits()).num_problems == 0
     else:
-        files = JobFiles(*(path / name for name in ("in.jsonl", "out", "err", "report.json")))
+        files = JobFiles(*(path / name for name in ("out", "err", "report.json")))
         stub = [sys.executable, "-m", "tests.jobs.stub_replica"]
         options = JobOptions(restart=True)
         plan = make_plan(2, max_num_seqs=256)
-        asyncio.run(run_job(Job(plan, files, {}, options), stub))
+        with scanned(path / "in.jsonl", options) as rows:
+            asyncio.run(run_job(Job(plan, rows, files, {}, options), stub))
     print(time.perf_counter() - begin, peak_bytes())
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from elbowroom.app.machine import cache_path, split_cores
 from elbowroom.core.model import DTYPE_BYTES
+from tests.demo_job import undisturbed  # noqa: F401 (a fixture of several files)
 from tests.planning.facts import CPU
 
 # Machines that run tests are shared: how long an example takes says nothing about our code.

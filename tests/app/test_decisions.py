@@ -41,7 +41,7 @@ class Runs:
 
         async def run_job(job: Job) -> Report:
             self.plans.append(job.plan)
-            self.inputs.append(job.files.input.name)
+            self.inputs.append(job.input.batch.name)
             return Report()
 
         monkeypatch.setattr("elbowroom.app.batch.run_job", run_job)

@@ -13,11 +13,10 @@ from elbowroom.app.plan import read_run_plan
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.job import Job
-from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS, read_lengths
-from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS
 from elbowroom.jobs.rows import Row
 from elbowroom.plans.pool import RunPlan
-from tests.jobs.plans import write_batch
+from tests.jobs.plans import lengths_of, write_batch
 from tests.planning.facts import CPU, MODELS
 
 QWEN = str(MODELS / "Qwen3-32B")
@@ -183,7 +182,7 @@ def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
         for i, (url, b) in enumerate(rows)
     ]
     path.write_text("\n".join([*lines, "not json"]) + "\n")
-    lengths = read_lengths(path, small, RowLimits())
+    lengths = lengths_of(path, small)
     assert lengths.workload.prompt_tokens.tolist() == [3 + 5 + 3, 4, 4, 4, 2, 1]
     assert lengths.workload.output_tokens.tolist() == [ASSUMED_OUTPUT_TOKENS, 7, 7, 7, 16, 1]
     assert lengths.num_unlimited == 1
@@ -194,8 +193,8 @@ def test_lengths_of_a_file(small: Path, tmp_path: Path) -> None:
 
 def test_a_long_file_is_sampled(small: Path, tmp_path: Path) -> None:
     path = write_batch(tmp_path / "in.jsonl", 100)
-    whole = read_lengths(path, small, RowLimits()).workload
-    sampled = read_lengths(path, small, RowLimits(), max_rows=10)
+    whole = lengths_of(path, small).workload
+    sampled = lengths_of(path, small, max_rows=10)
     assert sampled.num_counted == 10
     assert sampled.workload.num_rows == whole.num_rows == 100
     assert sampled.workload.num_prompt_tokens == pytest.approx(whole.num_prompt_tokens, rel=0.2)
@@ -205,4 +204,4 @@ def test_a_file_without_rows(small: Path, tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text("no row\n")
     with pytest.raises(InputError, match="no row that could be answered"):
-        read_lengths(path, small, RowLimits())
+        lengths_of(path, small)

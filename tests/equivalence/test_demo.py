@@ -11,11 +11,9 @@ from pathlib import Path
 import pytest
 
 from elbowroom.engine.vllm_seam import ENVIRONMENT
+from tests.demo_job import DEMO, DemoJob
 
 pytestmark = pytest.mark.vllm
-
-ROOT = Path(__file__).parents[2]
-DEMO = ROOT / "examples" / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -33,29 +31,27 @@ def plain_answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return _answers(output)
 
 
-@pytest.mark.parametrize(
-    "pool",
-    [
-        "streamed",
-        pytest.param("none", marks=pytest.mark.nightly),
-        pytest.param("mapped", marks=pytest.mark.nightly),
-    ],
-)
-def test_answers_equal_plain_vllm(pool: str, plain_answers: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "results.jsonl"
-    command = [
-        *(sys.executable, "-m", "elbowroom", "run", "--model", str(DEMO / "model")),
-        *("--served-model-name", "demo", "--input", str(DEMO / "requests.jsonl")),
-        *("--output", str(output), "--replicas", "2", "--memory", "64MiB", "--pool", pool),
-    ]
-    subprocess.run(command, check=True, timeout=300)
+def test_answers_equal_plain_vllm(undisturbed: DemoJob, plain_answers: dict[str, str]) -> None:
+    check("streamed", undisturbed.output, plain_answers)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("pool", ["none", "mapped"])
+def test_other_pools(pool: str, plain_answers: dict[str, str], tmp_path: Path) -> None:
+    job = DemoJob(tmp_path / "job")
+    job.start(pool)
+    assert job.end() == 0
+    check(pool, job.output, plain_answers)
+
+
+def check(pool: str, output: Path, plain_answers: dict[str, str]) -> None:
+    """Answers are those of plain vLLM, memory is as planned, and the pool is as asked."""
     assert len(plain_answers) == 500
     assert _answers(output) == plain_answers
     report = json.loads(output.with_suffix(".report.json").read_text())
-    expected = (
-        report["plan"]["budget"]["kv_bytes"] // report["plan"]["budget"]["kv_bytes_per_token"]
-    )
+    budget = report["plan"]["budget"]
     for replica in report["replicas"]:
+        expected = budget["kv_bytes"] // budget["kv_bytes_per_token"]
         assert replica["num_kv_tokens"] == pytest.approx(expected, rel=0.01)
         assert (replica["pool"]["streamed_bytes"] > 0) == (pool == "streamed")
         assert (replica["pool"]["mapped_bytes"] > 0) == (pool == "mapped")

@@ -10,6 +10,9 @@ from typing import Any
 from elbowroom.app.plan import check_possible, model_facts, plan_job, run_plan
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.workload import parse_lengths
+from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.lengths import FileLengths, read_lengths
+from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import EngineOptions, MemoryBudget, PoolMode, RunPlan
 
@@ -55,3 +58,13 @@ def write_batch(path: Path, num_rows: int, **body: Any) -> Path:
             }
             file.write(json.dumps(row) + "\n")
     return path
+
+
+def lengths_of(
+    path: Path,
+    model_dir: Path,
+    limits: RowLimits = RowLimits(),  # noqa: B008 (it is frozen)
+    max_rows: int | None = None,
+) -> FileLengths:
+    with BatchFile(path, limits) as batch:
+        return read_lengths(batch.scan(), model_dir, max_rows)

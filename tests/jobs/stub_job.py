@@ -14,6 +14,7 @@ from pathlib import Path
 from elbowroom.jobs import restarts
 from elbowroom.jobs.job import Job, JobFiles, JobOptions
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 from elbowroom.pool import run_dir
 from tests.jobs.plans import make_plan
 
@@ -23,14 +24,13 @@ def main() -> int:
     root = Path(folder)
     run_dir.default_root = lambda *_: root / "run"
     restarts._FIRST_DELAY_SECONDS = 0.02
-    files = JobFiles(
-        *(root / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report.json"))
-    )
+    files = JobFiles(*(root / name for name in ("out.jsonl", "err.jsonl", "report.json")))
     stub = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(root / "pids")]
     plan = make_plan(int(num_replicas), max_num_seqs=8)
-    job = Job(plan, files, {"model": "stub"}, JobOptions(max_restarts=1000))
     command = [*stub, "--log", str(root / "answered"), *options]
-    report = asyncio.run(run_job(job, command))
+    with scanned(root / "in.jsonl", JobOptions()) as rows:
+        job = Job(plan, rows, files, {"model": "stub"}, JobOptions(max_restarts=1000))
+        report = asyncio.run(run_job(job, command))
     return 3 if report.num_failed else 0
 
 

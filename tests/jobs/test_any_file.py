@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.job import Job, JobFiles, JobOptions
-from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 from elbowroom.jobs.verify import verify_results
 from tests.examples import examples
-from tests.jobs.plans import make_plan
+from tests.jobs.plans import lengths_of, make_plan
 from tests.jobs.test_inputs import is_no_text
 
 ROOT = Path(__file__).parents[2]
@@ -35,9 +35,11 @@ def in_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(folder: Path, restart: bool = False) -> JobReport:
-    files = JobFiles(*(folder / name for name in ("in", "out", "err", "report")))
-    job = Job(make_plan(1, max_num_seqs=64), files, {}, JobOptions(restart=restart))
-    return asyncio.run(asyncio.wait_for(run_job(job, STUB), 120))
+    files = JobFiles(*(folder / name for name in ("out", "err", "report")))
+    options = JobOptions(restart=restart)
+    with scanned(folder / "in", options) as rows:
+        job = Job(make_plan(1, max_num_seqs=64), rows, files, {}, options)
+        return asyncio.run(asyncio.wait_for(run_job(job, STUB), 120))
 
 
 def request(custom_id: object, prompt: object = "x", **changes: Any) -> bytes:
@@ -146,7 +148,7 @@ def test_any_file_has_lengths_or_is_refused(
     """What a prediction is made of must not end a run."""
     (tmp_path / "in").write_bytes(data)
     try:
-        lengths = read_lengths(tmp_path / "in", DEMO, RowLimits(), max_rows)
+        lengths = lengths_of(tmp_path / "in", DEMO, max_rows=max_rows)
     except InputError as error:
         assert "no row" in str(error) or is_no_text(data)
         return
@@ -157,6 +159,6 @@ def test_any_file_has_lengths_or_is_refused(
 def test_rows_that_ask_for_too_much_are_counted_all_the_same(tmp_path: Path) -> None:
     body = {"prompt": "8" * 150_000, "n": 2**31 - 1, "max_tokens": 2**31 - 1}
     (tmp_path / "in").write_bytes(request("a", body=body))
-    lengths = read_lengths(tmp_path / "in", DEMO, RowLimits(max_n=2**31)).workload
+    lengths = lengths_of(tmp_path / "in", DEMO, RowLimits(max_n=2**31)).workload
     assert lengths.num_rows == 128
     assert int(lengths.prompt_tokens[0]) == pytest.approx(150_000, rel=0.01)

@@ -22,9 +22,11 @@ from rich.console import Console
 from elbowroom.core.errors import InputError, JobStoppedError, OutputError, ReplicaError
 from elbowroom.core.units import MIB
 from elbowroom.jobs.job import Job, JobFiles, JobOptions, StopRequest
+from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import JournalReader
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 from elbowroom.pool import run_dir as run_dir_module
 from tests.jobs.plans import make_plan, write_batch
 
@@ -40,8 +42,8 @@ class StubJob:
         self.results = folder / "results"
         for path in (self.run_root, self.pids, self.results):
             path.mkdir()
+        self.input = folder / "batch.jsonl"
         self.files = JobFiles(
-            input=folder / "batch.jsonl",
             output=self.results / "out.jsonl",
             errors=self.results / "err.jsonl",
             report=self.results / "report.json",
@@ -52,17 +54,25 @@ class StubJob:
         self.batch(40)
 
     def batch(self, num_rows: int, **body: Any) -> None:
-        write_batch(self.files.input, num_rows, **body)
+        write_batch(self.input, num_rows, **body)
 
     def run(
-        self, *options: object, num_replicas: int = 1, seconds: float = 60.0, max_num_seqs: int = 8
+        self,
+        *options: object,
+        num_replicas: int = 1,
+        seconds: float = 60.0,
+        max_num_seqs: int = 8,
+        on_rows: OnCommit | None = None,
     ) -> JobReport:
         command = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(self.pids)]
         plan = make_plan(num_replicas, max_num_seqs=max_num_seqs)
         screen = Console(file=self.screen, width=200)
-        job = Job(plan, self.files, {"model": "stub"}, self.options, screen, self.stop)
-        run = run_job(job, [*command, *(str(option) for option in options)])
-        return asyncio.run(asyncio.wait_for(run, seconds))
+        with scanned(self.input, self.options) as rows:
+            job = Job(
+                plan, rows, self.files, {"model": "stub"}, self.options, screen, self.stop, on_rows
+            )
+            run = run_job(job, [*command, *(str(option) for option in options)])
+            return asyncio.run(asyncio.wait_for(run, seconds))
 
     def answers(self) -> list[dict[str, Any]]:
         return _lines(self.files.output)
@@ -119,7 +129,7 @@ def test_every_row_once_in_input_order(job: StubJob, num_replicas: int) -> None:
 
 
 def test_failed_and_rejected_rows_go_to_the_error_file(job: StubJob) -> None:
-    with job.files.input.open("a") as file:
+    with job.input.open("a") as file:
         file.write('{broken\n{"custom_id": "id-3"}\n')
     report = job.run("--refuses", 10)
     assert report.failures == {"http_400": 4, "invalid_json": 1, "duplicate_custom_id": 1}
@@ -138,9 +148,9 @@ def test_failed_and_rejected_rows_go_to_the_error_file(job: StubJob) -> None:
 
 @pytest.mark.parametrize(("data", "words"), [(None, "cannot read"), ("\n \n", "has no rows")])
 def test_an_input_without_rows_leaves_nothing(job: StubJob, data: str | None, words: str) -> None:
-    job.files.input.unlink()
+    job.input.unlink()
     if data is not None:
-        job.files.input.write_text(data)
+        job.input.write_text(data)
     with pytest.raises(InputError, match=words):
         job.run()
     assert list(job.results.iterdir()) == []
@@ -148,7 +158,7 @@ def test_an_input_without_rows_leaves_nothing(job: StubJob, data: str | None, wo
 
 
 def test_a_file_of_nothing_but_rejected_rows(job: StubJob) -> None:
-    job.files.input.write_text("{\n" * 5)
+    job.input.write_text("{\n" * 5)
     report = job.run()
     assert report.failures == {"invalid_json": 5}
     assert job.answers() == []
@@ -224,7 +234,7 @@ def test_a_row_that_kills_the_engine_is_given_up_and_the_others_are_answered(
 
 
 def test_the_same_command_again_publishes_again_and_starts_nothing(job: StubJob) -> None:
-    with job.files.input.open("a") as file:
+    with job.input.open("a") as file:
         file.write("{broken\n")
     job.run("--refuses", 10)
     before = job.files.output.read_bytes(), job.files.errors.read_bytes()
@@ -277,23 +287,17 @@ def test_a_stop_while_replicas_start(job: StubJob) -> None:
 
 def test_rows_are_told_when_they_are_safe(job: StubJob) -> None:
     told: list[int] = []
-    command = [sys.executable, "-m", "tests.jobs.stub_replica"]
-    plain = Job(make_plan(1), job.files, {}, job.options)
-    told_of = replace(plain, on_rows=lambda rows: told.extend(row.index for row in rows))
-    asyncio.run(run_job(told_of, command))
+    job.run(on_rows=lambda rows: told.extend(row.index for row in rows))
     assert sorted(told) == list(range(40))
 
 
 def test_rows_go_by_order_of_work_and_come_out_in_input_order(job: StubJob) -> None:
     job.batch(40)
-    lines = job.files.input.read_text().splitlines(keepends=True)
+    lines = job.input.read_text().splitlines(keepends=True)
     lines[30] = lines[30].replace('"max_tokens": 8', '"max_tokens": 500')
-    job.files.input.write_text("".join(lines))
+    job.input.write_text("".join(lines))
     first: list[int] = []
-    command = [sys.executable, "-m", "tests.jobs.stub_replica", "--latency", "0"]
-    plain = Job(make_plan(1, max_num_seqs=1), job.files, {}, job.options)
-    told_of = replace(plain, on_rows=lambda rows: first.extend(row.index for row in rows))
-    asyncio.run(run_job(told_of, command))
+    job.run(max_num_seqs=1, on_rows=lambda rows: first.extend(row.index for row in rows))
     assert first[0] == 30, "the longest output first"
     assert [answer["custom_id"] for answer in job.answers()] == [f"id-{i}" for i in range(40)]
 
@@ -322,9 +326,8 @@ def test_logs_are_kept_where_they_were_asked_for(job: StubJob, tmp_path: Path) -
 
 
 def test_a_command_that_does_not_exist(job: StubJob) -> None:
-    run = run_job(Job(make_plan(2), job.files, {}, job.options), ["/no/such/thing"])
-    with pytest.raises((ReplicaError, OSError)):
-        asyncio.run(run)
+    with scanned(job.input, job.options) as rows, pytest.raises((ReplicaError, OSError)):
+        asyncio.run(run_job(Job(make_plan(2), rows, job.files, {}), ["/no/such/thing"]))
     job.check_nothing_is_left()
 
 
@@ -393,7 +396,7 @@ def test_a_full_disk_at_the_end_keeps_all_rows(
 def test_one_odd_row_does_not_end_the_job(job: StubJob, body: dict[str, Any]) -> None:
     odd = {"custom_id": "odd", "method": "POST", "url": "/v1/completions"}
     row = json.dumps({**odd, "body": {"prompt": "x", **body}}) + "\n"
-    job.files.input.write_text(row + job.files.input.read_text() + row.replace("odd", "last"))
+    job.input.write_text(row + job.input.read_text() + row.replace("odd", "last"))
     assert job.run().num_succeeded == 42
 
 
@@ -413,15 +416,17 @@ def test_lines_on_the_screen(job: StubJob) -> None:
 _MEASURE = """
 import asyncio, resource, sys
 from pathlib import Path
-from elbowroom.jobs.job import Job, JobFiles
+from elbowroom.jobs.job import Job, JobFiles, JobOptions
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 from tests.jobs.plans import make_plan
 
 folder = Path(sys.argv[1])
-files = JobFiles(*(folder / name for name in ("in.jsonl", "out.jsonl", "err.jsonl", "report")))
+files = JobFiles(*(folder / name for name in ("out.jsonl", "err.jsonl", "report")))
 stub = [sys.executable, "-m", "tests.jobs.stub_replica"]
 plan = make_plan(1, max_num_seqs=64)
-report = asyncio.run(run_job(Job(plan, files, {}), stub))
+with scanned(folder / "in.jsonl", JobOptions()) as rows:
+    report = asyncio.run(run_job(Job(plan, rows, files, {}), stub))
 print(report.num_succeeded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -30,6 +30,7 @@ from elbowroom.jobs.journal_reader import FinishedRow
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import run_job
+from elbowroom.jobs.scan import scanned
 
 _QUEUE_ROWS = 1000
 
@@ -120,12 +121,16 @@ async def run_settings(
     check_paths(settings.inputs, output, settings.error_file, settings.report_file)
     if settings.logs is not None:
         check_writable([settings.logs / "replica-0.log"])
-    with BatchInput(settings.inputs, output.parent) as source:
-        prepared = prepare(settings, source, console, partial(say_on, console))
+    with (
+        BatchInput(settings.inputs, output.parent) as source,
+        scanned(source, settings.job) as rows,
+    ):
+        prepared = prepare(settings, rows.batch, console, partial(say_on, console))
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
         job = Job(
             plan=prepared.plan,
-            files=settings.files(source),
+            input=rows,
+            files=settings.files,
             identity=identity,
             options=prepared.options,
             console=console,

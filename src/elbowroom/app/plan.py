@@ -16,6 +16,7 @@ from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
@@ -226,8 +227,8 @@ def read_workload(
         return rows, str(rows)
     if inputs is None:
         raise InputError("a plan needs to know the job: give --input or --lengths")
-    with BatchInput(inputs) as source:
-        of_file = read_lengths(source, model_dir, limits)
+    with BatchInput(inputs) as source, BatchFile(source, limits) as batch:
+        of_file = read_lengths(batch.scan(), model_dir)
     return of_file.workload, str(of_file)
 
 

@@ -18,8 +18,8 @@ from elbowroom.core.errors import InputError, MemoryPlanError, optional
 from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, workload
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.identity import engine_version
-from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.planning.pool.layouts import engine_limits, replica_limits
@@ -59,8 +59,9 @@ class BatchSettings:
     def report_file(self) -> Path:
         return self.report or self.output.parent / f"{self.output.stem}.report.json"
 
-    def files(self, source: BatchInput) -> JobFiles:
-        return JobFiles(source, self.output, self.error_file, self.report_file, self.logs)
+    @property
+    def files(self) -> JobFiles:
+        return JobFiles(self.output, self.error_file, self.report_file, self.logs)
 
 
 def check_devices(settings: BatchSettings) -> None:
@@ -84,7 +85,7 @@ class Prepared:
     predict_actual: PredictActual | None = None
 
 
-def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: Say) -> Prepared:
+def prepare(settings: BatchSettings, batch: BatchFile, console: Console, say: Say) -> Prepared:
     """Decide what was left open, and predict. Nothing is started.
 
     Raises InputError and UnsupportedModelError for a model that cannot be run, MemoryPlanError when
@@ -95,18 +96,18 @@ def prepare(settings: BatchSettings, source: BatchInput, console: Console, say: 
     check_runnable(model)
     lengths = None
     with optional("prediction", say):
-        lengths = read_lengths(source, asked.model, settings.job.limits, PREDICTION_ROWS)
+        lengths = read_lengths(batch, asked.model, PREDICTION_ROWS)
     rows = None if lengths is None else lengths.workload
     if rows is not None and settings.job.order != "input":
         rows = rows.longest_first()
     if settings.given_plan is not None:
-        plan = _renewed(settings.given_plan, source.name, say)
+        plan = _renewed(settings.given_plan, batch.name, say)
         cluster = None
         with optional("prediction", say):
             cluster = find_cluster(asked.cluster, device_cores(plan), plan.engine.dtype, say)
     else:
         planned, best = _decide(asked, model, rows, str(lengths), console, say)
-        plan = run_plan(planned, best, asked, source.name)
+        plan = run_plan(planned, best, asked, batch.name)
         if rows is None:
             plan = replace(plan, prediction=None)
         check_fits(plan.budget, plan.engine.max_model_len)

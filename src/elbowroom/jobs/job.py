@@ -1,8 +1,8 @@
-"""Description of a batch job: its plan, files and options, and who can follow or stop it."""
+"""Description of a batch job: its plan, input, files and options, and who can stop it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from elbowroom.jobs.inputs import BatchInput
+from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import journal_folder
 from elbowroom.jobs.limits import RowLimits
@@ -25,9 +25,8 @@ PredictActual = Callable[[int, int], Prediction | None]
 
 @dataclass(frozen=True)
 class JobFiles:
-    """Files that a job reads and writes. Logs go to the journal's folder unless named."""
+    """Files that a job writes. Logs go to the journal's folder unless named."""
 
-    input: BatchInput | Path
     output: Path
     errors: Path
     report: Path
@@ -78,6 +77,14 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
+class ScannedInput:
+    """A batch file that has been read once, and the indices of its rows in the order of work."""
+
+    batch: BatchFile
+    order: Iterable[int]
+
+
+@dataclass(frozen=True)
 class Job:
     """Everything that a run of a job depends on.
 
@@ -87,6 +94,7 @@ class Job:
     """
 
     plan: RunPlan
+    input: ScannedInput
     files: JobFiles
     identity: Mapping[str, str]
     options: JobOptions = field(default_factory=JobOptions)

@@ -13,8 +13,6 @@ from tokenizers import Tokenizer
 from elbowroom.core.errors import InputError
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.batch_file import BatchFile
-from elbowroom.jobs.inputs import BatchInput
-from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.rows import BYTES_PER_TOKEN, Row
 
 ASSUMED_OUTPUT_TOKENS = 256
@@ -51,10 +49,8 @@ class FileLengths:
         return text
 
 
-def read_lengths(
-    source: BatchInput | Path, model_dir: Path, limits: RowLimits, max_rows: int | None = None
-) -> FileLengths:
-    """Count prompts in the model's tokens. Chat templates are estimated, not rendered.
+def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None) -> FileLengths:
+    """Count prompts of a scanned file in the model's tokens. Chat templates are estimated.
 
     At most ``max_rows`` rows are counted, evenly spread, and stand for the others. Outputs are
     assumed to reach their limits. Raises InputError when the file or the tokenizer cannot be read,
@@ -64,24 +60,22 @@ def read_lengths(
     prompts: list[int] = []
     outputs: list[int] = []
     num_counted = num_unlimited = num_bytes = num_tokens = 0
-    with BatchFile(source, limits) as batch:
-        name = batch.name
-        num_rows = batch.scan().num_rows
-        step = max(1, -(-num_rows // max_rows)) if max_rows else 1
-        for row in batch.rows(range(0, num_rows, step)):
-            if not isinstance(row, Row):
-                continue
-            num_counted += 1
-            limit = row.max_output_tokens
-            num_unlimited += limit is None
-            answers = min(row.num_answers, _MOST_ANSWERS)
-            of_prompts = _prompt_tokens(row.body, count)
-            num_tokens += sum(of_prompts)
-            num_bytes += row.prompt_bytes
-            prompts += [sum(of_prompts) // max(1, len(of_prompts))] * answers
-            outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
+    num_rows = batch.num_rows
+    step = max(1, -(-num_rows // max_rows)) if max_rows else 1
+    for row in batch.rows(range(0, num_rows, step)):
+        if not isinstance(row, Row):
+            continue
+        num_counted += 1
+        limit = row.max_output_tokens
+        num_unlimited += limit is None
+        answers = min(row.num_answers, _MOST_ANSWERS)
+        of_prompts = _prompt_tokens(row.body, count)
+        num_tokens += sum(of_prompts)
+        num_bytes += row.prompt_bytes
+        prompts += [sum(of_prompts) // max(1, len(of_prompts))] * answers
+        outputs += [ASSUMED_OUTPUT_TOKENS if limit is None else limit] * answers
     if not prompts:
-        raise InputError(f"{name} has no row that could be answered: see `elbowroom check`")
+        raise InputError(f"{batch.name} has no row that could be answered: see `elbowroom check`")
     wanted = len(prompts) if step == 1 else round(len(prompts) * num_rows / num_counted)
     order = np.arange(wanted) % len(prompts)
     counted = workload(np.array(prompts)[order], np.array(outputs)[order])

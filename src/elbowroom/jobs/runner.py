@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from elbowroom.core.errors import JobStoppedError, OutputError, optional
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import RowAnswer, RowFailure, RowRequest
-from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.dispatcher import Dispatcher, token_usage
 from elbowroom.jobs.fleet import Answered, Fleet, FleetEvent, Joined, Lost, Replica, new_replicas
 from elbowroom.jobs.group import ReplicaGroup
-from elbowroom.jobs.job import Job, Order
+from elbowroom.jobs.job import Job
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.ledger import Ledger
-from elbowroom.jobs.order import OrderBuilder
 from elbowroom.jobs.progress import ProgressView
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import publish, request_id
@@ -39,13 +36,10 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
     start, OutputError when another run has the journal or it cannot be opened, JobStoppedError when
     the job ended early, also for want of disk. Rows that were finished stay finished.
     """
-    files, options = job.files, job.options
-    with ExitStack() as stack:
-        batch = stack.enter_context(BatchFile(files.input, options.limits))
-        order = _scan(batch, options.order)
-        journal = stack.enter_context(Journal(files.output, options.restart, job.on_rows))
+    files, options, batch = job.files, job.options, job.input.batch
+    with Journal(files.output, options.restart, job.on_rows) as journal:
         is_finished = journal.admit(job.identity, batch)
-        rows = batch.rows(int(index) for index in order if not is_finished[index])
+        rows = batch.rows(int(index) for index in job.input.order if not is_finished[index])
         ledger = Ledger(journal, batch)
         replicas = new_replicas(job.plan, options.max_restarts)
         try:
@@ -63,15 +57,6 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
             with optional("report file", job.say):
                 report.write(files.report)
         return report
-
-
-def _scan(batch: BatchFile, order: Order) -> Iterable[int]:
-    """Find the rows, and the order in which to work on them."""
-    if order == "input":
-        return range(batch.scan().num_rows)
-    builder = OrderBuilder()
-    batch.scan(builder.visit)
-    return builder.order()
 
 
 def _look_back(job: Job, report: JobReport) -> JobReport:
