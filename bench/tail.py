@@ -37,7 +37,6 @@ from bench.common import (
 from elbowroom.app.batch import iter_batch
 from elbowroom.app.machine import split_cores
 from elbowroom.engine.vllm_seam.worker import LINK_VARIABLE
-from elbowroom.jobs.job import JobOptions
 from elbowroom.jobs.journal import COMMIT_SECONDS
 from elbowroom.profiling.machine import measure_machine
 
@@ -90,7 +89,7 @@ def run(requests: Path, ships: bool, cluster: Path) -> dict[str, Any]:
         max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         served_model_names=("bench",),
         prefix_caching=False,
-        job=JobOptions(restart=True),
+        restart=True,
         cluster=str(cluster),
     )
     done_at = []

@@ -9,7 +9,6 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,13 @@ from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.prepare import BatchSettings, check_devices, prepare
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable
-from elbowroom.core.units import parse_bytes
+from elbowroom.core.options import option_names, read_options
 from elbowroom.jobs.identity import job_identity
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.job import Job, JobOptions, StopRequest, say_on
 from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import FinishedRow
+from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.report import JobReport
 from elbowroom.jobs.results import check_paths
 from elbowroom.jobs.runner import run_job
@@ -42,19 +42,18 @@ def run_batch(
     input: Paths,
     output: str | os.PathLike[str],
     *,
-    memory: int | str | None = None,
     console: Console | None = None,
     **options: Any,
 ) -> JobReport:
     """Answer an OpenAI batch file, or several, or resume the job. Returns the report.
 
-    ``memory`` of one replica is bytes, or text such as "2GiB"; by default it is what is free.
-    ``options`` are the other fields of ``BatchSettings`` and ``PlanSettings``. Nothing is shown
-    unless a ``console`` is given.
+    ``options`` are those of ``elbowroom run`` by the names of their flags, such as ``replicas=2``,
+    ``memory="2GiB"`` or ``max_num_seqs=64``, and the other fields of ``BatchSettings`` and
+    ``PlanSettings``. Nothing is shown unless a ``console`` is given.
 
     Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
     """
-    settings = _settings(model, input, output, memory, options)
+    settings = _settings(model, input, output, options)
     return asyncio.run(run_settings(settings, console or Console(quiet=True)))
 
 
@@ -62,8 +61,6 @@ def iter_batch(
     model: str | os.PathLike[str],
     input: Paths,
     output: str | os.PathLike[str],
-    *,
-    memory: int | str | None = None,
     **options: Any,
 ) -> Iterator[dict[str, Any]]:
     """Answer a batch file, and yield the result lines of rows once they are safe on disk.
@@ -72,7 +69,7 @@ def iter_batch(
     The files are published at the end as by ``run_batch``. Leaving the loop early stops the job
     after its rows in flight; the same call resumes it.
     """
-    settings = _settings(model, input, output, memory, options)
+    settings = _settings(model, input, output, options)
     finished: queue.Queue[FinishedRow | BaseException | None] = queue.Queue(_QUEUE_ROWS)
     stop = StopRequest()
 
@@ -145,21 +142,28 @@ def _settings(
     model: str | os.PathLike[str],
     input: Paths,
     output: str | os.PathLike[str],
-    memory: int | str | None,
     options: dict[str, Any],
 ) -> BatchSettings:
-    """Options go to the plan or to the job, by their names. Raises TypeError for others."""
+    """Options go by their names to the plan, the job or the limits of a row.
+
+    Raises TypeError for other names, InputError for what an option cannot be.
+    """
     inputs = [input] if isinstance(input, str | os.PathLike) else input
     revision = options.pop("revision", None)
-    planned = {f.name for f in fields(PlanSettings)} - {"limits", "runs_here"}
-    of_plan = {name: value for name, value in options.items() if name in planned}
-    of_job = {name: value for name, value in options.items() if name not in planned}
-    job = options.get("job", JobOptions())
+    limits = RowLimits(**_taken(RowLimits, options))
     plan = PlanSettings(
         model=find_model(os.fspath(model), revision),
-        memory_bytes=parse_bytes(memory) if isinstance(memory, str) else memory,
-        limits=job.limits,
+        limits=limits,
         runs_here=True,
-        **of_plan,
+        **_taken(PlanSettings, options),
     )
-    return BatchSettings(tuple(map(Path, inputs)), Path(output), plan, **of_job)
+    job = JobOptions(limits=limits, **_taken(JobOptions, options))
+    for name in {"errors", "report", "logs"} & options.keys():
+        options[name] = Path(options[name])
+    return BatchSettings(tuple(map(Path, inputs)), Path(output), plan, job=job, **options)
+
+
+def _taken(settings: type, options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a dataclass out of others, and read them."""
+    own = {name: options.pop(name) for name in option_names(settings) if name in options}
+    return read_options(settings, own)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core import host
+from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
+from elbowroom.core.options import option
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.pool.layouts import EngineLimits
-from elbowroom.plans.pool import FetchOrder, Layout, PoolMode
+from elbowroom.plans.pool import FETCH_ORDERS, POOL_MODES, FetchOrder, Layout, PoolMode
+
+WHAT_IF = "what if"
+"""Options of `plan` alone."""
+
+STORAGE_DTYPES = tuple(STORAGE_BYTES)
+layout = partial(option, group="layout", is_planned=True)
+engine = partial(option, group="engine", is_planned=True)
 
 
 @dataclass(frozen=True)
@@ -26,24 +36,67 @@ class PlanSettings:
 
     model: Path
     cluster: str = THIS_MACHINE
-    memory_bytes: int | None = None
-    tensor_parallel: int | None = None
-    replicas: int | None = None
-    pool: PoolMode | None = None
-    slots: int | None = None
-    fetch_order: FetchOrder = "peak-shift"
-    dtype: str = "auto"
-    weight_dtype: str | None = None
-    kv_dtype: str | None = None
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
-    activation_bytes: int | None = None
-    served_model_names: tuple[str, ...] = ()
-    seed: int = 0
-    prefix_caching: bool = True
+    replicas: int | None = layout(None, "count", "engines with rows of their own")
+    tensor_parallel: int | None = layout(None, "count", "devices of one replica")
+    memory_bytes: int | None = layout(
+        None, "size", "of one device, such as 2GiB (default: what is free)", flag="--memory"
+    )
+    pool: PoolMode | None = layout(
+        None,
+        "text",
+        "how a replica uses layers that others own: in place (mapped), copied ahead of use "
+        "(streamed), copied, or small batches sent to the owner (shipped); none: full copies",
+        choices=POOL_MODES,
+    )
+    slots: int | None = layout(None, "count", "buffers for streamed layers")
+    fetch_order: FetchOrder = option(
+        FETCH_ORDERS[0],
+        "text",
+        "in which streamed layers are copied",
+        "layout",
+        choices=FETCH_ORDERS,
+    )
+    dtype: str = option(
+        "auto",
+        "text",
+        "computed in (default: the model's, or float32 where the CPU computes that faster)",
+        "engine",
+        choices=("auto", *DTYPE_BYTES),
+    )
+    max_model_len: int | None = engine(
+        None, "count", "tokens of the longest row (default: what fits)"
+    )
+    max_num_seqs: int | None = engine(None, "count", "rows at once (default: as many as fit)")
+    max_num_batched_tokens: int | None = engine(
+        None, "count", "tokens of one iteration (default: 2048, or fewer where memory is short)"
+    )
+    served_model_names: tuple[str, ...] = option(
+        (),
+        "names",
+        "what rows may call the model, besides its folder's name",
+        "engine",
+        flag="--served-model-name",
+        metavar="NAME",
+    )
+    seed: int = option(0, "number", "of sampling, for rows that give none", "engine")
+    prefix_caching: bool = option(
+        True,
+        "switch",
+        "compute shared prefixes for each row",
+        "engine",
+        flag="--no-prefix-caching",
+    )
     vllm_options: tuple[str, ...] = ()
-    calibrate: Path | None = None
+    weight_dtype: str | None = option(
+        None, "text", "as if stored so", WHAT_IF, choices=STORAGE_DTYPES
+    )
+    kv_dtype: str | None = option(
+        None, "text", "storage of the KV cache", WHAT_IF, choices=STORAGE_DTYPES
+    )
+    activation_bytes: int | None = option(
+        None, "size", "activation memory (default: derived)", WHAT_IF, flag="--activations"
+    )
+    calibrate: Path | None = option(None, "path", "report.json of a run", WHAT_IF, metavar="REPORT")
     limits: RowLimits = field(default_factory=RowLimits)
     runs_here: bool = False
 

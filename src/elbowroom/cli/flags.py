@@ -1,14 +1,16 @@
-"""Kinds of values that flags take, and the flag that every planning command has."""
+"""Flags made of options, the kinds of values that flags take, and flags of several commands."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, TypeVar
 
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core.cluster import PRESETS
 from elbowroom.core.errors import InputError
+from elbowroom.core.options import Option, default_of, flag_of, options_of
 from elbowroom.core.units import parse_bandwidth, parse_bytes
 
 T = TypeVar("T")
@@ -65,3 +67,63 @@ def auto(kind: Callable[[str], T]) -> Callable[[str], T | None]:
         return None if text == "auto" else kind(text)
 
     return read
+
+
+KINDS: dict[str, Callable[[str], Any]] = {
+    **{"text": str, "names": str, "path": Path},
+    **{"number": number, "count": count, "size": size, "seconds": seconds},
+}
+
+
+METAVARS = {"count": "N", "number": "N", "size": "SIZE", "seconds": "SECONDS"}
+
+
+def add_options(
+    parser: argparse.ArgumentParser, settings: type, groups: Collection[str] | None = None
+) -> None:
+    """Add a flag for every option of a dataclass, or for those of some groups."""
+    made: dict[str, argparse._ArgumentGroup] = {}
+    for each, option in options_of(settings):
+        if groups is not None and option.group not in groups:
+            continue
+        if option.group not in made:
+            made[option.group] = parser.add_argument_group(option.group)
+        made[option.group].add_argument(
+            flag_of(each), dest=each.name, **_how(option, default_of(each))
+        )
+
+
+def _how(option: Option, default: Any) -> dict[str, Any]:
+    """Arguments of ``add_argument``."""
+    if option.kind == "switch":
+        return {"action": "store_false" if default else "store_true", "help": option.help}
+    metavar = option.metavar or METAVARS.get(option.kind)
+    how: dict[str, Any] = {"help": option.help, "default": default, "metavar": metavar}
+    if option.kind == "names":
+        return {**how, "action": "append", "default": []}
+    if option.choices:
+        how |= (
+            {"choices": ("auto", *option.choices), "default": "auto"}
+            if option.is_planned
+            else {"choices": option.choices}
+        )
+    else:
+        kind = KINDS[option.kind]
+        how["type"] = auto(kind) if option.is_planned else kind
+    if not option.is_planned and "default" not in option.help:
+        how["help"] += " (default %(default)s)" if default is not None else " (default: none)"
+    return how
+
+
+def settings_of(
+    args: argparse.Namespace, settings: type, groups: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The fields that ``add_options`` added flags for."""
+    found = {}
+    for each, option in options_of(settings):
+        if groups is None or option.group in groups:
+            value = getattr(args, each.name)
+            if option.kind == "names":
+                value = type(default_of(each))(value)
+            found[each.name] = None if option.is_planned and value == "auto" else value
+    return found

@@ -19,15 +19,23 @@ from elbowroom.app.plan import (
     read_workload,
     run_plan,
 )
+from elbowroom.app.plan_settings import WHAT_IF
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.simulate import Iterations, Simulated, SimulationSettings, simulate_plan
-from elbowroom.cli.flags import add_cluster, count, size
-from elbowroom.cli.job_flags import add_inputs, add_limits, add_planned, limits_of, planned_of
+from elbowroom.cli.flags import add_cluster, count
+from elbowroom.cli.job_flags import (
+    DECIDED,
+    add_inputs,
+    add_limits,
+    add_planned,
+    limits_of,
+    planned_of,
+)
 from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_text
-from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
+from elbowroom.core.model import DTYPE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
 from elbowroom.planning.pool.search import Candidate
@@ -41,12 +49,7 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_inputs(job)
     job.add_argument("--lengths", help="PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 64-512:99x50")
     add_cluster(plan)
-    add_planned(plan)
-    what_if = plan.add_argument_group("what if")
-    what_if.add_argument("--weight-dtype", choices=STORAGE_BYTES, help="as if stored so")
-    what_if.add_argument("--kv-dtype", choices=STORAGE_BYTES, help="storage of the KV cache")
-    what_if.add_argument("--activations", type=size, help="activation memory (default: derived)")
-    what_if.add_argument("--calibrate", type=Path, metavar="REPORT", help="report.json of a run")
+    add_planned(plan, (*DECIDED, WHAT_IF))
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the best as a plan for run")
     plan.add_argument("--explain", action="store_true", help="show every term of the best")
     add_limits(plan)
@@ -74,14 +77,7 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    settings = planned_of(
-        args,
-        args.cluster,
-        weight_dtype=args.weight_dtype,
-        kv_dtype=args.kv_dtype,
-        activation_bytes=args.activations,
-        calibrate=args.calibrate,
-    )
+    settings = planned_of(args, (*DECIDED, WHAT_IF))
     model = model_facts(settings, say)
     rows, about_rows = read_workload(args.lengths, args.input, settings.model, settings.limits)
     planned = plan_job(settings, model, rows.longest_first(), about_rows, say)

@@ -14,12 +14,12 @@ from elbowroom.app.plan import read_run_plan
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.prepare import BatchSettings
 from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
-from elbowroom.cli.flags import number, seconds
+from elbowroom.cli.flags import add_options, settings_of
 from elbowroom.cli.job_flags import (
-    PLANNED,
     add_inputs,
     add_limits,
     add_planned,
+    given_flags,
     limits_of,
     planned_of,
 )
@@ -58,46 +58,16 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
     )
     files.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
     add_planned(run)
-    job = run.add_argument_group("job")
-    defaults = JobOptions()
-    job.add_argument(
-        "--restart", action="store_true", help="start over: drop what earlier runs finished"
-    )
-    job.add_argument(
-        "--order",
-        choices=("auto", "input"),
-        default=defaults.order,
-        help="in which rows are worked on (default auto: long outputs first, shared prefixes "
-        "together); results are in input order",
-    )
-    job.add_argument(
-        "--grace",
-        type=seconds,
-        default=defaults.grace_seconds,
-        metavar="SECONDS",
-        help="for rows in flight after the first Ctrl-C (default %(default)g)",
-    )
-    job.add_argument(
-        "--max-restarts",
-        type=number,
-        default=defaults.max_restarts,
-        help="of one replica in ten minutes (default %(default)d)",
-    )
+    add_options(run, JobOptions)
     add_limits(run)
     run.usage = f"{run.prog} --model MODEL --input FILE --output FILE [options] [-- VLLM OPTIONS]"
 
 
 def _settings(args: argparse.Namespace) -> BatchSettings:
-    job = JobOptions(
-        limits=limits_of(args),
-        order=args.order,
-        max_restarts=args.max_restarts,
-        grace_seconds=args.grace,
-        restart=args.restart,
-    )
+    job = JobOptions(limits=limits_of(args), **settings_of(args, JobOptions))
     given = None if args.plan is None else _plan_alone(args)
     if given is None:
-        plan = planned_of(args, args.cluster, runs_here=True)
+        plan = planned_of(args, runs_here=True)
     else:
         engine = given.engine
         plan = PlanSettings(
@@ -117,10 +87,6 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
 
 def _plan_alone(args: argparse.Namespace) -> RunPlan:
     """The plan. What it says is not said again beside it."""
-    parser = argparse.ArgumentParser()
-    add_planned(parser)
-    for name in PLANNED:
-        if getattr(args, name) != ([] if name == "vllm" else parser.get_default(name)):
-            flag = "what stands behind --" if name == "vllm" else f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
+    for flag in given_flags(args):
+        raise InputError(f"{flag} is what the plan says: leave it out, or plan again with it")
     return read_run_plan(args.plan)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from rich.console import Console
 
+from elbowroom.core.options import option
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import journal_folder
@@ -37,6 +39,9 @@ class JobFiles:
         return self.logs or journal_folder(self.output) / "logs"
 
 
+of_job = partial(option, group="job")
+
+
 @dataclass(frozen=True)
 class JobOptions:
     """Options for working through the rows. ``restart`` drops what earlier runs have finished.
@@ -46,10 +51,18 @@ class JobOptions:
     """
 
     limits: RowLimits = field(default_factory=RowLimits)
-    order: Order = "auto"
-    max_restarts: int = 3
-    grace_seconds: float = 5.0
-    restart: bool = False
+    restart: bool = of_job(False, "switch", "start over: drop what earlier runs finished")
+    order: Order = of_job(
+        "auto",
+        "text",
+        "in which rows are worked on (auto: long outputs first, shared prefixes together); "
+        "results are in input order",
+        choices=get_args(Order),
+    )
+    grace_seconds: float = of_job(
+        5.0, "seconds", "for rows in flight after the first Ctrl-C", flag="--grace"
+    )
+    max_restarts: int = of_job(3, "number", "of one replica in ten minutes")
     bytes_per_token: float = BYTES_PER_TOKEN
 
 

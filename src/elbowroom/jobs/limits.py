@@ -9,9 +9,11 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from elbowroom.core.options import option
 from elbowroom.core.units import KIB, MIB
 
 _WHOLE_VOCABULARY = 10**9
@@ -30,6 +32,9 @@ _TEXTS = ("guided_grammar", "guided_choice")
 _CAPPED = frozenset((*_COUNTS, *_STOPS, *_LOGPROBS, *_SCHEMAS, *_REGEXES, *_TEXTS))
 
 
+limit = partial(option, group="limits of a row")
+
+
 @dataclass(frozen=True)
 class RowLimits:
     """Caps per row. None is no cap. ``n`` is the number of answers to one request.
@@ -37,15 +42,21 @@ class RowLimits:
     Sizes are bytes of UTF-8 JSON. ``allowed_url_hosts`` are host names without a port.
     """
 
-    max_line_bytes: int = 16 * MIB
-    max_prompt_tokens: int | None = None
-    max_n: int = 64
-    max_stop: int = 32
-    max_logprobs: int = 20
-    max_schema_bytes: int = 64 * KIB
-    max_regex_bytes: int = 4 * KIB
-    max_row_seconds: float | None = None
-    allowed_url_hosts: frozenset[str] = frozenset()
+    max_line_bytes: int = limit(16 * MIB, "size", "of a line")
+    max_prompt_tokens: int | None = limit(None, "count", "of a prompt")
+    max_n: int = limit(64, "count", "answers to a row (n, best_of)")
+    max_stop: int = limit(32, "count", "stop strings, stop token ids, bad words")
+    max_logprobs: int = limit(20, "count", "log-probabilities of a token")
+    max_schema_bytes: int = limit(64 * KIB, "size", "of a JSON schema, or of all tools")
+    max_regex_bytes: int = limit(4 * KIB, "size", "of a regular expression or grammar")
+    max_row_seconds: float | None = limit(None, "seconds", "from offering a row to its answer")
+    allowed_url_hosts: frozenset[str] = limit(
+        frozenset(),
+        "names",
+        "content may be fetched from here (default: from nowhere)",
+        flag="--allow-url-host",
+        metavar="HOST",
+    )
 
 
 class Violation(NamedTuple):

@@ -1,0 +1,124 @@
+"""Settings that users give: declared once, as fields that know their kind and their help.
+
+The command line makes flags of them (``cli.flags``), and Python's functions read their arguments by
+them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal
+
+from elbowroom.core.errors import InputError, shown
+from elbowroom.core.units import parse_bytes
+
+Kind = Literal["text", "names", "switch", "number", "count", "size", "seconds", "path"]
+"""``names`` are several texts, a ``number`` is whole, ``count`` and ``size`` (in bytes) start at 1.
+"""
+
+_KEY = "option"
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting as users see it.
+
+    ``flag`` is its name on the command line where that is not the field's. With ``is_planned``,
+    None and the word "auto" leave the choice to the planner.
+    """
+
+    kind: Kind
+    help: str
+    group: str
+    choices: tuple[str, ...] = ()
+    flag: str | None = None
+    metavar: str | None = None
+    is_planned: bool = False
+
+
+def option(default: Any, kind: Kind, help: str, group: str, **others: Any) -> Any:
+    """A field of a dataclass that is an option. ``others`` are fields of ``Option``."""
+    return field(default=default, metadata={_KEY: Option(kind, help, group, **others)})
+
+
+def options_of(settings: type) -> Iterator[tuple[Field[Any], Option]]:
+    """The fields of a dataclass that are options."""
+    for each in fields(settings):
+        if _KEY in each.metadata:
+            yield each, each.metadata[_KEY]
+
+
+def read_options(settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as Python's users give them, by the names of fields or flags, made into the fields'.
+
+    "auto" becomes None, a size such as "2GiB" bytes, and one name a tuple of one. Raises InputError
+    for what an option cannot be.
+    """
+    known = option_names(settings)
+    return {known[name].name: _read(name, known[name], value) for name, value in given.items()}
+
+
+def option_names(settings: type) -> dict[str, Field[Any]]:
+    """The options of a dataclass by their names in Python: those of fields, and those of flags."""
+    found = {}
+    for each, option in options_of(settings):
+        found[each.name] = each
+        if option.kind != "switch":
+            found[flag_of(each).removeprefix("--").replace("-", "_")] = each
+    return found
+
+
+def _read(name: str, each: Field[Any], value: Any) -> Any:
+    option: Option = each.metadata[_KEY]
+    if option.is_planned and value == "auto":
+        return None
+    if option.kind == "size" and isinstance(value, str):
+        value = parse_bytes(value)
+    if option.kind == "names" and isinstance(value, str):
+        value = (value,)
+    if option.kind == "names" and isinstance(value, list | tuple | set | frozenset):
+        value = (tuple if isinstance(each.default, tuple) else frozenset)(value)
+    if value is None and each.default is None:
+        return None
+    if wrong := _what_is_wrong(option, value):
+        raise InputError(f"{name}={shown(value)}: give {wrong}")
+    return value
+
+
+def _what_is_wrong(option: Option, value: Any) -> str | None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    match option.kind:
+        case "text" if option.choices:
+            is_good, wanted = value in option.choices, " or ".join(map(repr, option.choices))
+        case "text":
+            is_good, wanted = isinstance(value, str), "a text"
+        case "names":
+            is_good = isinstance(value, tuple | frozenset) and all(
+                isinstance(name, str) for name in value
+            )
+            wanted = "a list of texts"
+        case "switch":
+            is_good, wanted = isinstance(value, bool), "True or False"
+        case "number":
+            is_good, wanted = is_whole and value >= 0, "a whole number"
+        case "count" | "size":
+            is_good, wanted = is_whole and value >= 1, "a whole number from 1"
+        case "seconds":
+            is_good = (is_whole or isinstance(value, float)) and 0 <= value < math.inf
+            wanted = "a number of seconds"
+        case "path":
+            is_good, wanted = True, ""
+    return None if is_good else wanted
+
+
+def flag_of(each: Field[Any]) -> str:
+    """The name of an option on the command line."""
+    found: Option = each.metadata[_KEY]
+    return found.flag or f"--{each.name.replace('_', '-')}"
+
+
+def default_of(each: Field[Any]) -> Any:
+    assert each.default is not MISSING, f"{each.name} is an option, and has no default"
+    return each.default
