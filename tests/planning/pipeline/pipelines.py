@@ -239,3 +239,7 @@ def _shares(count: int, num_groups: int, straight: bool) -> Iterator[tuple[int, 
 
 def _key(path: Sequence[int], units: Sequence[int]) -> list[tuple[int, int]]:
     return [(cut, -count) for cut, count in zip(path[1:], units, strict=True)]
+
+
+def flat(num_workers: int, bandwidth: float = TEN_GBIT) -> tuple[Level, ...]:
+    return (Level(num_workers, bandwidth),)

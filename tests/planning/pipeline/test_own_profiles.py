@@ -17,7 +17,9 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.plans.pipeline import Level, PipelineOptions
-from tests.planning.pipeline.test_plan import check_against_all_plans, check_planned, flat
+from tests.planning.pipeline.pipelines import flat
+from tests.planning.pipeline.test_all_plans import check_against_all_plans
+from tests.planning.pipeline.test_plan import check_planned
 
 FOLDER = Path(__file__).parents[2] / "data" / "profiles"
 NAMES = ("gnmt_small", "resnet_small", "vgg_small")
