@@ -37,8 +37,9 @@ def make_shares(
     slots: int | None = None,
     order: FetchOrder = "peak-shift",
     ship_below_rows: int = 0,
+    ship_rows: int = 16,
 ) -> tuple[PoolShare, ...]:
-    ship_bytes = 16 * 32 * 4 if ship_below_rows else 0  # 16 rows
+    ship_bytes = ship_rows * 32 * 4 if ship_below_rows else 0
     return plan_shares(
         (1,) * NUM_LAYERS,
         num_ranks,

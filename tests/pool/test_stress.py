@@ -6,20 +6,18 @@ import os
 import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch import nn
 
-from elbowroom.planning.pool.shares import plan_shares
-from elbowroom.pool.loading import PoolLoader
-from elbowroom.pool.options import PoolOptions
-from elbowroom.pool.shared_memory import SharedMemoryStore
+from elbowroom.pool.pool import Pool
+from tests.pool.groups import NUM_LAYERS, make_group, make_shares
 from tests.pool.hf import blocks_of, make_model
 
-NUM_RANKS, NUM_LAYERS, MOST_TOKENS = 3, 5, 60
+NUM_RANKS, MOST_TOKENS = 3, 60
 WARM_UP_SECONDS = 5.0
 GROWTH_BYTES = 32 * 1024**2
 
@@ -28,23 +26,18 @@ def _stress(run_dir: Path, seconds: float) -> None:
     plain = make_model("llama", NUM_LAYERS)
     with torch.inference_mode():
         expected = {n: plain(torch.arange(n)[None]).logits for n in range(1, MOST_TOKENS + 1)}
-    shares = plan_shares(
-        (1,) * NUM_LAYERS, NUM_RANKS, "streamed", 1, ship_bytes=40 * 32 * 4, ship_below_rows=20
-    )
-    models = [make_model("llama", NUM_LAYERS) for _ in shares]
-    options = PoolOptions(run_dir=run_dir)
-    loaders = [PoolLoader(s, SharedMemoryStore(run_dir, s.rank), options) for s in shares]
-    for model, loader in zip(models, loaders, strict=True):
-        for block in blocks_of(model):
-            loader.add_block(block)
-    for block in blocks_of(models[2]):  # slow now and then, for itself and for others
-        block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
-            lambda *_: time.sleep(random.choice((0, 0, 0, 0, 3e-3)))
-        )
-    with ThreadPoolExecutor() as threads:
-        pools = list(threads.map(PoolLoader.attach, loaders))
-    for pool in pools:
-        pool.start()
+    shares = make_shares(NUM_RANKS, "streamed", 1, ship_below_rows=20, ship_rows=40)
+    with make_group(shares, run_dir=run_dir) as (models, pools):
+        for block in blocks_of(models[2]):  # slow now and then, for itself and for others
+            block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
+                lambda *_: time.sleep(random.choice((0, 0, 0, 0, 3e-3)))
+            )
+        _compute_for(seconds, models, pools, expected)
+
+
+def _compute_for(
+    seconds: float, models: list[nn.Module], pools: list[Pool], expected: dict[int, torch.Tensor]
+) -> None:
     failures: list[str] = []
     counts = [0] * NUM_RANKS
     end = time.monotonic() + seconds
@@ -76,8 +69,6 @@ def _stress(run_dir: Path, seconds: float) -> None:
 
     _on_threads([watch, *(lambda rank=rank: compute(rank) for rank in range(NUM_RANKS))])
     stats = [pool.stats() for pool in pools]
-    for pool in pools:
-        pool.close()
     assert not failures
     assert min(counts) > 0
     for of_rank in stats:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import combinations, pairwise
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -141,22 +142,39 @@ def naive_plan(
     graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptions
 ) -> NaivePlan | None:
     """The best of all plans, ties broken as documented; None if none fits."""
-    cuts = downsets(graph)
-    groups = [{graph.index[name] for name in names} for names in graph.tied]
-    apart = {k for k, cut in enumerate(cuts) if any(0 < len(cut & g) < len(g) for g in groups)}
-    factor = 4 if options.sync == "ps" else 2
+    naive = _Naive(graph, levels, options)
+    most = levels[-1].num_units
+    counts = tuple(range(1, most + 1)) if options.fewer_workers else (most,)
+    return naive.best(len(levels) - 1, 1, 0, 0, len(naive.cuts) - 1, counts)
 
-    @cache
-    def best(
-        level: int, copies: int, behind: int, start: int, stop: int, counts: tuple[int, ...]
+
+class _Naive:
+    """Tries all plans of a graph, level by level."""
+
+    def __init__(
+        self, graph: LayerGraph, levels: tuple[Level, ...], options: PipelineOptions
+    ) -> None:
+        self.graph = graph
+        self.levels = levels
+        self.options = options
+        self.cuts = cuts = downsets(graph)
+        groups = [{graph.index[name] for name in names} for names in graph.tied]
+        self.apart = {
+            k for k, cut in enumerate(cuts) if any(0 < len(cut & g) < len(g) for g in groups)
+        }
+        self.factor = 4 if options.sync == "ps" else 2
+        self.best = cache(self._best)
+
+    def _best(
+        self, level: int, copies: int, behind: int, start: int, stop: int, counts: tuple[int, ...]
     ) -> NaivePlan | None:
         ways = []
-        for path in _paths(cuts, start, stop, max(counts)):
-            if not apart.isdisjoint(path):
+        for path in _paths(self.cuts, start, stop, max(counts)):
+            if not self.apart.isdisjoint(path):
                 continue
             for count in counts:
-                for units in _shares(count, len(path) - 1, options.straight):
-                    way = measure(level, copies, behind, path, units)
+                for units in _shares(count, len(path) - 1, self.options.straight):
+                    way = self._measure(level, copies, behind, path, units)
                     if way is not None:
                         ways.append((way, count, _key(path, units)))
         if not ways:
@@ -165,23 +183,23 @@ def naive_plan(
         equal = [way for way in ways if way[0].seconds <= limit]
         return min(equal, key=lambda way: (way[0].num_bytes, way[1], way[2]))[0]
 
-    def measure(
-        level: int, copies: int, behind: int, path: Sequence[int], units: Sequence[int]
+    def _measure(
+        self, level: int, copies: int, behind: int, path: Sequence[int], units: Sequence[int]
     ) -> NaivePlan | None:
-        bandwidth = levels[level].bandwidth
+        graph, cuts, factor = self.graph, self.cuts, self.factor
+        bandwidth = self.levels[level].bandwidth
+        unit_workers = prod(below.num_units for below in self.levels[:level])
         seconds, num_bytes, stages = 0.0, 0, []
         for number, (first, last, count) in enumerate(zip(path, path[1:], units, strict=False)):
             inside = cuts[last] - cuts[first]
             weights = sum(graph.layers[index].parameter_bytes for index in inside)
-            unit_workers = 1
-            for below in levels[:level]:
-                unit_workers *= below.num_units
             workers_behind = behind + copies * sum(units[number + 1 :]) * unit_workers
-            unit = of_unit(level, copies * count, workers_behind, first, last)
+            unit = self._of_unit(level, copies * count, workers_behind, first, last)
             if unit is None:
                 return None
             sync = factor * (count - 1) / count * weights / bandwidth
-            own = max(unit.seconds, sync) if options.overlap == "max" else unit.seconds + sync
+            overlaps = self.options.overlap == "max"
+            own = max(unit.seconds, sync) if overlaps else unit.seconds + sync
             seconds = max(seconds, own / count)
             num_bytes += factor * (count - 1) * weights // count
             stages += unit.stages
@@ -191,9 +209,13 @@ def naive_plan(
                 num_bytes += moved
         return NaivePlan(seconds, num_bytes, tuple(stages))
 
-    def of_unit(level: int, replicas: int, behind: int, first: int, last: int) -> NaivePlan | None:
+    def _of_unit(
+        self, level: int, replicas: int, behind: int, first: int, last: int
+    ) -> NaivePlan | None:
+        graph, levels, cuts, options = self.graph, self.levels, self.cuts, self.options
         if level > 0:
-            return best(level - 1, replicas, behind, first, last, (levels[level - 1].num_units,))
+            counts = (levels[level - 1].num_units,)
+            return self.best(level - 1, replicas, behind, first, last, counts)
         inside = cuts[last] - cuts[first]
         # One of its own, and for the workers behind, shared by its replicas, rounded up.
         in_flight = 1 + options.depth * ((behind + replicas - 1) // replicas)
@@ -208,10 +230,6 @@ def naive_plan(
         names = frozenset(graph.layers[index].name for index in inside)
         seconds = sum(graph.layers[index].seconds for index in inside)
         return NaivePlan(seconds, 0, (NaiveStage(names, replicas, in_flight, held),))
-
-    most = levels[-1].num_units
-    counts = tuple(range(1, most + 1)) if options.fewer_workers else (most,)
-    return best(len(levels) - 1, 1, 0, 0, len(cuts) - 1, counts)
 
 
 def _paths(
