@@ -48,7 +48,8 @@ LIVE = {
     "plan-no-fit": f"elbowroom plan {LLAMA} --lengths 4096:1024x10000 \\\n"
     "    --cluster h200-8 --replicas 8 --pool none",
     "simulate": "elbowroom simulate --plan plan.json --trace trace.json",
-    "check": "elbowroom check requests.jsonl --model examples/demo/model --no-tokens",
+    "check": "elbowroom check requests.jsonl --model examples/demo/model \\\n"
+    "    --served-model-name demo --no-tokens",
     "verify": "elbowroom verify requests.jsonl results.jsonl",
     "train-plan": "elbowroom train plan-pipeline lm.json --workers 2 --bandwidth 10Gbit/s \\\n"
     "    --straight --json train-plan.json",

@@ -7,6 +7,7 @@ finds in a file.
 """
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -41,8 +42,14 @@ _MODULES = {
 }
 
 
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
 def __getattr__(name: str) -> Any:
     """Loaded when asked for: engines import this package too, and need nothing of it."""
+    if name == "__version__":
+        return importlib.metadata.version("elbowroom")
     if name not in __all__:
         raise AttributeError(name)
     return getattr(importlib.import_module(_MODULES[name]), name)

@@ -38,7 +38,7 @@ def test_rows_and_tokens_of_a_good_file() -> None:
 
     report = check_file(DEMO / "requests.jsonl", DEMO / "model", None, RowLimits())
     assert (report.num_rows, report.num_problems) == (500, 0)
-    assert report.urls == {"/v1/chat/completions": 500}
+    assert report.summary.urls == {"/v1/chat/completions": 500}
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "model")
     rows = [json.loads(text)["body"] for text in (DEMO / "requests.jsonl").open()]
     lengths = [

@@ -37,7 +37,6 @@ LONG = "a" * 5_000
         ({"structured_outputs": {"grammar": "x" * 70_000}}, "--max-schema-bytes"),
         ({"tools": [{"function": {"parameters": LARGE}}]}, "--max-schema-bytes"),
         ({"structured_outputs": {"regex": LONG}}, "--max-regex-bytes"),
-        ({"guided_regex": LONG}, "--max-regex-bytes"),
         ({"response_format": {"json_schema": {"schema": {"pattern": LONG}}}}, "--max-regex-bytes"),
         (
             {"tools": [{"function": {"parameters": {"properties": {"a": {"pattern": LONG}}}}}]},
@@ -45,13 +44,11 @@ LONG = "a" * 5_000
         ),
         ({"structured_outputs": {"json": json.dumps({"pattern": LONG})}}, "--max-regex-bytes"),
         ({"structured_outputs": {"structural_tag": json.dumps({"pattern": LONG})}}, "--max-regex"),
-        ({"guided_json": {"patternProperties": {LONG: {}}}}, "--max-regex-bytes"),
+        ({"structured_outputs": {"json": {"patternProperties": {LONG: {}}}}}, "--max-regex-bytes"),
         ({"response_format": {"format": {"type": "regex", "pattern": LONG}}}, "--max-regex-bytes"),
         ({"response_format": {"structures": [{"schema": {"pattern": LONG}}]}}, "--max-regex-bytes"),
         ({"structured_outputs": {"whitespace_pattern": LONG}}, "--max-regex-bytes"),
-        ({"guided_json": LARGE}, "--max-schema-bytes"),
-        ({"guided_grammar": "x" * 70_000}, "--max-schema-bytes"),
-        ({"guided_choice": ["x" * 70_000]}, "--max-schema-bytes"),
+        ({"structured_outputs": {"choice": ["x" * 70_000]}}, "--max-schema-bytes"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -127,7 +124,7 @@ def test_any_depth_is_taken() -> None:
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
-    for name in ("response_format", "tools", "guided_json"):
+    for name in ("response_format", "tools"):
         assert broken({name: deep}) == "limit_exceeded"
     assert broken({"messages": deep, "input": deep}) is None
 
@@ -184,7 +181,7 @@ json_values = st.recursive(
 )
 fields = (
     *("n", "best_of", "stop", "logprobs", "top_logprobs", "response_format", "tools", "messages"),
-    *("structured_outputs", "guided_json", "guided_regex", "guided_grammar", "guided_choice"),
+    "structured_outputs",
 )
 
 

@@ -142,7 +142,9 @@ def test_output_tokens() -> None:
 def test_answers_per_row() -> None:
     assert row(CHAT, n=3).num_answers == 3
     assert row(COMPLETIONS, prompt=["1", "2"], n=3).num_answers == 6
-    assert row(COMPLETIONS, prompt=[1, 2], n="3").num_answers == 1
+    assert row(COMPLETIONS, prompt=[1, 2], n="3").num_answers == 3
+    assert row(CHAT, n=2.0, max_tokens="7").output_limit == 14
+    assert row(CHAT, n="many").num_answers == 1
 
 
 def test_tokens_that_are_kept() -> None:

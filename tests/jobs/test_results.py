@@ -23,6 +23,12 @@ from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 
 
+def umask() -> int:
+    value = os.umask(0o022)
+    os.umask(value)
+    return value
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -54,7 +60,7 @@ def test_lines_come_out_in_input_order(tmp_path: Path) -> None:
     assert output.read_bytes() == lines[0] + lines[1] + lines[2] + lines[4]
     assert errors.read_bytes() == lines[3]
     assert names(tmp_path) == ["errors.jsonl", "out.jsonl", "state"]
-    assert output.stat().st_mode & 0o777 == errors.stat().st_mode & 0o777 == 0o600
+    assert output.stat().st_mode & 0o777 == errors.stat().st_mode & 0o777 == 0o666 & ~umask()
 
 
 def test_without_failures_there_is_no_error_file_and_an_old_one_goes(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,17 @@ def run_batch(
     Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
     """
     settings = _settings(model, input, output, options)
-    return asyncio.run(run_settings(settings, console or Console(quiet=True)))
+    return _complete(run_settings(settings, console or Console(quiet=True)))
+
+
+def _complete(job: Coroutine[Any, Any, JobReport]) -> JobReport:
+    """Run a job to its end: on a thread of its own where this one has an event loop (Jupyter)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job)
+    with ThreadPoolExecutor(1, "elbowroom-batch") as thread:
+        return thread.submit(asyncio.run, job).result()
 
 
 def iter_batch(
@@ -115,14 +126,20 @@ async def run_settings(
         raise InputError("to run a model needs vLLM: pip install 'elbowroom[cpu]', or [cuda]")
     check_devices(settings)
     output = settings.output
-    check_paths(settings.inputs, output, settings.error_file, settings.report_file)
+    check_paths(
+        settings.inputs,
+        output,
+        settings.error_file,
+        settings.report_file,
+        overwrite=settings.job.overwrite,
+    )
     if settings.logs is not None:
         check_writable([settings.logs / "replica-0.log"])
     with (
         BatchInput(settings.inputs, output.parent) as source,
         scanned(source, settings.job) as rows,
     ):
-        prepared = prepare(settings, rows.batch, console, partial(say_on, console))
+        prepared = prepare(settings, rows, console, partial(say_on, console))
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
         job = Job(
             plan=prepared.plan,

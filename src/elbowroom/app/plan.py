@@ -13,7 +13,7 @@ from elbowroom.app.predict import prediction_of
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
-from elbowroom.core.model import STORAGE_BYTES, ModelFacts, read_model
+from elbowroom.core.model import STORAGE_BYTES, ModelFacts, model_name, read_model
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.batch_file import BatchFile
@@ -137,7 +137,6 @@ def run_plan(
     budget = candidate.budget
     if settings.is_here and settings.memory_bytes is None:
         budget = without_idle_cache(model, candidate, planned.workload)
-    names = (*settings.served_model_names, model.name, str(settings.model))
     hosts = sorted(settings.limits.allowed_url_hosts)
     extra = (
         *(("--allowed-media-domains", *hosts) if hosts else ()),
@@ -158,7 +157,7 @@ def run_plan(
             max_model_len=engine.max_model_len or longest_row(model, budget),
             max_num_seqs=engine.num_rows,
             max_num_batched_tokens=engine.num_tokens,
-            served_model_names=tuple(dict.fromkeys(names)),
+            served_model_names=served_names(settings),
             seed=settings.seed,
             prefix_caching=settings.prefix_caching,
             kv_dtype=model.kv_dtype,
@@ -213,6 +212,12 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
             Term("B_hide", hiding or never, "rows", "smallest batch that hides the fetch"),
         ]
     return terms
+
+
+def served_names(settings: PlanSettings) -> tuple[str, ...]:
+    """The names under which rows may ask for the model."""
+    names = (*settings.served_model_names, model_name(settings.model), str(settings.model))
+    return tuple(dict.fromkeys(names))
 
 
 def read_workload(

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
-from elbowroom.app.plan import Planned, check_possible, model_facts, plan_job, run_plan
+from elbowroom.app.plan import (
+    Planned,
+    check_possible,
+    model_facts,
+    plan_job,
+    run_plan,
+    served_names,
+)
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.predict import Predictor
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError, optional
+from elbowroom.core.files import read_json
 from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, workload
-from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.identity import engine_version
-from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual
+from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual, ScannedInput
 from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.preflight import FileSummary, Warned, warnings
 from elbowroom.planning.pool.layouts import engine_limits, replica_limits
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import Candidate
@@ -85,13 +94,15 @@ class Prepared:
     predict_actual: PredictActual | None = None
 
 
-def prepare(settings: BatchSettings, batch: BatchFile, console: Console, say: Say) -> Prepared:
+def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say: Say) -> Prepared:
     """Decide what was left open, and predict. Nothing is started.
 
-    Raises InputError and UnsupportedModelError for a model that cannot be run, MemoryPlanError when
-    no row fits.
+    Raises InputError and UnsupportedModelError for a model that cannot be run, InputError too when
+    no row could be answered, MemoryPlanError when none fits.
     """
-    asked = settings.plan
+    asked, batch = settings.plan, given.batch
+    for warning in _warnings(settings, given.summary):
+        say(warning.text)
     model = model_facts(asked, say)
     check_runnable(model)
     lengths = None
@@ -124,6 +135,17 @@ def prepare(settings: BatchSettings, batch: BatchFile, console: Console, say: Sa
                 predict_actual = predictor.for_actual
                 say(f"predicted for {lengths}: {predictor.prediction}")
     return Prepared(plan, options, predict_actual)
+
+
+def _warnings(settings: BatchSettings, summary: FileSummary) -> Iterator[Warned]:
+    """What the rows ask for in vain. Raises InputError when no row could be answered."""
+    if settings.given_plan is not None:
+        engine = settings.given_plan.engine
+        served, options = engine.served_model_names, engine.extra
+    else:
+        served, options = served_names(settings.plan), settings.plan.vllm_options
+    config = read_json(settings.plan.model / "config.json")
+    return warnings(summary, served, config.get("architectures") or (), options)
 
 
 def errors_beside(output: Path) -> Path:

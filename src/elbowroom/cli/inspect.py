@@ -14,10 +14,14 @@ from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
 from elbowroom.cli.flags import count
 from elbowroom.cli.job_flags import add_limits, limits_of
 from elbowroom.cli.screen import Console
+from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json
+from elbowroom.core.model import model_name
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.journal_reader import JournalReader
+from elbowroom.jobs.preflight import FileSummary, Warned, warnings
 from elbowroom.jobs.status import job_status, print_status
 from elbowroom.jobs.verify import verify_results
 
@@ -30,6 +34,10 @@ def add_inspect_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     check.add_argument(
         "--no-tokens", action="store_true", help="do not count tokens, which needs transformers"
     )
+    check.add_argument(
+        "--served-model-name", action="append", default=[], metavar="NAME", help="as for run"
+    )
+    check.set_defaults(takes_vllm=True)
     check.add_argument("--max-model-len", type=count, help="tokens of the longest row")
     check.add_argument("--json", action="store_true", help="for machines")
     add_limits(check)
@@ -53,11 +61,29 @@ def _check(args: argparse.Namespace, console: Console) -> int:
         model = find_model(args.model, args.revision, with_weights=False)
     with BatchInput(args.input) as source:
         report = check_file(source, model, args.max_model_len, limits_of(args))
+    would_fail = bool(report.num_problems)
+    for warning in _warnings(args, report.summary):
+        report.warnings.append(warning.text)
+        would_fail = would_fail or warning.num_rows > 0
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
         print_report(Console(), report)
-    return EXIT_FAILED_ROWS if report.num_problems else EXIT_GOOD
+    return EXIT_FAILED_ROWS if would_fail else EXIT_GOOD
+
+
+def _warnings(args: argparse.Namespace, summary: FileSummary) -> list[Warned]:
+    """What the rows ask for in vain of the model; without one, only what vLLM ignores."""
+    architectures: list[str] = []
+    served: list[str] = []
+    if args.model is not None:
+        folder = find_model(args.model, args.revision, with_weights=False)
+        architectures = list(read_json(folder / "config.json").get("architectures") or ())
+        served = [*args.served_model_name, model_name(folder), str(folder)]
+    try:
+        return list(warnings(summary, served, architectures, args.vllm))
+    except InputError as error:
+        return [Warned(str(error), summary.num_requests)]
 
 
 def _status(args: argparse.Namespace, console: Console) -> int:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(words[:end], argparse.Namespace(vllm=words[end + 1 :]))
         command: Callable[[argparse.Namespace, Console], int] = args.command
         if args.vllm and not args.takes_vllm:
-            raise InputError("only `run` and `plan` take options for vLLM, behind --")
+            raise InputError("only `run`, `plan` and `check` take options for vLLM, behind --")
         return command(args, console)
     except BrokenPipeError:  # whoever read our output has seen enough
         discard_rest(sys.stdout)

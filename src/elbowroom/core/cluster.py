@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -234,6 +234,10 @@ def read_cluster(name: str | Path) -> Cluster:
 def parse_cluster(data: dict[str, Any]) -> Cluster:
     """Build a cluster from parsed TOML. Raises KeyError, TypeError or ValueError."""
     device = data["device"]
+    _check_keys(data, _CLUSTER_KEYS, "a cluster")
+    _check_keys(device, _DEVICE_KEYS, "[device]")
+    for link in data.get("links", ()):
+        _check_keys(link, _LINK_KEYS, "[[links]]")
     flops = _rate(device, "flops")
     bandwidth = _rate(device, "memory_bandwidth")
     memory = device["memory"]
@@ -243,7 +247,7 @@ def parse_cluster(data: dict[str, Any]) -> Cluster:
         device=Device(
             name=str(device["name"]),
             memory_bytes=parse_bytes(memory) if isinstance(memory, str) else int(memory),
-            memory_fraction=_positive(device, "memory_fraction", 0.9),
+            memory_fraction=_fraction(device, "memory_fraction", 0.9),
             flops=flops,
             flops_fp8=_rate(device, "flops_fp8", flops),
             memory_bandwidth=bandwidth,
@@ -274,13 +278,31 @@ def parse_cluster(data: dict[str, Any]) -> Cluster:
     )
 
 
+_CLUSTER_KEYS = ("name", "num_devices", "device", "links", "uncertainty", "sources")
+_DEVICE_KEYS = tuple(f.name.removesuffix("_bytes") for f in fields(Device))
+_LINK_KEYS = tuple(f.name for f in fields(Link))
+
+
+def _check_keys(table: dict[str, Any], known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise ValueError(f"'{key}' is no key of {where}: it has {', '.join(known)}")
+
+
+def _fraction(table: dict[str, Any], key: str, default: float) -> float:
+    value = _positive(table, key, default)
+    if value > 1:
+        raise ValueError(f"'{key}' must be a fraction of at most 1, not {value:g}")
+    return value
+
+
 def _rate(table: dict[str, Any], key: str, default: Rate | None = None) -> Rate:
     """The rate under ``key``: a number, or a table with ``peak`` and ``fraction``."""
     value = table[key] if default is None else table.get(key, default)
     if isinstance(value, Rate):
         return value
     if isinstance(value, dict):
-        return Rate(_positive(value, "peak"), _positive(value, "fraction", 1.0))
+        return Rate(_positive(value, "peak"), _fraction(value, "fraction", 1.0))
     return Rate(_positive(table, key))
 
 

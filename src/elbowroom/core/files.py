@@ -37,7 +37,7 @@ def write_json(path: Path, data: Any, *, ascii_only: bool = True) -> None:
 
 
 def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
-    """Replace ``path`` by ``parts`` in one step, with mode 0600.
+    """Replace ``path`` by ``parts`` in one step, with the mode that the umask gives.
 
     Raises OutputError. Leaves no temporary file behind.
     """
@@ -54,6 +54,7 @@ def staged_file(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
     with explained_writes(str(path)):
         _refuse_what_is_no_file(path)
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        Path(name).chmod(0o666 & ~_umask())
     temporary = Path(name)
     try:
         with explained_writes(str(path)), os.fdopen(descriptor, "wb") as file:
@@ -63,6 +64,13 @@ def staged_file(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The umask of this process, which can only be read by setting it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    return umask
 
 
 def publish_file(temporary: Path, path: Path) -> None:

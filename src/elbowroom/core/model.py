@@ -112,6 +112,12 @@ class ModelFacts:
         return 2 * self.num_layers * heads * self.head_dim * element_bytes
 
 
+def model_name(model_dir: Path) -> str:
+    """The name of a model: its repository's on the hub, or its folder's."""
+    folder = model_dir.resolve()
+    return repository_of(folder) or folder.name
+
+
 def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
     """Facts of a Hugging Face model directory, from ``config.json`` and safetensors headers.
 
@@ -143,7 +149,7 @@ def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
         )
     has_experts = any(elements.experts)
     return ModelFacts(
-        name=repository_of(model_dir.resolve()) or model_dir.resolve().name,
+        name=model_name(model_dir),
         model_type=model_type,
         dtype=_resolve_dtype(config, dtype),
         num_layers=num_layers,

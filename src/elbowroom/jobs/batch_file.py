@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from hashlib import blake2b
@@ -14,10 +16,26 @@ import numpy as np
 from elbowroom.core.errors import InputError, shown
 from elbowroom.jobs.inputs import BatchInput, explained
 from elbowroom.jobs.limits import RowLimits, violation
-from elbowroom.jobs.rows import CHAT, COMPLETIONS, EMBEDDINGS, RejectedRow, Row
+from elbowroom.jobs.rows import (
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    RERANK,
+    RESPONSES,
+    SCORE,
+    RejectedRow,
+    Row,
+)
 from elbowroom.jobs.strict_json import RejectionError, load_json, reject
 
-SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
+SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, SCORE, RERANK})
+
+_DEPLOYMENT = re.compile(r"^(/openai)?/deployments/[^/]+|^/openai(/v1)?(?=/)")
+_MAX_URL = 1000
+_GUIDED = {
+    f"guided_{name}": name for name in ("json", "regex", "choice", "grammar", "whitespace_pattern")
+}
+"""Fields of older versions of vLLM, and what they are called in 'structured_outputs' now."""
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -66,7 +84,7 @@ class BatchFile:
         if self._own_input is not None:
             self._own_input.close()
 
-    def scan(self, visit: Visitor | None = None) -> BatchFile:
+    def scan(self, *visitors: Visitor) -> BatchFile:
         """Find the rows, and ids that occur twice. Raises InputError when there are no rows."""
         id_hashes = array("Q")
         has_id = bytearray()
@@ -80,14 +98,15 @@ class BatchFile:
             try:
                 data = self._load(line)
                 row = self._parse(index, line, data)
+                custom_id: str | None = row.custom_id
             except RejectionError as rejection:
-                row = self._rejected(index, line, _usable_id(data) or "", rejection)
-            custom_id = _usable_id(data)
+                custom_id = _id_of(line, data)
+                row = self._rejected(index, line, custom_id or "", rejection)
             has_id.append(custom_id is not None)
             id_hashes.append(0 if custom_id is None else hash_id(custom_id))
             if custom_id is not None:
                 self._made_up_prefix = _free_prefix(self._made_up_prefix, custom_id)
-            if visit is not None:
+            for visit in visitors:
                 visit(row)
         if not self._offsets:
             raise InputError(f"{self.name} has no rows: give one JSON request per line")
@@ -118,19 +137,19 @@ class BatchFile:
                 f"{self.name} changed while it was read (line {line.number}): restore it and run "
                 f"again; finished rows are kept"
             )
-        custom_id = f"{self._made_up_prefix}{line.number}"
+        data = None
         try:
             data = self._load(line)
             own_id = _usable_id(data)
-            if own_id is not None and self._has_own_id[index]:
-                custom_id = own_id
-            elif own_id is not None:
+            if own_id is not None and not self._has_own_id[index]:
                 reject(
                     "duplicate_custom_id",
                     f"{shown(own_id)} is used by an earlier line: rename it",
                 )
             return self._parse(index, line, data)
         except RejectionError as rejection:
+            own_id = _id_of(line, data) if self._has_own_id[index] else None
+            custom_id = own_id or f"{self._made_up_prefix}{line.number}"
             return self._rejected(index, line, custom_id, rejection)
 
     def duplicates(self) -> list[int]:
@@ -143,6 +162,17 @@ class BatchFile:
         order = np.argsort(own, kind="stable")
         at = np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)
         return np.where(own[order[at]] == content_hashes, order[at], -1)
+
+    def find_meanings(self, hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
+        """Index of the first row with each ``Row.meaning_hash``, or -1. Reads the whole file."""
+        wanted, found = set(hashes.tolist()), dict[int, int]()
+        for row in self.rows():
+            if isinstance(row, Row) and row.meaning_hash in wanted:
+                found.setdefault(row.meaning_hash, row.index)
+        return np.array([found.get(each, -1) for each in hashes.tolist()], np.int64)
+
+    def content_hash(self, index: int) -> int:
+        return self._content_hashes[index]
 
     def id_hashes(self) -> np.ndarray[Any, np.dtype[np.uint64]]:
         """``hash_id`` of the id under which each row is in the results, in input order."""
@@ -219,20 +249,59 @@ def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
         reject("invalid_custom_id", "'custom_id' must be a non-empty string")
     if data.get("method") != "POST":
         reject("invalid_method", f"'method' must be POST, not {shown(data.get('method'))}")
-    if not isinstance(url, str) or url not in SUPPORTED_URLS:
+    known = _known_url(url)
+    if known is None:
         supported = ", ".join(sorted(SUPPORTED_URLS))
         reject("invalid_url", f"'url' must be one of {supported}, not {shown(url)}")
     if not isinstance(body, dict):
         reject("invalid_body", "'body' must be a JSON object")
+    _check_body(body)
+    return Row(index, line.number, custom_id, known, body, line.content_hash, source)
+
+
+def _known_url(url: Any) -> str | None:
+    """The endpoint that a URL names, also by Azure's names: with a deployment, or no version."""
+    if not isinstance(url, str):
+        return None
+    if url in SUPPORTED_URLS:
+        return url
+    path = _DEPLOYMENT.sub("", url.partition("?")[0]) if len(url) < _MAX_URL else ""
+    return f"/v1{path}" if f"/v1{path}" in SUPPORTED_URLS else None
+
+
+def _check_body(body: dict[str, Any]) -> None:
+    """Reject what vLLM would ignore, or answer in a form that a result file cannot hold."""
     if body.get("stream"):
         reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
-    return Row(index, line.number, custom_id, url, body, line.content_hash, source)
+    if body.get("encoding_format") in ("bytes", "bytes_only"):
+        reject("invalid_body", "'encoding_format' bytes is no JSON: ask for base64 or float")
+    for name in _GUIDED.keys() & body.keys():
+        if body[name] is not None:
+            reject(
+                "field_removed",
+                f"vLLM ignores '{name}': write 'structured_outputs': {{'{_GUIDED[name]}': ...}}",
+            )
 
 
 def _usable_id(data: Any) -> str | None:
     """The id of a line, if it has one, whatever else is wrong with it."""
     custom_id = data.get("custom_id") if isinstance(data, dict) else None
     return custom_id if isinstance(custom_id, str) and custom_id else None
+
+
+def _id_of(line: _Line, data: Any) -> str | None:
+    """The id of a line that is no request, if it can be read: from JSON of any kind, too."""
+    if data is None and line.data is not None:
+        try:
+            data = json.loads(line.data.decode("utf-8", "surrogateescape"))
+        except (ValueError, RecursionError):
+            return None
+    custom_id = _usable_id(data)
+    try:
+        (custom_id or "").encode()
+    except UnicodeEncodeError:
+        return None
+    return custom_id
 
 
 def _free_prefix(prefix: str, custom_id: str) -> str:

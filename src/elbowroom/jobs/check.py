@@ -18,6 +18,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits, regexes, schemas
+from elbowroom.jobs.preflight import FileSummary
 from elbowroom.jobs.prompts import RefusedError, kept_tokens, prompts_of
 from elbowroom.jobs.rows import EMBEDDINGS, RejectedRow, Row
 
@@ -51,7 +52,8 @@ class CheckReport:
     num_problems: int = 0
     problem_counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
-    urls: Counter[str] = field(default_factory=Counter)
+    summary: FileSummary = field(default_factory=FileSummary)
+    warnings: list[str] = field(default_factory=list)
     prompt_tokens: int | None = None
     prompt_lengths: Counter[int] = field(default_factory=Counter)
     output_token_limit: int = 0
@@ -65,7 +67,9 @@ class CheckReport:
             self.problems.append(Problem(row.line_number, row.custom_id, code, message))
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "problems": [problem._asdict() for problem in self.problems]}
+        own = {name: value for name, value in vars(self).items() if name != "summary"}
+        problems = [problem._asdict() for problem in self.problems]
+        return {**own, **vars(self.summary), "problems": problems}
 
 
 def check_file(
@@ -87,6 +91,7 @@ def check_file(
 
     def visit(row: Row | RejectedRow) -> None:
         report.num_rows += 1
+        report.summary.visit(row)
         if isinstance(row, RejectedRow):
             report.add_problem(row, row.code, row.message)
             return
@@ -191,7 +196,7 @@ def print_report(console: Console, report: CheckReport) -> None:
     problems = ", ".join(f"{n} {code}" for code, n in report.problem_counts.most_common())
     table.add_row("rows", f"{report.num_rows} in {report.seconds:.1f} s")
     table.add_row("problems", f"{report.num_problems}" + (f": {problems}" if problems else ""))
-    for url, count in report.urls.most_common():
+    for url, count in report.summary.urls.most_common():
         table.add_row(url, f"{count} rows")
     if report.prompt_tokens is not None:
         table.add_row("prompt tokens", str(report.prompt_tokens))
@@ -204,6 +209,8 @@ def print_report(console: Console, report: CheckReport) -> None:
         for length, count in sorted(report.prompt_lengths.items()):
             bar = "#" * -(-count * _BAR_CHARS // highest)
             console.print(f"  up to {length:>8} {bar} {count}", highlight=False)
+    for warning in report.warnings:
+        console.print(warning, markup=False, highlight=False, soft_wrap=True)
     for problem in report.problems[:_MAX_SHOWN]:
         shown = f"{problem.message} [{problem.code}]"
         console.print(shown, markup=False, highlight=False, soft_wrap=True)
@@ -214,7 +221,6 @@ def print_report(console: Console, report: CheckReport) -> None:
 
 
 def _check_row(row: Row, report: CheckReport) -> None:
-    report.urls[row.url] += 1
     limit = row.max_output_tokens
     if limit is None:
         report.num_unlimited += 1

@@ -200,4 +200,6 @@ def token_usage(body: Any) -> TokenUsage | None:
     usage = body.get("usage") if isinstance(body, dict) else None
     if not isinstance(usage, dict):
         return None
-    return TokenUsage(usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0)
+    prompt = usage.get("prompt_tokens") or usage.get("input_tokens")  # of /v1/responses
+    output = usage.get("completion_tokens") or usage.get("output_tokens")
+    return TokenUsage(prompt or 0, output or 0)

@@ -16,6 +16,7 @@ from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import OnCommit
 from elbowroom.jobs.journal_reader import journal_folder
 from elbowroom.jobs.limits import RowLimits
+from elbowroom.jobs.preflight import FileSummary
 from elbowroom.jobs.rows import BYTES_PER_TOKEN
 from elbowroom.plans.pool import Prediction, RunPlan
 
@@ -35,6 +36,11 @@ class JobFiles:
     logs: Path | None = None
 
     @property
+    def written(self) -> list[str]:
+        """Whole paths of the results."""
+        return [str(path.resolve()) for path in (self.output, self.errors, self.report)]
+
+    @property
     def log_folder(self) -> Path:
         return self.logs or journal_folder(self.output) / "logs"
 
@@ -52,6 +58,8 @@ class JobOptions:
 
     limits: RowLimits = field(default_factory=RowLimits)
     restart: bool = of_job(False, "switch", "start over: drop what earlier runs finished")
+    retry_failed: bool = of_job(False, "switch", "try rows again that failed in earlier runs")
+    overwrite: bool = of_job(False, "switch", "replace files that no run of this job wrote")
     order: Order = of_job(
         "auto",
         "text",
@@ -95,6 +103,7 @@ class ScannedInput:
 
     batch: BatchFile
     order: Iterable[int]
+    summary: FileSummary
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ from elbowroom.jobs.journal_reader import (
 COMMIT_SECONDS = 0.5
 """Longest time until a finished row is safe on disk."""
 
+RETRIED_FAILURES = ("http_400", "http_404", "http_501", "limit_exceeded", "row_timeout")
+"""Failures that may lie in a run's settings: names of the model, limits, the longest row."""
+
 _MAX_PENDING = 2000
 _SCHEMA = """
     CREATE TABLE job (field TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -46,10 +49,11 @@ _SCHEMA = """
         failure TEXT,
         line BLOB NOT NULL,
         prompt_tokens INTEGER NOT NULL,
-        output_tokens INTEGER NOT NULL
+        output_tokens INTEGER NOT NULL,
+        meaning_hash INTEGER
     );
 """
-_VERSION = 1
+_VERSION = 2
 
 
 OnCommit = Callable[[Sequence[FinishedRow]], None]
@@ -69,6 +73,7 @@ class Journal:
         self._folder = journal_folder(output)
         self._on_commit = on_commit
         self._pending: list[FinishedRow] = []
+        self.num_retried = 0
         self._committed_at = time.monotonic()
         with explained(self._folder):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -96,15 +101,26 @@ class Journal:
         finally:
             os.close(self._lock)
 
-    def admit(self, identity: Mapping[str, str], batch: BatchFile) -> np.ndarray[Any, Any]:
+    def admit(
+        self,
+        identity: Mapping[str, str],
+        batch: BatchFile,
+        settings: Mapping[str, object] | None = None,
+        *,
+        retry_failed: bool = False,
+    ) -> np.ndarray[Any, Any]:
         """Begin or resume a job. Returns a mask of the rows that need no more work.
 
         The mask is bool [num_rows]. Finished rows are found again by the contents of their line,
-        wherever it now is in the file. Raises InputError when the journal is of another job, with
-        the field that differs, or when the line of a finished row is gone or changed.
+        wherever it now is in the file. Rows that failed are tried again with ``retry_failed``; if
+        ``settings`` differ from those of the last run, so are those whose failure may lie in them.
+        Raises InputError when the journal is of another job that has answers, with the field that
+        differs, or when the line of a finished row is gone or changed.
         """
-        known = {f: v for f, v in self.facts().items() if not f.startswith("_")}
-        for field in [*known, *identity] if known else []:
+        facts = self.facts()
+        known = {f: v for f, v in facts.items() if not f.startswith("_")}
+        is_other = bool(known) and known != dict(identity)
+        for field in [*known, *identity] if is_other and self.totals.num_succeeded else []:
             if known.get(field) != identity.get(field):
                 raise InputError(
                     f"{self._folder} belongs to another job: {field} was "
@@ -113,7 +129,14 @@ class Journal:
                 )
         with explained(self._folder), self._database:
             self._database.execute("DELETE FROM rows WHERE content_hash IS NULL")
-            self._set_facts({**identity, "_num_rows": str(batch.num_rows)})
+            if is_other:
+                self._database.execute("DELETE FROM job")
+            given = json.dumps(settings or {}, sort_keys=True)
+            if retry_failed or is_other:
+                self.num_retried = self._drop("failure IS NOT NULL")
+            elif facts.get("_settings", given) != given:
+                self.num_retried = self._drop(f"failure IN {RETRIED_FAILURES}")
+            self._set_facts({**identity, "_num_rows": str(batch.num_rows), "_settings": given})
             indices = self._find_again(batch)
         self._load_totals()
         is_finished = np.zeros(batch.num_rows, bool)
@@ -139,7 +162,7 @@ class Journal:
             return
         with explained(self._folder), self._database:
             self._database.executemany(
-                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 map(_columns, rows),
             )
         self._pending = []
@@ -173,11 +196,25 @@ class Journal:
     def _find_again(self, batch: BatchFile) -> np.ndarray[Any, Any]:
         """Move finished rows to the indices of their lines now. Returns these indices.
 
-        Raises InputError if a line is gone or changed.
+        Lines are found by their bytes, or else by what they say. Raises InputError if one is gone
+        or changed.
         """
-        found = self._database.execute("SELECT row_index, content_hash FROM rows ORDER BY 1")
-        rows = np.array(found.fetchall(), np.int64).reshape(-1, 2)
-        indices = batch.find(rows[:, 1].view(np.uint64)) if len(rows) else rows[:, 0]
+        query = "SELECT row_index, content_hash, IFNULL(meaning_hash, 0) FROM rows ORDER BY 1"
+        rows = np.array(self._database.execute(query).fetchall(), np.int64).reshape(-1, 3)
+        hashes = np.ascontiguousarray(rows[:, 1:]).view(np.uint64)
+        indices = batch.find(hashes[:, 0]) if len(rows) else rows[:, 0]
+        if (is_lost := indices < 0).any():
+            indices[is_lost] = batch.find_meanings(hashes[is_lost, 1])
+            is_found = is_lost & (indices >= 0)
+            self._database.executemany(
+                "UPDATE rows SET content_hash = ? WHERE row_index = ?",
+                [
+                    (_signed(batch.content_hash(index)), old)
+                    for index, old in zip(
+                        indices[is_found].tolist(), rows[is_found, 0].tolist(), strict=True
+                    )
+                ],
+            )
         if (indices < 0).any():
             first = int(rows[indices < 0][0, 0])
             query = "SELECT custom_id FROM rows WHERE row_index = ?"
@@ -194,6 +231,10 @@ class Journal:
             self._database.executemany(update, [(-1 - old, old) for _, old in moves])
             self._database.executemany(update, [(new, -1 - old) for new, old in moves])
         return indices
+
+    def _drop(self, which: str) -> int:
+        """Forget rows. Returns how many."""
+        return self._database.execute(f"DELETE FROM rows WHERE {which}").rowcount
 
     def _set_facts(self, facts: Mapping[str, str]) -> None:
         self._database.executemany("REPLACE INTO job VALUES (?, ?)", facts.items())
@@ -252,8 +293,11 @@ def _lock(folder: Path, output: Path) -> int:
 
 
 def _columns(row: FinishedRow) -> tuple[object, ...]:
-    content_hash = row.content_hash
-    if content_hash is not None and content_hash >= 2**63:
-        content_hash -= 2**64  # SQLite's integers have a sign
     tokens = (row.prompt_tokens, row.output_tokens)
-    return (row.index, row.custom_id, content_hash, row.failure, row.line, *tokens)
+    hashes = (_signed(row.content_hash), _signed(row.meaning_hash))
+    return (row.index, row.custom_id, hashes[0], row.failure, row.line, *tokens, hashes[1])
+
+
+def _signed(number: int | None) -> int | None:
+    """A hash as SQLite's integers have it, with a sign."""
+    return number - 2**64 if number is not None and number >= 2**63 else number

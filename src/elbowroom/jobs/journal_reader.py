@@ -21,7 +21,8 @@ CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows passes no file on unless it is 
 class FinishedRow:
     """A row and its result line. ``failure`` names what went wrong; None is success.
 
-    A line that is not a request has no content hash: it was never work, and is judged again.
+    A line that is not a request has no hashes: it was never work, and is judged again. The others
+    are those of ``Row``.
     """
 
     index: int
@@ -31,6 +32,7 @@ class FinishedRow:
     line: bytes
     prompt_tokens: int = 0
     output_tokens: int = 0
+    meaning_hash: int | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,20 @@ class JournalReader:
             return not host.try_lock(descriptor, shared=True)
         finally:
             os.close(descriptor)
+
+
+def written_files(output: Path) -> set[str] | None:
+    """The files that runs of the job with this output write, as whole paths. Empty without a job.
+
+    None when the journal cannot be read.
+    """
+    if not database_path(journal_folder(output)).exists():
+        return set()
+    try:
+        with JournalReader(output) as journal:
+            return set(journal.facts().get("files", ()))
+    except (InputError, OutputError):
+        return None
 
 
 def read_lines(database: sqlite3.Connection, succeeded: bool | None) -> Iterator[bytes]:

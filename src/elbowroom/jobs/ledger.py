@@ -49,7 +49,16 @@ class Ledger:
     def fail(self, row: Row, code: str, message: str) -> None:
         """Write down a row that has no answer. Its place in the file is put before ``message``."""
         line = error_line(row.custom_id, code=code, message=f"{row.place}: {message}")
-        self._journal.put(FinishedRow(row.index, row.custom_id, row.content_hash, code, line))
+        self._journal.put(
+            FinishedRow(
+                row.index,
+                row.custom_id,
+                row.content_hash,
+                code,
+                line,
+                meaning_hash=row.meaning_hash,
+            )
+        )
 
     def answer(self, row: Row, answer: RowAnswer, usage: TokenUsage | None) -> None:
         """Write down an answer; a status other than 2xx is a failed row."""
@@ -57,7 +66,15 @@ class Ledger:
         line = response_line(row.custom_id, answer.status, answer.body)
         tokens = usage or TokenUsage(0, 0)
         self._journal.put(
-            FinishedRow(row.index, row.custom_id, row.content_hash, failure, line, *tokens)
+            FinishedRow(
+                row.index,
+                row.custom_id,
+                row.content_hash,
+                failure,
+                line,
+                *tokens,
+                meaning_hash=row.meaning_hash,
+            )
         )
 
     def tick(self) -> None:

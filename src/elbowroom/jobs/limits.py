@@ -26,10 +26,9 @@ _UNSAFE = re.compile(r"[\x00-\x20\x7f\\]")
 _COUNTS = ("n", "best_of")
 _STOPS = ("stop", "stop_token_ids", "bad_words")
 _LOGPROBS = ("logprobs", "top_logprobs", "prompt_logprobs")
-_SCHEMAS = ("response_format", "structured_outputs", "guided_json", "tools")
-_REGEXES = ("structured_outputs", "guided_regex")
-_TEXTS = ("guided_grammar", "guided_choice")
-_CAPPED = frozenset((*_COUNTS, *_STOPS, *_LOGPROBS, *_SCHEMAS, *_REGEXES, *_TEXTS))
+_SCHEMAS = ("response_format", "structured_outputs", "tools")
+_REGEXES = ("structured_outputs",)
+_CAPPED = frozenset((*_COUNTS, *_STOPS, *_LOGPROBS, *_SCHEMAS, *_REGEXES))
 
 
 limit = partial(option, group="limits of a row")
@@ -111,7 +110,6 @@ def schemas(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     response_format = _dict(body.get("response_format"))
     yield "response_format", _dict(response_format.get("json_schema")).get("schema")
     yield "structured_outputs.json", _dict(body.get("structured_outputs")).get("json")
-    yield "guided_json", body.get("guided_json")
     for tool in _list(body.get("tools")):
         yield "tools", _dict(_dict(tool).get("function")).get("parameters")
 
@@ -122,7 +120,6 @@ def regexes(body: dict[str, Any]) -> Iterator[tuple[str, str]]:
     fields = {
         "structured_outputs.regex": structured.get("regex"),
         "structured_outputs.whitespace_pattern": structured.get("whitespace_pattern"),
-        "guided_regex": body.get("guided_regex"),
     }
     yield from ((name, value) for name, value in fields.items() if isinstance(value, str))
     for name, schema in (*schemas(body), *_structural_tags(body)):
@@ -159,7 +156,7 @@ def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, 
         if isinstance(body.get(name), int):
             value = _WHOLE_VOCABULARY if body[name] == -1 else body[name]
             yield name, value, limits.max_logprobs, "--max-logprobs"
-    for name in (*_SCHEMAS, *_TEXTS):
+    for name in _SCHEMAS:
         if body.get(name):
             yield (
                 f"size of {name}",

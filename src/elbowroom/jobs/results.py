@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -13,7 +14,11 @@ from elbowroom.core.errors import OutputError
 from elbowroom.core.files import check_writable, explained_writes, publish_file, staged_file
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import written_files
 from elbowroom.jobs.verify import verify_results
+
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
+"""Characters at which many readers of lines break: in a result they are JSON escapes."""
 
 
 def response_line(custom_id: str, status_code: int, body: Any) -> bytes:
@@ -56,11 +61,15 @@ def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> N
         publish_file(answered, output)  # last: who sees the output may trust the errors beside it
 
 
-def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path) -> None:
+def check_paths(
+    inputs: Sequence[Path], output: Path, errors: Path, report: Path, *, overwrite: bool = False
+) -> None:
     """Raise OutputError, before anything is loaded, if results could not be written.
 
-    Missing folders are created.
+    Files that are there and are not of this job's earlier runs are written over only with
+    ``overwrite``. Missing folders are created.
     """
+    _refuse_odd_names(output)
     written = [("--output", output), ("--errors", errors), ("--report", report)]
     named = [*(("input", path) for path in inputs), *written]
     for at, (name, path) in enumerate(named):
@@ -70,6 +79,24 @@ def check_paths(inputs: Sequence[Path], output: Path, errors: Path, report: Path
                     f"{name} and {other_name} are the same file ({path}): give each its own"
                 )
     check_writable((output, errors, report))
+    own = None if overwrite else written_files(output)
+    for _, path in written:
+        if own is not None and path.exists() and str(path.resolve()) not in own:
+            raise OutputError(
+                f"{path} is there, and no run of this job wrote it: name another file, remove it, "
+                f"or give --overwrite"
+            )
+
+
+def _refuse_odd_names(output: Path) -> None:
+    """Raise OutputError for an output that is a file's name only by accident."""
+    if str(output) == "-":
+        raise OutputError(
+            "results cannot be written to standard output: name a file for --output, and print it "
+            "with `elbowroom results`"
+        )
+    if re.match(r"[a-z][a-z0-9+]+:/", str(output)):
+        raise OutputError(f"{output} is a URL: name a local file for --output, and copy it later")
 
 
 def _is_same(one: Path, other: Path) -> bool:
@@ -91,6 +118,8 @@ def _line(custom_id: str, response: Any, error: Any) -> bytes:
         "error": error,
     }
     text = json.dumps(line, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(_LINE_ENDS)
     # Half a surrogate pair has no bytes in UTF-8: it becomes the \u escape that JSON allows.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 

@@ -5,17 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, TypeGuard
 
 from elbowroom.jobs.inputs import BatchInput
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES, SCORE, RERANK = "/v1/responses", "/v1/score", "/v1/rerank"
+POOLING_URLS = (EMBEDDINGS, SCORE, RERANK)
+"""Endpoints of engines that generate nothing."""
 
 BYTES_PER_TOKEN = 4.0
 """Typical bytes per token of English text."""
 
 _DEFAULT_COMPLETION_TOKENS = 16
-_PROMPT_KEYS = ("messages", "tools", "prompt", "input")
+_PROMPT_KEYS = (
+    *("messages", "tools", "prompt", "input", "instructions"),
+    *("text_1", "text_2", "queries", "items", "data_1", "data_2", "query", "documents"),
+)
+_LIMITS = {
+    CHAT: ("max_completion_tokens", "max_tokens"),
+    COMPLETIONS: ("max_tokens",),
+    RESPONSES: ("max_output_tokens",),
+}
+"""Fields that limit an answer, by endpoint; the first that is given counts."""
 
 
 @dataclass(frozen=True)
@@ -50,25 +63,31 @@ class Row:
             return int(len(parts[0]) * BYTES_PER_TOKEN)
         return len(json.dumps(parts, ensure_ascii=False))
 
+    @cached_property
+    def meaning_hash(self) -> int:
+        """64 bits of BLAKE2b over what the request says, however its JSON is written."""
+        said = [self.custom_id, self.url, _plain(self.body)]
+        text = json.dumps(said, sort_keys=True, separators=(",", ":"))
+        return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
     @property
     def max_output_tokens(self) -> int | None:
         """Most tokens that a row asks for in one answer; None is no limit."""
-        if self.url == EMBEDDINGS:
+        if self.url not in _LIMITS:
             return 0
-        is_completion = self.url == COMPLETIONS
-        names = ("max_tokens",) if is_completion else ("max_completion_tokens", "max_tokens")
+        names = _LIMITS[self.url]
         given = next((self.body[name] for name in names if self.body.get(name) is not None), None)
-        if given is None and is_completion:
+        if given is None and self.url == COMPLETIONS:
             return _DEFAULT_COMPLETION_TOKENS
-        return given if _is_count(given) else None
+        return _count(given)
 
     @property
     def num_answers(self) -> int:
         """Number of answers that one row asks for, over its prompts and choices."""
-        choices = self.body.get("n")
+        choices = _count(self.body.get("n")) or 1
         prompt = self.body.get("prompt") if self.url == COMPLETIONS else None
         num_prompts = len(prompt) if isinstance(prompt, list) and not is_list_of(prompt, int) else 1
-        return max(1, num_prompts) * (choices if _is_count(choices) and choices > 0 else 1)
+        return max(1, num_prompts) * choices
 
     @property
     def output_limit(self) -> float:
@@ -93,5 +112,19 @@ def is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
     return isinstance(value, list) and bool(value) and isinstance(value[0], kind)
 
 
-def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value < 2**31
+def _plain(value: Any) -> Any:
+    """A JSON value with 2.0 written as 2, as some writers do."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _count(value: Any) -> int | None:
+    """A number as vLLM reads it: 2, 2.0 or "2". None for what is no number of tokens or answers."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and 0 <= value < 2**31 else None

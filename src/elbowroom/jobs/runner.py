@@ -38,7 +38,11 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
     """
     files, options, batch = job.files, job.options, job.input.batch
     with Journal(files.output, options.restart, job.on_rows) as journal:
-        is_finished = journal.admit(job.identity, batch)
+        is_finished = journal.admit(
+            job.identity, batch, _settings(job), retry_failed=options.retry_failed
+        )
+        _say_failed(job, journal)
+        journal.note(files=files.written)
         rows = batch.rows(int(index) for index in job.input.order if not is_finished[index])
         ledger = Ledger(journal, batch)
         replicas = new_replicas(job.plan, options.max_restarts)
@@ -57,6 +61,25 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
             with optional("report file", job.say):
                 report.write(files.report)
         return report
+
+
+def _settings(job: Job) -> dict[str, object]:
+    """What the failure of a row may lie in, besides the job's identity."""
+    limits, engine = job.options.limits, job.plan.engine
+    return {
+        "served_model_names": engine.served_model_names,
+        "max_model_len": engine.max_model_len,
+        "max_prompt_tokens": limits.max_prompt_tokens,
+        "max_row_seconds": limits.max_row_seconds,
+    }
+
+
+def _say_failed(job: Job, journal: Journal) -> None:
+    """Say what becomes of rows that failed in earlier runs."""
+    if journal.num_retried:
+        job.say(f"{journal.num_retried} rows that failed are tried again")
+    if journal.totals.num_failed:
+        job.say(f"{journal.totals.num_failed} rows have failed: --retry-failed tries them again")
 
 
 def _look_back(job: Job, report: JobReport) -> JobReport:

@@ -10,15 +10,17 @@ from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.job import JobOptions, ScannedInput
 from elbowroom.jobs.order import OrderBuilder
+from elbowroom.jobs.preflight import FileSummary
 
 
 @contextmanager
 def scanned(source: BatchInput | Path, options: JobOptions) -> Iterator[ScannedInput]:
     """Open and scan a job's input. Raises InputError when it cannot be read or has no rows."""
+    summary, builder = FileSummary(), OrderBuilder()
     with BatchFile(source, options.limits) as batch:
         if options.order == "input":
-            yield ScannedInput(batch, range(batch.scan().num_rows))
+            batch.scan(summary.visit)
+            yield ScannedInput(batch, range(batch.num_rows), summary)
         else:
-            builder = OrderBuilder()
-            batch.scan(builder.visit)
-            yield ScannedInput(batch, builder.order())
+            batch.scan(builder.visit, summary.visit)
+            yield ScannedInput(batch, builder.order(), summary)

@@ -75,15 +75,23 @@ def result_ids(path: Path) -> Iterator[str]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
-                try:
-                    custom_id = json.loads(line)["custom_id"]
-                except (ValueError, LookupError, TypeError, RecursionError) as error:
-                    raise InputError(f"{path}, line {number} is no result: {error!r}") from error
-                if not isinstance(custom_id, str):
-                    raise InputError(f"{path}, line {number} has no custom_id: it is no result")
-                yield custom_id
+                yield _result_id(line, f"{path}, line {number}")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. Check its name") from error
+
+
+def _result_id(line: bytes, place: str) -> str:
+    """The ``custom_id`` of a result line, which has a response or an error. Raises InputError."""
+    try:
+        result = json.loads(line)
+        custom_id, kinds = result["custom_id"], (result.get("response"), result.get("error"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{place} is no result: {error!r}") from error
+    if not isinstance(custom_id, str):
+        raise InputError(f"{place} has no custom_id: it is no result")
+    if not any(isinstance(kind, dict) for kind in kinds):
+        raise InputError(f"{place} has neither a response nor an error: it is no result")
+    return custom_id
 
 
 def _named(paths: Sequence[Path], hashes: set[int]) -> tuple[str, ...]:

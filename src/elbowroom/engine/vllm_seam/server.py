@@ -26,10 +26,13 @@ _WORKER_EXTENSION = "elbowroom.engine.vllm_seam.worker.PoolWorkerExtension"
 
 
 class Reply(NamedTuple):
-    """What vLLM's OpenAI application answered."""
+    """What vLLM's OpenAI application answered. Only what is JSON has a status of 2xx."""
 
     status_code: int
     body: Any
+
+
+_NO_ROUTE = {"detail": "Not Found"}
 
 
 class Engine:
@@ -67,12 +70,22 @@ class Engine:
         """
         headers = {"X-Request-Id": request_id} if request_id else None
         response = await self._client.post(url, json=body, headers=headers, timeout=None)
+        status = response.status_code
         try:
-            return Reply(response.status_code, response.json())
+            body = response.json()
         except ValueError:
-            message = response.text[:1000] or response.reason_phrase
-            error = {"message": message, "type": "InternalServerError", "param": None}
-            return Reply(response.status_code, {"error": {**error, "code": response.status_code}})
+            if response.is_success:
+                kind = response.headers.get("content-type", "something else")
+                message = f"the answer is {kind}, not JSON: ask for 'encoding_format' base64"
+                return _error(501, "NotImplementedError", message)
+            return _error(status, "InternalServerError", response.text or response.reason_phrase)
+        if status == 404 and body == _NO_ROUTE:
+            message = (
+                f"this engine has no {url}: embeddings, scores and ranks need -- --runner pooling, "
+                f"and chats and completions an engine without it"
+            )
+            return _error(status, "NotFoundError", message)
+        return Reply(status, body)
 
     async def num_prompt_tokens(self, body: dict[str, Any]) -> int:
         """Tokens of a chat or completion prompt, as vLLM counts them; 0 where it cannot tell."""
@@ -120,6 +133,12 @@ class Engine:
     async def close(self) -> None:
         await self._client.aclose()
         self._llm.shutdown()
+
+
+def _error(status: int, kind: str, message: str) -> Reply:
+    """A failure in the form of OpenAI's error bodies."""
+    error = {"message": message[:1000], "type": kind, "param": None, "code": status}
+    return Reply(status, {"error": error})
 
 
 def _cores(num_ranks: int) -> str:
