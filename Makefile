@@ -24,12 +24,14 @@ demo: setup
 	    --replicas 2 --memory 160MiB
 	$(BIN)/python tools/check_demo.py examples/demo/answers.jsonl build/demo/results.jsonl
 
-# Lint runs beside the tests, which mostly wait for processes; what it says stands at the end.
+# Engines take all cores: their tests run one at a time, after the others. Lint runs beside the tests,
+# which mostly wait for processes; what it says stands at the end.
 test: setup
 	@mkdir -p build
 	@$(MAKE) --no-print-directory lint >build/lint.log 2>&1 & lint=$$!; \
-	$(BIN)/python -m pytest; tested=$$?; \
-	wait $$lint; linted=$$?; cat build/lint.log; exit $$((tested || linted))
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not vllm and not nightly"; tested=$$?; \
+	$(BIN)/python -m pytest -m "vllm and not nightly"; engines=$$?; \
+	wait $$lint; linted=$$?; cat build/lint.log; exit $$((tested || engines || linted))
 
 # What runs anywhere, from a wheel, in an environment that has nothing else.
 test-wheel:
