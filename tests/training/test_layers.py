@@ -164,7 +164,7 @@ class Nothing(nn.Module):
     [
         (Nothing(), "gives no tensor"),
         (Branches(), r"test_layers.py:\d+: `if x.sum\(\) > 0:`.*nn.Sequential of blocks"),
-        (Draws(), "computes something else than the model"),
+        (Draws(), "draws from Python"),
         (Overwrites(), "'add_' writes in place into the output of 'linear', which 'add'"),
     ],
 )

@@ -22,6 +22,7 @@ from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
+from elbowroom.training.tracing import in_training
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 """Makes the scheduler of a stage's optimizer."""
@@ -169,16 +170,29 @@ class Pipeline:
         if self._built is not None:
             self._built.worker.close()
 
+    def _check_model(self) -> None:
+        """Raise InputError for modules that write into weights of which several versions live."""
+        for name, module in self._model.named_modules():
+            if getattr(module, "max_norm", None) is not None and self.semantics != "flush":
+                raise InputError(
+                    f"'{name}' renormalises its weights in its forward (max_norm), which semantics "
+                    f"'{self.semantics}' cannot keep apart: use --semantics flush"
+                )
+
     def _build(self, inputs: Any) -> _Built:
         """Trace the model with the first minibatch, keep this stage of it, and restore that."""
-        traced = trace_model(self._model.train(), inputs)
+        self._check_model()
+        traced = trace_model(in_training(self._model), inputs)
         module = split(traced, self.plan)[self.stage]
         kept = set(module.parameters())
         for parameter in self._model.parameters():
             if parameter not in kept:
                 parameter.data = parameter.data.new_empty(0)
         nothing = nn.Parameter(torch.empty(0))  # a stage may have none, which optimizers refuse
-        optimizer = self._optimizer_fn(list(module.parameters()) or [nothing])
+        trained = [p for p in module.parameters() if p.requires_grad]
+        optimizer = self._optimizer_fn(trained or [nothing])
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise InputError("LBFGS computes the loss several times an update: take another")
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
         next_minibatch = 0
         if self._resumed is not None:

@@ -26,7 +26,7 @@ from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import Part, StageModule, build_stage
 from elbowroom.training.traced import TracedLayer, TracedModel
-from elbowroom.training.tracing import untouched
+from elbowroom.training.tracing import in_training, untouched
 
 WARM_UP_SWEEPS = 2
 LEAST_SWEEPS = 5
@@ -82,8 +82,7 @@ def profile(
     """
     inputs, targets = (batch, None) if loss_fn is None else _pair(batch)
     with untouched(model):
-        model.train()
-        traced = trace_model(model, inputs)
+        traced = trace_model(in_training(model), inputs)
         return measure(traced, inputs, targets, loss_fn, limits or SweepLimits(), optimizer_fn)
 
 

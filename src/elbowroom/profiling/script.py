@@ -14,6 +14,7 @@ from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measu
 from elbowroom.training.layers import trace_model
 from elbowroom.training.script import OptimizerFunction, load_script
 from elbowroom.training.traced import TracedModel
+from elbowroom.training.tracing import in_training
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     script = load_script(path)
-    model = script.make_model(seed).train()
+    model = in_training(script.make_model(seed))
     inputs, targets = script.make_batch(torch.Generator().manual_seed(seed))
     traced = trace_model(model, inputs)
     return Subject(traced, inputs, targets, script.loss_fn, script.optimizer_fn())

@@ -81,6 +81,10 @@ class _Finder:
         self.taken = {_OUTPUT}
         self.state_names = {id(p): name for name, p in model.named_parameters()}
         self.state_names |= {id(b): name for name, b in model.named_buffers()}
+        self.state_storages = {
+            name: _storages([tensor])
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
 
     def traced(self) -> TracedModel:
         layers = [self._layer(*found) for found in self._find()]
@@ -174,6 +178,8 @@ class _Finder:
                 parameters[name] = None
             if tensor.requires_grad or name in self.changed:
                 state[name] = None
+        written = {storage for node in nodes for storage in self.run.written.get(node, ())}
+        state |= {n: None for n, storage in self.state_storages.items() if storage & written}
         return tuple(parameters), tuple(state)
 
     def _storage(self, node: fx.Node) -> set[int]:
