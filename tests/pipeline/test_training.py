@@ -169,7 +169,7 @@ def test_a_script_with_an_optimizer_and_a_schedule(files: Path, tmp_path: Path) 
     assert newest is not None and newest.index.steps == 5
     newest.load_weights(trained)
     assert all(map(torch.equal, trained.parameters(), fresh.parameters()))
-    assert newest.index.settings["optimizer"][0]["lr"] == 0.5
+    assert newest.index.stages[0].groups[0]["lr"] == 0.5
     refused = start(tmp_path, 2, "plan2.json", "--steps", "5", "--lr", "0.1")
     said, _ = refused.communicate(timeout=120)
     assert refused.returncode != 0

@@ -11,11 +11,13 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, InputError
+from elbowroom.core.files import check_writable
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.flags import AUTOCAST, add_run_flags
 from elbowroom.pipeline.options import StageOptions
@@ -48,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
+    check_writable(written(args))
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
@@ -69,6 +72,12 @@ def _train(args: argparse.Namespace) -> None:
                 write_trace(args.trace, spans)
     finally:
         distributed.destroy_process_group()
+
+
+def written(args: argparse.Namespace) -> list[Path]:
+    """Files that a run writes, one of each folder."""
+    checkpoints = [args.checkpoints / "step"] if args.checkpoints else []
+    return [*checkpoints, *([args.trace] if args.trace else [])]
 
 
 def _make_pipeline(

@@ -11,9 +11,10 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,23 +22,38 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError, OutputError
+from elbowroom.pipeline.json_state import from_json, to_json
 
-_INDEX, _VERSION = "index.json", 1
+_INDEX, _VERSION = "index.json", 2
 _KEPT = 2
+_GROUP_LISTS = {"base_lrs", "_last_lr"}
+"""What schedulers keep for each parameter group."""
+
+
+class StageSettings(NamedTuple):
+    """Settings of one stage: of its optimizer's parameter groups, and of its scheduler.
+
+    ``names`` are for each group the names that its parameters have in the model.
+    """
+
+    names: list[list[str]]
+    groups: list[dict[str, Any]]
+    scheduler: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Index:
     """The index of a checkpoint: its place in the run, and in which of its files each tensor is.
 
-    ``steps`` minibatches were trained, and the next is number ``next_minibatch``. ``settings`` are
-    those of the optimizer and its scheduler, which are the same in all stages.
+    ``steps`` minibatches were trained, and the next is number ``next_minibatch``. ``stages`` have
+    the settings of their optimizers and schedulers; ``run`` is what else must stay as it is.
     """
 
     steps: int
     next_minibatch: int
-    settings: dict[str, Any]
+    stages: list[StageSettings]
     files: dict[str, str]
+    run: dict[str, Any]
 
 
 class Checkpoint:
@@ -49,8 +65,9 @@ class Checkpoint:
             data = json.loads((path / _INDEX).read_text())
             if data.pop("version") != _VERSION:
                 raise InputError(f"{path} is of another version of checkpoints")
-            self.index = Index(**data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            stages = [StageSettings(*from_json(stage)) for stage in data.pop("stages")]
+            self.index = Index(stages=stages, **data)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"cannot read the checkpoint {path}: {error}") from error
 
     def load_weights(self, module: nn.Module) -> None:
@@ -58,25 +75,66 @@ class Checkpoint:
 
         Raises InputError if the checkpoint is of another model, or damaged.
         """
+        others: dict[torch.Tensor, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            others.setdefault(parameter.data, []).append(name)
+        aliases = {names[0]: names for names in others.values()}
         for name, tensor in _weights(module).items():
-            tensor.copy_(self._read(f"model.{name}", tensor))
+            kept = [f"model.{one}" for one in aliases.get(name, [name])]
+            found = next((one for one in kept if one in self.index.files), kept[0])
+            tensor.copy_(self._read(found, tensor))
 
-    def restore(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put weights, buffers and optimizer state into a stage and its optimizer.
+    def restore(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        """Put weights, buffers and the states of optimizer and scheduler into a stage.
 
-        Raises InputError if the checkpoint is of another model or optimizer, or damaged.
+        Settings of parameter groups follow the names of their parameters, in whatever stages they
+        were saved. Raises InputError if the checkpoint is damaged or of another model or optimizer.
         """
         self.load_weights(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
-        settings = self.index.settings["optimizer"]
-        for group, saved in zip(optimizer.param_groups, settings, strict=True):
-            group.update(saved)
+        places = [self._place(group) for group in _group_names(module, optimizer)]
+        for group, place in zip(optimizer.param_groups, places, strict=True):
+            if place is not None:
+                group.update(place[0].groups[place[1]])
             for parameter in filter(names.__contains__, group["params"]):
                 prefix = f"optimizer.{names[parameter]}."
                 keys = [key for key in self.index.files if key.startswith(prefix)]
                 optimizer.state[parameter] = {
                     key.removeprefix(prefix): self._read(key) for key in keys
                 }
+
+        if scheduler is not None:
+            known = next((place for place in places if place is not None), None)
+            stage = known[0] if known else self.index.stages[0]
+            if stage.scheduler is None:
+                raise InputError(f"{self._path} is of a run without a scheduler: leave it out")
+            scheduler.load_state_dict(_of_groups(stage.scheduler, places))
+
+    def _place(self, names: list[str]) -> tuple[StageSettings, int] | None:
+        """The stage and the group in which these parameters were saved; None without any.
+
+        Raises InputError if they were in groups that differ.
+        """
+        found: list[tuple[StageSettings, int]] = []
+        for name in names:
+            for stage in self.index.stages:
+                places = [k for k, group in enumerate(stage.names) if name in group]
+                found += [(stage, k) for k in places]
+        if names and len(found) < len(names):
+            raise InputError(
+                f"{self._path} has no settings of '{names[0]}': it is of another optimizer"
+            )
+        if any(stage.groups[k] != found[0][0].groups[found[0][1]] for stage, k in found):
+            raise InputError(
+                f"'{names[0]}' and other parameters of its group had settings that differ in "
+                f"{self._path}: give them the groups that they had"
+            )
+        return found[0] if found else None
 
     def _read(self, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
         try:
@@ -110,6 +168,7 @@ def save(
     steps: int,
     next_minibatch: int,
     is_writer: bool,
+    run: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint of all stages; every worker must call it, one ``is_writer`` a stage.
 
@@ -131,10 +190,18 @@ def save(
         distributed.barrier()
         if is_writer:
             _write_stage(part / f"stage-{stage}.safetensors", module, optimizer)
-        distributed.barrier()
+        settings: list[Any] = [None] * distributed.get_world_size()
+        own = to_json([*_settings(module, optimizer, scheduler)]) if is_writer else None
+        distributed.all_gather_object(settings, own)
         if is_first:
-            index = Index(steps, next_minibatch, _settings(optimizer, scheduler), _files_in(part))
-            _write_synced(part / _INDEX, json.dumps({"version": _VERSION, **asdict(index)}))
+            index = {
+                "steps": steps,
+                "next_minibatch": next_minibatch,
+                "stages": [stage for stage in settings if stage is not None],
+                "files": _files_in(part),
+                "run": run or {},
+            }
+            _write_synced(part / _INDEX, json.dumps({"version": _VERSION, **index}))
             shutil.rmtree(path, ignore_errors=True)
             part.rename(path)
             for old in _whole(folder)[:-_KEPT]:
@@ -170,13 +237,50 @@ def _write_stage(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def _settings(
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler | None
-) -> dict[str, Any]:
-    groups = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
-    return {"optimizer": groups, "scheduler": scheduler.state_dict() if scheduler else None}
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> StageSettings:
+    return StageSettings(
+        _group_names(module, optimizer),
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        scheduler.state_dict() if scheduler else None,
+    )
+
+
+def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """For each parameter group the names of its parameters in the model."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+
+
+def check_settings(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> None:
+    """Raise InputError for settings that no checkpoint can hold, before any training."""
+    to_json([*_settings(module, optimizer, scheduler)])
+
+
+def _of_groups(state: Any, places: Sequence[tuple[StageSettings, int] | None]) -> Any:
+    """A scheduler's state whose lists for each group are those of these groups."""
+    if isinstance(state, list):
+        return [_of_groups(item, places) for item in state]
+    if not isinstance(state, dict):
+        return state
+    found = {key: _of_groups(value, places) for key, value in state.items()}
+    for key in _GROUP_LISTS & found.keys():
+        known = [place for place in places if place is not None]
+        if isinstance(found[key], list) and known and len(found[key]) == len(known[0][0].groups):
+            setting = "lr" if key == "_last_lr" else "initial_lr"
+            found[key] = [
+                stage.groups[k].get(setting, stage.groups[k]["lr"]) for stage, k in known
+            ] or found[key]
+    return found
 
 
 def _files_in(part: Path) -> dict[str, str]:

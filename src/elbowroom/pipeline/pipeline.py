@@ -11,8 +11,10 @@ import torch
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.pipeline.checkpoint import Checkpoint, newest_checkpoint, save
+from elbowroom.pipeline.checkpoint import Checkpoint, check_settings, newest_checkpoint, save
+from elbowroom.pipeline.microbatches import check_microbatches
 from elbowroom.pipeline.options import LossFunction, StageOptions
+from elbowroom.pipeline.sameness import check_same_batch, make_equal
 from elbowroom.pipeline.split import split
 from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.worker import StageWorker
@@ -23,6 +25,7 @@ from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 from elbowroom.training.tracing import in_training
+from elbowroom.training.values import tensors_in
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 """Makes the scheduler of a stage's optimizer."""
@@ -123,11 +126,13 @@ class Pipeline:
         """
         inputs, targets = batch
         if self._built is None:
-            self._built = self._build(inputs)
+            self._built = self._build(batch)
         traced, module = self._built.traced, self._built.module
         self._num_steps += 1
         loaded = traced.named_inputs(inputs) if module.loads else {}
-        return self._built.worker.train_step([loaded[name] for name in module.loads], targets)
+        num_rows = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), None)
+        own = [loaded[name] for name in module.loads]
+        return self._built.worker.train_step(own, targets, num_rows)
 
     def drain(self) -> None:
         """Finish all minibatches in flight; every worker must call it. Then training may resume."""
@@ -142,6 +147,13 @@ class Pipeline:
         fit.
         """
         self._resumed = newest_checkpoint(folder)
+        if self._resumed is not None:
+            seed = self._resumed.index.run.get("seed", self._options.seed)
+            if seed != self._options.seed:
+                raise InputError(
+                    f"{folder} is of a run with seed {seed}: resume with that, or train in another "
+                    f"folder"
+                )
         self._num_steps = self._resumed.index.steps if self._resumed else 0
         return self._num_steps
 
@@ -162,6 +174,7 @@ class Pipeline:
             self._num_steps,
             self._built.worker.next_minibatch,
             is_writer=self.worker == self.pipe.workers(self.stage)[0],
+            run={"seed": self._options.seed},
         )
 
     def close(self) -> None:
@@ -179,10 +192,16 @@ class Pipeline:
                     f"'{self.semantics}' cannot keep apart: use --semantics flush"
                 )
 
-    def _build(self, inputs: Any) -> _Built:
+    def _build(self, batch: tuple[Any, Any]) -> _Built:
         """Trace the model with the first minibatch, keep this stage of it, and restore that."""
+        inputs = batch[0]
         self._check_model()
+        if self._resumed is None:
+            make_equal(self._model)
+        check_same_batch(batch)
         traced = trace_model(in_training(self._model), inputs)
+        if self._options.microbatches > 1:
+            check_microbatches(self._model, inputs, self._options.microbatches)
         module = split(traced, self.plan)[self.stage]
         kept = set(module.parameters())
         for parameter in self._model.parameters():
@@ -194,12 +213,13 @@ class Pipeline:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError("LBFGS computes the loss several times an update: take another")
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError("ReduceLROnPlateau needs a metric at every step: take another")
+        check_settings(module.body, optimizer, scheduler)
         next_minibatch = 0
         if self._resumed is not None:
-            self._resumed.restore(module.body, optimizer)
+            self._resumed.restore(module.body, optimizer, scheduler)
             next_minibatch = self._resumed.index.next_minibatch
-            if scheduler is not None:
-                scheduler.load_state_dict(self._resumed.index.settings["scheduler"])
         worker = StageWorker(
             module,
             self.pipe,

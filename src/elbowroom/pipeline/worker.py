@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from elbowroom.core.errors import InputError
+from elbowroom.pipeline.microbatches import microbatches
 from elbowroom.pipeline.options import LossFunction, StageOptions
 from elbowroom.pipeline.stage_actions import HANDLERS, Batch, Done, StageActions
 from elbowroom.pipeline.versions import Versions
@@ -85,20 +85,25 @@ class StageWorker:
         link_bytes = sum(link.buffer_bytes for link in self._actions.links)
         return link_bytes + self._actions.replicas.buffer_bytes
 
-    def train_step(self, inputs: Sequence[torch.Tensor], targets: object = None) -> float | None:
+    def train_step(
+        self,
+        inputs: Sequence[torch.Tensor],
+        targets: object = None,
+        num_rows: int | None = None,
+    ) -> float | None:
         """Feed one minibatch; every worker must be called with every one, in the same order.
 
         ``inputs`` are those of this stage, beside what it receives; only the last one reads
-        ``targets``. Gives the loss where the last stage has run the minibatch, else None; with
-        several microbatches, the mean over those run here.
+        ``targets``. Microbatches cut what has ``num_rows`` rows, by default as many as the first
+        input or target; all else goes with each of them. Gives the loss where the last stage has
+        run the minibatch, else None; with several microbatches, the mean over those run here.
         """
         inputs = tuple(tensor.detach() for tensor in inputs)
         count = self._num_parts
         if count == 1:
             return self._feed(Batch(inputs, targets))
-        parts = [_split(tensor, count) for tensor in inputs]
-        aims = _split(targets, count) if isinstance(targets, torch.Tensor) else [targets] * count
-        losses = [self._feed(Batch(tuple(p[n] for p in parts), aims[n])) for n in range(count)]
+        parts = microbatches((inputs, targets), count, num_rows)
+        losses = [self._feed(Batch(*part)) for part in parts]
         here = [loss for loss in losses if loss is not None]
         return sum(here) / len(here) if here else None
 
@@ -122,13 +127,3 @@ class StageWorker:
     def _carry_out(self, actions: Iterable[PipelineAction]) -> None:
         for action in actions:
             HANDLERS[type(action)](self._actions, action)
-
-
-def _split(tensor: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """Microbatches of equal size. Raises InputError for a minibatch that is no multiple."""
-    if len(tensor) % count:
-        raise InputError(
-            f"a minibatch of {len(tensor)} is not {count} equal microbatches: drop the last, or "
-            f"choose another number"
-        )
-    return list(tensor.chunk(count))

@@ -158,8 +158,9 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
         if (difference := _difference(reference, outcome)) is None:
             return graph
         failures.append(difference)
+    reasons = "; then ".join(dict.fromkeys(failures))
     raise UntraceableModelError(
-        f"the forward of {type(model).__name__} cannot be traced: {'; then '.join(dict.fromkeys(failures))}. "
+        f"the forward of {type(model).__name__} cannot be traced: {reasons}. "
         "Build the model as nn.Sequential of blocks, each of which is then one layer, or write the "
         "forward without it"
     )

@@ -1,0 +1,74 @@
+"""Minibatches cut into microbatches: which tensors are cut, and whether the model allows it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from elbowroom.core.errors import InputError
+from elbowroom.training.tracing import as_call, untouched
+from elbowroom.training.values import tensors_in
+
+_RELATIVE_ERROR = 1e-2
+
+
+def microbatches(batch: Any, count: int, num_rows: int | None = None) -> list[Any]:
+    """A minibatch cut into parts of equal size: its tensors of ``num_rows`` rows, in any structure.
+
+    ``num_rows`` None is the number of rows of the first tensor. Others are in each part whole.
+    Raises InputError for a minibatch that is no multiple.
+    """
+    if num_rows is None:
+        num_rows = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 0)
+    if num_rows % count:
+        raise InputError(
+            f"a minibatch of {num_rows} is not {count} equal microbatches: drop the last, or "
+            f"choose another number"
+        )
+    size = num_rows // count
+
+    def part(number: int) -> Any:
+        def cut(tensor: torch.Tensor) -> torch.Tensor:
+            is_whole = not tensor.ndim or len(tensor) != num_rows
+            return tensor if is_whole else tensor[number * size : (number + 1) * size]
+
+        return pytree.tree_map_only(torch.Tensor, cut, batch)
+
+    return [part(number) for number in range(count)]
+
+
+def check_microbatches(model: nn.Module, inputs: Any, count: int) -> None:
+    """Raise InputError if rows of a part are not what they are in the whole minibatch.
+
+    Compared in ``eval()``: dropout draws otherwise, and norms over a batch differ by design.
+    """
+    part = microbatches(inputs, count)[0]
+    modes = [(module, module.training) for module in model.modules()]
+    with untouched(model), torch.no_grad():
+        model.eval()
+        try:
+            whole, one = (tensors_in(_called(model, each)) for each in (inputs, part))
+        except Exception as error:
+            raise InputError(
+                f"the model does not run on a part of a minibatch: {error}: leave --microbatches 1"
+            ) from error
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    for of_whole, of_part in zip(whole, one, strict=True):
+        if of_whole.ndim and len(of_whole) == count * len(of_part):
+            expected, found = of_whole[: len(of_part)].double(), of_part.double()
+            if not (expected - found).norm() <= _RELATIVE_ERROR * expected.norm() + 1e-6:
+                raise InputError(
+                    "rows of a part of a minibatch are not what they are in the whole: an input "
+                    "that is not one of rows has as many (a mask, for example). Make it a buffer, "
+                    "or leave --microbatches 1"
+                )
+
+
+def _called(model: nn.Module, inputs: Any) -> Any:
+    call = as_call(inputs)
+    return model(*call.args, **call.kwargs)

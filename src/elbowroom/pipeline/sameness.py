@@ -1,0 +1,63 @@
+"""What all workers have to have alike before they train: weights, and the first minibatch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import distributed, nn
+
+from elbowroom.core.errors import InputError
+from elbowroom.training.values import tensors_in
+
+
+def make_equal(model: nn.Module) -> None:
+    """Give all workers the weights and buffers of the first, if theirs differ.
+
+    Every worker must call it. Raises InputError for models of other shapes.
+    """
+    tensors = [*(p.data for p in model.parameters()), *model.buffers()]
+    if _are_alike(tensors):
+        return
+    if not _are_alike([torch.tensor(list(map(hash, _shapes(tensors))))]):
+        raise InputError("make_model gives the workers models of different shapes: let it not")
+    if distributed.get_rank() == 0:
+        warnings.warn(
+            "make_model gives each worker other weights: those of the first are taken. Draw them "
+            "with torch's random numbers",
+            stacklevel=2,
+        )
+    with torch.no_grad():
+        for tensor in tensors:
+            distributed.broadcast(tensor, 0)
+
+
+def check_same_batch(batch: tuple[Any, Any]) -> None:
+    """Raise InputError if workers were given different minibatches. Every worker must call it."""
+    if not _are_alike(tensors_in(batch)):
+        raise InputError(
+            "make_batch gives each worker another minibatch: draw all that is random in it from "
+            "its generator, also what numpy and Python's random would draw"
+        )
+
+
+def _shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in tensors]
+
+
+def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether all workers have these values: equal sums, plain and weighted, stand for them."""
+    sums = [len(tensors), *(number for tensor in tensors for number in _digest(tensor))]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, [repr(number) for number in sums])
+    return all(other == found[0] for other in found)
+
+
+def _digest(tensor: torch.Tensor) -> tuple[float, ...]:
+    values = tensor.detach().flatten()
+    values = torch.view_as_real(values).flatten() if values.is_complex() else values
+    values = values.double()
+    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).sqrt()
+    return (*map(float, tensor.shape), float(values.sum()), float(values @ places))
