@@ -194,12 +194,16 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-def plan_of(stages: Sequence[Sequence[str]]) -> PipelinePlan:
-    """A straight plan of these layers, with no numbers in it."""
-    made = [StagePlan(tuple(names), (1,), 1, 0.0, 0.0, 1, 0, 0, 0, 0, 0) for names in stages]
+def plan_of(stages: Sequence[Sequence[str]], replicas: Sequence[int] | None = None) -> PipelinePlan:
+    """A plan of these layers, straight if no replicas are given, with no numbers in it."""
+    counts = replicas or [1] * len(stages)
+    made = [
+        StagePlan(tuple(names), (count,), count, 0.0, 0.0, 1, 0, 0, 0, 0, 0)
+        for names, count in zip(stages, counts, strict=True)
+    ]
     return PipelinePlan(
         stages=tuple(made),
-        levels=(Level(len(made), 1e9),),
+        levels=(Level(sum(counts), 1e9),),
         options=PipelineOptions(),
         seconds=0.0,
         traffic=(LevelTraffic("link", 0, 0),),

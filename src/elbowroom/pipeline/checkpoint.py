@@ -75,10 +75,10 @@ class Checkpoint:
 
         Raises InputError if the checkpoint is of another model, or damaged.
         """
-        others: dict[torch.Tensor, list[str]] = {}
+        names_of: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            others.setdefault(parameter.data, []).append(name)
-        aliases = {names[0]: names for names in others.values()}
+            names_of.setdefault(parameter, []).append(name)
+        aliases = {names[0]: names for names in names_of.values()}  # of tied weights
         for name, tensor in _weights(module).items():
             kept = [f"model.{one}" for one in aliases.get(name, [name])]
             found = next((one for one in kept if one in self.index.files), kept[0])

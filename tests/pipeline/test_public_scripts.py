@@ -1,0 +1,152 @@
+"""Scripts as people have them, trained in two stages: as the plain loop, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.training.script import load_script
+from elbowroom.training.tracing import as_call, in_training
+from tests.pipeline.members import Members
+from tests.pipeline.script_member import ScriptCase
+
+SCRIPTS = Path(__file__).parents[1] / "data" / "training"
+
+
+@pytest.fixture(scope="module")
+def members() -> Iterator[Members]:
+    members = Members("tests.pipeline.script_member")
+    yield members
+    members.end()
+
+
+Weights = dict[str, torch.Tensor]
+
+
+def trained(members: Members, folder: Path, case: ScriptCase) -> tuple[list[str], Weights]:
+    """What each worker was refused for, and the weights of all stages by name."""
+    folder.mkdir()
+    seen = members.run(case, folder)
+    weights: Weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    return [worker["error"] for worker in seen], weights
+
+
+def plain(path: Path, num_steps: int) -> Weights:
+    """Weights after a plain loop."""
+    script = load_script(path)
+    model = in_training(script.make_model(0))
+    optimizer = script.optimizer_fn(None)([p for p in model.parameters() if p.requires_grad])
+    scheduler = script.make_scheduler(optimizer, num_steps) if script.has_scheduler else None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_steps):
+        inputs, targets = script.make_batch(generator)
+        call = as_call(inputs)
+        script.loss_fn(model(*call.args, **call.kwargs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def check_same(found: Weights, path: Path, num_steps: int) -> None:
+    """They differ from those of a plain loop by less than 2 % of what they moved: roundings."""
+    expected, begin = plain(path, num_steps), plain(path, 0)
+    assert found.keys() == expected.keys()
+    moved = sum(float((expected[name] - begin[name]).square().sum()) for name in found)
+    off = sum(float((expected[name] - found[name]).square().sum()) for name in found)
+    assert moved > 0
+    assert off < 4e-4 * moved
+
+
+@pytest.mark.parametrize(
+    ("name", "microbatches"),
+    [
+        ("c16_frozen", 1),
+        ("c17_frozen_bn_eval", 1),
+        ("c56_maxnorm", 1),
+        ("c58_vq", 1),
+        ("c83_ema_late", 1),
+        ("c32_multiloss_mb", 4),
+        ("c86_mask_tt", 4),
+        ("c87_pos_ids", 4),
+    ],
+)
+def test_as_the_plain_loop(members: Members, tmp_path: Path, name: str, microbatches: int) -> None:
+    path = SCRIPTS / f"{name}.py"
+    case = ScriptCase(str(path), microbatches=microbatches)
+    errors, weights = trained(members, tmp_path / "run", case)
+    assert errors == ["", ""]
+    check_same(weights, path, case.num_steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "more"),
+    [
+        ("c10_lstm_stateful", "earlier calls", {}),
+        ("c14_layerdrop", "Python's random", {}),
+        ("c15_counter", "'step'", {}),
+        ("c31_npaug", "make_batch gives each worker another minibatch", {}),
+        ("c41_plateau", "ReduceLROnPlateau", {}),
+        ("c42_lbfgs", "LBFGS", {}),
+        ("c48_maskinput", "rows of a part of a minibatch", {"microbatches": 4}),
+        ("c56_maxnorm", "--semantics flush", {"semantics": "stash"}),
+    ],
+)
+def test_what_is_refused_by_name(
+    members: Members, tmp_path: Path, name: str, words: str, more: dict[str, object]
+) -> None:
+    case = ScriptCase(str(SCRIPTS / f"{name}.py"), num_stages=1, **more)  # type: ignore[arg-type]
+    if name == "c31_npaug":
+        case = ScriptCase(str(SCRIPTS / f"{name}.py"))
+    errors, weights = trained(members, tmp_path / "run", case)
+    assert all(words in error for error in errors), errors
+    assert not weights
+
+
+@pytest.mark.parametrize(
+    "name", ["c37_checkpoint_lrs", "c38_multistep", "c73_lrtensor", "c74_groups_resume"]
+)
+@pytest.mark.parametrize("num_stages", [2, 1])
+def test_a_resume_is_as_no_stop(
+    members: Members, tmp_path: Path, name: str, num_stages: int
+) -> None:
+    """Also on another number of stages, whose parameter groups are others."""
+    path = str(SCRIPTS / f"{name}.py")
+    kept = str(tmp_path / "kept")
+    first = ScriptCase(path, num_steps=9, saves=True, checkpoints=kept)
+    assert trained(members, tmp_path / "one", first)[0] == ["", ""]
+    rest = ScriptCase(path, num_stages, num_steps=18, checkpoints=kept, first=9)
+    errors, weights = trained(members, tmp_path / "two", rest)
+    assert set(errors) == {""}
+    check_same(weights, Path(path), 18)
+
+
+def test_replicas_that_were_made_differently_are_made_equal(
+    members: Members, tmp_path: Path
+) -> None:
+    case = ScriptCase(str(SCRIPTS / "c84_replicas_differ.py"), num_stages=1, num_replicas=2)
+    errors, _ = trained(members, tmp_path / "run", case)
+    assert errors == ["", ""]
+    one, other = (load_file(tmp_path / "run" / f"{number}.safetensors") for number in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_weights_of_tied_layers_go_back_into_the_model(members: Members, tmp_path: Path) -> None:
+    path = SCRIPTS / "c03_gpt2_tied.py"
+    case = ScriptCase(
+        str(path), num_stages=1, num_steps=2, saves=True, checkpoints=str(tmp_path / "kept")
+    )
+    assert trained(members, tmp_path / "run", case)[0] == [""]
+    checkpoint = newest_checkpoint(tmp_path / "kept")
+    assert checkpoint is not None
+    model = load_script(path).make_model(1)
+    checkpoint.load_weights(model)
+    check_same({name: p.detach() for name, p in model.named_parameters()}, path, 2)
