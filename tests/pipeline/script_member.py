@@ -28,8 +28,8 @@ from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.split import split
 from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.training.layers import trace_model
+from elbowroom.training.outcome import in_training
 from elbowroom.training.script import TrainingScript, load_script
-from elbowroom.training.tracing import in_training
 from tests.pipeline.models import plan_of
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.training.outcome import in_training
 from elbowroom.training.script import load_script
-from elbowroom.training.tracing import as_call, in_training
+from elbowroom.training.tracing import as_call
 from tests.pipeline.members import Members
 from tests.pipeline.script_member import ScriptCase
 

@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 from elbowroom.core.errors import UntraceableModelError
 from elbowroom.pipeline.split import split
 from elbowroom.training.layers import trace_model
+from elbowroom.training.outcome import in_training
 from elbowroom.training.script import load_script
-from elbowroom.training.tracing import as_call, find_graph, in_training
+from elbowroom.training.tracing import as_call, find_graph
 from tests.pipeline.models import plan_of
 
 SCRIPTS = Path(__file__).parents[1] / "data" / "training"

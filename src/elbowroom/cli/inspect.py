@@ -46,7 +46,9 @@ def add_inspect_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     status.add_argument("--json", action="store_true", help="for machines")
     results = add("results", _results, "print the result lines of what is finished so far")
     results.add_argument("output", type=Path, help="the --output of the run")
-    results.add_argument("--rows", choices=("all", "succeeded", "failed"), default="all")
+    results.add_argument(
+        "--rows", choices=("all", "succeeded", "failed"), default="all", help="which (default all)"
+    )
     verify = add("verify", _verify, "check that each row of the input has exactly one result")
     verify.add_argument("input", type=Path, nargs="+", help="OpenAI batch lines, of one job")
     verify.add_argument("output", type=Path, help="answers")

@@ -68,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_command(add)
     add_inspect_commands(add)
     add_plan_commands(add)
-    train = commands.add_parser("train", help="profile a model in training, split it, train it")
+    about = "profile a model in training, split it, train it"
+    train = commands.add_parser("train", help=about, description=f"{about.capitalize()}.")
     add_train_commands(
         partial(_add_command, train.add_subparsers(required=True, metavar="COMMAND"))
     )

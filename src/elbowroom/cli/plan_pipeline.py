@@ -69,8 +69,8 @@ def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--depth",
         type=count,
         default=1,
-        help="minibatches in flight, as a multiple of PipeDream's: 2 hides transfers, and costs "
-        "memory and newer weights (default 1)",
+        help="minibatches in flight, as a multiple of PipeDream's: 2 hides transfers, costs "
+        "memory, and weights are older (default 1)",
     )
     plan.add_argument(
         "--sort-by",

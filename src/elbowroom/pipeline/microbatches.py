@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.training.tracing import as_call, untouched
+from elbowroom.training.outcome import untouched
+from elbowroom.training.tracing import as_call
 from elbowroom.training.values import tensors_in
 
 _RELATIVE_ERROR = 1e-2

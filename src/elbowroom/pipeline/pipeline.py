@@ -21,10 +21,10 @@ from elbowroom.pipeline.worker import StageWorker
 from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.layers import trace_model
+from elbowroom.training.outcome import in_training
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
-from elbowroom.training.tracing import in_training
 from elbowroom.training.values import tensors_in
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]

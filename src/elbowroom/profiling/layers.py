@@ -23,10 +23,10 @@ from elbowroom.core.layer_graph import Layer, LayerGraph, LayerMemory
 from elbowroom.profiling.layer_memory import measure_memory
 from elbowroom.profiling.updates import update_seconds, with_updates
 from elbowroom.training.layers import trace_model
+from elbowroom.training.outcome import in_training, untouched
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import Part, StageModule, build_stage
 from elbowroom.training.traced import TracedLayer, TracedModel
-from elbowroom.training.tracing import in_training, untouched
 
 WARM_UP_SWEEPS = 2
 LEAST_SWEEPS = 5

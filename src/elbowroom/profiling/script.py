@@ -12,9 +12,9 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.profiling.background_load import background_load
 from elbowroom.profiling.layers import LEAST_SECONDS, LossFn, SweepLimits, measure
 from elbowroom.training.layers import trace_model
+from elbowroom.training.outcome import in_training
 from elbowroom.training.script import OptimizerFunction, load_script
 from elbowroom.training.traced import TracedModel
-from elbowroom.training.tracing import in_training
 
 
 @dataclass(frozen=True, eq=False)

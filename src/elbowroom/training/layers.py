@@ -21,8 +21,9 @@ import torch
 from torch import fx, nn
 
 from elbowroom.core.errors import UntraceableModelError
+from elbowroom.training.outcome import untouched
 from elbowroom.training.traced import TracedLayer, TracedModel
-from elbowroom.training.tracing import ModelGraph, find_graph, untouched
+from elbowroom.training.tracing import ModelGraph, find_graph
 from elbowroom.training.values import copy_of, tensors_in, value_of
 
 _OUTPUT = "output"

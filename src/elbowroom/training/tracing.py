@@ -19,7 +19,6 @@ from __future__ import annotations
 import inspect
 import linecache
 import logging
-import random
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,28 +28,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError
-from elbowroom.training.values import copy_of, tensors_in
-
-RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
-"""Tolerance of a graph against its model, in the norm: relative, or in roundings of the dtype.
-
-The larger of the two counts. The same kernels give the same bits, but not on every device, and
-export may choose other kernels.
-"""
-
-NUM_CALLS = 3
-"""Calls in a row that a graph and its model are compared in."""
-
-_PLAIN = (bool, int, float, str, type(None))
-_SHOWN = 3
+from elbowroom.training.outcome import difference, outcome_of, untouched
+from elbowroom.training.values import tensors_in
 
 _TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
+
+
 _STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
 
 
@@ -103,34 +91,6 @@ def as_call(inputs: Any) -> Call:
     return Call((inputs,), {})
 
 
-def in_training(model: nn.Module) -> nn.Module:
-    """The model in training mode. What a model that trains keeps in ``eval()`` itself stays so."""
-    return model if model.training else model.train()
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what runs and tracers change: buffers, attributes, modes, random numbers."""
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
-    devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=sorted(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        for module, attributes, buffers in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
 def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     """Find a graph that computes what the model does in its present mode.
 
@@ -139,7 +99,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     """
     with untouched(model):
         try:
-            reference = _outcome(model, lambda batch: _called(model, batch), inputs)
+            reference = outcome_of(model, lambda batch: _called(model, batch), inputs)
         except Exception as error:
             message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
             raise InputError(f"{message}{_where(error)}: change make_batch or the model") from error
@@ -151,13 +111,13 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
         try:
             with untouched(model):
                 graph = way(model, as_call(inputs))
-                outcome = _outcome(model, graph.run, inputs)
+                outcome = outcome_of(model, graph.run, inputs)
         except Exception as error:
             failures.append(f"{_first_line(error)}{_where(error)}")
             continue
-        if (difference := _difference(reference, outcome)) is None:
+        if (found := difference(reference, outcome)) is None:
             return graph
-        failures.append(difference)
+        failures.append(found)
     reasons = "; then ".join(dict.fromkeys(failures))
     raise UntraceableModelError(
         f"the forward of {type(model).__name__} cannot be traced: {reasons}. "
@@ -247,98 +207,6 @@ def _quiet() -> Iterator[None]:
 def _called(model: nn.Module, inputs: Any) -> Any:
     call = as_call(inputs)
     return model(*call.args, **call.kwargs)
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What calls in a row gave, and what they left behind.
-
-    Args:
-        calls: for each call its outputs, and the gradients of the sum of their squares.
-        buffers: the model's buffers after the calls.
-        attributes: numbers and texts on modules after the calls, by module and name.
-        draws: states of the generators of random numbers after the calls, by library.
-
-    """
-
-    calls: list[list[torch.Tensor | None]]
-    buffers: list[torch.Tensor]
-    attributes: dict[tuple[str, str], object]
-    draws: dict[str, object]
-
-
-def _outcome(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> _Outcome:
-    """Run several times in a row; all is as before afterwards."""
-    with untouched(model), torch.enable_grad():
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
-        calls = [_values_and_gradients(model, run, inputs) for _ in range(NUM_CALLS)]
-        return _Outcome(
-            calls,
-            [buffer.detach().clone() for buffer in model.buffers()],
-            _attributes(model),
-            {
-                "Python's random": random.getstate(),
-                "numpy": repr(np.random.get_state()),
-                "torch": torch.get_rng_state().tolist(),
-            },
-        )
-
-
-def _values_and_gradients(
-    model: nn.Module, run: Callable[[Any], Any], inputs: Any
-) -> list[torch.Tensor | None]:
-    outputs = tensors_in(run(copy_of(inputs)))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    losses = [x.square().sum() for x in outputs if x.requires_grad]
-    kept = [x.detach().clone() for x in outputs]
-    if not losses or not parameters:
-        return [*kept]
-    total = torch.stack([loss.double() for loss in losses]).sum()
-    return [*kept, *torch.autograd.grad(total, parameters, allow_unused=True)]
-
-
-def _attributes(model: nn.Module) -> dict[tuple[str, str], object]:
-    return {
-        (name, attribute): value
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, _PLAIN)
-    }
-
-
-def _difference(model: _Outcome, graph: _Outcome) -> str | None:
-    """What a graph does otherwise than its model, if anything."""
-    changed = [key for key, value in model.attributes.items() if graph.attributes.get(key) != value]
-    if changed:
-        names = ", ".join(f"'{'.'.join(filter(None, key))}'" for key in changed[:_SHOWN])
-        return f"the forward changes {names}, which a graph keeps as it is: make it a buffer"
-    for library, state in model.draws.items():
-        if graph.draws[library] != state:
-            return f"the forward draws from {library} by itself: use torch's functions in it"
-    for number, (one, other) in enumerate(zip(model.calls, graph.calls, strict=True)):
-        if len(one) != len(other) or not all(map(_is_close, one, other)):
-            if number:
-                return "the forward depends on earlier calls, which a graph does not: use buffers"
-            return "what was traced computes something else than the model"
-    if not all(map(_is_close, model.buffers, graph.buffers)):
-        return "what was traced leaves other buffers than the model"
-    return None
-
-
-def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    if torch.equal(one, other):
-        return True
-    if not one.is_floating_point():
-        return False
-    tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
-    one, other = (x.detach().double().nan_to_num() for x in (one, other))
-    return bool((one - other).norm() <= tolerance * one.norm())
 
 
 def _first_line(error: Exception) -> str:

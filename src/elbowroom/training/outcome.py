@@ -1,0 +1,148 @@
+"""What a model does in calls in a row, and what they leave behind, to be compared with a graph."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from elbowroom.training.values import copy_of, tensors_in
+
+RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
+"""Tolerance of a graph against its model, in the norm: relative, or in roundings of the dtype.
+
+The larger of the two counts. The same kernels give the same bits, but not on every device, and
+export may choose other kernels.
+"""
+
+NUM_CALLS = 3
+"""Calls in a row that a graph and its model are compared in."""
+
+_PLAIN = (bool, int, float, str, type(None))
+_SHOWN = 3
+
+
+def in_training(model: nn.Module) -> nn.Module:
+    """The model in training mode. What a model that trains keeps in ``eval()`` itself stays so."""
+    return model if model.training else model.train()
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put back what runs and tracers change: buffers, attributes, modes, random numbers."""
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=sorted(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        for module, attributes, buffers in modules:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What calls in a row gave, and what they left behind.
+
+    Args:
+        calls: for each call its outputs, and the gradients of the sum of their squares.
+        buffers: the model's buffers after the calls.
+        attributes: numbers and texts on modules after the calls, by module and name.
+        draws: states of the generators of random numbers after the calls, by library.
+
+    """
+
+    calls: list[list[torch.Tensor | None]]
+    buffers: list[torch.Tensor]
+    attributes: dict[tuple[str, str], object]
+    draws: dict[str, object]
+
+
+def outcome_of(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> Outcome:
+    """Run several times in a row; all is as before afterwards."""
+    with untouched(model), torch.enable_grad():
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        calls = [_values_and_gradients(model, run, inputs) for _ in range(NUM_CALLS)]
+        return Outcome(
+            calls,
+            [buffer.detach().clone() for buffer in model.buffers()],
+            _attributes(model),
+            {
+                "Python's random": random.getstate(),
+                "numpy": repr(np.random.get_state()),
+                "torch": torch.get_rng_state().tolist(),
+            },
+        )
+
+
+def _values_and_gradients(
+    model: nn.Module, run: Callable[[Any], Any], inputs: Any
+) -> list[torch.Tensor | None]:
+    outputs = tensors_in(run(copy_of(inputs)))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    losses = [x.square().sum() for x in outputs if x.requires_grad]
+    kept = [x.detach().clone() for x in outputs]
+    if not losses or not parameters:
+        return [*kept]
+    total = torch.stack([loss.double() for loss in losses]).sum()
+    return [*kept, *torch.autograd.grad(total, parameters, allow_unused=True)]
+
+
+def _attributes(model: nn.Module) -> dict[tuple[str, str], object]:
+    return {
+        (name, attribute): value
+        for name, module in model.named_modules()
+        for attribute, value in vars(module).items()
+        if isinstance(value, _PLAIN)
+    }
+
+
+def difference(model: Outcome, graph: Outcome) -> str | None:
+    """What a graph does otherwise than its model, if anything."""
+    changed = [key for key, value in model.attributes.items() if graph.attributes.get(key) != value]
+    if changed:
+        names = ", ".join(f"'{'.'.join(filter(None, key))}'" for key in changed[:_SHOWN])
+        return f"the forward changes {names}, which a graph keeps as it is: make it a buffer"
+    for library, state in model.draws.items():
+        if graph.draws[library] != state:
+            return f"the forward draws from {library} by itself: use torch's functions in it"
+    for number, (one, other) in enumerate(zip(model.calls, graph.calls, strict=True)):
+        if len(one) != len(other) or not all(map(_is_close, one, other)):
+            if number:
+                return "the forward depends on earlier calls, which a graph does not: use buffers"
+            return "what was traced computes something else than the model"
+    if not all(map(_is_close, model.buffers, graph.buffers)):
+        return "what was traced leaves other buffers than the model"
+    return None
+
+
+def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if torch.equal(one, other):
+        return True
+    if not one.is_floating_point():
+        return False
+    tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
+    one, other = (x.detach().double().nan_to_num() for x in (one, other))
+    return bool((one - other).norm() <= tolerance * one.norm())
