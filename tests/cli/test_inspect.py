@@ -51,6 +51,16 @@ def test_status(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -
     assert (status["state"], status["num_finished"], status["output_tokens"]) == ("finished", 3, 6)
 
 
+def test_the_folder_stands_for_its_output(
+    finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which is what a shell offers to complete."""
+    assert main(["status", f"{finished_job.output}.elbowroom", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert main(["status", str(finished_job.output), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
+
+
 def test_status_of_a_job_that_goes_on(
     finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]
 ) -> None:

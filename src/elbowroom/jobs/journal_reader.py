@@ -54,9 +54,14 @@ class JournalTotals:
 
 
 def journal_folder(output: Path) -> Path:
-    """The journal's folder beside ``output``. Raises InputError for a path without a file name."""
+    """The journal's folder beside ``output``, or ``output`` itself if it is that folder.
+
+    Raises InputError for a path without a file name.
+    """
     if not output.name:
         raise InputError(f"'{output}' is no file: name the --output of a run, as it was given")
+    if output.suffix == ".elbowroom" and output.is_dir():
+        return output
     return output.with_name(f"{output.name}.elbowroom")
 
 
