@@ -89,9 +89,10 @@ def test_plan_pipeline(tmp_path: Path) -> None:
 
 def test_check_verify_status_and_results(tmp_path: Path) -> None:
     given = DEMO / "requests.jsonl"
-    said = elbowroom("check", given, "--model", DEMO / "model", "--no-tokens", cwd=tmp_path)
+    demo = ("--model", DEMO / "model", "--served-model-name", "demo")
+    said = elbowroom("check", given, *demo, "--no-tokens", cwd=tmp_path)
     assert "500 in" in said
-    said = elbowroom("check", given, "--model", DEMO / "model", cwd=tmp_path, code=2)
+    said = elbowroom("check", given, *demo, cwd=tmp_path, code=2)
     assert "needs transformers" in said
     assert "--no-tokens" in said
     made = python("-c", JOURNAL, given, "out.jsonl", cwd=tmp_path)

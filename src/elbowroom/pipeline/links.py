@@ -18,6 +18,7 @@ import torch
 from torch import distributed
 
 from elbowroom.core.errors import ElbowroomError, PeerLostError
+from elbowroom.training.values import MOST_DIMENSIONS
 
 _DTYPES = (
     torch.float32,
@@ -30,8 +31,8 @@ _DTYPES = (
 )
 """Types of tensors that can be sent; a header names them by number."""
 
-_MOST_TENSORS, _MOST_DIMENSIONS = 32, 6
-_TENSOR_SIZE = 3 + _MOST_DIMENSIONS
+_MOST_TENSORS = 32
+_TENSOR_SIZE = 3 + MOST_DIMENSIONS
 _HEADER_SIZE = 2 + _MOST_TENSORS * _TENSOR_SIZE
 _CLOSE = -1
 """Stands in a header in place of the minibatch: no message will follow."""
@@ -299,13 +300,13 @@ def _header(minibatch: int, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The header of a message. Raises ElbowroomError for tensors that it cannot describe."""
     fields = [minibatch, len(tensors)]
     for tensor in tensors:
-        if tensor.dim() > _MOST_DIMENSIONS or tensor.dtype not in _DTYPES:
+        if tensor.dim() > MOST_DIMENSIONS or tensor.dtype not in _DTYPES:
             raise ElbowroomError(
                 f"a tensor of {tensor.dim()} dimensions and {tensor.dtype} crosses a cut: at most "
-                f"{_MOST_DIMENSIONS} dimensions of common types can be sent"
+                f"{MOST_DIMENSIONS} dimensions of common types can be sent"
             )
         fields += [_DTYPES.index(tensor.dtype), tensor.requires_grad, tensor.dim(), *tensor.shape]
-        fields += [0] * (_MOST_DIMENSIONS - tensor.dim())
+        fields += [0] * (MOST_DIMENSIONS - tensor.dim())
     if len(fields) > _HEADER_SIZE:
         raise ElbowroomError(
             f"{len(tensors)} tensors cross one cut, {_MOST_TENSORS} can: cut the model elsewhere"

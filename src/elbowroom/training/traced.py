@@ -48,7 +48,7 @@ class TracedLayer:
 
 
 class Tied(NamedTuple):
-    """A parameter, or running statistics, that several layers share."""
+    """What several layers share, and so must have in one stage, by its name."""
 
     name: str
     layers: tuple[str, ...]
@@ -84,10 +84,12 @@ class TracedModel:
 
     @property
     def tied(self) -> tuple[Tied, ...]:
-        """Parameters and running statistics that several layers share."""
+        """Parameters, running statistics, and outputs that cannot be sent, with all their users."""
         users: dict[str, list[str]] = {}
+        unsent = {layer.name for layer in self.layers if layer.value and layer.value.is_unsendable}
         for layer in self.layers:
-            for name in layer.state:
+            used = (*layer.state, *(name for name in layer.sources if name in unsent))
+            for name in (*used, *([layer.name] if layer.name in unsent else [])):
                 users.setdefault(name, []).append(layer.name)
         return tuple(Tied(name, tuple(who)) for name, who in users.items() if len(who) > 1)
 

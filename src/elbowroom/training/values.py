@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree as pytree
 
+MOST_DIMENSIONS = 6
+"""Most dimensions of a tensor that goes from stage to stage."""
+
 
 class TensorFacts(NamedTuple):
     """Facts about a tensor that goes from layer to layer, as seen with the traced batch.
@@ -50,6 +53,14 @@ class Value:
     def num_bytes(self) -> int:
         """Size of all tensors together."""
         return sum(tensor.num_bytes for tensor in self.tensors)
+
+    @property
+    def is_unsendable(self) -> bool:
+        """Whether it has a tensor that no message between stages can describe."""
+        return any(
+            tensor.dtype.is_complex or len(tensor.shape) > MOST_DIMENSIONS
+            for tensor in self.tensors
+        )
 
     @property
     def is_plain(self) -> bool:
