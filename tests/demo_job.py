@@ -39,7 +39,7 @@ class DemoJob:
         self.run: subprocess.Popen[str]
 
     def start(self, pool: str = "streamed") -> None:
-        """Of a pool that is ``shipped``, every batch that fits a buffer is shipped."""
+        """Begin a run. In a ``shipped`` pool every batch that fits a buffer is shipped."""
         files = ("--input", str(DEMO / "requests.jsonl"), "--output", str(self.output))
         command = [sys.executable, "-m", "elbowroom", "run", *files]
         if pool == "shipped":

@@ -221,8 +221,7 @@ def test_what_is_not_ours_is_left_alone(
 
 def test_errors_that_are_not_ours_beside_a_job_of_ours(jobs: Jobs) -> None:
     assert jobs.run("f02_part1.jsonl") == 0
-    other = jobs.folder / "e.jsonl"
-    other.write_text("mine\n")
+    (other := jobs.folder / "e.jsonl").write_text("mine\n")
     assert jobs.run("f02_part1.jsonl", more=("--errors", str(other))) == 2
     assert other.read_text() == "mine\n"
 
