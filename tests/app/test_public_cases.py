@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,59 +15,13 @@ import pytest
 
 import elbowroom
 from elbowroom.cli.main import main
-from elbowroom.core.errors import InputError, OutputError
+from elbowroom.core.errors import InputError
 from elbowroom.jobs.identity import job_identity
-from elbowroom.jobs.job import Job
-from elbowroom.jobs.journal_reader import journal_folder
 from elbowroom.jobs.report import JobReport
-from elbowroom.jobs.runner import run_job
 from elbowroom.plans.pool import EngineOptions
+from tests.app.stub_command import CASES, ROOT, Jobs
 from tests.jobs.plans import write_batch
 from tests.tiny_model import write_model
-
-ROOT = Path(__file__).parents[2]
-CASES = ROOT / "tests" / "data" / "batch"
-
-
-class Jobs:
-    """``elbowroom run`` on a small model whose replicas are stubs, in a folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.model = folder / "model"
-        self.output = folder / "out.jsonl"
-        self.num_started = 0
-        self.stub: list[str] = []
-        write_model(self.model)
-
-    def flags(self, *names: str | Path) -> list[str]:
-        files = [str(CASES / name) for name in names]
-        return ["--model", str(self.model), "--input", *files, "--output", str(self.output)]
-
-    def run(self, *names: str | Path, more: tuple[str, ...] = ()) -> int:
-        small = ("--memory", "64MiB", "--max-num-batched-tokens", "64", "--max-num-seqs", "4")
-        return main(["run", *self.flags(*names), *small, *more])
-
-    def ids(self, name: str = "out.jsonl") -> list[str]:
-        return [line["custom_id"] for line in self.lines(name)]
-
-    def lines(self, name: str = "out.jsonl") -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_bytes().split(b"\n")[:-1]]
-
-
-@pytest.fixture
-def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Jobs:
-    jobs = Jobs(tmp_path)
-
-    async def run_with_stub(job: Job) -> JobReport:
-        jobs.num_started += 1
-        command = [sys.executable, "-m", "tests.jobs.stub_replica", *jobs.stub]
-        return await run_job(job, command)
-
-    monkeypatch.setattr("elbowroom.app.batch.run_job", run_with_stub)
-    monkeypatch.chdir(ROOT)
-    return jobs
-
 
 Check = Callable[..., dict[str, Any]]
 
@@ -113,6 +65,8 @@ def test_another_model_is_known_before_the_start(
     assert jobs.num_started == 0
     assert "--served-model-name gpt-4o-mini" in capsys.readouterr().err
     assert check(name, "--served-model-name", "gpt-4o-mini", code=0)["warnings"] == []
+    other = ("--", "--served-model-name", "gpt-4o-mini")
+    assert check(name, *other, code=0)["warnings"] == []
     assert jobs.run(name, more=("--served-model-name", "gpt-4o-mini")) == 0
     assert jobs.ids() == ["r0", "r1", "r2"]
 
@@ -154,6 +108,16 @@ def test_an_id_that_can_be_read_is_used(jobs: Jobs, check: Check) -> None:
     assert set(codes(check(name))) == {"nan", "huge", "half"}
     assert jobs.run(name) == 3
     assert jobs.ids("out.errors.jsonl") == ["nan", "huge", "half"]
+
+
+def test_an_id_goes_to_the_line_that_can_be_answered(jobs: Jobs) -> None:
+    good = json.dumps(
+        {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+    )
+    (jobs.folder / "in.jsonl").write_text(f'{{"custom_id": "a", "x": NaN}}\n{good}\n')
+    assert jobs.run(jobs.folder / "in.jsonl") == 3
+    assert jobs.ids() == ["a"]
+    assert jobs.ids("out.errors.jsonl") == ["line-1"]
 
 
 def test_results_have_no_line_ends_but_their_own(jobs: Jobs) -> None:
@@ -204,110 +168,6 @@ def test_clusters_that_cannot_be(name: str, capsys: pytest.CaptureFixture[str]) 
     assert ("memory_fraction" if "fraction" in name else "colour") in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl", "out.report.json"])
-def test_what_is_not_ours_is_left_alone(
-    jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    foreign = jobs.folder / name
-    foreign.write_text("mine\n")
-    assert jobs.run("f02_part1.jsonl") == 2
-    assert "--overwrite" in capsys.readouterr().err
-    assert foreign.read_text() == "mine\n"
-    assert jobs.num_started == 0
-    assert jobs.run("f02_part1.jsonl", more=("--overwrite",)) == 0
-    assert jobs.run("f02_part1.jsonl") == 0, "now it is ours"
-    assert jobs.ids() == ["p1"]
-
-
-def test_errors_that_are_not_ours_beside_a_job_of_ours(jobs: Jobs) -> None:
-    assert jobs.run("f02_part1.jsonl") == 0
-    (other := jobs.folder / "e.jsonl").write_text("mine\n")
-    assert jobs.run("f02_part1.jsonl", more=("--errors", str(other))) == 2
-    assert other.read_text() == "mine\n"
-
-
-@pytest.mark.parametrize("output", ["-", "s3://bucket/out.jsonl"])
-def test_outputs_that_are_no_files(
-    jobs: Jobs, output: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(jobs.folder)
-    before = sorted(jobs.folder.iterdir())
-    with pytest.raises(OutputError):
-        elbowroom.run_batch(jobs.model, CASES / "f02_part1.jsonl", output)
-    assert sorted(jobs.folder.iterdir()) == before
-
-
-def test_failed_rows_are_tried_again(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_batch(jobs.folder / "in.jsonl", 40)
-    jobs.stub = ["--refuses", "10"]
-    assert jobs.run(path) == 3
-    failed = jobs.ids("out.errors.jsonl")
-    assert len(failed) == 4
-    jobs.stub = []
-    capsys.readouterr()
-    assert jobs.run(path) == 3
-    assert "4 rows have failed: --retry-failed" in capsys.readouterr().err
-    assert jobs.run(path, more=("--retry-failed",)) == 0
-    assert "4 rows that failed are tried again" in capsys.readouterr().err
-    assert jobs.ids() == [f"id-{index}" for index in range(40)]
-    assert not (jobs.folder / "out.errors.jsonl").exists()
-    report = json.loads((jobs.folder / "out.report.json").read_text())
-    assert report["num_resumed"] == 36
-
-
-def test_what_failed_by_a_flag_is_tried_again_with_another(jobs: Jobs) -> None:
-    path = write_batch(jobs.folder / "in.jsonl", 40)
-    jobs.stub = ["--refuses", "10"]
-    assert jobs.run(path) == 3
-    jobs.stub = []
-    assert jobs.run(path, more=("--served-model-name", "other")) == 0
-    assert len(jobs.ids()) == 40
-
-
-def test_another_job_may_follow_one_without_answers(jobs: Jobs) -> None:
-    path = write_batch(jobs.folder / "in.jsonl", 4)
-    jobs.stub = ["--refuses", "1"]
-    assert jobs.run(path) == 3
-    jobs.stub = []
-    assert jobs.run(path, more=("--seed", "1")) == 0
-    assert jobs.run(path, more=("--seed", "2")) == 2, "these have answers"
-
-
-def rewritten(path: Path, write: Callable[[Any], str]) -> None:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(f"{write(row)}\n" for row in rows))
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda row: json.dumps(row, separators=(",", ":")),
-        lambda row: json.dumps(row, sort_keys=True, indent=None),
-        lambda row: json.dumps({**row, "body": {**row["body"], "max_tokens": 8.0}}),
-        lambda row: json.dumps(dict(reversed(row.items()))),
-    ],
-    ids=["compact", "sorted", "floats", "reversed"],
-)
-def test_an_input_that_is_written_anew_is_the_same(jobs: Jobs, write: Callable[[Any], str]) -> None:
-    path = write_batch(jobs.folder / "in.jsonl", 20)
-    assert jobs.run(path) == 0
-    rewritten(path, write)
-    with path.open("a") as file:
-        file.write(path.read_text().splitlines()[0].replace("id-0", "new") + "\n")
-    jobs.stub = ["--log", str(jobs.folder / "answered")]
-    assert jobs.run(path) == 0
-    assert (jobs.folder / "answered").read_text().split() == ["20"]
-    assert jobs.ids() == [*(f"id-{index}" for index in range(20)), "new"]
-    assert jobs.run(path) == 0, "and again, by its new bytes"
-
-
-def test_a_changed_request_is_refused(jobs: Jobs) -> None:
-    path = write_batch(jobs.folder / "in.jsonl", 4)
-    assert jobs.run(path) == 0
-    rewritten(path, lambda row: json.dumps({**row, "body": {**row["body"], "max_tokens": 9}}))
-    assert jobs.run(path) == 2
-
-
 @pytest.mark.parametrize(
     ("url", "known"),
     [
@@ -325,16 +185,6 @@ def test_endpoints_by_other_names(
     (tmp_path / "in.jsonl").write_text(json.dumps(row))
     found = check(str(tmp_path / "in.jsonl"), "--", "--runner", "any", code=0)
     assert found["urls"] == {known or "/v1/chat/completions": 1}
-
-
-def test_results_may_be_read_by_whom_the_umask_says(jobs: Jobs) -> None:
-    before = os.umask(0o027)
-    try:
-        assert jobs.run("f02_part1.jsonl") == 0
-    finally:
-        os.umask(before)
-    assert jobs.output.stat().st_mode & 0o777 == 0o640
-    assert journal_folder(jobs.output).stat().st_mode & 0o777 == 0o700
 
 
 def test_a_batch_inside_a_running_loop(jobs: Jobs) -> None:

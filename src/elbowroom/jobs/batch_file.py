@@ -54,10 +54,10 @@ Visitor = Callable[[Row | RejectedRow], None]
 class BatchFile:
     """A batch file after one pass over it: its rows can be read in any order.
 
-    Of several lines with one ``custom_id`` the first is answered. The others, and lines without an
-    id, are rejected under made-up ids (``line-17``) that no line of the file uses, so that each id
-    is in the results once. Takes 29 bytes per row. Keeps the file open, so replacing it meanwhile
-    does no harm. Use as a context manager.
+    Of several lines with one ``custom_id`` the first that is JSON is answered. The others, and
+    lines without an id, are rejected under made-up ids (``line-17``) that no line of the file uses,
+    so that each id is in the results once. Takes 29 bytes per row. Keeps the file open, so
+    replacing it meanwhile does no harm. Use as a context manager.
     """
 
     def __init__(self, source: BatchInput | Path, limits: RowLimits | None = None) -> None:
@@ -87,7 +87,7 @@ class BatchFile:
     def scan(self, *visitors: Visitor) -> BatchFile:
         """Find the rows, and ids that occur twice. Raises InputError when there are no rows."""
         id_hashes = array("Q")
-        has_id = bytearray()
+        has_id, is_read = bytearray(), bytearray()
         for line in self._lines():
             index = len(self._offsets)
             self._offsets.append(line.offset)
@@ -103,6 +103,7 @@ class BatchFile:
                 custom_id = _id_of(line, data)
                 row = self._rejected(index, line, custom_id or "", rejection)
             has_id.append(custom_id is not None)
+            is_read.append(data is not None)
             id_hashes.append(0 if custom_id is None else hash_id(custom_id))
             if custom_id is not None:
                 self._made_up_prefix = _free_prefix(self._made_up_prefix, custom_id)
@@ -111,10 +112,12 @@ class BatchFile:
         if not self._offsets:
             raise InputError(f"{self.name} has no rows: give one JSON request per line")
         self._id_hashes = np.frombuffer(id_hashes, np.uint64)
-        usable = np.frombuffer(has_id, bool)
-        _, first = np.unique(self._id_hashes[usable], return_index=True)
+        usable, read = np.frombuffer(has_id, bool), np.frombuffer(is_read, bool)
+        # A line that is no JSON has its id only if no other line has.
+        lines = np.concatenate([np.flatnonzero(usable & read), np.flatnonzero(usable & ~read)])
+        _, first = np.unique(self._id_hashes[lines], return_index=True)
         self._has_own_id = np.zeros(len(usable), bool)
-        self._has_own_id[np.flatnonzero(usable)[first]] = True
+        self._has_own_id[lines[first]] = True
         return self
 
     @property

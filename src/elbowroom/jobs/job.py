@@ -14,7 +14,7 @@ from rich.console import Console
 from elbowroom.core.options import option
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import OnCommit
-from elbowroom.jobs.journal_reader import journal_folder
+from elbowroom.jobs.journal_reader import journal_folder, place_of
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.preflight import FileSummary
 from elbowroom.jobs.rows import BYTES_PER_TOKEN
@@ -37,8 +37,8 @@ class JobFiles:
 
     @property
     def written(self) -> list[str]:
-        """Whole paths of the results."""
-        return [str(path.resolve()) for path in (self.output, self.errors, self.report)]
+        """The results, as ``place_of`` names them."""
+        return [place_of(path, self.output) for path in (self.output, self.errors, self.report)]
 
     @property
     def log_folder(self) -> Path:

@@ -111,8 +111,13 @@ class JournalReader:
             os.close(descriptor)
 
 
+def place_of(path: Path, output: Path) -> str:
+    """A path as seen from the output's folder: a job may be moved with its files."""
+    return os.path.relpath(path.resolve(), output.parent.resolve())
+
+
 def written_files(output: Path) -> set[str] | None:
-    """The files that runs of the job with this output write, as whole paths. Empty without a job.
+    """Results that runs of the job with this output write, by ``place_of``. Empty without a job.
 
     None when the journal cannot be read.
     """

@@ -15,6 +15,9 @@ _MAX_NAMES = 1000
 """Most names that are counted one by one: a file may have any number of them."""
 
 _MAX_SHOWN = 5
+_NAMES = ("--lora", "--served-model-name")
+"""Options of vLLM by which a model has other names, too."""
+
 _RUNNERS = ("--runner", "--convert", "--task")
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
@@ -70,7 +73,7 @@ def warnings(
     """
     if summary.ignored:
         yield Warned(f"vLLM ignores these fields: {_named(summary.ignored)}", 0)
-    if served and not any(option.startswith("--lora") for option in vllm_options):
+    if served and not any(option.startswith(_NAMES) for option in vllm_options):
         others = Counter({n: count for n, count in summary.models.items() if n not in served})
         if others:
             flags = " ".join(f"--served-model-name {name}" for name in list(others)[:_MAX_SHOWN])

@@ -14,7 +14,7 @@ from elbowroom.core.errors import OutputError
 from elbowroom.core.files import check_writable, explained_writes, publish_file, staged_file
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
-from elbowroom.jobs.journal_reader import written_files
+from elbowroom.jobs.journal_reader import place_of, written_files
 from elbowroom.jobs.verify import verify_results
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
@@ -81,7 +81,7 @@ def check_paths(
     check_writable((output, errors, report))
     own = None if overwrite else written_files(output)
     for _, path in written:
-        if own is not None and path.exists() and str(path.resolve()) not in own:
+        if own is not None and path.exists() and place_of(path, output) not in own:
             raise OutputError(
                 f"{path} is there, and no run of this job wrote it: name another file, remove it, "
                 f"or give --overwrite"

@@ -1,0 +1,141 @@
+"""The same job again: what is kept, tried again, refused, and never replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elbowroom
+from elbowroom.core.errors import OutputError
+from elbowroom.jobs.journal_reader import journal_folder
+from tests.app.stub_command import CASES, Jobs
+from tests.jobs.plans import write_batch
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.errors.jsonl", "out.report.json"])
+def test_what_is_not_ours_is_left_alone(
+    jobs: Jobs, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = jobs.folder / name
+    foreign.write_text("mine\n")
+    assert jobs.run("f02_part1.jsonl") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert foreign.read_text() == "mine\n"
+    assert jobs.num_started == 0
+    assert jobs.run("f02_part1.jsonl", more=("--overwrite",)) == 0
+    assert jobs.run("f02_part1.jsonl") == 0, "now it is ours"
+    assert jobs.ids() == ["p1"]
+
+
+def test_a_job_may_be_moved_with_its_files(jobs: Jobs) -> None:
+    assert jobs.run("f02_part1.jsonl") == 0
+    for name in ("out.jsonl", "out.report.json", "out.jsonl.elbowroom"):
+        (jobs.folder / "moved").mkdir(exist_ok=True)
+        (jobs.folder / name).rename(jobs.folder / "moved" / name)
+    jobs.output = jobs.folder / "moved" / "out.jsonl"
+    assert jobs.run("f02_part1.jsonl", "f02_part2.jsonl") == 0
+    assert jobs.ids("moved/out.jsonl") == ["p1", "p2"]
+
+
+def test_errors_that_are_not_ours_beside_a_job_of_ours(jobs: Jobs) -> None:
+    assert jobs.run("f02_part1.jsonl") == 0
+    (other := jobs.folder / "e.jsonl").write_text("mine\n")
+    assert jobs.run("f02_part1.jsonl", more=("--errors", str(other))) == 2
+    assert other.read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("output", ["-", "s3://bucket/out.jsonl"])
+def test_outputs_that_are_no_files(
+    jobs: Jobs, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(jobs.folder)
+    before = sorted(jobs.folder.iterdir())
+    with pytest.raises(OutputError):
+        elbowroom.run_batch(jobs.model, CASES / "f02_part1.jsonl", output)
+    assert sorted(jobs.folder.iterdir()) == before
+
+
+def test_failed_rows_are_tried_again(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 40)
+    jobs.stub = ["--refuses", "10"]
+    assert jobs.run(path) == 3
+    failed = jobs.ids("out.errors.jsonl")
+    assert len(failed) == 4
+    jobs.stub = []
+    capsys.readouterr()
+    assert jobs.run(path) == 3
+    assert "4 rows have failed: --retry-failed" in capsys.readouterr().err
+    assert jobs.run(path, more=("--retry-failed",)) == 0
+    assert "4 rows that failed are tried again" in capsys.readouterr().err
+    assert jobs.ids() == [f"id-{index}" for index in range(40)]
+    assert not (jobs.folder / "out.errors.jsonl").exists()
+    report = json.loads((jobs.folder / "out.report.json").read_text())
+    assert report["num_resumed"] == 36
+
+
+def test_what_failed_by_a_flag_is_tried_again_with_another(jobs: Jobs) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 40)
+    jobs.stub = ["--refuses", "10"]
+    assert jobs.run(path) == 3
+    jobs.stub = []
+    assert jobs.run(path, more=("--served-model-name", "other")) == 0
+    assert len(jobs.ids()) == 40
+
+
+def test_another_job_may_follow_one_without_answers(jobs: Jobs) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 4)
+    jobs.stub = ["--refuses", "1"]
+    assert jobs.run(path) == 3
+    jobs.stub = []
+    assert jobs.run(path, more=("--seed", "1")) == 0
+    assert jobs.run(path, more=("--seed", "2")) == 2, "these have answers"
+
+
+def rewritten(path: Path, write: Callable[[Any], str]) -> None:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{write(row)}\n" for row in rows))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda row: json.dumps(row, separators=(",", ":")),
+        lambda row: json.dumps(row, sort_keys=True, indent=None),
+        lambda row: json.dumps({**row, "body": {**row["body"], "max_tokens": 8.0}}),
+        lambda row: json.dumps(dict(reversed(row.items()))),
+    ],
+    ids=["compact", "sorted", "floats", "reversed"],
+)
+def test_an_input_that_is_written_anew_is_the_same(jobs: Jobs, write: Callable[[Any], str]) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 20)
+    assert jobs.run(path) == 0
+    rewritten(path, write)
+    with path.open("a") as file:
+        file.write(path.read_text().splitlines()[0].replace("id-0", "new") + "\n")
+    jobs.stub = ["--log", str(jobs.folder / "answered")]
+    assert jobs.run(path) == 0
+    assert (jobs.folder / "answered").read_text().split() == ["20"]
+    assert jobs.ids() == [*(f"id-{index}" for index in range(20)), "new"]
+    assert jobs.run(path) == 0, "and again, by its new bytes"
+
+
+def test_a_changed_request_is_refused(jobs: Jobs) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 4)
+    assert jobs.run(path) == 0
+    rewritten(path, lambda row: json.dumps({**row, "body": {**row["body"], "max_tokens": 9}}))
+    assert jobs.run(path) == 2
+
+
+def test_results_may_be_read_by_whom_the_umask_says(jobs: Jobs) -> None:
+    before = os.umask(0o027)
+    try:
+        assert jobs.run("f02_part1.jsonl") == 0
+    finally:
+        os.umask(before)
+    assert jobs.output.stat().st_mode & 0o777 == 0o640
+    assert journal_folder(jobs.output).stat().st_mode & 0o777 == 0o700
