@@ -5,10 +5,10 @@ Each function returns one Markdown table; ``TABLES`` names them for ``tools.make
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from typing import Any
 
-from tools.results import RESULTS, load, over, ratios, table, where
+from tools.results import all_of, load, over, ratios, table, where
 
 
 def default_run() -> str:
@@ -33,21 +33,23 @@ def default_run() -> str:
 
 
 def against() -> str:
-    """Speed of the newest version over the one before."""
-    values: dict[str, list[float]] = {}
-    for path in sorted(RESULTS.glob("against-*.json")):
-        data = json.loads(path.read_text())
-        for name in ("run", "check", "start"):
-            if name in data:
-                pairs = data[name]["seconds_before_and_now"]
-                values.setdefault(name, []).extend(before / now for before, now in pairs)
+    """Speed against an earlier version, by the newest measurement of each part."""
     names = {
         "run": "rows/s with an engine that takes no time",
         "check": "`check`, lines/s",
         "start": "start of 2 replicas",
     }
-    rows = ((names[name], ratios(found)) for name, found in values.items())
-    return table(("this version over the one before", "median (rounds)"), rows)
+    newest: dict[str, dict[str, Any]] = {}
+    for data in all_of("against"):
+        newest |= {part: data for part in names if part in data}
+    rows = (
+        (
+            f"{names[part]} ({data['date']}, commit {data['commit'][:7]} over {data['against'][:7]})",
+            ratios(before / now for before, now in data[part]["seconds_before_and_now"]),
+        )
+        for part, data in newest.items()
+    )
+    return table(("one version over an earlier one", "median (rounds)"), rows)
 
 
 def pool() -> str:

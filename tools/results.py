@@ -12,14 +12,22 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 
-def load(name: str) -> dict[str, Any]:
-    """The newest results of one benchmark."""
-    found = list(RESULTS.glob(f"{name}-20*.json"))
+def all_of(name: str) -> list[dict[str, Any]]:
+    """All results of one benchmark, the newest last."""
+    found = sorted(RESULTS.glob(f"{name}-20*.json"), key=_date_and_number)
     if not found:
         raise SystemExit(f"no results of {name} in {RESULTS}: run python -m bench.{name}")
-    newest = max(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path.stem)])
-    data: dict[str, Any] = json.loads(newest.read_text())
-    return data
+    return [json.loads(path.read_text()) for path in found]
+
+
+def load(name: str) -> dict[str, Any]:
+    """The newest results of one benchmark."""
+    return all_of(name)[-1]
+
+
+def _date_and_number(path: Path) -> list[int]:
+    """Date of ``NAME-2026-11-26-2.json``, and the number that tells those of a day apart."""
+    return [int(part) for part in re.findall(r"\d+", path.stem)]
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -131,7 +131,7 @@ def test_any_file_gives_each_row_once_also_in_two_runs(
         except InputError as error:
             if "has no rows" in str(error):
                 assert not part.removeprefix(b"\xef\xbb\xbf").strip()
-            else:  # the row that was cut was a row all the same
+            elif not is_no_text(part):  # the row that was cut was a row all the same
                 assert "is gone or changed" in str(error)
             continue
         with BatchFile(tmp_path / "in") as batch:

@@ -252,7 +252,7 @@ def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
         reject("invalid_custom_id", "'custom_id' must be a non-empty string")
     if data.get("method") != "POST":
         reject("invalid_method", f"'method' must be POST, not {shown(data.get('method'))}")
-    known = _known_url(url)
+    known = url if isinstance(url, str) and url in SUPPORTED_URLS else _known_url(url)
     if known is None:
         supported = ", ".join(sorted(SUPPORTED_URLS))
         reject("invalid_url", f"'url' must be one of {supported}, not {shown(url)}")
@@ -263,11 +263,9 @@ def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
 
 
 def _known_url(url: Any) -> str | None:
-    """The endpoint that a URL names, also by Azure's names: with a deployment, or no version."""
+    """The endpoint that a URL of Azure's means: it has a deployment, or no version."""
     if not isinstance(url, str):
         return None
-    if url in SUPPORTED_URLS:
-        return url
     path = _DEPLOYMENT.sub("", url.partition("?")[0]) if len(url) < _MAX_URL else ""
     return f"/v1{path}" if f"/v1{path}" in SUPPORTED_URLS else None
 
@@ -278,8 +276,10 @@ def _check_body(body: dict[str, Any]) -> None:
         reject("stream_unsupported", "'stream' has no meaning in a batch: remove it")
     if body.get("encoding_format") in ("bytes", "bytes_only"):
         reject("invalid_body", "'encoding_format' bytes is no JSON: ask for base64 or float")
-    for name in _GUIDED.keys() & body.keys():
-        if body[name] is not None:
+    if _GUIDED.keys().isdisjoint(body):
+        return
+    for name in _GUIDED:
+        if body.get(name) is not None:
             reject(
                 "field_removed",
                 f"vLLM ignores '{name}': write 'structured_outputs': {{'{_GUIDED[name]}': ...}}",

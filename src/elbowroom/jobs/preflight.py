@@ -43,8 +43,10 @@ class FileSummary:
         model = row.body.get("model")
         if isinstance(model, str):
             _count(self.models, model)
-        for name in row.body.keys() - FIELDS[row.url]:
-            _count(self.ignored, name)
+        known = FIELDS[row.url]
+        if not known.issuperset(row.body):
+            for name in row.body.keys() - known:
+                _count(self.ignored, name)
 
 
 def _count(names: Counter[str], name: str) -> None:
