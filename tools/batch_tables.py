@@ -42,13 +42,11 @@ def against() -> str:
     newest: dict[str, dict[str, Any]] = {}
     for data in all_of("against"):
         newest |= {part: data for part in names if part in data}
-    rows = (
-        (
-            f"{names[part]} ({data['date']}, commit {data['commit'][:7]} over {data['against'][:7]})",
-            ratios(before / now for before, now in data[part]["seconds_before_and_now"]),
-        )
-        for part, data in newest.items()
-    )
+    rows = []
+    for part, data in newest.items():
+        versions = f"{data['date']}, commit {data['commit'][:7]} over {data['against'][:7]}"
+        pairs = data[part]["seconds_before_and_now"]
+        rows.append((f"{names[part]} ({versions})", ratios(before / now for before, now in pairs)))
     return table(("one version over an earlier one", "median (rounds)"), rows)
 
 
