@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from elbowroom.pipeline.checkpoint import newest_checkpoint
 from elbowroom.training.outcome import in_training
 from elbowroom.training.script import load_script
-from elbowroom.training.tracing import as_call
+from elbowroom.training.tracing import called
 from tests.pipeline.members import Members
 from tests.pipeline.script_member import ScriptCase
 
@@ -48,8 +48,7 @@ def plain(path: Path, num_steps: int) -> Weights:
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_steps):
         inputs, targets = script.make_batch(generator)
-        call = as_call(inputs)
-        script.loss_fn(model(*call.args, **call.kwargs), targets).backward()
+        script.loss_fn(called(model, inputs), targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from elbowroom.pipeline.split import split
 from elbowroom.training.layers import trace_model
 from elbowroom.training.outcome import in_training
 from elbowroom.training.script import load_script
-from elbowroom.training.tracing import as_call, find_graph
+from elbowroom.training.tracing import called, find_graph
 from tests.pipeline.models import plan_of
 
 SCRIPTS = Path(__file__).parents[1] / "data" / "training"
@@ -49,9 +50,7 @@ def same_as_plain(model: nn.Module, batches: list[Any], loss_fn: Any) -> bool:
     """Whether a graph trains as the model does. Raises UntraceableModelError if it is refused."""
     plain = copy.deepcopy(model)
     graph = find_graph(model, batches[0][0])
-    expected = losses(
-        lambda x: plain(*as_call(x).args, **as_call(x).kwargs), batches, loss_fn, plain
-    )
+    expected = losses(partial(called, plain), batches, loss_fn, plain)
 
     def run(inputs: Any) -> Any:
         found = graph.run(inputs)

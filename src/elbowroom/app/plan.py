@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
@@ -157,7 +157,7 @@ def run_plan(
             max_model_len=engine.max_model_len or longest_row(model, budget),
             max_num_seqs=engine.num_rows,
             max_num_batched_tokens=engine.num_tokens,
-            served_model_names=served_names(settings),
+            served_model_names=served_names(settings.model, settings.served_model_names),
             seed=settings.seed,
             prefix_caching=settings.prefix_caching,
             kv_dtype=model.kv_dtype,
@@ -214,10 +214,9 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     return terms
 
 
-def served_names(settings: PlanSettings) -> tuple[str, ...]:
-    """The names under which rows may ask for the model."""
-    names = (*settings.served_model_names, model_name(settings.model), str(settings.model))
-    return tuple(dict.fromkeys(names))
+def served_names(model_dir: Path, given: Iterable[str]) -> tuple[str, ...]:
+    """The names under which rows may ask for a model: those given, and its own."""
+    return tuple(dict.fromkeys((*given, model_name(model_dir), str(model_dir))))
 
 
 def read_workload(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -139,13 +139,20 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
 
 def _warnings(settings: BatchSettings, summary: FileSummary) -> Iterator[Warned]:
     """What the rows ask for in vain. Raises InputError when no row could be answered."""
+    asked = settings.plan
     if settings.given_plan is not None:
         engine = settings.given_plan.engine
-        served, options = engine.served_model_names, engine.extra
-    else:
-        served, options = served_names(settings.plan), settings.plan.vllm_options
-    config = read_json(settings.plan.model / "config.json")
-    return warnings(summary, served, config.get("architectures") or (), options)
+        return warnings_for(summary, asked.model, engine.served_model_names, engine.extra)
+    served = served_names(asked.model, asked.served_model_names)
+    return warnings_for(summary, asked.model, served, asked.vllm_options)
+
+
+def warnings_for(
+    summary: FileSummary, model_dir: Path, served: Collection[str], vllm_options: Sequence[str]
+) -> Iterator[Warned]:
+    """``preflight.warnings`` about the model in a folder. Raises what they raise."""
+    config = read_json(model_dir / "config.json")
+    return warnings(summary, served, config.get("architectures") or (), vllm_options)
 
 
 def errors_beside(output: Path) -> Path:

@@ -1,19 +1,16 @@
-"""Flags made of options, the kinds of values that flags take, and flags of several commands."""
+"""Flags made of options, and the flag that every planning command has."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core.cluster import PRESETS
-from elbowroom.core.errors import InputError
-from elbowroom.core.options import Option, default_of, flag_of, options_of
-from elbowroom.core.units import parse_bandwidth, parse_bytes
-
-T = TypeVar("T")
+from elbowroom.core.flag_kinds import auto, count, number, seconds, size
+from elbowroom.core.options import Option, flag_of, names_of, options_of
 
 
 def add_cluster(parser: argparse._ActionsContainer) -> None:
@@ -22,51 +19,6 @@ def add_cluster(parser: argparse._ActionsContainer) -> None:
         default=THIS_MACHINE,
         help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
     )
-
-
-def size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def bandwidth(text: str) -> float:
-    try:
-        return parse_bandwidth(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
-    return seconds
-
-
-def auto(kind: Callable[[str], T]) -> Callable[[str], T | None]:
-    """The kind, or the word "auto" for what the planner is to choose."""
-
-    def read(text: str) -> T | None:
-        return None if text == "auto" else kind(text)
-
-    return read
 
 
 KINDS: dict[str, Callable[[str], Any]] = {
@@ -88,9 +40,7 @@ def add_options(
             continue
         if option.group not in made:
             made[option.group] = parser.add_argument_group(option.group)
-        made[option.group].add_argument(
-            flag_of(each), dest=each.name, **_how(option, default_of(each))
-        )
+        made[option.group].add_argument(flag_of(each), dest=each.name, **_how(option, each.default))
 
 
 def _how(option: Option, default: Any) -> dict[str, Any]:
@@ -124,6 +74,6 @@ def settings_of(
         if groups is None or option.group in groups:
             value = getattr(args, each.name)
             if option.kind == "names":
-                value = type(default_of(each))(value)
+                value = names_of(each, value)
             found[each.name] = None if option.is_planned and value == "auto" else value
     return found

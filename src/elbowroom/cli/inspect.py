@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from elbowroom.app.hub import find_model
-from elbowroom.app.prepare import errors_beside
+from elbowroom.app.plan import served_names
+from elbowroom.app.prepare import errors_beside, warnings_for
 from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
-from elbowroom.cli.flags import count
 from elbowroom.cli.job_flags import add_limits, limits_of
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_json
-from elbowroom.core.model import model_name
+from elbowroom.core.flag_kinds import count
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
 from elbowroom.jobs.inputs import BatchInput
@@ -59,12 +58,13 @@ def add_inspect_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _check(args: argparse.Namespace, console: Console) -> int:
     model = None
-    if args.model is not None and not args.no_tokens:
+    if args.model is not None:
         model = find_model(args.model, args.revision, with_weights=False)
     with BatchInput(args.input) as source:
-        report = check_file(source, model, args.max_model_len, limits_of(args))
+        counted = None if args.no_tokens else model
+        report = check_file(source, counted, args.max_model_len, limits_of(args))
     would_fail = bool(report.num_problems)
-    for warning in _warnings(args, report.summary):
+    for warning in _warnings(args, model, report.summary):
         report.warnings.append(warning.text)
         would_fail = would_fail or warning.num_rows > 0
     if args.json:
@@ -74,16 +74,15 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     return EXIT_FAILED_ROWS if would_fail else EXIT_GOOD
 
 
-def _warnings(args: argparse.Namespace, summary: FileSummary) -> list[Warned]:
+def _warnings(args: argparse.Namespace, model: Path | None, summary: FileSummary) -> list[Warned]:
     """What the rows ask for in vain of the model; without one, only what vLLM ignores."""
-    architectures: list[str] = []
-    served: list[str] = []
-    if args.model is not None:
-        folder = find_model(args.model, args.revision, with_weights=False)
-        architectures = list(read_json(folder / "config.json").get("architectures") or ())
-        served = [*args.served_model_name, model_name(folder), str(folder)]
+    if model is None:
+        found = warnings(summary, (), (), args.vllm)
+    else:
+        served = served_names(model, args.served_model_name)
+        found = warnings_for(summary, model, served, args.vllm)
     try:
-        return list(warnings(summary, served, architectures, args.vllm))
+        return list(found)
     except InputError as error:
         return [Warned(str(error), summary.num_requests)]
 

@@ -22,7 +22,7 @@ from elbowroom.app.plan import (
 from elbowroom.app.plan_settings import WHAT_IF
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.simulate import Iterations, Simulated, SimulationSettings, simulate_plan
-from elbowroom.cli.flags import add_cluster, count
+from elbowroom.cli.flags import add_cluster
 from elbowroom.cli.job_flags import (
     DECIDED,
     add_inputs,
@@ -35,6 +35,7 @@ from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_text
+from elbowroom.core.flag_kinds import count
 from elbowroom.core.model import DTYPE_BYTES
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name

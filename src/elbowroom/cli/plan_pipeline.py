@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.table import Table
 
 from elbowroom.app.machine import THIS_MACHINE, find_cluster, split_cores
-from elbowroom.cli.flags import add_cluster, bandwidth, count, size
+from elbowroom.cli.flags import add_cluster
 from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_json
+from elbowroom.core.flag_kinds import bandwidth, count, size
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.trace import write_trace

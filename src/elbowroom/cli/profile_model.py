@@ -10,9 +10,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from elbowroom.cli.flags import count, number, seconds
 from elbowroom.cli.screen import Console
 from elbowroom.core.files import check_writable, write_text
+from elbowroom.core.flag_kinds import count, number, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes

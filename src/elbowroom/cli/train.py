@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from elbowroom.cli.flags import number
 from elbowroom.cli.plan_pipeline import add_plan_pipeline
 from elbowroom.cli.profile_model import add_profile_model
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
+from elbowroom.core.flag_kinds import number
 from elbowroom.pipeline.flags import add_run_flags
 from elbowroom.plans.pipeline import read_pipeline_plan
 

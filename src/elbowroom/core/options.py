@@ -7,8 +7,8 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 from elbowroom.core.errors import InputError, shown
@@ -79,12 +79,17 @@ def _read(name: str, each: Field[Any], value: Any) -> Any:
     if option.kind == "names" and isinstance(value, str):
         value = (value,)
     if option.kind == "names" and isinstance(value, list | tuple | set | frozenset):
-        value = (tuple if isinstance(each.default, tuple) else frozenset)(value)
+        value = names_of(each, value)
     if value is None and each.default is None:
         return None
     if wrong := _what_is_wrong(option, value):
         raise InputError(f"{name}={shown(value)}: give {wrong}")
     return value
+
+
+def names_of(each: Field[Any], names: Iterable[Any]) -> Any:
+    """Names as their field keeps them: a tuple, or a set where their order means nothing."""
+    return tuple(names) if isinstance(each.default, tuple) else frozenset(names)
 
 
 def _what_is_wrong(option: Option, value: Any) -> str | None:
@@ -117,8 +122,3 @@ def flag_of(each: Field[Any]) -> str:
     """The name of an option on the command line."""
     found: Option = each.metadata[_KEY]
     return found.flag or f"--{each.name.replace('_', '-')}"
-
-
-def default_of(each: Field[Any]) -> Any:
-    assert each.default is not MISSING, f"{each.name} is an option, and has no default"
-    return each.default

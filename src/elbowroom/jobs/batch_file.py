@@ -252,7 +252,7 @@ def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
         reject("invalid_custom_id", "'custom_id' must be a non-empty string")
     if data.get("method") != "POST":
         reject("invalid_method", f"'method' must be POST, not {shown(data.get('method'))}")
-    known = url if isinstance(url, str) and url in SUPPORTED_URLS else _known_url(url)
+    known = _known_url(url)
     if known is None:
         supported = ", ".join(sorted(SUPPORTED_URLS))
         reject("invalid_url", f"'url' must be one of {supported}, not {shown(url)}")
@@ -263,9 +263,11 @@ def _parse(index: int, line: _Line, data: Any, source: BatchInput) -> Row:
 
 
 def _known_url(url: Any) -> str | None:
-    """The endpoint that a URL of Azure's means: it has a deployment, or no version."""
+    """The endpoint that a URL names, also by Azure's names: with a deployment, or no version."""
     if not isinstance(url, str):
         return None
+    if url in SUPPORTED_URLS:
+        return url
     path = _DEPLOYMENT.sub("", url.partition("?")[0]) if len(url) < _MAX_URL else ""
     return f"/v1{path}" if f"/v1{path}" in SUPPORTED_URLS else None
 

@@ -49,33 +49,18 @@ class Ledger:
     def fail(self, row: Row, code: str, message: str) -> None:
         """Write down a row that has no answer. Its place in the file is put before ``message``."""
         line = error_line(row.custom_id, code=code, message=f"{row.place}: {message}")
-        self._journal.put(
-            FinishedRow(
-                row.index,
-                row.custom_id,
-                row.content_hash,
-                code,
-                line,
-                meaning_hash=row.meaning_hash,
-            )
-        )
+        self._put(row, code, line, TokenUsage(0, 0))
 
     def answer(self, row: Row, answer: RowAnswer, usage: TokenUsage | None) -> None:
         """Write down an answer; a status other than 2xx is a failed row."""
         failure = None if 200 <= answer.status < 300 else f"http_{answer.status}"
         line = response_line(row.custom_id, answer.status, answer.body)
-        tokens = usage or TokenUsage(0, 0)
-        self._journal.put(
-            FinishedRow(
-                row.index,
-                row.custom_id,
-                row.content_hash,
-                failure,
-                line,
-                *tokens,
-                meaning_hash=row.meaning_hash,
-            )
-        )
+        self._put(row, failure, line, usage or TokenUsage(0, 0))
+
+    def _put(self, row: Row, failure: str | None, line: bytes, tokens: TokenUsage) -> None:
+        own = (row.index, row.custom_id, row.content_hash)
+        finished = FinishedRow(*own, failure, line, *tokens, meaning_hash=row.meaning_hash)
+        self._journal.put(finished)
 
     def tick(self) -> None:
         """Make rows safe, if the oldest has waited long enough."""

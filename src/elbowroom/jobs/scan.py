@@ -16,11 +16,8 @@ from elbowroom.jobs.preflight import FileSummary
 @contextmanager
 def scanned(source: BatchInput | Path, options: JobOptions) -> Iterator[ScannedInput]:
     """Open and scan a job's input. Raises InputError when it cannot be read or has no rows."""
-    summary, builder = FileSummary(), OrderBuilder()
+    summary = FileSummary()
+    builder = None if options.order == "input" else OrderBuilder()
     with BatchFile(source, options.limits) as batch:
-        if options.order == "input":
-            batch.scan(summary.visit)
-            yield ScannedInput(batch, range(batch.num_rows), summary)
-        else:
-            batch.scan(builder.visit, summary.visit)
-            yield ScannedInput(batch, builder.order(), summary)
+        batch.scan(summary.visit, *([builder.visit] if builder else []))
+        yield ScannedInput(batch, builder.order() if builder else range(batch.num_rows), summary)

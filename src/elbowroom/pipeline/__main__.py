@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(args: argparse.Namespace) -> None:
-    check_writable(written(args))
+    check_writable(_written(args))
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
@@ -74,7 +74,7 @@ def _train(args: argparse.Namespace) -> None:
         distributed.destroy_process_group()
 
 
-def written(args: argparse.Namespace) -> list[Path]:
+def _written(args: argparse.Namespace) -> list[Path]:
     """Files that a run writes, one of each folder."""
     checkpoints = [args.checkpoints / "step"] if args.checkpoints else []
     return [*checkpoints, *([args.trace] if args.trace else [])]

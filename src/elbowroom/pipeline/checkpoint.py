@@ -273,13 +273,11 @@ def _of_groups(state: Any, places: Sequence[tuple[StageSettings, int] | None]) -
     if not isinstance(state, dict):
         return state
     found = {key: _of_groups(value, places) for key, value in state.items()}
+    known = [place for place in places if place is not None]
     for key in _GROUP_LISTS & found.keys():
-        known = [place for place in places if place is not None]
         if isinstance(found[key], list) and known and len(found[key]) == len(known[0][0].groups):
             setting = "lr" if key == "_last_lr" else "initial_lr"
-            found[key] = [
-                stage.groups[k].get(setting, stage.groups[k]["lr"]) for stage, k in known
-            ] or found[key]
+            found[key] = [stage.groups[k].get(setting, stage.groups[k]["lr"]) for stage, k in known]
     return found
 
 

@@ -5,48 +5,33 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from elbowroom.core.flag_kinds import count, positive
 from elbowroom.plans.pipeline import SEMANTICS
 
 AUTOCAST = ("bf16",)
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number above 0")
-    return number
-
-
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
     parser.add_argument("--plan", type=Path, required=True, help="from train plan-pipeline --json")
-    parser.add_argument("--steps", type=_count, required=True, help="minibatches")
+    parser.add_argument("--steps", type=count, required=True, help="minibatches")
     parser.add_argument(
         "--semantics",
         choices=SEMANTICS,
         help="which weights a minibatch uses (default: the plan's)",
     )
-    parser.add_argument("--microbatches", type=_count, default=1, help="with --semantics flush")
+    parser.add_argument("--microbatches", type=count, default=1, help="with --semantics flush")
     parser.add_argument(
-        "--lr", type=_positive, help="rate of AdamW, if the script has no make_optimizer"
+        "--lr", type=positive, help="rate of AdamW, if the script has no make_optimizer"
     )
     parser.add_argument(
-        "--clip-norm", type=_positive, help="limit on the gradient norm over all stages"
+        "--clip-norm", type=positive, help="limit on the gradient norm over all stages"
     )
     parser.add_argument("--autocast", choices=AUTOCAST, help="compute in this type where it does")
     parser.add_argument("--seed", type=int, default=0, help="for weights, data and dropout")
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
-    parser.add_argument("--every", type=_count, default=100, help="minibatches to a checkpoint")
+    parser.add_argument("--every", type=count, default=100, help="minibatches to a checkpoint")
     parser.add_argument(
-        "--timeout", type=_positive, default=300.0, help="seconds to wait for a peer"
+        "--timeout", type=positive, default=300.0, help="seconds to wait for a peer"
     )

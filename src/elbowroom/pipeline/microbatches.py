@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
 from elbowroom.training.outcome import untouched
-from elbowroom.training.tracing import as_call
+from elbowroom.training.tracing import called
 from elbowroom.training.values import tensors_in
 
 _RELATIVE_ERROR = 1e-2
@@ -47,18 +47,14 @@ def check_microbatches(model: nn.Module, inputs: Any, count: int) -> None:
     Compared in ``eval()``: dropout draws otherwise, and norms over a batch differ by design.
     """
     part = microbatches(inputs, count)[0]
-    modes = [(module, module.training) for module in model.modules()]
     with untouched(model), torch.no_grad():
         model.eval()
         try:
-            whole, one = (tensors_in(_called(model, each)) for each in (inputs, part))
+            whole, one = (tensors_in(called(model, each)) for each in (inputs, part))
         except Exception as error:
             raise InputError(
                 f"the model does not run on a part of a minibatch: {error}: leave --microbatches 1"
             ) from error
-        finally:
-            for module, mode in modes:
-                module.training = mode
     for of_whole, of_part in zip(whole, one, strict=True):
         if of_whole.ndim and len(of_whole) == count * len(of_part):
             expected, found = of_whole[: len(of_part)].double(), of_part.double()
@@ -68,8 +64,3 @@ def check_microbatches(model: nn.Module, inputs: Any, count: int) -> None:
                     "that is not one of rows has as many (a mask, for example). Make it a buffer, "
                     "or leave --microbatches 1"
                 )
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    call = as_call(inputs)
-    return model(*call.args, **call.kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ def make_equal(model: nn.Module) -> None:
     Every worker must call it. Raises InputError for models of other shapes.
     """
     tensors = [*(p.data for p in model.parameters()), *model.buffers()]
-    if _are_alike(tensors):
+    if _agree([_digest(tensor) for tensor in tensors]):
         return
-    if not _are_alike([torch.tensor(list(map(hash, _shapes(tensors))))]):
+    if not _agree([tuple(tensor.shape) for tensor in tensors]):
         raise InputError("make_model gives the workers models of different shapes: let it not")
     if distributed.get_rank() == 0:
         warnings.warn(
@@ -36,28 +35,24 @@ def make_equal(model: nn.Module) -> None:
 
 def check_same_batch(batch: tuple[Any, Any]) -> None:
     """Raise InputError if workers were given different minibatches. Every worker must call it."""
-    if not _are_alike(tensors_in(batch)):
+    if not _agree([_digest(tensor) for tensor in tensors_in(batch)]):
         raise InputError(
             "make_batch gives each worker another minibatch: draw all that is random in it from "
             "its generator, also what numpy and Python's random would draw"
         )
 
 
-def _shapes(tensors: Sequence[torch.Tensor]) -> list[tuple[int, ...]]:
-    return [tuple(tensor.shape) for tensor in tensors]
-
-
-def _are_alike(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether all workers have these values: equal sums, plain and weighted, stand for them."""
-    sums = [len(tensors), *(number for tensor in tensors for number in _digest(tensor))]
+def _agree(own: list[tuple[float, ...]]) -> bool:
+    """Whether all workers have the same. Every worker must call it."""
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, [repr(number) for number in sums])
-    return all(other == found[0] for other in found)
+    distributed.all_gather_object(found, repr(own))  # NaN is like NaN
+    return len(set(found)) == 1
 
 
 def _digest(tensor: torch.Tensor) -> tuple[float, ...]:
+    """Its shape, and its sums, plain and weighted, which stand for its values."""
     values = tensor.detach().flatten()
     values = torch.view_as_real(values).flatten() if values.is_complex() else values
     values = values.double()
     places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).sqrt()
-    return (*map(float, tensor.shape), float(values.sum()), float(values @ places))
+    return (*tensor.shape, float(values.sum()), float(values @ places))

@@ -99,7 +99,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     """
     with untouched(model):
         try:
-            reference = outcome_of(model, lambda batch: _called(model, batch), inputs)
+            reference = outcome_of(model, lambda batch: called(model, batch), inputs)
         except Exception as error:
             message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
             raise InputError(f"{message}{_where(error)}: change make_batch or the model") from error
@@ -204,7 +204,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _called(model: nn.Module, inputs: Any) -> Any:
+def called(model: nn.Module, inputs: Any) -> Any:
+    """What the model gives for the inputs of a batch."""
     call = as_call(inputs)
     return model(*call.args, **call.kwargs)
 
