@@ -32,6 +32,66 @@ def test_what_is_not_ours_is_left_alone(
     assert jobs.ids() == ["p1"]
 
 
+@pytest.mark.parametrize("journal", [b"", b"no database" * 100])
+@pytest.mark.parametrize("more", [(), ("--restart",)])
+def test_a_journal_that_cannot_be_read_makes_nothing_ours(
+    jobs: Jobs, journal: bytes, more: tuple[str, ...]
+) -> None:
+    folder = journal_folder(jobs.output)
+    folder.mkdir()
+    (folder / "journal.sqlite").write_bytes(journal)
+    names = ("out.jsonl", "out.errors.jsonl", "out.report.json")
+    for name in names:
+        (jobs.folder / name).write_text("mine\n")
+    assert jobs.run("f02_part1.jsonl", more=more) == 2
+    assert [(jobs.folder / name).read_text() for name in names] == ["mine\n"] * 3
+
+
+def test_a_file_that_was_named_and_never_written_is_not_ours(jobs: Jobs) -> None:
+    assert jobs.run("f02_part1.jsonl") == 0
+    errors = jobs.folder / "out.errors.jsonl"
+    errors.write_text("mine\n")
+    assert jobs.run("f02_part1.jsonl") == 2
+    assert errors.read_text() == "mine\n"
+
+
+def test_all_files_that_a_job_has_published_stay_its_own(jobs: Jobs) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 10)
+    jobs.stub = ["--refuses", "10"]
+    assert jobs.run(path) == 3
+    assert jobs.run(path, more=("--errors", str(jobs.folder / "e.jsonl"))) == 3
+    assert jobs.run(path) == 3
+
+
+@pytest.mark.parametrize("is_same", [True, False], ids=["a copy", "another request"])
+def test_an_answer_stays_with_the_line_that_has_the_id(jobs: Jobs, is_same: bool) -> None:
+    """A line before it that takes its id has the answer only if it says the same."""
+    path = write_batch(jobs.folder / "in.jsonl", 2)
+    assert jobs.run(path) == 0
+    row = json.loads(path.read_text().splitlines()[0])
+    if not is_same:
+        row["body"]["prompt"] = "something else"
+    path.write_text(json.dumps(row, separators=(",", ":")) + "\n" + path.read_text())
+    assert jobs.run(path) == (3 if is_same else 2)
+    if is_same:
+        assert jobs.ids() == ["id-0", "id-1"]
+        assert jobs.ids("out.errors.jsonl") == ["line-2"]
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        assert jobs.run(path) == 0
+
+
+def test_an_answer_is_not_kept_for_another_schema(jobs: Jobs) -> None:
+    properties = {"reason": {"type": "string"}, "answer": {"type": "number"}}
+    path = write_batch(
+        jobs.folder / "in.jsonl", 1, structured_outputs={"json": {"properties": properties}}
+    )
+    assert jobs.run(path) == 0
+    row = json.loads(path.read_text())
+    row["body"]["structured_outputs"]["json"]["properties"] = dict(reversed(properties.items()))
+    path.write_text(json.dumps(row))
+    assert jobs.run(path) == 2
+
+
 def test_a_job_may_be_moved_with_its_files(jobs: Jobs) -> None:
     assert jobs.run("f02_part1.jsonl") == 0
     for name in ("out.jsonl", "out.report.json", "out.jsonl.elbowroom"):

@@ -160,11 +160,12 @@ class BatchFile:
         return [int(index) for index in np.flatnonzero((self._id_hashes != 0) & ~self._has_own_id)]
 
     def find(self, content_hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
-        """Index of the first row that has each content hash, or -1."""
-        own = np.frombuffer(self._content_hashes, np.uint64)
+        """Index of the first row that has each content hash, or -1; duplicates are passed over."""
+        lines = np.flatnonzero(self._has_own_id | (self._id_hashes == 0))
+        own = np.frombuffer(self._content_hashes, np.uint64)[lines]
         order = np.argsort(own, kind="stable")
-        at = np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)
-        return np.where(own[order[at]] == content_hashes, order[at], -1)
+        at = order[np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)]
+        return np.where(own[at] == content_hashes, lines[at], -1)
 
     def find_meanings(self, hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
         """Index of the first row with each ``Row.meaning_hash``, or -1. Reads the whole file."""

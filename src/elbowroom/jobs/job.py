@@ -35,10 +35,10 @@ class JobFiles:
     report: Path
     logs: Path | None = None
 
-    @property
-    def written(self) -> list[str]:
-        """The results, as ``place_of`` names them."""
-        return [place_of(path, self.output) for path in (self.output, self.errors, self.report)]
+    def written(self, *, has_failed: bool) -> set[str]:
+        """The results of a job that has failed rows or none, as ``place_of`` names them."""
+        errors = (self.errors,) if has_failed else ()
+        return {place_of(path, self.output) for path in (self.output, self.report, *errors)}
 
     @property
     def log_folder(self) -> Path:

@@ -116,10 +116,10 @@ def place_of(path: Path, output: Path) -> str:
     return os.path.relpath(path.resolve(), output.parent.resolve())
 
 
-def written_files(output: Path) -> set[str] | None:
-    """Results that runs of the job with this output write, by ``place_of``. Empty without a job.
+def written_files(output: Path) -> set[str]:
+    """Results that runs of the job with this output have published, by ``place_of``.
 
-    None when the journal cannot be read.
+    Empty without a job, and for a journal that cannot be read.
     """
     if not database_path(journal_folder(output)).exists():
         return set()
@@ -127,7 +127,7 @@ def written_files(output: Path) -> set[str] | None:
         with JournalReader(output) as journal:
             return set(journal.facts().get("files", ()))
     except (InputError, OutputError):
-        return None
+        return set()
 
 
 def read_lines(database: sqlite3.Connection, succeeded: bool | None) -> Iterator[bytes]:

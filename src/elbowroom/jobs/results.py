@@ -79,9 +79,9 @@ def check_paths(
                     f"{name} and {other_name} are the same file ({path}): give each its own"
                 )
     check_writable((output, errors, report))
-    own = None if overwrite else written_files(output)
+    own = written_files(output)
     for _, path in written:
-        if own is not None and path.exists() and place_of(path, output) not in own:
+        if path.exists() and not overwrite and place_of(path, output) not in own:
             raise OutputError(
                 f"{path} is there, and no run of this job wrote it: name another file, remove it, "
                 f"or give --overwrite"

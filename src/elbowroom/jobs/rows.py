@@ -31,7 +31,7 @@ _LIMITS = {
 """Fields that limit an answer, by endpoint; the first that is given counts."""
 
 
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,13 @@ class Row:
 
     @cached_property
     def meaning_hash(self) -> int:
-        """64 bits of BLAKE2b over what the request says, however its JSON is written."""
-        said = [self.custom_id, self.url, self.body]
-        text = _ENCODER.encode(said)
-        if ".0" in text:  # seldom, and slow to look for in the value itself
-            text = _ENCODER.encode(_plain(said))
+        """64 bits of BLAKE2b over what the request says, however its JSON is written.
+
+        Only the body's own fields may change places, and be 2.0 for 2: inside them, as in a schema
+        or a tool, answers depend on the order of keys and on how a number is written.
+        """
+        fields = [(name, _plain(value)) for name, value in sorted(self.body.items())]
+        text = _ENCODER.encode([self.custom_id, self.url, fields])
         return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
     @property
@@ -118,11 +120,7 @@ def is_list_of(value: Any, kind: type) -> TypeGuard[list[Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value with 2.0 written as 2, as some writers do."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
+    """A number 2.0 as 2, as some writers have it; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -130,6 +128,5 @@ def _count(value: Any) -> int | None:
     """A number as vLLM reads it: 2, 2.0 or "2". None for what is no number of tokens or answers."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
         value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    value = _plain(value)
     return value if type(value) is int and 0 <= value < 2**31 else None

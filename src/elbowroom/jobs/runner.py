@@ -16,6 +16,7 @@ from elbowroom.jobs.fleet import Answered, Fleet, FleetEvent, Joined, Lost, Repl
 from elbowroom.jobs.group import ReplicaGroup
 from elbowroom.jobs.job import Job
 from elbowroom.jobs.journal import Journal
+from elbowroom.jobs.journal_reader import written_files
 from elbowroom.jobs.ledger import Ledger
 from elbowroom.jobs.progress import ProgressView
 from elbowroom.jobs.report import JobReport
@@ -42,7 +43,6 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
             job.identity, batch, _settings(job), retry_failed=options.retry_failed
         )
         _say_failed(job, journal)
-        journal.note(files=files.written)
         rows = batch.rows(int(index) for index in job.input.order if not is_finished[index])
         ledger = Ledger(journal, batch)
         replicas = new_replicas(job.plan, options.max_restarts)
@@ -52,6 +52,8 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
             ledger.commit()
             if job.stop.reason is not None:
                 raise JobStoppedError(f"{job.stop.reason}. {ledger.how_far()}")
+            own = files.written(has_failed=journal.totals.num_failed > 0)
+            journal.note(files=sorted(own | written_files(files.output)))
             publish(journal, batch, files.output, files.errors)
         except OutputError as error:
             raise JobStoppedError(f"{error}. Then run the same command to resume") from error
