@@ -138,6 +138,24 @@ def test_failed_rows_are_tried_again(jobs: Jobs, capsys: pytest.CaptureFixture[s
     assert report["num_resumed"] == 36
 
 
+def test_a_row_that_failed_may_be_mended_or_taken_out(jobs: Jobs) -> None:
+    path = write_batch(jobs.folder / "in.jsonl", 20)
+    jobs.stub = ["--refuses", "10"]
+    assert jobs.run(path) == 3
+    failed = jobs.ids("out.errors.jsonl")
+    assert len(failed) == 2
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [row for row in rows if row["custom_id"] != failed[0]]
+    for row in rows:
+        if row["custom_id"] == failed[1]:
+            row["body"]["prompt"] = "mended"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    jobs.stub = ["--log", str(jobs.folder / "answered")]
+    assert jobs.run(path) == 0
+    assert jobs.ids() == [row["custom_id"] for row in rows]
+    assert len((jobs.folder / "answered").read_text().split()) == 1
+
+
 def test_what_failed_by_a_flag_is_tried_again_with_another(jobs: Jobs) -> None:
     path = write_batch(jobs.folder / "in.jsonl", 40)
     jobs.stub = ["--refuses", "10"]

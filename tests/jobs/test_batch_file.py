@@ -138,17 +138,6 @@ def test_a_pair_of_surrogate_escapes_and_stream_false_are_fine(write: WriteFile)
     assert row.body["prompt"] == "\N{GRINNING FACE}"
 
 
-def nested(depth: int) -> list[Any]:
-    return [nested(depth - 1)] if depth > 1 else []
-
-
-def test_nesting_is_counted_and_not_brackets(write: WriteFile) -> None:
-    # The line and its body are the first two layers.
-    body = {"deepest": nested(MAX_DEPTH - 2), "wide": [[]] * 1000}
-    assert all(isinstance(row, Row) for row in read(write(request(body=body))))
-    assert rejected(write(request(body={"x": nested(MAX_DEPTH - 1)}))).code == "invalid_json"
-
-
 def test_a_line_over_the_cap_is_rejected_and_the_next_one_read(write: WriteFile) -> None:
     limit = len(request("b"))
     # The prefix of the BOM must not make the rest of a long line look like a line of its own.

@@ -16,6 +16,7 @@ from elbowroom.core.errors import InputError, OutputError
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.journal_reader import FinishedRow, JournalReader, journal_folder
+from elbowroom.jobs.limits import RowLimits
 from elbowroom.jobs.rows import Row
 from tests.jobs.plans import write_batch
 
@@ -96,6 +97,34 @@ def test_a_finished_row_that_is_gone_or_changed_is_refused(
         open_rows(output, tmp_path / "in.jsonl")
     write_batch(tmp_path / "in.jsonl", 5)
     assert open_rows(output, tmp_path / "in.jsonl") == [1, 3], "nothing was lost by it"
+
+
+@pytest.mark.parametrize("change", ["gone", "other"])
+def test_a_failed_row_that_is_gone_or_changed_is_forgotten(
+    output: Path, tmp_path: Path, change: str
+) -> None:
+    lines = (tmp_path / "in.jsonl").read_text().splitlines(keepends=True)
+    lines[3] = "" if change == "gone" else lines[3].replace("say 3", "say what")
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    assert open_rows(output, tmp_path / "in.jsonl") == [1]
+    with JournalReader(output) as reader:
+        assert reader.totals().num_failed == 0
+
+
+@pytest.mark.parametrize("padding", ["", " " * 3 * 1024**2])
+def test_a_cap_below_an_answered_row_is_named(output: Path, tmp_path: Path, padding: str) -> None:
+    """The line is neither gone nor changed, with or without space around it."""
+    lines = (tmp_path / "in.jsonl").read_text().splitlines()
+    lines[1] = f"{padding}{lines[1]}{padding}"
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    limits = RowLimits(max_line_bytes=20)
+    with (
+        Journal(output) as journal,
+        BatchFile(tmp_path / "in.jsonl", limits) as batch,
+        pytest.raises(InputError, match=r"'id-1', .* is longer than --max-line-bytes"),
+    ):
+        journal.admit(IDENTITY, batch.scan())
+    assert open_rows(output, tmp_path / "in.jsonl") == [1, 3]
 
 
 def test_another_job_is_refused_by_the_field_that_differs(output: Path, tmp_path: Path) -> None:

@@ -129,6 +129,14 @@ def test_any_depth_is_taken() -> None:
     assert broken({"messages": deep, "input": deep}) is None
 
 
+@pytest.mark.parametrize("name", ["json", "structural_tag"])
+@pytest.mark.parametrize("depth", [200, 900, 10_000])
+def test_a_schema_in_a_text_has_a_depth_too(name: str, depth: int) -> None:
+    """A regular expression is not out of sight where Python's parser would give up."""
+    schema = '{"not":' * depth + "1" + "}" * depth
+    assert broken({"structured_outputs": {name: schema}}) == "limit_exceeded"
+
+
 def test_data_in_the_row_itself_is_fine() -> None:
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     assert broken({"messages": [{"role": "user", "content": [part]}]}) is None

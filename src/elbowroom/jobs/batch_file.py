@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from array import array
@@ -26,7 +25,7 @@ from elbowroom.jobs.rows import (
     RejectedRow,
     Row,
 )
-from elbowroom.jobs.strict_json import RejectionError, load_json, reject
+from elbowroom.jobs.strict_json import RejectionError, load_any_json, load_json, reject
 
 SUPPORTED_URLS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, SCORE, RERANK})
 
@@ -160,12 +159,20 @@ class BatchFile:
         return [int(index) for index in np.flatnonzero((self._id_hashes != 0) & ~self._has_own_id)]
 
     def find(self, content_hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
-        """Index of the first row that has each content hash, or -1; duplicates are passed over."""
+        """Index of the first row that has each content hash, or -1; duplicates are passed over.
+
+        Lines over the cap are found, too.
+        """
         lines = np.flatnonzero(self._has_own_id | (self._id_hashes == 0))
         own = np.frombuffer(self._content_hashes, np.uint64)[lines]
         order = np.argsort(own, kind="stable")
         at = order[np.minimum(np.searchsorted(own, content_hashes, sorter=order), len(own) - 1)]
         return np.where(own[at] == content_hashes, lines[at], -1)
+
+    def has_id(self, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Mask of lines whose id could be read. One over the cap has none, whatever it holds."""
+        mask: np.ndarray[Any, Any] = self._id_hashes[indices] != 0
+        return mask
 
     def find_meanings(self, hashes: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, Any]:
         """Index of the first row with each ``Row.meaning_hash``, or -1. Reads the whole file."""
@@ -210,15 +217,18 @@ class BatchFile:
         data = self._file.readline(self._limits.max_line_bytes + 1)
         num_bytes = len(data)
         if num_bytes > self._limits.max_line_bytes and not data.endswith(b"\n"):
-            hasher = blake2b(data, digest_size=8)
-            while not data.endswith(b"\n") and (data := self._file.readline(1024**2)):
-                hasher.update(data)
-                num_bytes += len(data)
-            return _Line(number, offset, None, _as_int(hasher.digest())), num_bytes
+            content_hash = _hash_stripped(self._parts_of_line(data.removeprefix(_BOM)))
+            return _Line(number, offset, None, content_hash), self._file.tell() - offset
         data = data.removeprefix(_BOM).strip()  # where files were joined, at any line
         if not data:
             return None, num_bytes
         return _Line(number, offset, data, _hash(data)), num_bytes
+
+    def _parts_of_line(self, part: bytes) -> Iterator[bytes]:
+        """A line from ``part`` on, which has been read, to its end."""
+        while part:
+            yield part
+            part = b"" if part.endswith(b"\n") else self._file.readline(1024**2)
 
     def _rejected(
         self, index: int, line: _Line, custom_id: str, reason: RejectionError
@@ -298,10 +308,7 @@ def _usable_id(data: Any) -> str | None:
 def _id_of(line: _Line, data: Any) -> str | None:
     """The id of a line that is no request, if it can be read: from JSON of any kind, too."""
     if data is None and line.data is not None:
-        try:
-            data = json.loads(line.data.decode("utf-8", "surrogateescape"))
-        except (ValueError, RecursionError):
-            return None
+        data = load_any_json(line.data)
     custom_id = _usable_id(data)
     try:
         (custom_id or "").encode()
@@ -320,6 +327,20 @@ def _free_prefix(prefix: str, custom_id: str) -> str:
 
 def _hash(data: bytes) -> int:
     return _as_int(blake2b(data, digest_size=8).digest())
+
+
+def _hash_stripped(parts: Iterable[bytes]) -> int:
+    """``_hash`` of parts put together, without white space around them. None is kept."""
+    whole = to_last_char = blake2b(digest_size=8)
+    is_begun = False
+    for part in parts:
+        part = part if is_begun else part.lstrip()
+        is_begun = is_begun or bool(part)
+        if kept := part.rstrip():
+            to_last_char = whole.copy()
+            to_last_char.update(kept)
+        whole.update(part)
+    return _as_int(to_last_char.digest())
 
 
 def _as_int(digest: bytes) -> int:

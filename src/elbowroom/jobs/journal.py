@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from elbowroom.core import host
-from elbowroom.core.errors import InputError, OutputError
+from elbowroom.core.errors import InputError, OutputError, shown
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal_reader import (
     CLOEXEC,
@@ -115,7 +115,8 @@ class Journal:
         wherever it now is in the file. Rows that failed are tried again with ``retry_failed``; if
         ``settings`` differ from those of the last run, so are those whose failure may lie in them.
         Raises InputError when the journal is of another job that has answers, with the field that
-        differs, or when the line of a finished row is gone or changed.
+        differs, or when the line of an answered row is gone, changed or longer than it may be. A
+        row that failed is forgotten then, and its line tried as it is now.
         """
         facts = self.facts()
         known = {f: v for f, v in facts.items() if not f.startswith("_")}
@@ -196,41 +197,67 @@ class Journal:
     def _find_again(self, batch: BatchFile) -> np.ndarray[Any, Any]:
         """Move finished rows to the indices of their lines now. Returns these indices.
 
-        Lines are found by their bytes, or else by what they say. Raises InputError if one is gone
-        or changed.
+        Lines are found by their bytes, or else by what they say. A row that failed is forgotten if
+        its line is gone, changed or over the cap. Raises InputError if that of an answered one is.
         """
-        query = "SELECT row_index, content_hash, IFNULL(meaning_hash, 0) FROM rows ORDER BY 1"
-        rows = np.array(self._database.execute(query).fetchall(), np.int64).reshape(-1, 3)
-        hashes = np.ascontiguousarray(rows[:, 1:]).view(np.uint64)
-        indices = batch.find(hashes[:, 0]) if len(rows) else rows[:, 0]
+        query = (
+            "SELECT row_index, content_hash, IFNULL(meaning_hash, 0), failure IS NOT NULL "
+            "FROM rows ORDER BY 1"
+        )
+        rows = np.array(self._database.execute(query).fetchall(), np.int64).reshape(-1, 4)
+        if not len(rows):
+            return rows[:, 0]
+        hashes = np.ascontiguousarray(rows[:, 1:3]).view(np.uint64)
+        indices = batch.find(hashes[:, 0])
         if (is_lost := indices < 0).any():
             indices[is_lost] = batch.find_meanings(hashes[is_lost, 1])
-            is_found = is_lost & (indices >= 0)
-            self._database.executemany(
-                "UPDATE rows SET content_hash = ? WHERE row_index = ?",
-                [
-                    (_signed(batch.content_hash(index)), old)
-                    for index, old in zip(
-                        indices[is_found].tolist(), rows[is_found, 0].tolist(), strict=True
-                    )
-                ],
-            )
-        if (indices < 0).any():
-            first = int(rows[indices < 0][0, 0])
+            self._rehash(batch, rows[is_lost, 0], indices[is_lost])
+        is_gone = indices < 0
+        self._check_failed(
+            rows[is_gone],
+            f"is gone or changed in {batch.name}. Give the same lines (more may follow)",
+        )
+        is_long = ~is_gone & ~batch.has_id(indices)
+        self._check_failed(rows[is_long], "is longer than --max-line-bytes. Raise that")
+        is_gone |= is_long
+        self._database.executemany(
+            "DELETE FROM rows WHERE row_index = ?", rows[is_gone, :1].tolist()
+        )
+        self._move(rows[~is_gone, 0], indices[~is_gone])
+        return indices[~is_gone]
+
+    def _rehash(
+        self, batch: BatchFile, before: np.ndarray[Any, Any], indices: np.ndarray[Any, Any]
+    ) -> None:
+        """Keep the bytes that lines have now, of rows that were found by what they say."""
+        self._database.executemany(
+            "UPDATE rows SET content_hash = ? WHERE row_index = ?",
+            [
+                (_signed(batch.content_hash(index)), old)
+                for index, old in zip(indices.tolist(), before.tolist(), strict=True)
+                if index >= 0
+            ],
+        )
+
+    def _check_failed(self, rows: np.ndarray[Any, Any], problem: str) -> None:
+        """Raise InputError if one of some rows, which cannot be kept, was answered."""
+        answered = rows[rows[:, 3] == 0, 0]
+        if len(answered):
             query = "SELECT custom_id FROM rows WHERE row_index = ?"
-            (custom_id,) = self._database.execute(query, (first,)).fetchone()
+            (custom_id,) = self._database.execute(query, (int(answered[0]),)).fetchone()
             raise InputError(
-                f"{batch.name} is not the input of {self._folder}: the line of {custom_id!r}, "
-                f"which was answered, is gone or changed. Give the same lines to resume (more may "
-                f"follow), or --restart to start over"
+                f"{self._folder} cannot be resumed: the line of {shown(custom_id)}, which was "
+                f"answered, {problem} to resume, or --restart to start over"
             )
-        if (indices != rows[:, 0]).any():
-            moves = list(zip(indices.tolist(), rows[:, 0].tolist(), strict=True))
+
+    def _move(self, before: np.ndarray[Any, Any], indices: np.ndarray[Any, Any]) -> None:
+        """Give rows other indices."""
+        if (indices != before).any():
+            moves = list(zip(indices.tolist(), before.tolist(), strict=True))
             update = "UPDATE rows SET row_index = ? WHERE row_index = ?"
             # Move them out of the way first: two rows may change places.
             self._database.executemany(update, [(-1 - old, old) for _, old in moves])
             self._database.executemany(update, [(new, -1 - old) for new, old in moves])
-        return indices
 
     def _drop(self, which: str) -> int:
         """Forget rows. Returns how many."""

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from elbowroom.core.options import option
 from elbowroom.core.units import KIB, MIB
+from elbowroom.jobs.strict_json import MAX_DEPTH, is_deep, load_any_json
 
 _WHOLE_VOCABULARY = 10**9
 _MAX_SHOWN = 10**18
@@ -71,6 +72,10 @@ def violation(body: dict[str, Any], limits: RowLimits) -> Violation | None:
         for name, value, most, flag in _sizes(body, limits):
             if value > most:
                 message = f"{name} is {_shown(value)}, more than {most}: lower it, or raise {flag}"
+                return Violation("limit_exceeded", message)
+        for name, schema in (*schemas(body), *_structural_tags(body)):
+            if isinstance(schema, str) and is_deep(_utf8(schema)):
+                message = f"{name} is nested more than {MAX_DEPTH} deep: flatten it"
                 return Violation("limit_exceeded", message)
     for url in _urls([body.get("messages"), body.get("input")]):  # embeddings take chats as input
         if (host := refused_host(url, limits.allowed_url_hosts)) is not None:
@@ -139,10 +144,7 @@ def _structural_tags(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _parsed(value: Any) -> Any:
     """A schema as data, parsed if it is given as text; None if it is not valid JSON."""
-    try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return None
+    return load_any_json(_utf8(value)) if isinstance(value, str) else value
 
 
 def _sizes(body: dict[str, Any], limits: RowLimits) -> Iterator[tuple[str, int, int, str]]:
@@ -192,7 +194,11 @@ def _size(value: Any) -> int:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except RecursionError:
         return _MAX_SHOWN + 1
-    return len(text.encode("utf-8", "surrogatepass"))
+    return len(_utf8(text))
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _shown(value: int) -> str:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any, NoReturn
+
+import numpy as np
 
 from elbowroom.core.errors import shown
 
 MAX_DEPTH = 128
 """Most lists and objects inside one another.
 
-Python's own limit depends on how deep its caller is, so a row near it could be read here and then
-fail where it is sent on.
+It is checked before a line is parsed. Python's own limit depends on how deep its caller is: a line
+near it could be read once and fail the next time, or where it is sent on.
 """
+
+_STRING = re.compile(rb'"(?:[^"\\]+|\\.)*+"?', re.DOTALL)
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
 class RejectionError(Exception):
@@ -23,10 +30,11 @@ class RejectionError(Exception):
 
 
 def load_json(line: bytes) -> Any:
+    """Parse a line. Raises RejectionError that says what is wrong with it."""
+    if is_deep(line):
+        reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
     try:
         data = _DECODER.decode(line.decode("utf-8"))
-        if _may_be_deep(line) and _is_deeper_than(data, MAX_DEPTH):
-            reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
         if b"\\u" in line and b"\\ud" in line.lower():  # half of a pair is no character
             json.dumps(data, ensure_ascii=False).encode("utf-8")
         return data
@@ -34,12 +42,28 @@ def load_json(line: bytes) -> Any:
         reject("invalid_utf8", "a \\u escape is half of a surrogate pair: write both halves")
     except UnicodeDecodeError as error:
         reject("invalid_utf8", f"not UTF-8 at byte {error.start}: save the file as UTF-8")
-    except RecursionError:
-        reject("invalid_json", f"nested more than {MAX_DEPTH} deep: flatten it")
     except json.JSONDecodeError as error:
         reject("invalid_json", f"not valid JSON at column {error.colno}: {error.msg}")
     except ValueError as error:
         reject("invalid_json", f"not valid JSON: {error}")
+
+
+def load_any_json(text: bytes) -> Any:
+    """Parse what ``load_json`` may refuse: NaN, half characters. None if even so it is no JSON."""
+    if is_deep(text):
+        return None
+    try:
+        return json.loads(text.decode("utf-8", "surrogateescape"))
+    except ValueError:
+        return None
+
+
+def is_deep(text: bytes) -> bool:
+    """Whether lists and objects in JSON, also in what is cut off, are nested too deep."""
+    if text.count(b"[") + text.count(b"{") <= MAX_DEPTH:  # nearly every line
+        return False
+    chars = np.frombuffer(_STRING.sub(b"", text), np.uint8)
+    return bool(_STEPS[chars].cumsum(dtype=np.int64).max(initial=0) > MAX_DEPTH)
 
 
 def _refuse_number(text: str) -> NoReturn:
@@ -53,23 +77,6 @@ def _finite(text: str) -> float:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
-
-
-def _may_be_deep(data: bytes) -> bool:
-    """Cheap first test of nesting: False for nearly every line, which has too few brackets."""
-    return data.count(b"[") + data.count(b"{") > MAX_DEPTH
-
-
-def _is_deeper_than(data: Any, depth: int) -> bool:
-    layer = [data]
-    for _ in range(depth + 1):
-        containers = [value for value in layer if isinstance(value, (dict, list))]
-        layer = []
-        for value in containers:
-            layer.extend(value.values() if isinstance(value, dict) else value)
-        if not containers:
-            return False
-    return True
 
 
 def reject(code: str, message: str) -> NoReturn:
