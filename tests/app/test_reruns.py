@@ -138,6 +138,22 @@ def test_failed_rows_are_tried_again(jobs: Jobs, capsys: pytest.CaptureFixture[s
     assert report["num_resumed"] == 36
 
 
+def test_the_report_is_of_the_rows_that_there_are(jobs: Jobs) -> None:
+    """Lines that were no requests are taken out: nothing is left to run, but much to tell."""
+    path = write_batch(jobs.folder / "in.jsonl", 4)
+    good = path.read_text()
+    path.write_text(f"{good}{{\n")
+    assert jobs.run(path) == 3
+    path.write_text(good)
+    assert jobs.run(path) == 0
+    report = jobs.folder / "out.report.json"
+    told = json.loads(report.read_text())
+    assert (told["num_rows"], told["num_failed"]) == (4, 0)
+    before = report.read_bytes()
+    assert jobs.run(path) == 0
+    assert report.read_bytes() == before, "it has the seconds of the run that answered"
+
+
 def test_a_row_that_failed_may_be_mended_or_taken_out(jobs: Jobs) -> None:
     path = write_batch(jobs.folder / "in.jsonl", 20)
     jobs.stub = ["--refuses", "10"]

@@ -85,6 +85,22 @@ def test_every_kind_of_bad_row_is_told_with_its_line(tmp_path: Path) -> None:
     assert report.prompt_tokens is None
 
 
+def test_each_bad_line_is_one_problem_under_the_id_that_it_has_in_the_results(
+    tmp_path: Path,
+) -> None:
+    """Also one that cannot be read, and whose id an earlier line uses."""
+    broken = '{"custom_id": "a", "x": NaN}'
+    report = check(tmp_path, line("a", prompt="x"), broken, line("a", url="/v1/files"), broken, "{")
+    found = [(problem.custom_id, problem.code) for problem in report.problems]
+    assert found == [
+        ("line-2", "invalid_json"),
+        ("line-3", "duplicate_custom_id"),
+        ("line-4", "invalid_json"),
+        ("line-5", "invalid_json"),
+    ]
+    assert (report.num_rows, report.num_problems) == (5, 4)
+
+
 def test_prompts_of_every_kind_are_counted(tmp_path: Path) -> None:
     chat = {"url": "/v1/chat/completions"}
     parts = [{"type": "text", "text": "1"}, {"type": "text", "text": "2"}]

@@ -137,7 +137,7 @@ async def run_settings(
         check_writable([settings.logs / "replica-0.log"])
     with (
         BatchInput(settings.inputs, output.parent) as source,
-        scanned(source, settings.job) as rows,
+        scanned(source, settings.job, settings.model_names) as rows,
     ):
         prepared = prepare(settings, rows, console, partial(say_on, console))
         identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)

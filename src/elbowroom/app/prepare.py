@@ -69,6 +69,13 @@ class BatchSettings:
         return self.report or self.output.parent / f"{self.output.stem}.report.json"
 
     @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names under which rows may ask for the model."""
+        if self.given_plan is not None:
+            return self.given_plan.engine.served_model_names
+        return served_names(self.plan.model, self.plan.served_model_names)
+
+    @property
     def files(self) -> JobFiles:
         return JobFiles(self.output, self.error_file, self.report_file, self.logs)
 
@@ -139,12 +146,9 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
 
 def _warnings(settings: BatchSettings, summary: FileSummary) -> Iterator[Warned]:
     """What the rows ask for in vain. Raises InputError when no row could be answered."""
-    asked = settings.plan
-    if settings.given_plan is not None:
-        engine = settings.given_plan.engine
-        return warnings_for(summary, asked.model, engine.served_model_names, engine.extra)
-    served = served_names(asked.model, asked.served_model_names)
-    return warnings_for(summary, asked.model, served, asked.vllm_options)
+    asked, given = settings.plan, settings.given_plan
+    options = asked.vllm_options if given is None else given.engine.extra
+    return warnings_for(summary, asked.model, settings.model_names, options)
 
 
 def warnings_for(
@@ -152,7 +156,10 @@ def warnings_for(
 ) -> Iterator[Warned]:
     """``preflight.warnings`` about the model in a folder. Raises what they raise."""
     config = read_json(model_dir / "config.json")
-    return warnings(summary, served, config.get("architectures") or (), vllm_options)
+    architectures = config.get("architectures") or ()
+    if (model_dir / "modules.json").exists():  # of sentence-transformers: vLLM pools by itself
+        architectures = ()
+    return warnings(summary, served, architectures, vllm_options)
 
 
 def errors_beside(output: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from elbowroom.app.hub import find_model
@@ -57,14 +57,16 @@ def add_inspect_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _check(args: argparse.Namespace, console: Console) -> int:
-    model = None
+    model: Path | None = None
+    served: Sequence[str] = ()
     if args.model is not None:
         model = find_model(args.model, args.revision, with_weights=False)
+        served = served_names(model, args.served_model_name)
     with BatchInput(args.input) as source:
         counted = None if args.no_tokens else model
-        report = check_file(source, counted, args.max_model_len, limits_of(args))
+        report = check_file(source, counted, args.max_model_len, limits_of(args), served)
     would_fail = bool(report.num_problems)
-    for warning in _warnings(args, model, report.summary):
+    for warning in _warnings(args, model, served, report.summary):
         report.warnings.append(warning.text)
         would_fail = would_fail or warning.num_rows > 0
     if args.json:
@@ -74,12 +76,13 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     return EXIT_FAILED_ROWS if would_fail else EXIT_GOOD
 
 
-def _warnings(args: argparse.Namespace, model: Path | None, summary: FileSummary) -> list[Warned]:
+def _warnings(
+    args: argparse.Namespace, model: Path | None, served: Sequence[str], summary: FileSummary
+) -> list[Warned]:
     """What the rows ask for in vain of the model; without one, only what vLLM ignores."""
     if model is None:
         found = warnings(summary, (), (), args.vllm)
     else:
-        served = served_names(model, args.served_model_name)
         found = warnings_for(summary, model, served, args.vllm)
     try:
         return list(found)

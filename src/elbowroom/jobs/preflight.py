@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,15 @@ _MAX_NAMES = 1000
 """Most names that are counted one by one: a file may have any number of them."""
 
 _MAX_SHOWN = 5
-_NAMES = ("--lora", "--served-model-name")
+_FILE = "--config"
+"""Option of vLLM that names a file with others, which are not looked at."""
+
+_NAMES = ("--lora", "--served", _FILE)
 """Options of vLLM by which a model has other names, too."""
 
-_RUNNERS = ("--runner", "--convert", "--task")
+_RUNNERS = ("--runner", "--convert", "--task", "--hf-", _FILE)
+"""Options of vLLM that may have a generating model give something else."""
+
 _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 
 
@@ -26,14 +32,21 @@ _GENERATING = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 class FileSummary:
     """Rows of a file that are requests, by what they ask for.
 
-    ``models`` counts the names of models; rows that name none are served by any. ``ignored`` counts
-    the fields of bodies that vLLM does not know and therefore ignores.
+    ``models`` counts the names of models, those of ``knowing`` for certain; rows of further
+    ones are ``num_other_models``, and rows that name none are served by any. ``ignored`` counts the
+    fields of bodies that vLLM does not know and therefore ignores.
     """
 
     num_requests: int = 0
     urls: Counter[str] = field(default_factory=Counter)
     models: Counter[str] = field(default_factory=Counter)
     ignored: Counter[str] = field(default_factory=Counter)
+    num_other_models: int = 0
+
+    @staticmethod
+    def knowing(models: Collection[str]) -> FileSummary:
+        """A summary that counts the rows of these models whatever other names come before."""
+        return FileSummary(models=Counter(dict.fromkeys(models, 0)))
 
     def visit(self, row: Row | RejectedRow) -> None:
         if isinstance(row, RejectedRow):
@@ -41,17 +54,20 @@ class FileSummary:
         self.num_requests += 1
         self.urls[row.url] += 1
         model = row.body.get("model")
-        if isinstance(model, str):
-            _count(self.models, model)
+        if isinstance(model, str) and model and not _count(self.models, model):
+            self.num_other_models += 1
         known = FIELDS[row.url]
         if not known.issuperset(row.body):
             for name in row.body.keys() - known:
                 _count(self.ignored, name)
 
 
-def _count(names: Counter[str], name: str) -> None:
-    if name in names or len(names) < _MAX_NAMES:
+def _count(names: Counter[str], name: str) -> bool:
+    """Count a name, unless it is one too many. Returns whether it was counted."""
+    is_counted = name in names or len(names) < _MAX_NAMES
+    if is_counted:
         names[name] += 1
+    return is_counted
 
 
 class Warned(NamedTuple):
@@ -69,21 +85,25 @@ def warnings(
 ) -> Iterator[Warned]:
     """What a user should know before an engine starts, and the flags that help.
 
-    Nothing is said about names when ``served`` is empty: the model is not known.
+    Nothing is said about names when ``served`` is empty: the model is not known. Nor is anything
+    said about endpoints without ``architectures``.
 
     Raises InputError when no row could be answered.
     """
     if summary.ignored:
         yield Warned(f"vLLM ignores these fields: {_named(summary.ignored)}", 0)
-    if served and not any(option.startswith(_NAMES) for option in vllm_options):
+    if served and not _is_any_given(_NAMES, vllm_options):
         others = Counter({n: count for n, count in summary.models.items() if n not in served})
         if others:
-            flags = " ".join(f"--served-model-name {name}" for name in list(others)[:_MAX_SHOWN])
+            names = [shlex.quote(name) for name, _ in others.most_common(_MAX_SHOWN)]
+            flags = " ".join(f"--served-model-name {name}" for name in names)
             known = shown(next(iter(served)))
             text = f"another model than {known}: {_named(others)}. Give {flags}"
-            yield _unless_all(others.total(), summary, text)
-    if not any(option.startswith(_RUNNERS) for option in vllm_options) and any(
-        name.endswith(_GENERATING) for name in architectures
+            yield _unless_all(others.total() + summary.num_other_models, summary, text)
+    if (
+        architectures
+        and all(name.endswith(_GENERATING) for name in architectures)
+        and not _is_any_given(_RUNNERS, vllm_options)
     ):
         pooling = Counter({url: summary.urls[url] for url in POOLING_URLS if summary.urls[url]})
         if pooling:
@@ -92,6 +112,10 @@ def warnings(
                 f"with -- --runner pooling --convert embed"
             )
             yield _unless_all(pooling.total(), summary, text)
+
+
+def _is_any_given(names: tuple[str, ...], vllm_options: Sequence[str]) -> bool:
+    return any(option.replace("_", "-").startswith(names) for option in vllm_options)
 
 
 def _unless_all(num_rows: int, summary: FileSummary, text: str) -> Warned:

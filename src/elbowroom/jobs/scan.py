@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +14,14 @@ from elbowroom.jobs.preflight import FileSummary
 
 
 @contextmanager
-def scanned(source: BatchInput | Path, options: JobOptions) -> Iterator[ScannedInput]:
-    """Open and scan a job's input. Raises InputError when it cannot be read or has no rows."""
-    summary = FileSummary()
+def scanned(
+    source: BatchInput | Path, options: JobOptions, models: Collection[str] = ()
+) -> Iterator[ScannedInput]:
+    """Open and scan a job's input. ``models`` are names whose rows are counted for certain.
+
+    Raises InputError when it cannot be read or has no rows.
+    """
+    summary = FileSummary.knowing(models)
     builder = None if options.order == "input" else OrderBuilder()
     with BatchFile(source, options.limits) as batch:
         batch.scan(summary.visit, *([builder.visit] if builder else []))
