@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
-from elbowroom.core.errors import JobStoppedError, OutputError, optional
+from elbowroom.core.errors import InputError, JobStoppedError, OutputError, optional
+from elbowroom.core.files import read_json
 from elbowroom.engine.launch import REPLICA_COMMAND
 from elbowroom.engine.wire import RowAnswer, RowFailure, RowRequest
 from elbowroom.jobs.dispatcher import Dispatcher, token_usage
@@ -59,7 +61,7 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
             raise JobStoppedError(f"{error}. Then run the same command to resume") from error
         report = ledger.report(job.plan, [replica.report() for replica in replicas])
         report = _look_back(job, report)
-        if first is not None or not files.report.exists():
+        if first is not None or not _is_told(report, files.report):
             with optional("report file", job.say):
                 report.write(files.report)
         return report
@@ -82,6 +84,16 @@ def _say_failed(job: Job, journal: Journal) -> None:
         job.say(f"{journal.num_retried} rows that failed are tried again")
     if journal.totals.num_failed:
         job.say(f"{journal.totals.num_failed} rows have failed: --retry-failed tries them again")
+
+
+def _is_told(report: JobReport, path: Path) -> bool:
+    """Whether the report of an earlier run, which has its seconds, tells the same of all rows."""
+    try:
+        told = read_json(path)
+    except InputError:
+        return False
+    counts = ("num_rows", "num_succeeded", "failures")
+    return all(told.get(name) == getattr(report, name) for name in counts)
 
 
 def _look_back(job: Job, report: JobReport) -> JobReport:
