@@ -140,7 +140,8 @@ async def run_settings(
         scanned(source, settings.job, settings.model_names) as rows,
     ):
         prepared = prepare(settings, rows, console, partial(say_on, console))
-        identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine)
+        own = (*settings.inputs, output, settings.error_file, settings.report_file)
+        identity = job_identity(Path(prepared.plan.model_dir), prepared.plan.engine, own)
         job = Job(
             plan=prepared.plan,
             input=rows,
