@@ -56,6 +56,22 @@ def test_run_batch(files: Files, capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
+def test_options_may_be_none_and_paths_texts(files: Files, tmp_path: Path) -> None:
+    """Also those that are no flags of their own on the command line."""
+    unset: dict[str, Any] = {"errors": None, "report": None, "logs": None, "calibrate": None}
+    report = elbowroom.run_batch(
+        *files.all, **unset, vllm_options=["--x", "1"], cluster="this-machine", **SMALL
+    )
+    assert report.plan.engine.extra == ("--x", "1")
+    written = tmp_path / "out.report.json"
+    elbowroom.run_batch(
+        *files.all[:2], tmp_path / "o", calibrate=str(written), logs=str(tmp_path), **SMALL
+    )
+    assert (tmp_path / "replica-0.log").exists()
+    again = elbowroom.run_batch(*files.all, given_plan=report.plan, vllm_options=[])
+    assert again.num_resumed == 40
+
+
 def test_iter_batch_gives_rows_as_they_finish_and_publishes(files: Files) -> None:
     ids = [line["custom_id"] for line in elbowroom.iter_batch(*files.all, **SMALL)]
     assert sorted(ids) == sorted(f"id-{index}" for index in range(40))
@@ -80,7 +96,11 @@ def test_what_fails_is_raised(files: Files, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read"):
         elbowroom.run_batch(files.all[0], tmp_path / "none", files.output, **SMALL)
     with pytest.raises(MemoryPlanError):
-        elbowroom.run_batch(*files.all, memory=1024)
+        elbowroom.run_batch(*files.all, memory="1KiB")
+    with pytest.raises(TypeError, match="no_such"):
+        elbowroom.run_batch(*files.all, no_such=1)
+    with pytest.raises(InputError, match="list of words"):
+        elbowroom.run_batch(*files.all, vllm_options="--runner pooling")
     files.stub = ["--fails", "no memory"]
     with pytest.raises(ReplicaError, match="no memory"):
         list(elbowroom.iter_batch(*files.all, **SMALL))

@@ -71,11 +71,13 @@ def _check_refused(
     [
         ({"model": "/no/model"}, "/no/model is not a directory"),
         ({"memory": "1KiB"}, "--memory gives 1 KiB"),
-        ({"memory": "0"}, "--memory gives 0 B"),
+        ({"memory": "1B"}, "--memory gives 1 B"),
         ({"memory": "64MiB", "max_model_len": "100000000"}, "lower --max-model-len"),
         ({"output": "."}, "not a regular file"),
         ({"output": "/"}, "not a regular file"),
         ({"errors": "/dev/null"}, "/dev/null"),
+        ({"replicas": "2000000000"}, "2000000000 devices are more than"),
+        ({"replicas": "9999", "tensor_parallel": "9999"}, "devices are more than"),
     ],
     ids=lambda value: repr(value)[:40],
 )
@@ -119,6 +121,10 @@ def test_a_corrupt_model(command: Command, capsys: pytest.CaptureFixture[str]) -
     [
         ({"memory": "lots"}, "write for example 2GiB"),
         ({"memory": "-1GiB"}, "--memory"),
+        ({"memory": "512"}, "512 bytes? write 512MiB, or 512B"),
+        ({"max_model_len": "9" * 25}, "from 1 to"),
+        ({"max_line_bytes": str(2**63 - 1)}, "from 1 to"),
+        ({"replicas": "9999999999"}, "from 1 to"),
         ({"replicas": "0"}, "'0' is not a whole number from 1"),
         ({"replicas": "1.5"}, "'1.5' is not a whole number from 1"),
         ({"slots": "0"}, "'0' is not a whole number"),

@@ -27,6 +27,8 @@ class Some:
     retries: int = option(3, "number", "", "b")
     is_slow: bool = option(False, "switch", "", "b")
     grace: float = option(5.0, "seconds", "", "b")
+    room: int | None = option(None, "memory", "", "b")
+    path: Path | None = option(None, "path", "", "b")  # noqa: RUF009
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,9 @@ class Some:
         ({"retries": 0}, {"retries": 0}, ["--retries", "0"]),
         ({"is_slow": True}, {"is_slow": True}, ["--is-slow"]),
         ({"grace": 2}, {"grace": 2.0}, ["--grace", "2"]),
+        ({"room": "512B"}, {"room": 512}, ["--room", "512B"]),
+        ({"room": 2**20}, {"room": 2**20}, ["--room", str(2**20)]),
+        ({"path": "a"}, {"path": Path("a")}, ["--path", "a"]),
     ],
 )
 def test_both_ways_to_give_an_option(
@@ -69,11 +74,39 @@ def test_both_ways_to_give_an_option(
         {"is_slow": "yes"},
         {"grace": -0.1},
         {"grace": float("nan")},
+        {"grace": 10**400},
+        {"retries": 10**5000},
+        {"room": 512},
+        {"room": "512"},
+        {"room": 0},
+        {"path": 5},
+        {"memory": "2KiB", "memory_bytes": 2048},
     ],
 )
 def test_what_an_option_cannot_be(given: dict[str, Any]) -> None:
     with pytest.raises(InputError):
         read_options(Some, given)
+
+
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--memory", "0"),
+        ("--memory", str(2**63 - 1)),
+        ("--retries", "9" * 25),
+        ("--retries", "9" * 5000),
+        ("--grace", "1e308"),
+        ("--room", "512"),
+    ],
+)
+def test_numbers_that_a_flag_does_not_take(
+    flag: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, Some)
+    with pytest.raises(SystemExit):
+        parser.parse_args([flag, text])
+    assert f"argument {flag}: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("settings", [PlanSettings, RowLimits, JobOptions])
@@ -89,7 +122,8 @@ def test_groups_alone() -> None:
     parser = argparse.ArgumentParser()
     add_options(parser, Some, ["b"])
     args = parser.parse_args([])
-    assert set(vars(args)) == {"retries", "is_slow", "grace"} == set(settings_of(args, Some, ["b"]))
+    names = {"retries", "is_slow", "grace", "room", "path"}
+    assert set(vars(args)) == names == set(settings_of(args, Some, ["b"]))
 
 
 @pytest.mark.parametrize("flags", [("--seed", "7"), ("--pool", "none"), ("--memory", "1GiB")])

@@ -17,9 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from elbowroom.app.hub import find_model
+from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.prepare import BatchSettings, check_devices, prepare
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, shown
 from elbowroom.core.files import check_writable
 from elbowroom.core.options import option_names, read_options
 from elbowroom.jobs.identity import job_identity
@@ -34,6 +35,7 @@ from elbowroom.jobs.runner import run_job
 from elbowroom.jobs.scan import scanned
 
 _QUEUE_ROWS = 1000
+_WORDS = ["--runner", "pooling"]
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -49,8 +51,9 @@ def run_batch(
     """Answer an OpenAI batch file, or several, or resume the job. Returns the report.
 
     ``options`` are those of ``elbowroom run`` by the names of their flags, such as ``replicas=2``,
-    ``memory="2GiB"`` or ``max_num_seqs=64``, and the other fields of ``BatchSettings`` and
-    ``PlanSettings``. Nothing is shown unless a ``console`` is given.
+    ``memory="2GiB"`` or ``max_num_seqs=64``. ``vllm_options`` is the list of words that stand
+    behind ``--`` there, and ``given_plan`` a ``RunPlan`` instead of ``--plan``. Nothing is shown
+    unless a ``console`` is given.
 
     Raises what ``jobs.runner.run_job`` raises, and MemoryPlanError before anything is loaded.
     """
@@ -168,17 +171,25 @@ def _settings(
     """
     inputs = [input] if isinstance(input, str | os.PathLike) else input
     revision = options.pop("revision", None)
+    words = options.pop("vllm_options", ())
+    if isinstance(words, str):
+        raise InputError(f"vllm_options={shown(words)}: give a list of words, such as {_WORDS}")
     limits = RowLimits(**_taken(RowLimits, options))
     plan = PlanSettings(
         model=find_model(os.fspath(model), revision),
         limits=limits,
         runs_here=True,
+        cluster=os.fspath(options.pop("cluster", THIS_MACHINE)),
+        vllm_options=tuple(words),
         **_taken(PlanSettings, options),
     )
     job = JobOptions(limits=limits, **_taken(JobOptions, options))
-    for name in {"errors", "report", "logs"} & options.keys():
-        options[name] = Path(options[name])
-    return BatchSettings(tuple(map(Path, inputs)), Path(output), plan, job=job, **options)
+    files = _taken(BatchSettings, options)
+    given_plan = options.pop("given_plan", None)
+    for name in options:
+        raise TypeError(f"a batch has no option '{name}'")
+    paths = tuple(map(Path, inputs))
+    return BatchSettings(paths, Path(output), plan, job=job, given_plan=given_plan, **files)
 
 
 def _taken(settings: type, options: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core import host
+from elbowroom.core.errors import InputError
 from elbowroom.core.model import DTYPE_BYTES, STORAGE_BYTES
 from elbowroom.core.options import option
 from elbowroom.jobs.limits import RowLimits
@@ -17,6 +18,7 @@ from elbowroom.plans.pool import FETCH_ORDERS, POOL_MODES, FetchOrder, Layout, P
 WHAT_IF = "what if"
 """Options of `plan` alone."""
 
+MOST_DEVICES = 10_000
 STORAGE_DTYPES = tuple(STORAGE_BYTES)
 layout = partial(option, group="layout", is_planned=True)
 engine = partial(option, group="engine", is_planned=True)
@@ -32,6 +34,7 @@ class PlanSettings:
     ``dtype`` "auto" is the model's own, and on this machine what its CPU computes fastest without
     losing digits. ``max_model_len`` None is the longest row that the model and the cache can hold.
     ``runs_here`` says that the plan is for this machine, whatever ``cluster`` its times are from.
+    Raises InputError for more than ``MOST_DEVICES``.
     """
 
     model: Path
@@ -39,7 +42,7 @@ class PlanSettings:
     replicas: int | None = layout(None, "count", "engines with rows of their own")
     tensor_parallel: int | None = layout(None, "count", "devices of one replica")
     memory_bytes: int | None = layout(
-        None, "size", "of one device, such as 2GiB (default: what is free)", flag="--memory"
+        None, "memory", "of one device, such as 2GiB (default: what is free)", flag="--memory"
     )
     pool: PoolMode | None = layout(
         None,
@@ -94,11 +97,19 @@ class PlanSettings:
         None, "text", "storage of the KV cache", WHAT_IF, choices=STORAGE_DTYPES
     )
     activation_bytes: int | None = option(
-        None, "size", "activation memory (default: derived)", WHAT_IF, flag="--activations"
+        None, "memory", "activation memory (default: derived)", WHAT_IF, flag="--activations"
     )
     calibrate: Path | None = option(None, "path", "report.json of a run", WHAT_IF, metavar="REPORT")
     limits: RowLimits = field(default_factory=RowLimits)
     runs_here: bool = False
+
+    def __post_init__(self) -> None:
+        asked = (self.replicas or 1) * (self.tensor_parallel or 1)
+        if asked > MOST_DEVICES:
+            raise InputError(
+                f"{asked} devices are more than {MOST_DEVICES}: lower --replicas or "
+                f"--tensor-parallel"
+            )
 
     @property
     def engine(self) -> EngineLimits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -25,6 +26,7 @@ from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError, optional
 from elbowroom.core.files import read_json
 from elbowroom.core.model import ModelFacts, check_runnable
+from elbowroom.core.options import option
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import engine_version
@@ -43,6 +45,9 @@ _UNKNOWN_ROWS = replace(workload([512] * 10_000, [256] * 10_000), is_bounded=Fal
 """A job of which nothing is known."""
 
 
+beside = partial(option, group="files beside the output")
+
+
 @dataclass(frozen=True)
 class BatchSettings:
     """What ``elbowroom run`` is told.
@@ -54,9 +59,11 @@ class BatchSettings:
     inputs: tuple[Path, ...]
     output: Path
     plan: PlanSettings
-    errors: Path | None = None
-    report: Path | None = None
-    logs: Path | None = None
+    errors: Path | None = beside(None, "path", "failed rows (default: beside the output)")
+    report: Path | None = beside(None, "path", "report.json (default: beside the output)")
+    logs: Path | None = beside(
+        None, "path", "folder for the replicas' logs (default: in the journal's)"
+    )
     job: JobOptions = field(default_factory=JobOptions)
     given_plan: RunPlan | None = None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.core.cluster import PRESETS
-from elbowroom.core.flag_kinds import auto, count, number, seconds, size
+from elbowroom.core.flag_kinds import auto, count, memory, number, seconds, size
 from elbowroom.core.options import Option, flag_of, names_of, options_of
 
 
@@ -23,11 +23,11 @@ def add_cluster(parser: argparse._ActionsContainer) -> None:
 
 KINDS: dict[str, Callable[[str], Any]] = {
     **{"text": str, "names": str, "path": Path},
-    **{"number": number, "count": count, "size": size, "seconds": seconds},
+    **{"number": number, "count": count, "size": size, "memory": memory, "seconds": seconds},
 }
 
 
-METAVARS = {"count": "N", "number": "N", "size": "SIZE", "seconds": "SECONDS"}
+METAVARS = {"count": "N", "number": "N", "size": "SIZE", "memory": "SIZE", "seconds": "SECONDS"}
 
 
 def add_options(

@@ -14,7 +14,7 @@ from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_json
-from elbowroom.core.flag_kinds import bandwidth, count, size
+from elbowroom.core.flag_kinds import bandwidth, count, memory
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.trace import write_trace
@@ -65,7 +65,9 @@ def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument(
         "--overlap", choices=OVERLAPS, default="max", help="sync behind compute, or added to it"
     )
-    plan.add_argument("--memory", type=size, help="of one worker (default: the cluster's, if any)")
+    plan.add_argument(
+        "--memory", type=memory, help="of one worker (default: the cluster's, if any)"
+    )
     plan.add_argument(
         "--depth",
         type=count,

@@ -48,15 +48,11 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
     files = run.add_argument_group("files")
     add_inputs(files, required=True)
     files.add_argument("--output", type=Path, required=True, help="answers, in input order")
-    files.add_argument("--errors", type=Path, help="failed rows (default: beside the output)")
-    files.add_argument("--report", type=Path, help="report.json (default: beside the output)")
-    files.add_argument(
-        "--logs", type=Path, help="folder for the replicas' logs (default: in the journal's)"
-    )
     files.add_argument(
         "--plan", type=Path, help="of `elbowroom plan --json`: model, layout and engine are its own"
     )
     files.add_argument("--cluster", default=THIS_MACHINE, help="what predictions are made from")
+    add_options(run, BatchSettings)
     add_planned(run)
     add_options(run, JobOptions)
     add_limits(run)
@@ -77,11 +73,9 @@ def _settings(args: argparse.Namespace) -> BatchSettings:
         inputs=tuple(args.input),
         output=args.output,
         plan=plan,
-        errors=args.errors,
-        report=args.report,
-        logs=args.logs,
         job=job,
         given_plan=given,
+        **settings_of(args, BatchSettings),
     )
 
 

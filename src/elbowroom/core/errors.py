@@ -71,7 +71,10 @@ class ScheduleError(ElbowroomError):
 
 def shown(value: object) -> str:
     """A value that came from outside, shortened for a message."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # of a whole number of thousands of digits
+        text = f"a huge {type(value).__name__}"
     return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[:_MAX_SHOWN_CHARS]}..."
 
 

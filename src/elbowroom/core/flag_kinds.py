@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
-from elbowroom.core.errors import InputError
-from elbowroom.core.units import parse_bandwidth, parse_bytes
+from elbowroom.core.errors import InputError, shown
+from elbowroom.core.options import Kind, out_of_range
+from elbowroom.core.units import parse_bandwidth, parse_bytes, parse_memory
 
 T = TypeVar("T")
 
+_MOST_DIGITS = 100
+
 
 def size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return int(_in_range("size", text, _parsed(parse_bytes, text)))
+
+
+def memory(text: str) -> int:
+    return int(_in_range("memory", text, _parsed(parse_memory, text)))
 
 
 def bandwidth(text: str) -> float:
-    try:
-        return parse_bandwidth(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+    return _parsed(parse_bandwidth, text)
 
 
 def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
-    return int(text)
+    return int(_in_range("count", text, _whole(text)))
 
 
 def number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
-    return int(text)
+    return int(_in_range("number", text, _whole(text)))
 
 
 def positive(text: str) -> float:
@@ -52,10 +50,8 @@ def seconds(text: str) -> float:
     try:
         seconds = float(text)
     except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no number of seconds")
-    return seconds
+        seconds = math.nan
+    return _in_range("seconds", text, seconds)
 
 
 def auto(kind: Callable[[str], T]) -> Callable[[str], T | None]:
@@ -65,3 +61,23 @@ def auto(kind: Callable[[str], T]) -> Callable[[str], T | None]:
         return None if text == "auto" else kind(text)
 
     return read
+
+
+def _parsed(parse: Callable[[str], T], text: str) -> T:
+    try:
+        return parse(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _whole(text: str) -> float:
+    """The whole number that a text is; NaN for any other text, infinity for one without end."""
+    if not text.isdecimal():
+        return math.nan
+    return int(text) if len(text) < _MOST_DIGITS else math.inf
+
+
+def _in_range(kind: Kind, text: str, value: float) -> float:
+    if (wanted := out_of_range(kind, value)) is not None:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is not {wanted}")
+    return value

@@ -7,18 +7,32 @@ them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from elbowroom.core.errors import InputError, shown
-from elbowroom.core.units import parse_bytes
+from elbowroom.core.units import MIB, parse_bytes, parse_memory
 
-Kind = Literal["text", "names", "switch", "number", "count", "size", "seconds", "path"]
-"""``names`` are several texts, a ``number`` is whole, ``count`` and ``size`` (in bytes) start at 1.
+Kind = Literal["text", "names", "switch", "number", "count", "size", "memory", "seconds", "path"]
+"""``names`` are several texts, a ``number`` is whole, ``count`` and sizes (in bytes) start at 1.
+
+``memory`` is a size that is no small number without a unit.
 """
 
+RANGES: dict[Kind, tuple[int, int]] = {
+    "number": (0, 2**32 - 1),  # the seeds of NumPy
+    "count": (1, 2**31 - 1),
+    "size": (1, 2**60),
+    "memory": (1, 2**60),
+    "seconds": (0, 10**9),
+}
+"""Least and most of each kind of number: far more than any use has, and no overflow anywhere."""
+
 _KEY = "option"
+_PARSERS: dict[Kind, Callable[[str], int]] = {"size": parse_bytes, "memory": parse_memory}
 
 
 @dataclass(frozen=True)
@@ -53,10 +67,15 @@ def options_of(settings: type) -> Iterator[tuple[Field[Any], Option]]:
 def read_options(settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
     """Values as Python's users give them, by the names of fields or flags, made into the fields'.
 
-    "auto" becomes None, a size such as "2GiB" bytes, and one name a tuple of one. Raises InputError
-    for what an option cannot be.
+    "auto" becomes None, a size such as "2GiB" bytes, a path a Path, and one name a tuple of one.
+    Raises InputError for what an option cannot be, and for an option by two names.
     """
     known = option_names(settings)
+    by_field: dict[str, str] = {}
+    for name in given:
+        other = by_field.setdefault(known[name].name, name)
+        if other != name:
+            raise InputError(f"{other} and {name} are two names of one option: give one")
     return {known[name].name: _read(name, known[name], value) for name, value in given.items()}
 
 
@@ -74,8 +93,15 @@ def _read(name: str, each: Field[Any], value: Any) -> Any:
     option: Option = each.metadata[_KEY]
     if option.is_planned and value == "auto":
         return None
-    if option.kind == "size" and isinstance(value, str):
-        value = parse_bytes(value)
+    if option.kind == "memory" and type(value) is int and 1 <= value < MIB:
+        value = str(value)  # without a unit
+    if option.kind in _PARSERS and isinstance(value, str):
+        try:
+            value = _PARSERS[option.kind](value)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    if option.kind == "path" and isinstance(value, str | os.PathLike):
+        value = Path(value)
     if option.kind == "names" and isinstance(value, str):
         value = (value,)
     if option.kind == "names" and isinstance(value, list | tuple | set | frozenset):
@@ -92,6 +118,15 @@ def names_of(each: Field[Any], names: Iterable[Any]) -> Any:
     return tuple(names) if isinstance(each.default, tuple) else frozenset(names)
 
 
+def out_of_range(kind: Kind, value: float) -> str | None:
+    """What a number should be instead, or None for one that is in the range of its kind."""
+    least, most = RANGES[kind]
+    if least <= value <= most:
+        return None
+    unit = "number of seconds" if kind == "seconds" else "whole number"
+    return f"a {unit} from {least} to {most}"
+
+
 def _what_is_wrong(option: Option, value: Any) -> str | None:
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     match option.kind:
@@ -106,15 +141,11 @@ def _what_is_wrong(option: Option, value: Any) -> str | None:
             wanted = "a list of texts"
         case "switch":
             is_good, wanted = isinstance(value, bool), "True or False"
-        case "number":
-            is_good, wanted = is_whole and value >= 0, "a whole number"
-        case "count" | "size":
-            is_good, wanted = is_whole and value >= 1, "a whole number from 1"
-        case "seconds":
-            is_good = (is_whole or isinstance(value, float)) and 0 <= value < math.inf
-            wanted = "a number of seconds"
         case "path":
-            is_good, wanted = True, ""
+            is_good, wanted = isinstance(value, Path), "a path"
+        case kind:
+            is_number = is_whole or (kind == "seconds" and isinstance(value, float))
+            return out_of_range(kind, value if is_number else math.nan)
     return None if is_good else wanted
 
 

@@ -37,6 +37,17 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * factor)
 
 
+def parse_memory(text: str) -> int:
+    """``parse_bytes`` for memory, where a bare small number was meant in a larger unit.
+
+    Raises InputError for it, too.
+    """
+    num_bytes = parse_bytes(text)
+    if num_bytes < MIB and text.strip()[-1].isdigit():
+        raise InputError(f"{num_bytes} bytes? write {text.strip()}MiB, or {text.strip()}B")
+    return num_bytes
+
+
 def format_bytes(num_bytes: int) -> str:
     """Format a size for people, in binary units: ``1.41 GiB``, ``67.6 MiB``."""
     for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
