@@ -109,15 +109,37 @@ def test_errors_that_are_not_ours_beside_a_job_of_ours(jobs: Jobs) -> None:
     assert other.read_text() == "mine\n"
 
 
-@pytest.mark.parametrize("output", ["-", "s3://bucket/out.jsonl"])
+@pytest.mark.parametrize("flag", ["output", "errors", "report", "logs"])
+@pytest.mark.parametrize("name", ["-", "s3://bucket/x", "S3://bucket/x", "loop", "off/x"])
 def test_outputs_that_are_no_files(
-    jobs: Jobs, output: str, monkeypatch: pytest.MonkeyPatch
+    jobs: Jobs, flag: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(jobs.folder)
+    Path("loop").symlink_to("loop")
+    Path("off").symlink_to("a disk that is not there")
     before = sorted(jobs.folder.iterdir())
+    files = {"output": "out.jsonl", flag: name}
     with pytest.raises(OutputError):
-        elbowroom.run_batch(jobs.model, CASES / "f02_part1.jsonl", output)
+        elbowroom.run_batch(jobs.model, CASES / "f02_part1.jsonl", **files)
     assert sorted(jobs.folder.iterdir()) == before
+
+
+def test_results_that_are_links_are_written_where_these_point(jobs: Jobs) -> None:
+    """Whether there is a file yet or not; the job knows them as its own all the same."""
+    path = write_batch(jobs.folder / "in.jsonl", 10)
+    disk = jobs.folder / "disk"
+    disk.mkdir()
+    names = ("out.jsonl", "out.errors.jsonl", "out.report.json")
+    for name in names:
+        (jobs.folder / name).symlink_to(disk / name)
+    jobs.stub = ["--refuses", "10"]
+    assert jobs.run(path) == 3
+    assert sorted(file.name for file in disk.iterdir()) == sorted(names)
+    jobs.stub = []
+    assert jobs.run(path, more=("--retry-failed",)) == 0
+    assert len(jobs.lines("disk/out.jsonl")) == 10
+    assert not (disk / "out.errors.jsonl").exists()
+    assert all((jobs.folder / name).is_symlink() for name in names)
 
 
 def test_failed_rows_are_tried_again(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:

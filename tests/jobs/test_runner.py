@@ -130,6 +130,15 @@ def test_a_stop_while_replicas_start(job: StubJob) -> None:
     job.check_nothing_is_left()
 
 
+@pytest.mark.parametrize("is_restart", [True, False])
+def test_who_restarted_is_not_told_to_drop_what_is_finished(job: StubJob, is_restart: bool) -> None:
+    job.options = JobOptions(restart=is_restart)
+    threading.Timer(0.5, job.stop, ["enough"]).start()
+    with pytest.raises(JobStoppedError) as stopped:
+        job.run("--never-ready")
+    assert ("without --restart" in str(stopped.value)) == is_restart
+
+
 def test_rows_are_told_when_they_are_safe(job: StubJob) -> None:
     told: list[int] = []
     job.run(on_rows=lambda rows: told.extend(row.index for row in rows))

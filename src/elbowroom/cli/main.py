@@ -20,6 +20,7 @@ from elbowroom.cli.run import add_run_command
 from elbowroom.cli.screen import Console, discard_rest
 from elbowroom.cli.train import add_train_commands
 from elbowroom.core.errors import ElbowroomError, InputError
+from elbowroom.jobs.job import how_to_resume
 
 _ABOUT = (
     "Runs large models on the devices you have: batch inference with pooled weights, and training."
@@ -48,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return exit_code(error)
     except (KeyboardInterrupt, asyncio.CancelledError) as error:
         reason = str(error) or "stopped at once"
-        console.print(f"elbowroom: {reason}; run the same command again to resume", soft_wrap=True)
+        advice = how_to_resume("--restart" in words)
+        console.print(f"elbowroom: {reason}; {advice}", soft_wrap=True)
         return EXIT_RESUMABLE
 
 

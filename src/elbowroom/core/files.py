@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,7 +40,8 @@ def write_json(path: Path, data: Any, *, ascii_only: bool = True) -> None:
 def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
     """Replace ``path`` by ``parts`` in one step, with the mode that the umask gives.
 
-    Raises OutputError. Leaves no temporary file behind.
+    A link stays, and what it points at is replaced. Raises OutputError. Leaves no temporary file
+    behind.
     """
     with staged_file(path, parts) as temporary:
         publish_file(temporary, path)
@@ -47,13 +49,14 @@ def write_atomically(path: Path, parts: Iterator[bytes]) -> None:
 
 @contextmanager
 def staged_file(path: Path, parts: Iterator[bytes]) -> Iterator[Path]:
-    """Write a temporary file beside ``path``, synced to disk; yield its path.
+    """Write a temporary file beside ``path``, or what it links to, synced to disk; yield its path.
 
     The file is removed at the end unless it was renamed. Raises OutputError.
     """
     with explained_writes(str(path)):
         _refuse_what_is_no_file(path)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        real = real_path(path)
+        descriptor, name = tempfile.mkstemp(prefix=f".{real.name}.", dir=real.parent)
         Path(name).chmod(0o666 & ~_umask())
     temporary = Path(name)
     try:
@@ -74,14 +77,15 @@ def _umask() -> int:
 
 
 def publish_file(temporary: Path, path: Path) -> None:
-    """Rename ``temporary`` to ``path``, and sync the folder where the system can.
+    """Rename ``temporary`` to ``path``, or what it links to; sync the folder where the system can.
 
     Raises OutputError.
     """
+    real = real_path(path)
     with explained_writes(str(path)):
-        temporary.replace(path)
+        temporary.replace(real)
     with suppress(OSError):  # the file is whole and in place; not every system can sync a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(real.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
         finally:
@@ -90,21 +94,44 @@ def publish_file(temporary: Path, path: Path) -> None:
 
 def check_writable(paths: Iterable[Path]) -> None:
     """Raise OutputError if one of ``paths`` could not be written; create missing folders."""
+    paths = tuple(paths)
+    check_names(paths)
     for path in paths:
+        folder = real_path(path).parent
         with explained_writes(str(path)):
-            _refuse_what_is_no_file(path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(path.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{path.parent} is not writable: choose another folder")
+            folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder} is not writable: choose another folder")
         # Permissions alone do not tell, for root in particular: create a file and see.
-        with explained_writes(str(path)), tempfile.TemporaryFile(dir=path.parent):
+        with explained_writes(str(path)), tempfile.TemporaryFile(dir=folder):
             pass
 
 
+def check_names(paths: Iterable[Path]) -> None:
+    """Raise OutputError if one of ``paths`` could be no file. Looks, and touches nothing."""
+    for path in paths:
+        with explained_writes(str(path)):
+            _refuse_what_is_no_file(path)
+
+
+def real_path(path: Path) -> Path:
+    """What a path is, or would be, once every link is followed. A link to itself stays."""
+    return Path(os.path.realpath(path))
+
+
 def _refuse_what_is_no_file(path: Path) -> None:
-    """Raise OutputError for pipes, folders and devices: a rename would replace even /dev/null."""
+    """Raise OutputError for pipes, folders and devices: a rename would replace even /dev/null.
+
+    Also for what is a file's name only by accident, and for a link that leads nowhere.
+    """
+    if path.parts[:1] == ("-",) or re.match(r"[a-z][a-z0-9+]+:[/\\]", str(path), re.IGNORECASE):
+        raise OutputError(f"{path} is no local file: name one, and print or copy it later")
     if path.exists() and not path.is_file():
         raise OutputError(f"{path} is not a regular file: name a file to write")
+    real = real_path(path)
+    is_loose = any(each.is_symlink() and not each.exists() for each in path.parents)
+    if is_loose or real.is_symlink() or (path.is_symlink() and not real.parent.is_dir()):
+        raise OutputError(f"{path} is a link to {real}, which cannot be made: name another file")
 
 
 @contextmanager

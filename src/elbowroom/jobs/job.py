@@ -129,6 +129,12 @@ class Job:
         say_on(self.console, text)
 
 
+def how_to_resume(is_restart: bool) -> str:
+    """What to do after a job has stopped. To give --restart again would drop its rows."""
+    again = "run the same command again to resume"
+    return f"{again}, without --restart, which would start over" if is_restart else again
+
+
 def say_on(console: Console, text: str) -> None:
     """Print a line, if there is still a terminal: it may be gone, and the job is not."""
     with suppress(Exception):

@@ -13,6 +13,7 @@ from typing import Any
 
 from elbowroom.core import host
 from elbowroom.core.errors import InputError, OutputError
+from elbowroom.core.files import real_path
 
 CLOEXEC = getattr(os, "O_CLOEXEC", 0)  # Windows passes no file on unless it is told to
 
@@ -113,7 +114,7 @@ class JournalReader:
 
 def place_of(path: Path, output: Path) -> str:
     """A path as seen from the output's folder: a job may be moved with its files."""
-    return os.path.relpath(path.resolve(), output.parent.resolve())
+    return os.path.relpath(real_path(path), real_path(output.parent))
 
 
 def written_files(output: Path) -> set[str]:

@@ -92,10 +92,8 @@ class Ledger:
     def how_far(self) -> str:
         """Text about how many rows are finished, for the message of a job that stops."""
         self._journal.commit()
-        return (
-            f"{self._journal.totals.num_finished} of {self._batch.num_rows} rows are finished and "
-            f"kept: run the same command again to resume"
-        )
+        totals = self._journal.totals
+        return f"{totals.num_finished} of {self._batch.num_rows} rows are finished and kept"
 
     def snapshot(self, replicas: tuple[ReplicaStats, ...]) -> JobSnapshot:
         totals = self._journal.totals

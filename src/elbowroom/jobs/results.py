@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from hashlib import blake2b
@@ -11,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import OutputError
-from elbowroom.core.files import check_writable, explained_writes, publish_file, staged_file
+from elbowroom.core.files import (
+    check_names,
+    check_writable,
+    explained_writes,
+    publish_file,
+    real_path,
+    staged_file,
+)
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.journal_reader import place_of, written_files
@@ -57,7 +63,7 @@ def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> N
             publish_file(failed, errors)
         else:
             with explained_writes(str(errors)):
-                errors.unlink(missing_ok=True)
+                real_path(errors).unlink(missing_ok=True)
         publish_file(answered, output)  # last: who sees the output may trust the errors beside it
 
 
@@ -69,8 +75,8 @@ def check_paths(
     Files that are there and are not of this job's earlier runs are written over only with
     ``overwrite``. Missing folders are created.
     """
-    _refuse_odd_names(output)
     written = [("--output", output), ("--errors", errors), ("--report", report)]
+    check_names(path for _, path in written)
     named = [*(("input", path) for path in inputs), *written]
     for at, (name, path) in enumerate(named):
         for other_name, other in named[at + 1 :]:
@@ -88,17 +94,6 @@ def check_paths(
             )
 
 
-def _refuse_odd_names(output: Path) -> None:
-    """Raise OutputError for an output that is a file's name only by accident."""
-    if str(output) == "-":
-        raise OutputError(
-            "results cannot be written to standard output: name a file for --output, and print it "
-            "with `elbowroom results`"
-        )
-    if re.match(r"[a-z][a-z0-9+]+:/", str(output)):
-        raise OutputError(f"{output} is a URL: name a local file for --output, and copy it later")
-
-
 def _is_same(one: Path, other: Path) -> bool:
     """Whether two paths are one file, also through links.
 
@@ -107,7 +102,7 @@ def _is_same(one: Path, other: Path) -> bool:
     try:
         return one.samefile(other)
     except OSError:
-        return one.resolve() == other.resolve()
+        return real_path(one) == real_path(other)
 
 
 def _line(custom_id: str, response: Any, error: Any) -> bytes:

@@ -16,7 +16,7 @@ from elbowroom.engine.wire import RowAnswer, RowFailure, RowRequest
 from elbowroom.jobs.dispatcher import Dispatcher, token_usage
 from elbowroom.jobs.fleet import Answered, Fleet, FleetEvent, Joined, Lost, Replica, new_replicas
 from elbowroom.jobs.group import ReplicaGroup
-from elbowroom.jobs.job import Job
+from elbowroom.jobs.job import Job, how_to_resume
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.journal_reader import written_files
 from elbowroom.jobs.ledger import Ledger
@@ -53,18 +53,25 @@ async def run_job(job: Job, command: Sequence[str] = REPLICA_COMMAND) -> JobRepo
                 await _answer(job, chain([first], rows), ledger, replicas, command)
             ledger.commit()
             if job.stop.reason is not None:
-                raise JobStoppedError(f"{job.stop.reason}. {ledger.how_far()}")
+                raise _stopped(job, ledger, job.stop.reason)
             own = files.written(has_failed=journal.totals.num_failed > 0)
             journal.note(files=sorted(own | written_files(files.output)))
             publish(journal, batch, files.output, files.errors)
         except OutputError as error:
-            raise JobStoppedError(f"{error}. Then run the same command to resume") from error
+            message = f"{error}. Then {how_to_resume(options.restart)}"
+            raise JobStoppedError(message) from error
         report = ledger.report(job.plan, [replica.report() for replica in replicas])
         report = _look_back(job, report)
         if first is not None or not _is_told(report, files.report):
             with optional("report file", job.say):
                 report.write(files.report)
         return report
+
+
+def _stopped(job: Job, ledger: Ledger, reason: str) -> JobStoppedError:
+    """The error of a job that stops: why, how far it is, and how to resume."""
+    advice = how_to_resume(job.options.restart)
+    return JobStoppedError(f"{reason}. {ledger.how_far()}: {advice}")
 
 
 def _settings(job: Job) -> dict[str, object]:
@@ -213,7 +220,7 @@ class _Run:
             )
         fate = self._fleet.bury(lost, among_suspects, len(killers))
         if fate.ends_job:
-            raise JobStoppedError(f"{fate.text}. {self._ledger.how_far()}")
+            raise _stopped(self._job, self._ledger, fate.text)
         self._job.say(fate.text)
 
     async def _stop_early(self, reason: str) -> None:
@@ -229,7 +236,7 @@ class _Run:
             self._record(await self._fleet.next_event(TICK_SECONDS))
             self._show()
         self._ledger.commit()
-        raise JobStoppedError(f"{reason}. {self._ledger.how_far()}")
+        raise _stopped(self._job, self._ledger, reason)
 
     def _show(self) -> None:
         self._view.update(self._ledger.snapshot(self._fleet.stats))

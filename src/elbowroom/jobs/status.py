@@ -86,5 +86,5 @@ def print_status(console: Console, status: JobStatus) -> None:
         table.add_row("output tokens/s", f"{status.output_tokens_per_second:.1f}")
         table.add_row("time left", clock_text(status.seconds_left))
     if status.state == "interrupted":
-        table.add_row("to resume", "run the same command again")
+        table.add_row("to resume", "run the same command again, without --restart")
     console.print(table)
