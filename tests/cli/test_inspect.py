@@ -42,6 +42,30 @@ def finished_job(tmp_path: Path) -> FinishedJob:
     return FinishedJob(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nope", "nope is not a directory"),
+        ("a-file", "a-file is not a directory"),
+        ("a-folder", "config.json: No such file"),
+    ],
+)
+def test_what_is_no_model(
+    name: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told as by run, and not as by the library that looks for a tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
+    Path("a-folder").mkdir()
+    path = write_batch(tmp_path / "in.jsonl", 2)
+    assert main(["check", str(path), "--model", name]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_status(finished_job: FinishedJob, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", str(finished_job.output)]) == 0
     shown = " ".join(capsys.readouterr().out.split())

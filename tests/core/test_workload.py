@@ -19,6 +19,20 @@ def test_terms_are_mixed_and_ranges_are_drawn_the_same_each_time() -> None:
     assert (again.prompt_tokens == rows.prompt_tokens).all()
 
 
+@pytest.mark.parametrize(
+    ("text", "limit"),
+    [
+        ("1024:512x1000000000", "50000000 in all"),
+        ("1:1x50000000,1:1", "50000000 in all"),
+        ("9999999999:1", "1 to 1000000000"),
+        ("1:1-99999999999999999999", "1 to 1000000000"),
+    ],
+)
+def test_what_is_too_much_is_told_with_the_limit(text: str, limit: str) -> None:
+    with pytest.raises(InputError, match=limit):
+        parse_lengths(text)
+
+
 @pytest.mark.parametrize("text", ["", "5", "5:", "0:5", "9-3:5", "5:5x0", "5:5x99999999999", "a:b"])
 def test_other_text_is_refused(text: str) -> None:
     with pytest.raises(InputError, match=r"write PROMPT|give 1 to"):

@@ -23,11 +23,11 @@ def find_model(name: str, revision: str | None = None, *, with_weights: bool = T
     set. ``revision`` pins a branch, tag or commit. Raises InputError when there is no such model.
     """
     folder = Path(name)
-    if folder.exists():
+    if folder.is_dir():
         if revision is not None:
             raise InputError(f"--revision is for models of the hub, and {name} is a folder")
         return folder
-    if not _NAME.fullmatch(name):
+    if folder.exists() or not _NAME.fullmatch(name):
         raise InputError(
             f"{name} is not a directory: give --model a Hugging Face folder, or a name on the hub "
             f"such as Qwen/Qwen3-0.6B"

@@ -15,6 +15,7 @@ from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
 from elbowroom.cli.job_flags import add_limits, limits_of
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json
 from elbowroom.core.flag_kinds import count
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.check import check_file, print_report
@@ -61,6 +62,7 @@ def _check(args: argparse.Namespace, console: Console) -> int:
     served: Sequence[str] = ()
     if args.model is not None:
         model = find_model(args.model, args.revision, with_weights=False)
+        read_json(model / "config.json")  # whose absence libraries explain in other ways
         served = served_names(model, args.served_model_name)
     with BatchInput(args.input) as source:
         counted = None if args.no_tokens else model

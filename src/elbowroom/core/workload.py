@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from elbowroom.core.errors import InputError
 
 _FORMS = "write PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 256-512:384-512x48, with commas"
-_TERM = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\d{1,9})(?:-(\d{1,9}))?(?:x(\d{1,9}))?")
+_NUMBER = r"(\d{1,100})"
+_TERM = re.compile(f"{_NUMBER}(?:-{_NUMBER})?:{_NUMBER}(?:-{_NUMBER})?(?:x{_NUMBER})?", re.ASCII)
 _MAX_ROWS = 50_000_000
+_MAX_TOKENS = 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,13 +125,15 @@ def parse_lengths(text: str, seed: int = 0) -> Workload:
     """
     generator = np.random.default_rng(seed)
     prompts, outputs = [], []
+    num_rows = 0
     for term in text.split(","):
         match = _TERM.fullmatch(term.strip())
         if match is None:
             raise InputError(f"'{term}' gives no lengths: {_FORMS}")
         rows = int(match[5] or 1)
-        if not 0 < rows <= _MAX_ROWS:
-            raise InputError(f"'{term}' asks for {rows} rows: give 1 to {_MAX_ROWS}")
+        num_rows += rows
+        if not 0 < rows <= num_rows <= _MAX_ROWS:
+            raise InputError(f"'{term}' asks for {rows} rows: give 1 to {_MAX_ROWS} in all")
         prompts.append(_draw(generator, match[1], match[2], rows, term))
         outputs.append(_draw(generator, match[3], match[4], rows, term))
     order = generator.permutation(sum(map(len, prompts)))
@@ -142,4 +146,6 @@ def _draw(
     least, most = int(low), int(high or low)
     if not 1 <= least <= most:
         raise InputError(f"'{term}': {least} to {most} tokens is no range of lengths: {_FORMS}")
+    if most > _MAX_TOKENS:
+        raise InputError(f"'{term}': a row of {most} tokens: give 1 to {_MAX_TOKENS}")
     return generator.integers(least, most + 1, rows, dtype=np.int64)

@@ -147,7 +147,11 @@ class PromptCounter:
                 str(model_dir), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # whatever the library raises for what it cannot read
-            raise InputError(f"cannot load the tokenizer of {model_dir}: {error}") from error
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise InputError(
+                f"cannot load the tokenizer of {model_dir}: {reason.rstrip(' :.')}. Check --model, "
+                f"or give --no-tokens"
+            ) from error
         self._max_model_len = max_model_len or getattr(config, "max_position_embeddings", None)
         self._max_prompt_tokens = max_prompt_tokens
 
