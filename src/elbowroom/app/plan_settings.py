@@ -69,7 +69,9 @@ class PlanSettings:
     max_model_len: int | None = engine(
         None, "count", "tokens of the longest row (default: what fits)"
     )
-    max_num_seqs: int | None = engine(None, "count", "rows at once (default: as many as fit)")
+    max_num_seqs: int | None = engine(
+        None, "count", "rows at once (default: as many as fit, at most 1024)"
+    )
     max_num_batched_tokens: int | None = engine(
         None, "count", "tokens of one iteration (default: 2048, or fewer where memory is short)"
     )

@@ -60,8 +60,9 @@ def _how(option: Option, default: Any) -> dict[str, Any]:
     else:
         kind = KINDS[option.kind]
         how["type"] = auto(kind) if option.is_planned else kind
-    if not option.is_planned and "default" not in option.help:
-        how["help"] += " (default %(default)s)" if default is not None else " (default: none)"
+    if "default" not in option.help:
+        unset = "as planned" if option.is_planned else "none"
+        how["help"] += f" (default: {unset})" if default is None else " (default %(default)s)"
     return how
 
 

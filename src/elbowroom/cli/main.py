@@ -15,6 +15,7 @@ import shtab
 
 from elbowroom.cli.exit_codes import EXIT_CODES, EXIT_GOOD, EXIT_RESUMABLE, exit_code
 from elbowroom.cli.inspect import add_inspect_commands
+from elbowroom.cli.parser import CommandParser, add_command
 from elbowroom.cli.plan import add_plan_commands
 from elbowroom.cli.run import add_run_command
 from elbowroom.cli.screen import Console, discard_rest
@@ -25,6 +26,10 @@ from elbowroom.jobs.job import how_to_resume
 _ABOUT = (
     "Runs large models on the devices you have: batch inference with pooled weights, and training."
 )
+_EXAMPLES = """\
+each command has an example and its options:
+  elbowroom run --help
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="elbowroom",
         description=_ABOUT,
-        epilog=EXIT_CODES,
+        epilog=f"{_EXAMPLES}\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -66,15 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add = partial(_add_command, commands)
+    add = partial(add_command, commands)
     add_run_command(add)
     add_inspect_commands(add)
     add_plan_commands(add)
     about = "profile a model in training, split it, train it"
     train = commands.add_parser("train", help=about, description=f"{about.capitalize()}.")
-    add_train_commands(
-        partial(_add_command, train.add_subparsers(required=True, metavar="COMMAND"))
-    )
+    add_train_commands(partial(add_command, train.add_subparsers(required=True, metavar="COMMAND")))
     return parser
 
 
@@ -84,20 +87,3 @@ class _ShowVersion(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"elbowroom {version('elbowroom')}")
         parser.exit()
-
-
-def _add_command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    command: Callable[..., int],
-    about: str,
-) -> argparse.ArgumentParser:
-    added = commands.add_parser(
-        name,
-        help=about,
-        description=f"{about[0].upper()}{about[1:]}.",
-        epilog=EXIT_CODES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    added.set_defaults(command=command, takes_vllm=False)
-    return added

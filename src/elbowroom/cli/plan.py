@@ -45,7 +45,13 @@ from elbowroom.profiling.machine import measure_machine
 
 
 def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    plan = add("plan", _plan, "compare layouts of a model on a cluster, before anything is loaded")
+    plan = add(
+        "plan",
+        _plan,
+        "compare layouts of a model on a cluster, before anything is loaded",
+        usage="--model MODEL (--input FILE | --lengths LENGTHS) [options] [-- VLLM OPTIONS]",
+        example="elbowroom plan --model Qwen/Qwen3-32B --lengths 1024:512x10000 --cluster h200-8",
+    )
     job = plan.add_mutually_exclusive_group(required=True)
     add_inputs(job)
     job.add_argument("--lengths", help="PROMPT:OUTPUTxROWS, such as 1024:512x10000 or 64-512:99x50")
@@ -55,7 +61,13 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument("--explain", action="store_true", help="show every term of the best")
     add_limits(plan)
 
-    profile = add("profile", _profile, "measure this machine's devices and links")
+    profile = add(
+        "profile",
+        _profile,
+        "measure this machine's devices and links",
+        usage="--out OUT [options]",
+        example="elbowroom profile --out machine.toml",
+    )
     profile.add_argument("--out", type=Path, required=True, help="a TOML file for --cluster")
     profile.add_argument(
         "--replicas", type=count, help="devices to make of its cores (default: one per core)"
@@ -64,7 +76,13 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--dtype", choices=DTYPE_BYTES, help="to compute in (default: bfloat16, if the CPU can)"
     )
 
-    simulate = add("simulate", _simulate, "replay a plan's job row by row, and its iterations")
+    simulate = add(
+        "simulate",
+        _simulate,
+        "replay a plan's job row by row, and its iterations",
+        usage="--plan PLAN [options]",
+        example="elbowroom simulate --plan plan.json --trace trace.json",
+    )
     simulate.add_argument("--plan", type=Path, required=True, help="of `elbowroom plan --json`")
     simulate.add_argument("--cluster", help="as for plan (default: the plan's)")
     job = simulate.add_mutually_exclusive_group()

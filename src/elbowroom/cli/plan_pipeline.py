@@ -48,7 +48,13 @@ RANKS = ("formula", "simulated")
 
 
 def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
-    plan = add("plan-pipeline", _plan_pipeline, "split a model into stages, to train it as a pipe")
+    plan = add(
+        "plan-pipeline",
+        _plan_pipeline,
+        "split a model into stages, to train it as a pipe",
+        usage="PROFILE --workers WORKERS [options]",
+        example="elbowroom train plan-pipeline lm.json --workers 2 --json train-plan.json",
+    )
     plan.add_argument("profile", type=Path, help="a layer graph: our JSON, or PipeDream's text")
     plan.add_argument("--workers", type=count, required=True, help="devices to train on")
     links = plan.add_mutually_exclusive_group()

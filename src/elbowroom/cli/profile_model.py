@@ -23,7 +23,13 @@ _COLUMNS = ("layer", "what", "forward", "backward", "update", "output", "paramet
 
 
 def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
-    profile = add("profile", _profile_model, "measure the layers of a model in training")
+    profile = add(
+        "profile",
+        _profile_model,
+        "measure the layers of a model in training",
+        usage="SCRIPT --out OUT [options]",
+        example="elbowroom train profile train.py --out lm.json --workers 2",
+    )
     profile.add_argument(
         "script",
         type=Path,

@@ -13,7 +13,7 @@ from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.app.plan import read_run_plan
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.prepare import BatchSettings
-from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD
+from elbowroom.cli.exit_codes import EXIT_FAILED_ROWS, EXIT_GOOD, RUN_CODES
 from elbowroom.cli.flags import add_options, settings_of
 from elbowroom.cli.job_flags import (
     add_inputs,
@@ -32,7 +32,17 @@ from elbowroom.plans.pool import RunPlan
 
 
 def add_run_command(add: Callable[..., argparse.ArgumentParser]) -> None:
-    _add_run_flags(add("run", _run, "answer a batch file, or resume one"))
+    run = add(
+        "run",
+        _run,
+        "answer a batch file, or resume one",
+        usage="--model MODEL --input FILE --output FILE [options] [-- VLLM OPTIONS]\n"
+        "--plan PLAN --input FILE --output FILE [options]",
+        example="elbowroom run --model Qwen/Qwen3-0.6B --input requests.jsonl \\\n"
+        "      --output results.jsonl",
+        exit_codes=RUN_CODES,
+    )
+    _add_run_flags(run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
@@ -56,7 +66,6 @@ def _add_run_flags(run: argparse.ArgumentParser) -> None:
     add_planned(run)
     add_options(run, JobOptions)
     add_limits(run)
-    run.usage = f"{run.prog} --model MODEL --input FILE --output FILE [options] [-- VLLM OPTIONS]"
 
 
 def _settings(args: argparse.Namespace) -> BatchSettings:

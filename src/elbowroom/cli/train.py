@@ -21,7 +21,13 @@ from elbowroom.plans.pipeline import read_pipeline_plan
 def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_profile_model(add)
     add_plan_pipeline(add)
-    run = add("run", _run, "train on this machine as a plan says, with one process a worker")
+    run = add(
+        "run",
+        _run,
+        "train on this machine as a plan says, with one process a worker",
+        usage="SCRIPT --plan PLAN --steps STEPS [options]",
+        example="elbowroom train run train.py --plan train-plan.json --steps 50",
+    )
     add_run_flags(run)
     run.add_argument(
         "--max-restarts",

@@ -32,6 +32,7 @@ _REGEXES = ("structured_outputs",)
 _CAPPED = frozenset((*_COUNTS, *_STOPS, *_LOGPROBS, *_SCHEMAS, *_REGEXES))
 
 
+LINES = "limit of a line"
 limit = partial(option, group="limits of a row")
 
 
@@ -42,7 +43,9 @@ class RowLimits:
     Sizes are bytes of UTF-8 JSON. ``allowed_url_hosts`` are host names without a port.
     """
 
-    max_line_bytes: int = limit(16 * MIB, "size", "of a line")
+    max_line_bytes: int = option(
+        16 * MIB, "size", "longer ones are refused, and their ids not known", LINES
+    )
     max_prompt_tokens: int | None = limit(None, "count", "of a prompt")
     max_n: int = limit(64, "count", "answers to a row (n, best_of)")
     max_stop: int = limit(32, "count", "stop strings, stop token ids, bad words")

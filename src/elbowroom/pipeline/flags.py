@@ -20,7 +20,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         choices=SEMANTICS,
         help="which weights a minibatch uses (default: the plan's)",
     )
-    parser.add_argument("--microbatches", type=count, default=1, help="with --semantics flush")
+    parser.add_argument(
+        "--microbatches", type=count, default=1, help="with --semantics flush (default 1)"
+    )
     parser.add_argument(
         "--lr", type=positive, help="rate of AdamW, if the script has no make_optimizer"
     )
@@ -28,10 +30,14 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--clip-norm", type=positive, help="limit on the gradient norm over all stages"
     )
     parser.add_argument("--autocast", choices=AUTOCAST, help="compute in this type where it does")
-    parser.add_argument("--seed", type=int, default=0, help="for weights, data and dropout")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for weights, data and dropout (default 0)"
+    )
     parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
-    parser.add_argument("--every", type=count, default=100, help="minibatches to a checkpoint")
     parser.add_argument(
-        "--timeout", type=positive, default=300.0, help="seconds to wait for a peer"
+        "--every", type=count, default=100, help="minibatches to a checkpoint (default 100)"
+    )
+    parser.add_argument(
+        "--timeout", type=positive, default=300.0, help="seconds to wait for a peer (default 300)"
     )
