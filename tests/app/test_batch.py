@@ -72,6 +72,16 @@ def test_options_may_be_none_and_paths_texts(files: Files, tmp_path: Path) -> No
     assert again.num_resumed == 40
 
 
+def test_embeddings_are_predicted_by_their_prompts(files: Files) -> None:
+    text = files.all[1].read_text().replace("/v1/completions", "/v1/embeddings")
+    files.all[1].write_text(text.replace('"prompt"', '"input"'))
+    report = elbowroom.run_batch(*files.all, **SMALL)
+    told = report.plan.prediction
+    assert told is not None
+    assert (told.output_tokens, told.rated_by) == (0, "prompt")
+    assert told.tokens_per_second == pytest.approx(told.prompt_tokens / told.seconds)
+
+
 def test_iter_batch_gives_rows_as_they_finish_and_publishes(files: Files) -> None:
     ids = [line["custom_id"] for line in elbowroom.iter_batch(*files.all, **SMALL)]
     assert sorted(ids) == sorted(f"id-{index}" for index in range(40))

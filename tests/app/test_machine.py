@@ -50,6 +50,10 @@ def test_a_run_calibrates(tmp_path: Path) -> None:
     again = next(c for c in after.candidates if c.layout == before.layout)
     assert before.layout.pool == "none"
     assert again.seconds == pytest.approx(2 * before.seconds, rel=0.01)
+    prediction = {"output_tokens": 0, "prompt_tokens": 100, "seconds": 5.0}
+    embedded = {"plan": {"prediction": prediction}, "prompt_tokens_per_second": 10.0}
+    path.write_text(json.dumps({**embedded, "output_tokens_per_second": 0.0}))
+    assert "2.000 times as long" in calibrated(CPU, path).sources["calibration"]
     path.write_text("{}")
     with pytest.raises(InputError, match="no prediction beside its outcome"):
         calibrated(CPU, path)

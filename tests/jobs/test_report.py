@@ -67,6 +67,7 @@ REPORT = JobReport(
     failures={"invalid_json": 2, "http_400": 1},
     prompt_tokens=500,
     output_tokens=400,
+    run_prompt_tokens=350,
     run_output_tokens=300,
     start_seconds=12.5,
     run_seconds=20.0,
@@ -84,11 +85,11 @@ def summary_of(report: JobReport) -> list[str]:
 def test_rows_add_up_and_speed_leaves_start_up_out() -> None:
     assert REPORT.num_failed == 3
     assert REPORT.num_succeeded + REPORT.num_failed == REPORT.num_rows
-    assert REPORT.output_tokens_per_second == 15.0
+    assert REPORT.tokens_per_second("output") == 15.0
 
 
 def test_a_job_without_run_time_has_no_speed() -> None:
-    assert replace(REPORT, run_seconds=0.0).output_tokens_per_second == 0.0
+    assert replace(REPORT, run_seconds=0.0).tokens_per_second("output") == 0.0
 
 
 def test_the_file_holds_everything_and_its_plan_can_run_again(tmp_path: Path) -> None:
@@ -135,3 +136,23 @@ def test_the_summary_names_what_a_user_asks_for() -> None:
 def test_the_summary_of_a_good_run_does_not_speak_of_failures() -> None:
     lines = summary_of(replace(REPORT, num_succeeded=10, num_resumed=0, failures={}))
     assert lines[1] == "rows 10 of 10 answered"
+
+
+def test_speed_of_a_job_that_generates_nothing_is_that_of_its_prompts() -> None:
+    """Embeddings have no output tokens; their prediction has none, either."""
+    prediction = Prediction("a", 10, 500, 0, 40.0, 34.0, 46.0)
+    report = replace(
+        REPORT,
+        plan=replace(PLAN, prediction=prediction),
+        output_tokens=0,
+        run_output_tokens=0,
+        prediction_for_actual=prediction,
+    )
+    assert summary_of(report)[4:7] == [
+        "prompt tokens/s 17.5",
+        "predicted 12.5 prompt tokens/s, 40.0 s (34.0 to 46.0) for 500 prompt tokens",
+        "predicted for actual tokens 12.5 prompt tokens/s, 40.0 s (34.0 to 46.0) (outcome 1.40x)",
+    ]
+    assert report.to_json()["prompt_tokens_per_second"] == 17.5
+    failed = replace(report, prompt_tokens=0, run_prompt_tokens=0)
+    assert summary_of(failed)[4] == "output tokens/s 0.0"

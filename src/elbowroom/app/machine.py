@@ -214,8 +214,9 @@ def calibrated(cluster: Cluster, report_path: Path) -> Cluster:
         report.get("prediction_for_actual") or (report.get("plan") or {}).get("prediction") or {}
     )
     try:
-        expected = predicted["output_tokens"] / predicted["seconds"]
-        factor = expected / report["output_tokens_per_second"]
+        kind = "output" if predicted["output_tokens"] else "prompt"
+        expected = predicted[f"{kind}_tokens"] / predicted["seconds"]
+        factor = expected / report[f"{kind}_tokens_per_second"]
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise InputError(
             f"{report_path} has no prediction beside its outcome: give the report.json of a run"

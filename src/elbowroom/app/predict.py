@@ -54,7 +54,7 @@ def prediction_of(seconds: float, workload: Workload, cluster: Cluster) -> Predi
         cluster=cluster.name,
         num_rows=workload.num_rows,
         prompt_tokens=workload.num_prompt_tokens,
-        output_tokens=workload.num_output_tokens,
+        output_tokens=workload.num_output_tokens if workload.generates else 0,
         seconds=seconds,
         low_seconds=seconds * (1 - cluster.uncertainty),
         high_seconds=seconds * (1 + cluster.uncertainty),

@@ -132,7 +132,8 @@ def _workload(settings: SimulationSettings) -> Workload:
     if predicted is None:
         raise InputError("the plan was made for no job: give --input or --lengths")
     rows = predicted.num_rows
-    return workload(
+    counted = workload(
         [round(predicted.prompt_tokens / rows)] * rows,
         [round(predicted.output_tokens / rows)] * rows,
     )
+    return replace(counted, generates=predicted.output_tokens > 0)

@@ -22,12 +22,15 @@ _MAX_TOKENS = 10**9
 class Workload:
     """Rows in processing order. Both arrays are int64 [num_rows].
 
-    ``is_bounded`` means that no row generates more output than is counted here.
+    ``is_bounded`` means that no row generates more output than is counted here. Without
+    ``generates``, as for embeddings, rows are counted with one output token all the same: an engine
+    spends an iteration on each.
     """
 
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     is_bounded: bool = True
+    generates: bool = True
 
     @property
     def num_rows(self) -> int:
@@ -40,6 +43,11 @@ class Workload:
     @property
     def num_prompt_tokens(self) -> int:
         return int(self.prompt_tokens.sum())
+
+    @property
+    def num_rated_tokens(self) -> int:
+        """Tokens by which speed is told: of outputs, or of prompts if nothing is generated."""
+        return self.num_output_tokens if self.generates else self.num_prompt_tokens
 
     @property
     def longest_row(self) -> int:
@@ -96,10 +104,8 @@ class Workload:
         return replace(self, prompt_tokens=prompts, output_tokens=outputs)
 
     def __str__(self) -> str:
-        return (
-            f"{self.num_rows} rows, {self.num_prompt_tokens} prompt and "
-            f"{self.num_output_tokens} output tokens"
-        )
+        outputs = f"and {self.num_output_tokens} output tokens" if self.generates else "tokens"
+        return f"{self.num_rows} rows, {self.num_prompt_tokens} prompt {outputs}"
 
 
 def workload(prompt_tokens: Sequence[int], output_tokens: Sequence[int]) -> Workload:

@@ -119,6 +119,7 @@ class Ledger:
             failures=totals.failures,
             prompt_tokens=totals.prompt_tokens,
             output_tokens=totals.output_tokens,
+            run_prompt_tokens=totals.prompt_tokens - self._before.prompt_tokens,
             run_output_tokens=totals.output_tokens - self._before.output_tokens,
             start_seconds=ready_at - self._begin,
             run_seconds=(self._done_at or ready_at) - ready_at,

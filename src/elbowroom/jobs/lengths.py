@@ -80,7 +80,7 @@ def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None)
     order = np.arange(wanted) % len(prompts)
     counted = workload(np.array(prompts)[order], np.array(outputs)[order])
     return FileLengths(
-        workload=replace(counted, is_bounded=not num_unlimited),
+        workload=replace(counted, is_bounded=not num_unlimited, generates=any(outputs)),
         num_counted=num_counted if step > 1 else num_rows,
         num_unlimited=num_unlimited,
         bytes_per_token=num_bytes / max(1, num_tokens),

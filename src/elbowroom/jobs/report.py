@@ -11,8 +11,10 @@ from rich.table import Table
 
 from elbowroom.core.files import write_json
 from elbowroom.core.units import format_bytes
-from elbowroom.plans.pool import Prediction, RunPlan
+from elbowroom.plans.pool import Prediction, RunPlan, TokenKind
 from elbowroom.pool.stats import PoolStats
+
+_KINDS: tuple[TokenKind, ...] = ("prompt", "output")
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class JobReport:
     """A finished job: its plan, its rows by outcome, tokens, seconds and replicas.
 
     Rows and tokens are those of the whole job, of which ``num_resumed`` rows were finished by
-    earlier runs; seconds, replicas and ``run_output_tokens`` are of this run.
+    earlier runs; seconds, replicas and tokens of the ``run`` are of this run.
     ``prediction_for_actual`` is predicted again, with the output lengths that occurred.
     """
 
@@ -46,6 +48,7 @@ class JobReport:
     failures: dict[str, int]
     prompt_tokens: int
     output_tokens: int
+    run_prompt_tokens: int
     run_output_tokens: int
     start_seconds: float
     run_seconds: float
@@ -57,16 +60,20 @@ class JobReport:
         return sum(self.failures.values())
 
     @property
-    def output_tokens_per_second(self) -> float:
-        """Output tokens per second while rows were answered, start-up left out."""
-        return self.run_output_tokens / self.run_seconds if self.run_seconds else 0.0
+    def rated_by(self) -> TokenKind:
+        return "prompt" if self.prompt_tokens and not self.output_tokens else "output"
+
+    def tokens_per_second(self, kind: TokenKind) -> float:
+        """Tokens per second while rows were answered, start-up left out."""
+        tokens = self.run_output_tokens if kind == "output" else self.run_prompt_tokens
+        return tokens / self.run_seconds if self.run_seconds else 0.0
 
     def to_json(self) -> dict[str, Any]:
         return {
             **asdict(self),
             "plan": self.plan.to_json(),
             "num_failed": self.num_failed,
-            "output_tokens_per_second": self.output_tokens_per_second,
+            **{f"{kind}_tokens_per_second": self.tokens_per_second(kind) for kind in _KINDS},
         }
 
     def write(self, path: Path) -> None:
@@ -101,7 +108,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         ("rows", rows + (f"; failed: {failures}" if failures else "")),
         ("tokens", f"{report.prompt_tokens} prompt, {report.output_tokens} output"),
         ("seconds", f"{report.start_seconds:.1f} start-up, {report.run_seconds:.1f} run"),
-        ("output tokens/s", f"{report.output_tokens_per_second:.1f}"),
+        (f"{report.rated_by} tokens/s", f"{report.tokens_per_second(report.rated_by):.1f}"),
         ("predicted", _predicted(report)),
         ("predicted for actual tokens", _for_actual(report)),
         ("KV tokens per replica", f"{kv_tokens} (planned: {budget.num_kv_tokens})"),
@@ -120,7 +127,9 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
 
 def _predicted(report: JobReport) -> str:
     prediction = report.plan.prediction
-    return f"{prediction} for {prediction.output_tokens} output tokens" if prediction else "nothing"
+    if prediction is None:
+        return "nothing"
+    return f"{prediction} for {prediction.rated_tokens} {prediction.rated_by} tokens"
 
 
 def _for_actual(report: JobReport) -> str:
@@ -128,10 +137,11 @@ def _for_actual(report: JobReport) -> str:
 
     It is shown as well because rows may have ended before their limit.
     """
-    if report.prediction_for_actual is None:
+    prediction = report.prediction_for_actual
+    if prediction is None:
         return "nothing"
-    ratio = report.output_tokens_per_second / report.prediction_for_actual.tokens_per_second
-    return f"{report.prediction_for_actual} (outcome {ratio:.2f}x)"
+    ratio = report.tokens_per_second(prediction.rated_by) / prediction.tokens_per_second
+    return f"{prediction} (outcome {ratio:.2f}x)"
 
 
 def _share(part: int, whole: int) -> str:

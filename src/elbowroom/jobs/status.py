@@ -83,7 +83,8 @@ def print_status(console: Console, status: JobStatus) -> None:
     if status.elapsed_seconds is not None:
         table.add_row("elapsed", clock_text(status.elapsed_seconds))
     if status.output_tokens_per_second is not None and status.seconds_left is not None:
-        table.add_row("output tokens/s", f"{status.output_tokens_per_second:.1f}")
+        if status.output_tokens or not status.num_succeeded:  # some jobs generate nothing
+            table.add_row("output tokens/s", f"{status.output_tokens_per_second:.1f}")
         table.add_row("time left", clock_text(status.seconds_left))
     if status.state == "interrupted":
         table.add_row("to resume", "run the same command again, without --restart")

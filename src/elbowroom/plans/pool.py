@@ -151,12 +151,16 @@ class EngineOptions:
     extra: tuple[str, ...] = ()
 
 
+TokenKind = Literal["prompt", "output"]
+"""Speed is told in output tokens, or in prompt tokens where nothing is generated."""
+
+
 @dataclass(frozen=True)
 class Prediction:
     """Predicted duration of a job on a cluster, when every row reaches its output limit.
 
     Answering the rows is expected to take between ``low_seconds`` and ``high_seconds``; start-up is
-    not counted.
+    not counted. A job that generates nothing has no output tokens.
     """
 
     cluster: str
@@ -168,12 +172,21 @@ class Prediction:
     high_seconds: float
 
     @property
+    def rated_by(self) -> TokenKind:
+        return "output" if self.output_tokens else "prompt"
+
+    @property
+    def rated_tokens(self) -> int:
+        """Tokens by which speed is told."""
+        return self.output_tokens or self.prompt_tokens
+
+    @property
     def tokens_per_second(self) -> float:
-        return self.output_tokens / self.seconds
+        return self.rated_tokens / self.seconds
 
     def __str__(self) -> str:
         return (
-            f"{self.tokens_per_second:.1f} output tokens/s, {self.seconds:.1f} s "
+            f"{self.tokens_per_second:.1f} {self.rated_by} tokens/s, {self.seconds:.1f} s "
             f"({self.low_seconds:.1f} to {self.high_seconds:.1f})"
         )
 

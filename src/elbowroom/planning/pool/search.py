@@ -196,7 +196,7 @@ def evaluate(
         candidate,
         rows_at_once=limits.rows_at_once(workload),
         seconds=seconds,
-        tokens_per_second=workload.num_output_tokens / seconds,
+        tokens_per_second=workload.num_rated_tokens / seconds,
     )
 
 
