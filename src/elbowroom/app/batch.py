@@ -170,24 +170,25 @@ def _settings(
     Raises TypeError for other names, InputError for what an option cannot be.
     """
     inputs = [input] if isinstance(input, str | os.PathLike) else input
-    revision = options.pop("revision", None)
+    limits = RowLimits(**_taken(RowLimits, options))
+    asked = _taken(PlanSettings, options)
+    job = JobOptions(limits=limits, **_taken(JobOptions, options))
+    files = _taken(BatchSettings, options)
+    given_plan, revision = options.pop("given_plan", None), options.pop("revision", None)
+    cluster = os.fspath(options.pop("cluster", THIS_MACHINE))
     words = options.pop("vllm_options", ())
     if isinstance(words, str):
         raise InputError(f"vllm_options={shown(words)}: give a list of words, such as {_WORDS}")
-    limits = RowLimits(**_taken(RowLimits, options))
-    plan = PlanSettings(
-        model=find_model(os.fspath(model), revision),
-        limits=limits,
-        runs_here=True,
-        cluster=os.fspath(options.pop("cluster", THIS_MACHINE)),
-        vllm_options=tuple(words),
-        **_taken(PlanSettings, options),
-    )
-    job = JobOptions(limits=limits, **_taken(JobOptions, options))
-    files = _taken(BatchSettings, options)
-    given_plan = options.pop("given_plan", None)
     for name in options:
         raise TypeError(f"a batch has no option '{name}'")
+    plan = PlanSettings(
+        model=find_model(os.fspath(model), revision),
+        cluster=cluster,
+        vllm_options=tuple(words),
+        limits=limits,
+        runs_here=True,
+        **asked,
+    )
     paths = tuple(map(Path, inputs))
     return BatchSettings(paths, Path(output), plan, job=job, given_plan=given_plan, **files)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
 
 _NEAR = 0.75
 """Least likeness of a flag that may have been meant, of 1."""
@@ -40,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
 def add_command(
     commands: argparse._SubParsersAction[CommandParser],
     name: str,
-    command: Any,
+    command: Callable[..., int],
     about: str,
     *,
     usage: str,

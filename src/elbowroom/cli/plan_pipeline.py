@@ -71,9 +71,7 @@ def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument(
         "--overlap", choices=OVERLAPS, default="max", help="sync behind compute, or added to it"
     )
-    plan.add_argument(
-        "--memory", type=memory, help="of one worker (default: the cluster's, if any)"
-    )
+    plan.add_argument("--memory", type=memory, help="of one worker (default: the cluster's)")
     plan.add_argument(
         "--depth",
         type=count,

@@ -43,7 +43,7 @@ def parse_memory(text: str) -> int:
     Raises InputError for it, too.
     """
     num_bytes = parse_bytes(text)
-    if num_bytes < MIB and text.strip()[-1].isdigit():
+    if 0 < num_bytes < MIB and text.strip()[-1].isdigit():
         raise InputError(f"{num_bytes} bytes? write {text.strip()}MiB, or {text.strip()}B")
     return num_bytes
 

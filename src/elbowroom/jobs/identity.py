@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import real_path
 from elbowroom.jobs.strict_json import load_any_json
 from elbowroom.plans.pool import EngineOptions
 
@@ -43,7 +44,7 @@ def job_identity(
     The number of replicas, their memory and the pool are left out: a job may be resumed with
     others. So are ``own_files``, the job's input and results, wherever they lie.
     """
-    own = {path.resolve() for path in own_files}
+    own = set(map(real_path, own_files))
     try:
         model = _digest(model_dir, _MODEL_SUFFIXES, own)
     except OSError as error:
@@ -131,7 +132,7 @@ def _digest(place: Path, suffixes: tuple[str, ...], own: Collection[Path]) -> st
         return hasher.hexdigest()
     modules = place.glob("[0-9]*_*/*")  # of sentence-transformers, such as 1_Pooling
     for path in sorted([*place.iterdir(), *modules]):
-        is_result = path.name.endswith(_REPORT) or path.resolve() in own
+        is_result = path.name.endswith(_REPORT) or real_path(path) in own
         if path.suffix in suffixes and path.is_file() and not is_result:
             _add_file(hasher, path.relative_to(place).as_posix(), path)
     return hasher.hexdigest()
