@@ -104,12 +104,6 @@ def test_a_folder_that_cannot_be_made(command: Command, capsys: pytest.CaptureFi
     _check_refused(command, capsys, "in.jsonl", output=inside_a_file)
 
 
-def test_a_model_that_would_run_code(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    write_model(command.folder / "model", auto_map={"AutoModel": "evil.Model"})
-    command.before = command.files()
-    _check_refused(command, capsys, "auto_map")
-
-
 def test_a_corrupt_model(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     (command.folder / "model" / "model.safetensors").write_bytes(b"rubbish")
     command.before = command.files()

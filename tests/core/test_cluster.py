@@ -31,19 +31,19 @@ def test_a_measured_machine_goes_there_and_back(tmp_path: Path) -> None:
 def test_a_product_takes_the_larger_of_bytes_and_flops() -> None:
     device = H20.device
     reading = 1e9 * 2 / (4.0e12 * 0.8)
-    assert device.matmul_seconds(1, 1e9, 1e9) == pytest.approx(reading)
+    assert device.matmul_seconds(1, 1e9, 1e9, 2e9) == pytest.approx(reading)
     computing = 2 * 1000 * 1e9 / (148e12 * 0.7)
-    assert device.matmul_seconds(1000, 1e9, 1e9) == pytest.approx(computing)
-    assert device.matmul_seconds(1, 1e9, 1e9, element_bytes=1) == pytest.approx(reading / 2)
+    assert device.matmul_seconds(1000, 1e9, 1e9, 2e9) == pytest.approx(computing)
+    assert device.matmul_seconds(1, 1e9, 1e9, 1e9, is_fp8=True) == pytest.approx(reading / 2)
 
 
 def test_measured_products_are_followed_between_and_beyond_points() -> None:
     device = CPU.device
-    assert device.matmul_seconds(1, 7e9, 7e9) == pytest.approx(1.0)
-    assert device.matmul_seconds(256, 0.39e9, 0.39e9) == pytest.approx(1.0)
-    assert device.matmul_seconds(512, 0.39e9, 0.39e9) == pytest.approx(2.0)
+    assert device.matmul_seconds(1, 7e9, 7e9, 14e9) == pytest.approx(1.0)
+    assert device.matmul_seconds(256, 0.39e9, 0.39e9, 0.78e9) == pytest.approx(1.0)
+    assert device.matmul_seconds(512, 0.39e9, 0.39e9, 0.78e9) == pytest.approx(2.0)
     between = (1 / 7 + (1 / 5 - 1 / 7) * 7 / 15) * 1e-9
-    assert device.matmul_seconds(8, 1, 1) == pytest.approx(between)
+    assert device.matmul_seconds(8, 1, 1, 2) == pytest.approx(between)
 
 
 def test_all_reduce_takes_the_better_way() -> None:
@@ -61,7 +61,9 @@ def test_the_nearest_link_that_joins_enough_is_taken() -> None:
 
 def test_slowed_scales_every_time_of_a_device() -> None:
     slow = CPU.slowed(2.0).device
-    assert slow.matmul_seconds(16, 1e9, 1e9) == 2 * CPU.device.matmul_seconds(16, 1e9, 1e9)
+    assert slow.matmul_seconds(16, 1e9, 1e9, 2e9) == 2 * CPU.device.matmul_seconds(
+        16, 1e9, 1e9, 2e9
+    )
     assert slow.attention_bandwidth.achieved == CPU.device.attention_bandwidth.achieved / 2
     assert slow.iteration_seconds == 2 * CPU.device.iteration_seconds
 

@@ -31,7 +31,7 @@ def test_counts_every_element_once(tmp_path: Path) -> None:
     facts = read_model(write_model(tmp_path / "tiny"))
     assert facts.name == "tiny"
     assert facts.ffn_elements == (FFN,) * LAYERS
-    assert facts.replicated_elements == REST
+    assert facts.rest.elements == REST
     assert facts.ffn_bytes() == (2 * FFN,) * LAYERS
     assert facts.replicated_bytes() == 2 * REST
     assert facts.kv_bytes_per_token() == 2 * LAYERS * 2 * 2 * 2
@@ -39,14 +39,14 @@ def test_counts_every_element_once(tmp_path: Path) -> None:
 
 def test_tied_head_is_not_counted_twice(tmp_path: Path) -> None:
     facts = read_model(write_model(tmp_path, tie_word_embeddings=True))
-    assert facts.replicated_elements == REST - VOCAB * HIDDEN
+    assert facts.rest.elements == REST - VOCAB * HIDDEN
 
 
 def test_biases_are_replicated(tmp_path: Path) -> None:
     shapes = {**llama_shapes(), "model.layers.0.mlp.up_proj.bias": (INTERMEDIATE,)}
     facts = read_model(write_model(tmp_path, shapes))
     assert facts.ffn_elements[0] == FFN
-    assert facts.replicated_elements == REST + INTERMEDIATE
+    assert facts.rest.elements == REST + INTERMEDIATE
 
 
 @pytest.mark.parametrize("stem", ["transformer.h", "model.layers", "transformer.blocks"])
@@ -55,7 +55,7 @@ def test_knows_other_names(tmp_path: Path, stem: str, ffn: str) -> None:
     shapes = {f"{stem}.{layer}.{ffn}.c_fc.weight": (4, 8) for layer in range(LAYERS)}
     facts = read_model(write_model(tmp_path, shapes))
     assert facts.ffn_elements == (32,) * LAYERS
-    assert facts.replicated_elements == 0
+    assert facts.rest.elements == 0
 
 
 def test_reads_shards_through_the_index(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_reads_shards_through_the_index(tmp_path: Path) -> None:
     _write_index(tmp_path, {"metadata": {"total_size": -1}, "weight_map": weight_map})
     facts = read_model(tmp_path)
     assert facts.ffn_elements == (FFN,) * LAYERS
-    assert facts.replicated_elements == REST
+    assert facts.rest.elements == REST
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_unknown_dtype_is_refused(tmp_path: Path) -> None:
 
 def test_defaults_of_missing_keys(tmp_path: Path) -> None:
     facts = read_model(write_model(tmp_path, num_key_value_heads=None, head_dim=None))
-    assert (facts.num_kv_heads, facts.head_dim) == (4, HIDDEN // 4)
+    assert (facts.num_kv_heads, facts.attention.head_elements) == (4, 2 * HIDDEN // 4)
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -127,12 +127,12 @@ def test_config_that_is_no_object(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("value", [None, 0, -1, "3", 1.5, [3]])
 def test_config_numbers_are_checked(tmp_path: Path, value: object) -> None:
     with pytest.raises(InputError, match="'num_hidden_layers' must be a positive integer"):
-        read_model(write_model(tmp_path, num_hidden_layers=value))
+        read_model(write_model(tmp_path, model_type="novel", num_hidden_layers=value))
 
 
-def test_remote_code_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="auto_map"):
-        read_model(write_model(tmp_path, auto_map={"AutoModel": "evil.Model"}))
+def test_code_in_the_folder_is_not_needed_and_not_run(tmp_path: Path) -> None:
+    plain = read_model(write_model(tmp_path))
+    assert read_model(write_model(tmp_path, auto_map={"AutoModel": "evil.Model"})) == plain
 
 
 def test_unknown_type_without_safetensors(tmp_path: Path) -> None:
@@ -203,14 +203,16 @@ def test_corrupt_weights_are_refused(tmp_path: Path, data: bytes) -> None:
         read_model(tmp_path)
 
 
-def test_layers_without_feed_forward_are_refused(tmp_path: Path) -> None:
+def test_layers_without_feed_forward_are_not_pooled(tmp_path: Path) -> None:
     shapes = {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
+    facts = read_model(write_model(tmp_path, shapes))
+    check_runnable(facts, tmp_path, "none")
     with pytest.raises(UnsupportedModelError, match=r"layers \[1\] of 3 have no feed-forward"):
-        read_model(write_model(tmp_path, shapes))
+        check_runnable(facts, tmp_path, "mapped")
 
 
 @pytest.mark.parametrize("part", ["block_sparse_moe.experts.0.w1", "mlp.experts.0.gate_proj"])
-def test_mixtures_are_counted_and_not_run(tmp_path: Path, part: str) -> None:
+def test_mixtures_are_counted_and_not_pooled(tmp_path: Path, part: str) -> None:
     shapes = {name: s for name, s in llama_shapes().items() if ".mlp." not in name}
     for layer in range(LAYERS):
         shapes[f"model.layers.{layer}.{part.split('.')[0]}.gate.weight"] = (4, HIDDEN)
@@ -224,8 +226,9 @@ def test_mixtures_are_counted_and_not_run(tmp_path: Path, part: str) -> None:
     assert facts.active_ffn_elements(0) == 2 * expert + gate
     assert facts.touched_ffn_elements(0, 1) == 2 * expert + gate
     assert facts.touched_ffn_elements(0, 2) == 3 * expert + gate
+    check_runnable(facts, tmp_path, None)
     with pytest.raises(UnsupportedModelError, match="mixture of 4 experts"):
-        check_runnable(facts)
+        check_runnable(facts, tmp_path, "streamed")
 
 
 def test_mixture_without_a_number_of_experts(tmp_path: Path) -> None:
@@ -243,9 +246,9 @@ def test_config_alone_gives_the_shapes_that_are_written(tmp_path: Path, model_ty
     with_files = read_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     alone = read_model(tmp_path)
-    assert alone == replace(with_files, has_weights=False)
-    with pytest.raises(InputError, match="convert the weights"):
-        check_runnable(alone)
+    assert alone == replace(with_files, has_weights=False, cannot_pool=alone.cannot_pool)
+    with pytest.raises(InputError, match="has no weights"):
+        check_runnable(alone, tmp_path, "none")
 
 
 def _write_index(folder: Path, index: object) -> None:

@@ -24,14 +24,14 @@ PARAMETERS = {
 @pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
 def test_configs_give_the_published_sizes(name: str, parameters: float) -> None:
     facts = model(name)
-    counted = facts.replicated_elements + sum(facts.ffn_elements)
+    counted = facts.rest.elements + sum(facts.ffn_elements)
     assert counted == pytest.approx(parameters, rel=1e-3)
 
 
 def test_ffn_share_of_the_paper() -> None:
     """SiDP section 2: 77 % of Qwen3-32B is feed-forward."""
     facts = model("Qwen3-32B")
-    share = sum(facts.ffn_elements) / (sum(facts.ffn_elements) + facts.replicated_elements)
+    share = sum(facts.ffn_elements) / (sum(facts.ffn_elements) + facts.rest.elements)
     assert share == pytest.approx(0.77, abs=0.005)
 
 
@@ -39,7 +39,7 @@ def test_a_token_of_a_mixture_meets_its_own_experts() -> None:
     """Qwen3-30B-A3B: 3.3 billion parameters are active, 8 of 128 experts per layer."""
     facts = model("Qwen3-30B-A3B")
     active = sum(facts.active_ffn_elements(layer) for layer in range(facts.num_layers))
-    assert active + facts.replicated_elements == pytest.approx(3.35e9, rel=0.01)
+    assert active + facts.rest.elements == pytest.approx(3.35e9, rel=0.01)
     assert facts.touched_ffn_elements(0, 1) == pytest.approx(facts.active_ffn_elements(0))
     assert facts.touched_ffn_elements(0, 10_000) == pytest.approx(facts.ffn_elements[0])
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 
+from elbowroom.app.architecture import built_tensors
 from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cores
 from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
@@ -34,6 +35,7 @@ from elbowroom.planning.pool.search import (
 )
 from elbowroom.plans.pool import (
     EngineOptions,
+    Layout,
     RunPlan,
     read_any_plan,
 )
@@ -93,7 +95,7 @@ def plan_job(
         choices = []
         for cluster in machines.clusters:
             layouts = enumerate_layouts(model, cluster, settings.slots)
-            asked = [layout for layout in layouts if is_asked(layout, settings)]
+            asked = [x for x in layouts if is_asked(x, settings) and _runs_here(x, model, settings)]
             if asked:
                 choices.append(choose(model, cluster, rows, engine, asked))
         if not choices:
@@ -109,7 +111,11 @@ def plan_job(
 
 def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     """Facts of the model, in the dtype in which it is to be computed."""
-    model = read_model(settings.model, settings.dtype)
+    is_pooling = any("pooling" in option for option in settings.vllm_options)
+    model = read_model(settings.model, settings.dtype, is_pooling, built_tensors)
+    if any("transformers" in option for option in settings.vllm_options):  # --model-impl
+        why = "the Transformers backend, which is asked for, hands over no layers"
+        model = replace(model, cannot_pool=model.cannot_pool or why)
     if settings.is_here and settings.dtype == "auto":
         dtype = host.fastest_dtype(model.dtype)
         if dtype != model.dtype:
@@ -144,6 +150,8 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
+    if model.cannot_pool:  # then vLLM keeps every layer to itself
+        shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:
         prediction = prediction_of(candidate.seconds, planned.workload, candidate.cluster)
@@ -236,14 +244,21 @@ def read_workload(
     return of_file.workload, str(of_file)
 
 
+def _runs_here(layout: Layout, model: ModelFacts, settings: PlanSettings) -> bool:
+    """Whether a layout is left: on this machine, not where no pool can hold the model."""
+    return not settings.is_here or layout.pool == "none" or model.cannot_pool is None
+
+
 def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) -> str:
     """Which of the things asked for cannot be had."""
     width, replicas = settings.tensor_parallel or 1, settings.replicas
-    if model.num_heads % width:
+    if not model.divides_among(width):
         return (
             f"--tensor-parallel {width} does not divide the {model.num_heads} attention heads of "
-            f"{model.name}: lower it"
+            f"{model.name}, or the {model.num_kv_heads} of keys and values: lower it"
         )
+    if settings.is_here and model.cannot_pool and settings.pool not in (None, "none"):
+        return f"{model.name} cannot be pooled: {model.cannot_pool}. Use --pool none"
     if replicas == 1 and settings.pool not in (None, "none"):
         return "a pool is shared by replicas: give --replicas 2 or more, or --pool none"
     if cluster.num_devices % width or cluster.num_devices != width * (
@@ -258,7 +273,7 @@ def _within_model(
     model: ModelFacts, settings: PlanSettings, rows: Workload, about_rows: str
 ) -> tuple[Workload, str]:
     """The job without rows that no engine would take. Raises InputError if that is all of them."""
-    most = settings.max_model_len or model.max_position_embeddings
+    most = settings.max_model_len or model.max_model_len
     if rows.longest_row <= most:
         return rows, about_rows
     kept = rows.within(most)
@@ -293,7 +308,8 @@ def _smallest_changes(
     free = replace(settings, tensor_parallel=None, replicas=None, pool=None, slots=None)
     if free != settings:
         cluster = machines.clusters[0]
-        layouts = [x for x in enumerate_layouts(model, cluster) if is_asked(x, free)]
+        every = enumerate_layouts(model, cluster)
+        layouts = [x for x in every if is_asked(x, free) and _runs_here(x, model, free)]
         found = choose(model, cluster, workload, settings.engine, layouts).best
         if found is not None:
             yield f"another layout: {found.layout} fits"

@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.app.plan import Planned
+from elbowroom.core.model import ModelFacts
 from elbowroom.core.units import format_bytes
+from elbowroom.planning.pool.memory import longest_row
 from elbowroom.planning.pool.search import Candidate
 
 _COLUMNS = (
@@ -48,7 +50,7 @@ def _row(candidate: Candidate, planned: Planned) -> dict[str, str]:
         "slots": format_bytes(budget.slot_bytes),
         "workspace": format_bytes(budget.workspace_bytes),
         "KV cache": format_bytes(max(0, budget.kv_bytes)),
-        "KV tokens": str(max(0, budget.num_kv_tokens)),
+        "KV tokens": _kv_tokens(candidate, planned.model),
         "rows": "-",
         "tokens/s": "-",
         "finish": candidate.why_out,
@@ -59,6 +61,12 @@ def _row(candidate: Candidate, planned: Planned) -> dict[str, str]:
     if candidate.fits:
         row["rows"] = str(candidate.rows_at_once)
     return row
+
+
+def _kv_tokens(candidate: Candidate, model: ModelFacts) -> str:
+    """Tokens of the KV cache for the longest row, as vLLM counts them."""
+    budget = candidate.budget
+    return budget.kv_tokens_text(candidate.engine.max_model_len or longest_row(model, budget))
 
 
 def _time(seconds: float) -> str:

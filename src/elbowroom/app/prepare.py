@@ -118,7 +118,8 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
     for warning in _warnings(settings, given.summary):
         say(warning.text)
     model = model_facts(asked, say)
-    check_runnable(model)
+    layout = settings.given_plan.layout if settings.given_plan else None
+    check_runnable(model, asked.model, layout.pool if layout else asked.pool)
     lengths = None
     with optional("prediction", say):
         lengths = read_lengths(batch, asked.model, PREDICTION_ROWS)
@@ -186,11 +187,12 @@ def _decide(
     Rows that the model or the cache cannot hold will fail alone: they count for nothing. Raises
     MemoryPlanError, with the numbers, when no row fits.
     """
-    most = asked.max_model_len or model.max_position_embeddings
+    most = asked.max_model_len or model.max_model_len
     rows = (rows and rows.within(most)) or _UNKNOWN_ROWS.within(most) or workload([1], [1])
     planned = plan_job(asked, model, rows, about_rows, say)
     if planned.choice.best is None:
-        room = max(replica_limits(c.budget, c.engine).num_kv_tokens for c in planned.candidates)
+        limits = [replica_limits(c.budget, c.engine) for c in planned.candidates]
+        room = max(limit.longest_row(most) for limit in limits)
         fitting = rows.up_to(room)
         if fitting is not None and fitting.num_rows < rows.num_rows:
             num_longer = rows.num_rows - fitting.num_rows
@@ -221,8 +223,9 @@ def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
     """What is taken, and what the next best would take."""
     best, other = planned.choice.best, planned.choice.next_best
     assert best is not None
+    budget = plan.budget.kv_tokens_text(plan.engine.max_model_len)
     say(
-        f"taken: {best.describe()}, {plan.engine.dtype}: {plan.budget.num_kv_tokens} KV tokens, "
+        f"taken: {best.describe()}, {plan.engine.dtype}: {budget} KV tokens, "
         f"{plan.engine.max_num_seqs} rows at once"
     )
     if other is not None and planned.machines.is_measured:
@@ -243,7 +246,7 @@ def _predictor(
     """None where no row fits."""
     assert plan.layout is not None
     limits = engine_limits(plan.engine)
-    room = replica_limits(plan.budget, limits).num_kv_tokens
+    room = replica_limits(plan.budget, limits).longest_row(plan.engine.max_model_len)
     fitting = rows.within(plan.engine.max_model_len)
     fitting = fitting and fitting.up_to(room)
     if fitting is None:

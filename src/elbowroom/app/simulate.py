@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from elbowroom.app.architecture import built_tensors
 from elbowroom.app.machine import THIS_MACHINE, device_cores, find_cluster
 from elbowroom.app.plan import read_workload
 from elbowroom.core.cluster import PRESETS
@@ -18,6 +19,7 @@ from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.job import JobOutcome, simulate_job
 from elbowroom.planning.pool.layouts import (
     engine_limits,
+    layout_shares,
     policy_of,
     pool_times,
     replica_limits,
@@ -99,7 +101,9 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     batch, last = (Batch(n, n * rows.mean_context) for n in (at_once, 1))
     ship_below = ship_threshold(model, cluster, layout, rows.mean_context)
     ships = at_once < ship_below
-    shares = plan.shares[: layout.num_ranks]
+    shares = layout_shares(model, layout, ship_below_rows=ship_below)
+    if plan.shares[0].owners:
+        shares = plan.shares[: layout.num_ranks]
     iterations = [_iterate(times.cost, shares, batch, ships)]
     if ship_below > 1 and not ships:
         iterations.append(_iterate(times.cost, shares, last, True))
@@ -114,7 +118,7 @@ def _iterate(cost: CostModel, shares: Sequence[PoolShare], batch: Batch, ships: 
 
 
 def _model(plan: RunPlan) -> ModelFacts:
-    facts = read_model(Path(plan.model_dir), plan.engine.dtype)
+    facts = read_model(Path(plan.model_dir), plan.engine.dtype, build=built_tensors)
     return replace(facts, kv_dtype=plan.engine.kv_dtype)
 
 

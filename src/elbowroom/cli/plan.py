@@ -37,6 +37,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import write_text
 from elbowroom.core.flag_kinds import count
 from elbowroom.core.model import DTYPE_BYTES
+from elbowroom.core.model_config import is_known_type
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
 from elbowroom.planning.pool.search import Candidate
@@ -144,7 +145,7 @@ def _print_plan(screen: Console, planned: Planned) -> None:
     model, cluster = planned.model, planned.cluster
     about = f"{model.name} in {model.dtype} on {cluster.name}: {planned.about_workload}"
     screen.print(about, highlight=False, soft_wrap=True)
-    if not model.is_known_type:
+    if not is_known_type(model.model_type):
         screen.print(f"model type '{model.model_type}' is not known: planned from its shapes alone")
     if not model.has_weights:
         screen.print("no weight files: shapes follow from the config")

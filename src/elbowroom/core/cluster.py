@@ -86,7 +86,7 @@ class Device:
         )
 
     def matmul_seconds(
-        self, rows: float, read: float, active: float, element_bytes: int = 2
+        self, rows: float, read: float, active: float, read_bytes: float, is_fp8: bool = False
     ) -> float:
         """Seconds for a product of ``rows`` rows with a matrix in this device's memory.
 
@@ -95,16 +95,17 @@ class Device:
             read: weight elements that are read.
             active: weight elements that each row is multiplied with; equals ``read`` except in
                 mixtures of experts.
-            element_bytes: bytes of a weight; 1 means FP8, computed at the FP8 rate.
+            read_bytes: their bytes.
+            is_fp8: whether the product is computed at the FP8 rate.
 
         """
         if self.matmul:
             # In a mixture each row meets only part of the weights read: per matrix, this many rows
             # on average.
             return read / self._elements_per_second(rows * active / read)
-        flops = self.flops_fp8 if element_bytes == 1 else self.flops
+        flops = self.flops_fp8 if is_fp8 else self.flops
         return max(
-            read * element_bytes / self.memory_bandwidth.achieved,
+            read_bytes / self.memory_bandwidth.achieved,
             2 * rows * active / flops.achieved,
         )
 

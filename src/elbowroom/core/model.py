@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd
 from pathlib import Path
-from typing import Any
 
 from elbowroom.core.errors import InputError, UnsupportedModelError
-from elbowroom.core.files import read_json
+from elbowroom.core.kv_cache import AttentionLayers
+from elbowroom.core.model_config import ModelConfig, read_config, resolve_dtype
 from elbowroom.core.model_shapes import (
     KNOWN_TYPES,
-    config_int,
+    PLAIN_DTYPES,
+    Stored,
     config_shapes,
-    file_shapes,
+    file_tensors,
     weight_files,
+)
+from elbowroom.core.model_weights import (
+    CountedWeights,
+    Weights,
+    computes_in_fp8,
+    count_weights,
+    quantised,
 )
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 """Bytes per element of stored tensors: weights and KV cache may be smaller than activations."""
 
-_EXPERT_NAME = re.compile(r"\.experts\.")
-_FFN_NAME = re.compile(
-    r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(?:mlp|feed_forward|ffn|block_sparse_moe)\."
-)
+OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
+"""Weights that vLLM reads, and plans do not."""
+
+BuildTensors = Callable[[Path], Mapping[str, Stored]]
+"""Gives the tensors of the architecture that a model folder's config names."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """Shapes of a decoder, as element counts, so that sizes can be computed for any dtype.
 
-    ``ffn_elements[l]`` counts the feed-forward matrices of layer l, which the pool holds once;
-    ``replicated_elements`` counts everything else (attention, embeddings, head, norms, biases). In
-    a mixture of experts, ``expert_elements[l]`` is the part of ``ffn_elements[l]`` that lies in
-    routed experts, of which a token takes ``experts_per_token``. ``has_weights`` is False when only
-    the config was there. ``dtype`` is what the model computes in; weights and KV cache are stored
-    in it too unless ``weight_dtype`` and ``kv_dtype`` say otherwise.
+    ``ffn[l]`` counts the feed-forward matrices of layer l, which the pool holds once; ``rest``
+    counts everything else (attention, embeddings, head, norms, biases), of which ``others[l]`` are
+    the other matrices of layer l. In a mixture of experts, ``experts[l]`` is the part of ``ffn[l]``
+    that lies in routed experts, of which a token takes ``experts_per_token``.
+
+    ``pair_flops`` are a layer's FLOPs for a query and a key of all heads, ``latent_flops`` those
+    for a cached latent vector (0 without latent attention). ``dtype`` is what the model computes
+    in; weights that are not quantised, and the KV cache, are stored in it too unless
+    ``weight_dtype`` and ``kv_dtype`` say otherwise. ``max_model_len`` is the most tokens of a row.
+
+    ``has_weights`` is False when only the config was there. ``cannot_pool`` says why no pool can
+    hold the layers, None where one can.
     """
 
     name: str
@@ -50,66 +64,83 @@ class ModelFacts:
     vocab_size: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    ffn_elements: tuple[int, ...]
-    replicated_elements: int
+    max_model_len: int
+    attention: AttentionLayers
+    ffn: tuple[Weights, ...]
+    rest: Weights
+    others: tuple[Weights, ...]
+    pair_flops: int
+    latent_flops: int = 0
     num_experts: int = 0
     experts_per_token: int = 0
-    expert_elements: tuple[int, ...] = ()
+    experts: tuple[Weights, ...] = ()
     has_weights: bool = True
+    computes_in_fp8: bool = False
     weight_dtype: str | None = None
     kv_dtype: str | None = None
+    cannot_pool: str | None = None
 
     @property
-    def is_known_type(self) -> bool:
-        """Whether the model type is known; otherwise names and shapes alone tell what is FFN."""
-        return self.model_type in KNOWN_TYPES
+    def ffn_elements(self) -> tuple[int, ...]:
+        return tuple(weights.elements for weights in self.ffn)
 
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
     def weight_element_bytes(self) -> int:
+        """Bytes of a weight that is not quantised."""
         return STORAGE_BYTES[self.weight_dtype or self.dtype]
 
     def ffn_bytes(self) -> tuple[int, ...]:
-        return tuple(count * self.weight_element_bytes() for count in self.ffn_elements)
+        return tuple(weights.num_bytes(self.weight_element_bytes()) for weights in self.ffn)
 
     def replicated_bytes(self) -> int:
-        """Bytes of all weights outside the FFNs; embeddings and head are never quantised."""
-        unquantised = min(self.replicated_elements, 2 * self.vocab_size * self.hidden_size)
-        rest = self.replicated_elements - unquantised
-        return unquantised * self.dtype_bytes() + rest * self.weight_element_bytes()
+        """Bytes of all weights outside the FFNs; ``weight_dtype`` leaves embeddings and head."""
+        plain = self.rest.elements - self.rest.packed
+        kept = min(plain, 2 * self.vocab_size * self.hidden_size)
+        others = (plain - kept) * self.weight_element_bytes()
+        return self.rest.packed_bytes + kept * self.dtype_bytes() + others
 
-    def attention_elements(self) -> int:
-        """Elements of the four attention matrices of one layer."""
-        return 2 * self.hidden_size * (self.num_heads + self.num_kv_heads) * self.head_dim
+    def uses_fp8(self) -> bool:
+        """Whether products run at the device's rate for 8-bit numbers."""
+        return self.computes_in_fp8 or self.weight_dtype == "fp8"
 
     def head_elements(self) -> int:
         return self.vocab_size * self.hidden_size
 
     def active_ffn_elements(self, layer: int) -> float:
         """Elements of layer ``layer``'s feed-forward network that one token is multiplied with."""
-        if not self.expert_elements:
-            return self.ffn_elements[layer]
+        if not self.experts:
+            return self.ffn[layer].elements
         share = self.experts_per_token / self.num_experts
-        return self.ffn_elements[layer] - self.expert_elements[layer] * (1 - share)
+        return self.ffn[layer].elements - self.experts[layer].elements * (1 - share)
 
     def touched_ffn_elements(self, layer: int, num_tokens: float) -> float:
         """Elements of layer ``layer``'s feed-forward network that ``num_tokens`` tokens read.
 
         With even routing: no token takes a given expert with probability (1 - k/E)^n.
         """
-        if not self.expert_elements:
-            return self.ffn_elements[layer]
+        if not self.experts:
+            return self.ffn[layer].elements
         left_out = float((1 - self.experts_per_token / self.num_experts) ** num_tokens)
-        return self.ffn_elements[layer] - self.expert_elements[layer] * left_out
+        return self.ffn[layer].elements - self.experts[layer].elements * left_out
+
+    def kv_element_bytes(self) -> int:
+        return STORAGE_BYTES[self.kv_dtype or self.dtype]
 
     def kv_bytes_per_token(self, tensor_parallel: int = 1) -> int:
-        """Bytes of a token's keys and values in all layers, on one device of a replica."""
-        heads = -(-self.num_kv_heads // tensor_parallel)
-        element_bytes = STORAGE_BYTES[self.kv_dtype or self.dtype]
-        return 2 * self.num_layers * heads * self.head_dim * element_bytes
+        """Bytes of a token that every layer keeps, on one device of a replica, with padding."""
+        layers, groups = self.attention.groups()
+        of_layer = self.attention.layer_elements(tensor_parallel) * self.kv_element_bytes()
+        return len(groups) * layers * of_layer
+
+    def divides_among(self, tensor_parallel: int) -> bool:
+        """Whether heads can be divided among so many devices, as vLLM asks for."""
+        heads = self.attention.num_heads
+        return self.num_heads % tensor_parallel == 0 and gcd(heads, tensor_parallel) in (
+            heads,
+            tensor_parallel,
+        )
 
 
 def model_name(model_dir: Path) -> str:
@@ -118,104 +149,66 @@ def model_name(model_dir: Path) -> str:
     return repository_of(folder) or folder.name
 
 
-def read_model(model_dir: Path, dtype: str = "auto") -> ModelFacts:
+def read_model(
+    model_dir: Path,
+    dtype: str = "auto",
+    is_pooling: bool = False,
+    build: BuildTensors | None = None,
+) -> ModelFacts:
     """Facts of a Hugging Face model directory, from ``config.json`` and safetensors headers.
 
-    Without weight files the config alone is enough for the types in ``KNOWN_TYPES``. ``dtype``
-    "auto" takes the model's own, and bfloat16 for a float32 model, as vLLM does.
+    Without weight files the config alone is enough for the types in ``KNOWN_TYPES``, and with
+    ``build`` for every architecture that it knows. ``dtype`` "auto" takes what vLLM would take;
+    ``is_pooling`` is for an engine that makes embeddings.
 
-    Raises InputError when a file is missing, corrupt or unsafe, and UnsupportedModelError when a
-    layer has no feed-forward matrices.
+    Raises InputError when a file is missing or corrupt.
     """
-    config = _read_config(model_dir)
+    config = read_config(model_dir)
     files = weight_files(model_dir)
-    model_type = str(config.get("model_type", "unknown"))
-    if not files and model_type not in KNOWN_TYPES:
-        raise InputError(
-            f"{model_dir} has no .safetensors files, and the shapes of model type '{model_type}' "
-            f"do not follow from its config: convert the weights first"
-        )
-    num_layers = config_int(config, "num_hidden_layers")
-    num_heads = config_int(config, "num_attention_heads")
-    hidden_size = config_int(config, "hidden_size")
-    elements = _count_elements(
-        file_shapes(files) if files else config_shapes(config), num_layers, config
-    )
-    if not all(elements.ffn):
-        empty = [layer for layer, count in enumerate(elements.ffn) if not count]
-        raise UnsupportedModelError(
-            f"{model_dir}: layers {empty[:5]} of {num_layers} have no feed-forward matrices "
-            f"(model type {model_type}): use a dense model, or run it with vLLM"
-        )
-    has_experts = any(elements.experts)
+    tensors = file_tensors(files) if files else _config_tensors(config, model_dir, build)
+    counted = count_weights(tensors, config)
+    has_experts = any(weights.elements for weights in counted.experts)
+    if has_experts and not config.num_experts:
+        raise InputError("config.json names no number of experts, but the weights hold experts")
     return ModelFacts(
         name=model_name(model_dir),
-        model_type=model_type,
-        dtype=_resolve_dtype(config, dtype),
-        num_layers=num_layers,
-        hidden_size=hidden_size,
-        intermediate_size=config_int(config, "intermediate_size", 4 * hidden_size),
-        vocab_size=config_int(config, "vocab_size"),
-        num_heads=num_heads,
-        num_kv_heads=config_int(config, "num_key_value_heads", num_heads),
-        head_dim=config_int(config, "head_dim", hidden_size // num_heads),
-        max_position_embeddings=config_int(config, "max_position_embeddings", 2048),
-        ffn_elements=elements.ffn,
-        replicated_elements=elements.replicated,
-        num_experts=_num_experts(config) if has_experts else 0,
-        experts_per_token=config_int(config, "num_experts_per_tok", 1) if has_experts else 0,
-        expert_elements=elements.experts if has_experts else (),
+        model_type=config.model_type,
+        dtype=_dtype(config, _stored_dtype(tensors), dtype, is_pooling),
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        max_model_len=config.max_model_len,
+        attention=config.attention,
+        ffn=tuple(counted.ffn),
+        rest=counted.rest,
+        others=tuple(counted.others),
+        pair_flops=config.pair_flops,
+        latent_flops=config.latent_flops,
+        num_experts=config.num_experts if has_experts else 0,
+        experts_per_token=max(1, config.experts_per_token) if has_experts else 0,
+        experts=tuple(counted.experts) if has_experts else (),
         has_weights=bool(files),
+        computes_in_fp8=computes_in_fp8(config.quantization),
+        cannot_pool=_cannot_pool(config, counted, bool(files)),
     )
 
 
-def check_runnable(model: ModelFacts) -> None:
-    """Check that the pool can run the model, not only plan it.
+def check_runnable(model: ModelFacts, model_dir: Path, pool: str | None) -> None:
+    """Check that an engine can run the model, in the pool that is asked for.
 
-    Raises InputError for a model without weight files, UnsupportedModelError for a mixture of
-    experts.
+    Raises InputError for a folder without weights, and UnsupportedModelError for a model that no
+    pool can hold where one is asked for.
     """
-    if not model.has_weights:
-        raise InputError(f"{model.name} has no .safetensors files: convert the weights first")
-    if model.num_experts:
+    others = any(any(model_dir.glob(pattern)) for pattern in OTHER_WEIGHTS)
+    if not model.has_weights and not others:
+        raise InputError(f"{model_dir} has no weights: download the whole model")
+    if model.cannot_pool and pool not in (None, "none"):
         raise UnsupportedModelError(
-            f"{model.name} is a mixture of {model.num_experts} experts, which can be planned and "
-            f"not run yet: use a dense model, or run it with vLLM"
+            f"{model.name} cannot be pooled: {model.cannot_pool}. Use --pool none"
         )
-
-
-@dataclass(frozen=True)
-class _Elements:
-    ffn: tuple[int, ...]
-    experts: tuple[int, ...]
-    replicated: int
-
-
-def _count_elements(
-    shapes: Mapping[str, tuple[int, ...]], num_layers: int, config: Mapping[str, Any]
-) -> _Elements:
-    """Count elements of each layer's feed-forward matrices, its experts, and everything else."""
-    ffn = [0] * num_layers
-    experts = [0] * num_layers
-    replicated = 0
-    for name, shape in shapes.items():
-        if name.startswith("lm_head.") and config.get("tie_word_embeddings", False):
-            continue  # one tensor serves as embedding and head
-        match = _FFN_NAME.search(name)
-        if match and len(shape) >= 2 and int(match.group(1)) < num_layers:
-            ffn[int(match.group(1))] += prod(shape)
-            if _EXPERT_NAME.search(name):
-                experts[int(match.group(1))] += prod(shape)
-        else:
-            replicated += prod(shape)
-    return _Elements(tuple(ffn), tuple(experts), replicated)
-
-
-def _num_experts(config: Mapping[str, Any]) -> int:
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if key in config:
-            return config_int(config, key)
-    raise InputError("config.json names no number of experts, but the weights hold experts")
 
 
 def repository_of(folder: Path) -> str | None:
@@ -226,18 +219,54 @@ def repository_of(folder: Path) -> str | None:
     return None
 
 
-def _read_config(model_dir: Path) -> dict[str, Any]:
-    if not model_dir.is_dir():
-        raise InputError(f"{model_dir} is not a directory: give --model a Hugging Face folder")
-    config = read_json(model_dir / "config.json")
-    if "auto_map" in config:
-        raise InputError(f"{model_dir} wants to run its own Python code (auto_map): refused")
-    return config
+def _config_tensors(
+    config: ModelConfig, model_dir: Path, build: BuildTensors | None
+) -> Mapping[str, Stored]:
+    """The tensors that a config stands for."""
+    if config.model_type in KNOWN_TYPES:
+        shapes = config_shapes(config.text)
+        tensors: Mapping[str, Stored] = {
+            name: Stored(shape, None) for name, shape in shapes.items()
+        }
+    elif build is not None:
+        tensors = build(model_dir)
+    else:
+        raise InputError(
+            f"{model_dir} has no .safetensors files, and what tensors a '{config.model_type}' has "
+            f"is not known without transformers: pip install 'elbowroom[cpu]'"
+        )
+    return quantised(tensors, config)
 
 
-def _resolve_dtype(config: Mapping[str, Any], asked: str) -> str:
-    own = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-    dtype = asked if asked != "auto" else ("bfloat16" if own == "float32" else own)
+def _cannot_pool(config: ModelConfig, counted: CountedWeights, has_weights: bool) -> str | None:
+    """Why no pool can hold the layers of a model."""
+    if not has_weights:
+        return "it has no .safetensors files"
+    if config.quantization is not None:
+        method = config.quantization.get("quant_method", "in an unknown way")
+        return f"its weights are quantised ({method})"
+    if any(weights.elements for weights in counted.experts):
+        return f"it is a mixture of {config.num_experts} experts"
+    if config.is_part:
+        return "its language model is one of several parts"
+    if not config.is_native:
+        return "vLLM runs it with its Transformers backend, which hands over no layers"
+    empty = [layer for layer, weights in enumerate(counted.ffn) if not weights.elements]
+    if empty:
+        return f"layers {empty[:5]} of {config.num_layers} have no feed-forward matrices"
+    if counted.is_loose:
+        return "its feed-forward matrices have no module of their own"
+    return None
+
+
+def _stored_dtype(tensors: Mapping[str, Stored]) -> str:
+    """The dtype to which all plain tensors can be converted."""
+    found = {PLAIN_DTYPES.get(tensor.dtype or "") for tensor in tensors.values()} - {None}
+    return str(found.pop()) if len(found) == 1 else "float32"
+
+
+def _dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool) -> str:
+    dtype = resolve_dtype(config, stored, asked, is_pooling)
     if dtype not in DTYPE_BYTES:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(DTYPE_BYTES)}: set --dtype")
     return dtype

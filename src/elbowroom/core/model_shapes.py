@@ -1,43 +1,61 @@
-"""Names and shapes of a model's tensors, from safetensors headers or from its config alone."""
+"""Names, shapes and bytes of a model's tensors, from safetensors headers or from its config."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import read_json
+from elbowroom.core.model_config import config_int
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Stored(NamedTuple):
+    """A tensor as a file stores it. ``dtype`` is None where no file says, else safetensors' name.
+
+    Plain numbers are converted to the model's dtype when they are loaded; others are kept.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str | None
+    num_bytes: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        return self.dtype is None or self.dtype in PLAIN_DTYPES
+
+    @property
+    def num_elements(self) -> int:
+        return prod(self.shape)
+
+
+PLAIN_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+"""Safetensors' names of the dtypes in which models are computed, and PyTorch's."""
 
 KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
 """Model types whose shapes ``config_shapes`` can derive."""
 
+_NOT_WEIGHTS = ("consolidated", "adapter_model")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _CORRUPT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error)
-
-
-def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """Read a positive integer from a config. Raises InputError for anything else."""
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"config.json: '{key}' must be a positive integer, not {value!r}")
-    return value
 
 
 def weight_files(model_dir: Path) -> list[Path]:
     """Weight files of a model folder, by its index if it has one.
 
-    The index is untrusted: InputError is raised for names that point outside the folder.
+    Without one, weights in another form (``consolidated``) and adapters beside the model's own are
+    left out. The index is untrusted: InputError is raised for names that point outside the folder.
     """
     index = model_dir / "model.safetensors.index.json"
     if not index.exists():
-        return sorted(model_dir.glob("*.safetensors"))
+        files = sorted(model_dir.glob("*.safetensors"))
+        return [file for file in files if not file.name.startswith(_NOT_WEIGHTS)]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map: download the model again")
@@ -48,10 +66,10 @@ def weight_files(model_dir: Path) -> list[Path]:
     return [model_dir / name for name in names]
 
 
-def file_shapes(files: list[Path]) -> Shapes:
-    """Names and shapes in the headers of safetensors files. Raises InputError if one is corrupt."""
+def file_tensors(files: list[Path]) -> dict[str, Stored]:
+    """Tensors in the headers of safetensors files. Raises InputError if one is corrupt."""
     return {
-        name: tuple(entry["shape"])
+        name: Stored(tuple(entry["shape"]), str(entry["dtype"]), _num_bytes(entry))
         for path in files
         for name, entry in _read_header(path).items()
         if name != "__metadata__"
@@ -132,6 +150,11 @@ def _gated(
     yield f"{prefix}{down}.weight", (hidden, width)
 
 
+def _num_bytes(entry: Mapping[str, Any]) -> int:
+    begin, end = entry["data_offsets"]
+    return int(end - begin)
+
+
 def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, checked against the file's size.
 
@@ -150,6 +173,9 @@ def _read_header(path: Path) -> dict[str, Any]:
             shapes = (e["shape"] for n, e in header.items() if n != "__metadata__")
             if not all(isinstance(size, int) for shape in shapes for size in shape):
                 raise ValueError("a shape is not a list of integers")
+            for name, entry in header.items():
+                if name != "__metadata__" and not isinstance(entry["dtype"], str):
+                    raise ValueError(f"{name} has no dtype")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except _CORRUPT as error:

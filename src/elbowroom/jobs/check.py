@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.model_config import read_config
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.limits import RowLimits, regexes, schemas
@@ -133,7 +134,7 @@ class PromptCounter:
     ) -> None:
         """Load the tokenizer. Raises InputError when that fails."""
         try:
-            from transformers import AutoConfig, AutoTokenizer  # takes seconds
+            from transformers import AutoTokenizer  # takes seconds
         except ImportError as error:
             raise InputError(
                 "to count tokens needs transformers: pip install 'elbowroom[cpu]', or give "
@@ -143,16 +144,13 @@ class PromptCounter:
             self._tokenizer = AutoTokenizer.from_pretrained(
                 str(model_dir), local_files_only=True, trust_remote_code=False
             )
-            config = AutoConfig.from_pretrained(
-                str(model_dir), local_files_only=True, trust_remote_code=False
-            )
         except Exception as error:  # whatever the library raises for what it cannot read
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise InputError(
                 f"cannot load the tokenizer of {model_dir}: {reason.rstrip(' :.')}. Check --model, "
                 f"or give --no-tokens"
             ) from error
-        self._max_model_len = max_model_len or getattr(config, "max_position_embeddings", None)
+        self._max_model_len = max_model_len or read_config(model_dir).max_model_len
         self._max_prompt_tokens = max_prompt_tokens
 
     def count(self, rows: Sequence[Row], report: CheckReport) -> None:

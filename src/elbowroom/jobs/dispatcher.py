@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from elbowroom.core.kv_cache import KvGroups
 from elbowroom.jobs.rows import BYTES_PER_TOKEN, RejectedRow, Row
 
 _FIRST_GUESS_OUTPUT_TOKENS = 256.0  # of a row without a limit, until rows have finished
@@ -94,9 +95,13 @@ class Dispatcher:
     """
 
     def __init__(
-        self, rows: Iterable[Row | RejectedRow], bytes_per_token: float = BYTES_PER_TOKEN
+        self,
+        rows: Iterable[Row | RejectedRow],
+        bytes_per_token: float = BYTES_PER_TOKEN,
+        groups: KvGroups | None = None,
     ) -> None:
         self._rows = iter(rows)
+        self._groups = groups or KvGroups()
         self._intakes: dict[int, Intake] = {}
         self._estimator = RowEstimator(bytes_per_token)
         self._waiting: Row | None = None
@@ -150,7 +155,7 @@ class Dispatcher:
             if isinstance(row, RejectedRow):
                 yield row
                 continue
-            num_tokens = self._estimator.num_tokens(row)
+            num_tokens = self._cost(row)
             takers = [
                 replica
                 for replica, intake in self._intakes.items()
@@ -176,10 +181,14 @@ class Dispatcher:
         if not intake.rows and not intake.suspects:
             intake.suspects = self._cohorts.popleft() if self._cohorts else None
         while intake.suspects:
-            num_tokens = self._estimator.num_tokens(intake.suspects[0])
+            num_tokens = self._cost(intake.suspects[0])
             if not intake.has_room(num_tokens):
                 return
             yield self._hand(replica, intake.suspects.popleft(), num_tokens)
+
+    def _cost(self, row: Row) -> int:
+        """KV tokens that a row is expected to take, where layers may keep a window of it."""
+        return self._groups.row_tokens(self._estimator.num_tokens(row))
 
     def _hand(self, replica: int, row: Row, num_tokens: int) -> Offer:
         self._intakes[replica].rows[row.index] = row

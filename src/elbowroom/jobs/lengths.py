@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json
 from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.rows import BYTES_PER_TOKEN, Row
@@ -56,7 +57,7 @@ def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None)
     assumed to reach their limits. Raises InputError when the file or the tokenizer cannot be read,
     or no row could be answered.
     """
-    count = _counter(model_dir)
+    count, default_limit = _counter(model_dir), _default_limit(model_dir)
     prompts: list[int] = []
     outputs: list[int] = []
     num_counted = num_unlimited = num_bytes = num_tokens = 0
@@ -66,7 +67,7 @@ def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None)
         if not isinstance(row, Row):
             continue
         num_counted += 1
-        limit = row.max_output_tokens
+        limit = row.max_output_tokens or default_limit
         num_unlimited += limit is None
         answers = min(row.num_answers, _MOST_ANSWERS)
         of_prompts = _prompt_tokens(row.body, count)
@@ -85,6 +86,13 @@ def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None)
         num_unlimited=num_unlimited,
         bytes_per_token=num_bytes / max(1, num_tokens),
     )
+
+
+def _default_limit(model_dir: Path) -> int | None:
+    """The output limit of rows that set none, where the model's own settings have one."""
+    path = model_dir / "generation_config.json"
+    limit = read_json(path).get("max_new_tokens") if path.exists() else None
+    return limit if type(limit) is int and limit > 0 else None
 
 
 def _counter(model_dir: Path) -> Callable[[str], int]:

@@ -95,6 +95,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
     failures = ", ".join(f"{count} {code}" for code, count in sorted(report.failures.items()))
     kv_tokens = ", ".join(str(replica.num_kv_tokens) for replica in report.replicas)
     budget = report.plan.budget
+    planned = budget.kv_tokens_text(report.plan.engine.max_model_len)
     held = ", ".join(format_bytes(replica.resident_bytes) for replica in report.replicas)
     hits = sum(replica.prefix_hit_tokens for replica in report.replicas)
     pools = [replica.pool for replica in report.replicas]
@@ -111,7 +112,7 @@ def _summary(report: JobReport) -> list[tuple[str, str]]:
         (f"{report.rated_by} tokens/s", f"{report.tokens_per_second(report.rated_by):.1f}"),
         ("predicted", _predicted(report)),
         ("predicted for actual tokens", _for_actual(report)),
-        ("KV tokens per replica", f"{kv_tokens} (planned: {budget.num_kv_tokens})"),
+        ("KV tokens per replica", f"{kv_tokens} (planned: {planned})"),
         (
             "weights and slots held",
             f"{held} (planned: {format_bytes(budget.weight_bytes + budget.slot_bytes)})",

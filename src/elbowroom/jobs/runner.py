@@ -127,7 +127,7 @@ async def _answer(
     with place as run_dir, job.stop.heard():
         async with ReplicaGroup(plan, run_dir, log_dir, command) as group:
             fleet = Fleet(plan, replicas, group)
-            dispatcher = Dispatcher(rows, options.bytes_per_token)
+            dispatcher = Dispatcher(rows, options.bytes_per_token, job.plan.budget.kv_groups)
             await _Run(job, fleet, dispatcher, ledger, ProgressView(job.console)).answer()
 
 
@@ -194,8 +194,9 @@ class _Run:
     def _record(self, event: FleetEvent | None) -> None:
         match event:
             case Joined(replica, num_kv_tokens):
-                max_rows = self._job.plan.engine.max_num_seqs
-                self._dispatcher.join(replica, num_kv_tokens, max_rows)
+                plan = self._job.plan
+                room = plan.budget.kept_by_every_layer(num_kv_tokens, plan.engine.max_model_len)
+                self._dispatcher.join(replica, room, plan.engine.max_num_seqs)
             case Answered(replica, RowAnswer() as answer):
                 usage = token_usage(answer.body)
                 row = self._dispatcher.finish(replica, answer.id, usage)

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from elbowroom.core.cluster import Cluster, Link
+from elbowroom.core.kv_cache import AttentionLayers
 from elbowroom.core.model import ModelFacts
+from elbowroom.core.model_weights import Weights
+
+Tokens = TypeVar("Tokens", float, NDArray[np.float64])
 
 
 class Batch(NamedTuple):
@@ -75,7 +82,7 @@ class CostModel:
         """Seconds of one iteration on local weights (roofline, SiDP section 2: T(B))."""
         return IterationCost(
             projections=self.model.num_layers * self.projection_seconds(batch.num_tokens),
-            kv_read=self.kv_read_seconds(batch.context_tokens),
+            kv_read=float(self.kv_read_seconds(batch.context_tokens, batch.decode_rows)),
             prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs),
             ffn=self.ffn_seconds(batch.num_tokens),
             head=self.head_seconds(batch.num_rows),
@@ -85,27 +92,46 @@ class CostModel:
         )
 
     def projection_seconds(self, rows: float) -> float:
-        """Seconds of one layer's attention matrices: bytes, or 2 FLOPs per row and element."""
-        return self._matmul(rows, self.model.attention_elements(), self.model.attention_elements())
+        """Seconds of one layer's attention matrices: bytes, or 2 FLOPs per row and element.
 
-    def kv_read_seconds(self, context_tokens: float) -> float:
-        """Seconds of decode attention in all layers: it reads every row's keys and values once."""
-        kv_bytes = self.model.kv_bytes_per_token(self.tensor_parallel) * context_tokens
-        return kv_bytes / self.cluster.device.attention_bandwidth.achieved
+        Of the mean layer, where layers differ.
+        """
+        elements, num_bytes = self._projections
+        return self._matmul(rows, elements, elements, num_bytes)
+
+    def kv_read_seconds(self, context_tokens: Tokens, rows: float) -> Tokens:
+        """Seconds of decode attention in all layers: it reads what each keeps of the rows, once.
+
+        A layer with a window reads no more of a row than that; rows count with their mean. A latent
+        vector takes every head's FLOPs, which may take longer than reading it.
+        """
+        model, device = self.model, self.cluster.device
+        layers: AttentionLayers = model.attention
+        num_bytes = layers.layer_elements(self.tensor_parallel) * model.kv_element_bytes()
+        flops = model.latent_flops / self.tensor_parallel
+        each = max(
+            num_bytes / device.attention_bandwidth.achieved, flops / device.attention_flops.achieved
+        )
+        seconds: Tokens = context_tokens * (each * layers.windows.count(0))
+        for window in {*layers.windows} - {0}:
+            read = np.minimum(context_tokens, rows * window)
+            seconds = seconds + read * (each * layers.windows.count(window))
+        return seconds
 
     def prefill_attention_seconds(self, pairs: float) -> float:
         """Seconds of prompt attention in all layers, for ``pairs`` query-key pairs.
 
-        Two products per pair and head: 4 * head_dim FLOPs.
+        Two products per pair and head.
         """
-        model = self.model
-        flops = 4 * model.head_dim * model.num_heads * model.num_layers * pairs
+        flops = self.model.pair_flops * self.model.num_layers * pairs
         return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
 
     def ffn_layer_seconds(self, layer: int, rows: float) -> float:
         """Seconds of one layer's feed-forward network; in a mixture, of the experts touched."""
-        touched = self.model.touched_ffn_elements(layer, rows)
-        return self._matmul(rows, touched, self.model.active_ffn_elements(layer))
+        model = self.model
+        touched, elements = model.touched_ffn_elements(layer, rows), model.ffn[layer].elements
+        read_bytes = model.ffn_bytes()[layer] * touched / max(1, elements)
+        return self._matmul(rows, touched, model.active_ffn_elements(layer), read_bytes)
 
     def ffn_seconds(self, rows: float) -> float:
         return sum(
@@ -113,7 +139,8 @@ class CostModel:
         )
 
     def head_seconds(self, rows: float) -> float:
-        return self._matmul(rows, self.model.head_elements(), self.model.head_elements())
+        elements = self.model.head_elements()
+        return self._matmul(rows, elements, elements, elements * self.model.dtype_bytes())
 
     def small_kernels_seconds(self, rows: float) -> float:
         """Seconds of one layer's norms, rotary embedding, activation and residuals.
@@ -193,16 +220,25 @@ class CostModel:
             Term("iteration", cost.total, "s", "sum"),
         ]
 
-    def _matmul(self, rows: float, read: float, active: float) -> float:
-        ranks = self.tensor_parallel
-        element_bytes = self.model.weight_element_bytes()
-        return self.cluster.device.matmul_seconds(rows, read / ranks, active / ranks, element_bytes)
+    def _matmul(self, rows: float, read: float, active: float, read_bytes: float) -> float:
+        ranks, is_fp8 = self.tensor_parallel, self.model.uses_fp8()
+        return self.cluster.device.matmul_seconds(
+            rows, read / ranks, active / ranks, read_bytes / ranks, is_fp8
+        )
+
+    @cached_property
+    def _projections(self) -> tuple[float, float]:
+        """Elements and bytes of a layer's matrices outside the FFN, on average."""
+        model, each = self.model, self.model.weight_element_bytes()
+        elements = sum(weights.elements for weights in model.others)
+        num_bytes = sum(weights.num_bytes(each) for weights in model.others)
+        return elements / model.num_layers, num_bytes / model.num_layers
 
     @cached_property
     def _layer_kinds(self) -> tuple[tuple[int, int], ...]:
         """One layer of each kind, and the number of layers like it; most models have one kind."""
-        experts = self.model.expert_elements or (0,) * self.model.num_layers
-        kinds: dict[tuple[int, int], list[int]] = {}
-        for layer, sizes in enumerate(zip(self.model.ffn_elements, experts, strict=True)):
+        experts = self.model.experts or (Weights(),) * self.model.num_layers
+        kinds: dict[tuple[Weights, Weights], list[int]] = {}
+        for layer, sizes in enumerate(zip(self.model.ffn, experts, strict=True)):
             kinds.setdefault(sizes, []).append(layer)
         return tuple((layers[0], len(layers)) for layers in kinds.values())

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import read_json, write_json
+from elbowroom.core.kv_cache import KvGroups
 from elbowroom.plans.pool_actions import Fetch
 
 PoolMode = Literal["none", "mapped", "streamed", "shipped"]
@@ -65,7 +66,8 @@ class PoolShare:
     """One replica's part in a pool: which layers it owns, and how it borrows the others.
 
     ``owners[l]`` is the number, within the group, of the replica that keeps layer l. In a pool of
-    one replica that one owns every layer: this is what ``mode`` "none" means. ``fetches`` lists the
+    one replica that one owns every layer: this is what ``mode`` "none" means; without any owner,
+    vLLM keeps the layers to itself. ``fetches`` lists the
     copies of one forward pass, in order; it is empty unless ``mode`` is "streamed" or "shipped".
 
     A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
@@ -111,6 +113,9 @@ class MemoryBudget:
     Sizes are those of the replica with the most weights, so that every replica fits. The cache is
     handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
     counted in ``num_kv_blocks``, as vLLM does when it reports its cache size.
+
+    ``kv_most`` has, for each group of layers, the most tokens that it keeps of a row, 0 for all.
+    ``kv_is_known`` is False where layers keep something else, too, of which the cache is taken.
     """
 
     memory_bytes: int
@@ -121,6 +126,8 @@ class MemoryBudget:
     kv_bytes: int
     kv_bytes_per_token: int
     block_tokens: int
+    kv_most: tuple[int, ...] = (0,)
+    kv_is_known: bool = True
 
     @property
     def weight_bytes(self) -> int:
@@ -133,7 +140,31 @@ class MemoryBudget:
 
     @property
     def num_kv_tokens(self) -> int:
+        """Tokens that every layer can keep."""
         return self.num_kv_blocks * self.block_tokens
+
+    @property
+    def kv_groups(self) -> KvGroups:
+        return KvGroups(self.kv_most)
+
+    def kv_tokens_of(self, row_tokens: int) -> int:
+        """Tokens that the cache holds of rows of ``row_tokens`` tokens, as vLLM counts them.
+
+        More than ``num_kv_tokens`` where layers keep only a window of each row.
+        """
+        blocks = -(-row_tokens // self.block_tokens)
+        cost = self.kv_groups.row_tokens(row_tokens, self.block_tokens)
+        return self.num_kv_tokens * blocks * self.block_tokens // cost
+
+    def kv_tokens_text(self, row_tokens: int) -> str:
+        """``kv_tokens_of``, for people."""
+        return str(max(0, self.kv_tokens_of(row_tokens))) if self.kv_is_known else "not known"
+
+    def kept_by_every_layer(self, num_tokens: int, row_tokens: int) -> int:
+        """The inverse of ``kv_tokens_of``: the tokens that every layer could keep instead."""
+        blocks = -(-row_tokens // self.block_tokens)
+        cost = self.kv_groups.row_tokens(row_tokens, self.block_tokens)
+        return num_tokens * cost // (blocks * self.block_tokens)
 
 
 @dataclass(frozen=True)
@@ -242,7 +273,9 @@ class RunPlan:
         engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],
-            budget=MemoryBudget(**data["budget"]),
+            budget=MemoryBudget(
+                **{**data["budget"], "kv_most": tuple(data["budget"].get("kv_most", (0,)))}
+            ),
             shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
             cores=tuple(tuple(cores) for cores in data["cores"]),
             engine=EngineOptions(

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from elbowroom.core.errors import UnsupportedModelError
+from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.assembly import Layers, choose_leases, make_server
 from elbowroom.pool.ffn import Ffn, find_ffn, frozen
@@ -69,8 +69,13 @@ class PoolLoader:
 
         Waits for the peers. From here on ``Pool.run`` is each feed-forward module's ``forward``.
         Raises PeerLostError when a peer dies or does not publish in time, and PoolError when the
-        plan's fetches are not those of the layers that this rank borrows.
+        plan's fetches are not those of the layers that this rank borrows, or blocks are missing.
         """
+        if len(self._ffns) != len(self._share.owners):
+            raise PoolError(
+                f"the plan knows {len(self._share.owners)} layers, and {len(self._ffns)} were "
+                f"handed over: use --pool none"
+            )
         self._publish()
         owned = self._allocated | self._reopened
         opened = self._open_borrowed()

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.kv_cache import AttentionLayers
 from elbowroom.core.model import ModelFacts
+from elbowroom.core.model_weights import Weights
 from elbowroom.core.units import MIB
 from elbowroom.planning.pool.memory import check_fits, divide_memory
 from elbowroom.planning.pool.shares import plan_shares
@@ -27,10 +29,12 @@ BENCH = ModelFacts(
     vocab_size=4096,
     num_heads=8,
     num_kv_heads=4,
-    head_dim=64,
-    max_position_embeddings=1024,
-    ffn_elements=(LAYER_ELEMENTS,) * 12,
-    replicated_elements=10_000_000,
+    max_model_len=1024,
+    attention=AttentionLayers((0,) * 12, 2 * 64, 4),
+    ffn=(Weights(LAYER_ELEMENTS),) * 12,
+    rest=Weights(10_000_000),
+    others=(Weights(),) * 12,
+    pair_flops=4 * 64 * 8,
 )
 
 
@@ -69,7 +73,7 @@ def test_by_hand() -> None:
 def test_adds_up_to_the_memory_given(
     mode: PoolMode, num_ranks: int, memory_bytes: int, elements: tuple[int, ...]
 ) -> None:
-    model = replace(BENCH, ffn_elements=elements, num_layers=len(elements))
+    model = replace(BENCH, ffn=tuple(map(Weights, elements)), num_layers=len(elements))
     budget = _account(mode, num_ranks, memory_bytes, model=model)
     parts = budget.weight_bytes + budget.slot_bytes + budget.workspace_bytes + budget.kv_bytes
     assert parts == budget.memory_bytes == memory_bytes

@@ -20,3 +20,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 """Set for the process of a replica, before vLLM is imported; what the user set wins."""
+
+CONFIG_KEY = "elbowroom"
+"""Key in vLLM's ``additional_config`` that holds our share of the pool."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from elbowroom.engine.vllm_seam import REPLICA_MARK
-
-CONFIG_KEY = "elbowroom"
-"""Key in vLLM's ``additional_config`` that holds our share of the pool."""
+from elbowroom.engine.vllm_seam import CONFIG_KEY, REPLICA_MARK
 
 _PACKAGE = "vllm.model_executor.offloader"
 _RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")

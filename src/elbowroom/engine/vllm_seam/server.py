@@ -17,7 +17,7 @@ from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
 
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
-from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
+from elbowroom.engine.vllm_seam import CONFIG_KEY
 from elbowroom.engine.wire import Stats
 from elbowroom.plans.pool import RunPlan
 from elbowroom.pool.stats import PoolStats
@@ -96,9 +96,11 @@ class Engine:
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens of the KV cache, counted as vLLM does in its log."""
-        cache = self._llm.vllm_config.cache_config
-        return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+        """Tokens that the KV cache holds of the longest rows, as vLLM counts them, whole blocks."""
+        config = self._llm.vllm_config
+        block = int(config.cache_config.block_size)
+        row = -(-int(config.model_config.max_model_len) // block) * block
+        return round((config.cache_config.kv_cache_max_concurrency or 0) * row)
 
     async def stats(self) -> Stats:
         """Values of vLLM's own metrics, and the pool counters of the replica's first device.
@@ -152,8 +154,8 @@ def _cores(num_ranks: int) -> str:
 
 def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
     """VLLM's command line for one replica of the plan."""
-    engine = plan.engine
-    pool = {"share": plan.shares[replica].to_json(), "run_dir": run_dir}
+    engine, share = plan.engine, plan.shares[replica]
+    pool = {CONFIG_KEY: {"share": share.to_json(), "run_dir": run_dir}}
     width = plan.layout.tensor_parallel if plan.layout else 1
     arguments = [
         *("--model", plan.model_dir),
@@ -165,11 +167,11 @@ def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
         *("--max-num-batched-tokens", str(engine.max_num_batched_tokens)),
         *("--block-size", str(plan.budget.block_tokens)),
         *("--kv-cache-memory-bytes", str(plan.budget.kv_bytes)),
-        *("--load-format", "safetensors"),
         *("--tensor-parallel-size", str(width)),
         *("--distributed-executor-backend", "uni" if width == 1 else "mp"),
         *("--worker-extension-cls", _WORKER_EXTENSION),
-        *("--additional-config", json.dumps({CONFIG_KEY: pool})),
+        *(("--load-format", "safetensors") if share.owners else ()),
+        *(("--additional-config", json.dumps(pool)) if share.owners else ()),
         # By default it is a hash over all settings, which differ from replica to replica.
         *("--fingerprint-mode", "custom", "--fingerprint-value", f"vllm-{vllm.__version__}"),
         "--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching",

@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from elbowroom.core import host
 from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.engine.process import resident_bytes, return_freed_memory
+from elbowroom.engine.vllm_seam import CONFIG_KEY
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.ffn import Forward
@@ -27,6 +28,7 @@ from elbowroom.pool.loading import PoolLoader
 from elbowroom.pool.options import PoolOptions, TensorParallel
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
+from elbowroom.pool.stats import PoolStats
 from elbowroom.pool.store import LocalStore, Store
 
 LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
@@ -55,16 +57,24 @@ class PoolOffloader(BaseOffloader):
         self._loader = PoolLoader(share, store, options)
         self._pool: Pool | None = None
         self.resident_before_bytes = resident_bytes()
-        self.resident_after_bytes = 0
+        self.resident_after_bytes = self.resident_before_bytes
+        self._share = share
         self._num_unloaded = 0
+        self._is_plain = False
+        self._originals: list[tuple[Any, Any]] = []
 
     @property
-    def pool(self) -> Pool:
-        """The pool that this model runs with. Raises PoolError while its weights are loaded."""
-        if self._pool is None:
+    def pool(self) -> Pool | None:
+        """The pool that this model runs with; None where it needs none.
+
+        Raises PoolError when vLLM has handed over too few layers, or not yet loaded them.
+        """
+        if self._pool is None and self._share.mode != "none":
             raise PoolError(
-                f"{self._num_unloaded} feed-forward matrices are still to be loaded: "
-                f"there is no pool before"
+                "vLLM built the model without handing its layers over, as it does with its "
+                "Transformers backend: use --pool none"
+                if not self._originals
+                else f"{self._num_unloaded} feed-forward matrices are still to be loaded"
             )
         return self._pool
 
@@ -104,19 +114,36 @@ class PoolOffloader(BaseOffloader):
 
     def _wrap(self, block: nn.Module) -> nn.Module:
         """Hand one block over. Its linears load and compute through ``PooledLinearMethod``."""
+        if self._is_plain:
+            return block
+        try:
+            self._hand_over(block)
+        except UnsupportedModelError:
+            if self._share.mode != "none":
+                raise
+            self._stand_back()
+        return block
+
+    def _hand_over(self, block: nn.Module) -> None:
         ffn = self._loader.add_block(block, keep_weights=False)
         for span in ffn.spans:
             linear: Any = span.linear
             if type(linear.quant_method) is not UnquantizedLinearMethod:
                 raise UnsupportedModelError(
                     f"feed-forward weights are quantised ({type(linear.quant_method).__name__}): "
-                    f"the pool holds plain bf16, fp16 or fp32 weights; run this model with vLLM"
+                    f"the pool holds plain bf16, fp16 or fp32 weights; use --pool none"
                 )
             if linear.weight.is_meta:
                 linear.weight.weight_loader = _skip_loading
+            self._originals.append((linear, linear.quant_method))
             linear.quant_method = PooledLinearMethod(self, span.shape, span.dtype)
             self._num_unloaded += 1
-        return block
+
+    def _stand_back(self) -> None:
+        """Leave a model that no pool can hold to vLLM alone, as --pool none asks for."""
+        for linear, method in self._originals:
+            linear.quant_method = method
+        self._is_plain = True
 
     def mark_loaded(self) -> None:
         """One more linear has its weights. After the last, the group shares what it has."""
@@ -160,13 +187,21 @@ class PoolWorkerExtension:
 
     def elbowroom_stats(self) -> dict[str, float]:
         """Counters of the pool; see ``PoolStats``. Fails if leases and slots disagree."""
-        pool = _offloader().pool
+        offloader = _pool_offloader(self)
+        pool = offloader.pool if offloader else None
+        if pool is None:
+            return vars(PoolStats())
         pool.check_integrity()
         return vars(pool.stats())
 
     def elbowroom_resident_bytes(self) -> int:
-        """Memory that loading took: weights, slots. Measured, without the KV cache."""
-        offloader = _offloader()
+        """Memory that loading took: weights, slots. Measured, without the KV cache.
+
+        0 where vLLM loads by itself. Raises PoolError for a model without the pool it should have.
+        """
+        offloader = _pool_offloader(self)
+        if offloader is None or offloader.pool is None:
+            return 0
         return offloader.resident_after_bytes - offloader.resident_before_bytes
 
 
@@ -196,11 +231,14 @@ def forget_shared_names() -> None:
         path.unlink(missing_ok=True)  # another rank may have been here
 
 
-def _offloader() -> PoolOffloader:
+def _pool_offloader(worker: Any) -> PoolOffloader | None:
+    """Our offloader; None in an engine that was started without a share of a pool."""
     offloader = get_offloader()
-    if not isinstance(offloader, PoolOffloader):
+    if isinstance(offloader, PoolOffloader):
+        return offloader
+    if CONFIG_KEY in (worker.vllm_config.additional_config or {}):
         raise PoolError("vLLM built this model without our plugin: reinstall elbowroom beside vllm")
-    return offloader
+    return None
 
 
 def _skip_loading(*_: object, **__: object) -> None:

@@ -11,13 +11,13 @@ import heapq
 from collections import deque
 from dataclasses import dataclass, field
 from functools import cache
-from math import ceil
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.kv_cache import KvGroups
 from elbowroom.core.workload import Workload
 from elbowroom.planning.cost import Batch
 from elbowroom.planning.pool.modes import Mode, PoolTimes
@@ -42,10 +42,15 @@ class ReplicaLimits:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     block_tokens: int = 32
+    groups: KvGroups = field(default_factory=KvGroups)
 
     def row_tokens(self, num_tokens: float) -> int:
         """KV tokens that a row of ``num_tokens`` tokens takes, in whole blocks."""
-        return ceil(num_tokens / self.block_tokens) * self.block_tokens
+        return self.groups.row_tokens(num_tokens, self.block_tokens)
+
+    def longest_row(self, most: int) -> int:
+        """Tokens of the longest row, up to ``most``, that fits; 0 if none does."""
+        return self.groups.longest_row(self.num_kv_tokens, self.block_tokens, most)
 
     def rows_at_once(self, workload: Workload) -> int:
         """Rows of a workload's mean length that fit at once."""
@@ -261,7 +266,6 @@ class _Iterations:
         self._times = times
         self._policy = policy
         self._speeds = speeds
-        self._context_seconds = times.cost.kv_read_seconds(1)
         self._fixed = cache(lambda tokens: times.cost.iteration(Batch(tokens, 0)).total)
         self._group_mode: Mode = "streamed"
         self._group_looked = float("-inf")
@@ -280,7 +284,8 @@ class _Iterations:
         Under policy ``group`` the list stops where the group's mode is due to be reconsidered.
         """
         contexts = context + num_rows * np.arange(count)
-        local = (self._fixed(num_rows) + self._context_seconds * contexts).astype(np.float64)
+        reads = self._times.cost.kv_read_seconds(contexts.astype(np.float64), num_rows)
+        local = self._fixed(num_rows) + reads
         seconds, mode = self._choose(replica, now, num_rows, local)
         ends = now + np.cumsum(seconds) / self._speeds[replica]
         if self._policy == "group":

@@ -98,6 +98,7 @@ def replica_limits(budget: MemoryBudget, engine: EngineLimits) -> ReplicaLimits:
         max_num_seqs=engine.num_rows,
         max_num_batched_tokens=engine.num_tokens,
         block_tokens=budget.block_tokens,
+        groups=budget.kv_groups,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.kv_cache import kv_groups
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.pool import MemoryBudget, PoolShare
@@ -51,6 +52,8 @@ def divide_memory(
         kv_bytes=memory_bytes - replicated - owned - slots - workspace,
         kv_bytes_per_token=model.kv_bytes_per_token(tensor_parallel),
         block_tokens=BLOCK_TOKENS,
+        kv_most=kv_groups(model.attention.groups()[1], max_num_batched_tokens).most,
+        kv_is_known=model.attention.is_known,
     )
 
 
@@ -75,13 +78,14 @@ def logits_bytes(model: ModelFacts, num_rows: int) -> int:
 
 def longest_row(model: ModelFacts, budget: MemoryBudget) -> int:
     """Tokens of the longest row that the model and the cache can hold; at least 1."""
-    return max(1, min(model.max_position_embeddings, budget.num_kv_tokens - BLOCK_TOKENS))
+    room = budget.num_kv_tokens - BLOCK_TOKENS
+    return max(1, budget.kv_groups.longest_row(room, BLOCK_TOKENS, model.max_model_len))
 
 
 def check_fits(budget: MemoryBudget, max_model_len: int) -> None:
     """Raise MemoryPlanError, with the numbers and what to change, if no row can run."""
-    row_blocks = -(-max_model_len // budget.block_tokens) + 1
-    least = max(MIN_KV_BLOCKS, row_blocks) * budget.block_tokens * budget.kv_bytes_per_token
+    row = budget.kv_groups.row_tokens(max_model_len, budget.block_tokens) + budget.block_tokens
+    least = max(MIN_KV_BLOCKS * budget.block_tokens, row) * budget.kv_bytes_per_token
     if budget.kv_bytes >= least:
         return
     fixed = budget.memory_bytes - budget.kv_bytes

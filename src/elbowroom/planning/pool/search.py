@@ -116,7 +116,7 @@ def enumerate_layouts(
     """
     width = 1
     while width <= cluster.node_devices:
-        if cluster.num_devices % width == 0 and model.num_heads % width == 0:
+        if cluster.num_devices % width == 0 and model.divides_among(width):
             replicas = cluster.num_devices // width
             yield Layout(width, 1, replicas, "none")
             for ranks in range(2, cluster.node_devices // width + 1):
@@ -275,7 +275,7 @@ def without_idle_cache(model: ModelFacts, candidate: Candidate, workload: Worklo
         return budget
     block = budget.block_tokens
     of_all = int((-(-(workload.prompt_tokens + workload.output_tokens) // block)).sum())
-    longest = max(model.max_position_embeddings, candidate.engine.max_model_len or 0)
+    longest = max(model.max_model_len, candidate.engine.max_model_len or 0)
     blocks = max(-(-of_all // candidate.layout.num_replicas), -(-longest // block)) + 2
     needed = blocks * block * budget.kv_bytes_per_token
     idle = max(0, budget.kv_bytes - needed)

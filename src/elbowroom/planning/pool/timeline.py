@@ -154,8 +154,9 @@ def link_share(
     model = replace(
         cost.model,
         num_layers=_LINK_CYCLES * num_ranks,
-        ffn_elements=cost.model.ffn_elements[:1] * (_LINK_CYCLES * num_ranks),
-        expert_elements=cost.model.expert_elements[:1] * (_LINK_CYCLES * num_ranks),
+        ffn=cost.model.ffn[:1] * (_LINK_CYCLES * num_ranks),
+        others=cost.model.others[:1] * (_LINK_CYCLES * num_ranks),
+        experts=cost.model.experts[:1] * (_LINK_CYCLES * num_ranks),
     )
     one = replace(cost, model=model)
     shares = plan_shares(model.ffn_bytes(), num_ranks, "streamed", num_slots, order)

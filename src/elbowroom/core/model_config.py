@@ -1,0 +1,307 @@
+"""What a model's ``config.json`` says, whatever its keys are called.
+
+Read without any library, so that plans need none: the keys of each model type, and the values that
+its class takes where a config leaves them out, are in ``model_defaults.json``. A test holds both
+equal to Transformers and vLLM 0.32, and what is derived from them equal to vLLM's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.files import read_json
+from elbowroom.core.kv_cache import AttentionLayers
+
+_TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Keys under which models of several kinds of input have the config of their language model."""
+
+_SYNONYMS = {
+    "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
+    "num_attention_heads": ("n_head", "n_heads"),
+    "num_key_value_heads": ("n_head_kv", "num_kv_heads", "multi_query_group_num"),
+    "hidden_size": ("n_embd", "d_model"),
+    "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
+    "vocab_size": ("padded_vocab_size",),
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k"),
+}
+_LENGTH_KEYS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+_DEFAULT_LENGTH = 2048  # vLLM's, for a config that names none
+_ALREADY_SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
+"""Kinds of rotary scaling whose configs give the length after scaling."""
+
+_FULL_EVERY = {
+    "gemma2": 2,
+    "gemma3_text": 6,
+    "cohere2": 4,
+    "olmo3": 4,
+    "exaone4": 4,
+    "gpt_oss": 2,
+}
+"""Model types with a layer of full attention after every so many with a sliding window."""
+
+_STATE_KEYS = ("mamba_d_state", "linear_key_head_dim", "attn_layer_indices", "ssm_state_size")
+"""Keys of models that keep a state beside, or instead of, keys and values."""
+
+_NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # vLLM: "numerical instability"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder's shape. ``text`` is the part of the config that describes it.
+
+    ``latent_size`` is the number of elements that multi-head latent attention keeps of a token in a
+    layer, 0 for other attention. ``windows`` has, for each layer, how many tokens it attends to, 0
+    for all; None means that something else is kept, which is not counted here.
+    ``max_model_len`` is the most tokens of a row, as vLLM derives it. ``is_part`` says that the
+    model has other parts beside this one, ``is_native`` that vLLM has a class of its own for it,
+    as for every type that is not known to have none.
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    max_model_len: int
+    num_experts: int
+    experts_per_token: int
+    latent_size: int
+    windows: tuple[int, ...] | None
+    ties_embeddings: bool
+    dtype: str | None
+    quantization: Mapping[str, Any] | None
+    text: Mapping[str, Any]
+    is_part: bool
+    is_native: bool
+
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of a layer for one query and one key: two products for every head."""
+        if not self.latent_size:
+            return 4 * self.num_heads * self.head_dim
+        keys = config_int(self.text, "qk_nope_head_dim") + config_int(self.text, "qk_rope_head_dim")
+        return 2 * self.num_heads * (keys + config_int(self.text, "v_head_dim"))
+
+    @property
+    def latent_flops(self) -> int:
+        """FLOPs of a layer for one query and one cached latent vector, all heads; 0 without."""
+        if not self.latent_size:
+            return 0
+        rank = config_int(self.text, "kv_lora_rank")
+        return 2 * self.num_heads * (self.latent_size + rank)
+
+    @property
+    def attention(self) -> AttentionLayers:
+        """What the attention layers keep of each token."""
+        kept = self.latent_size or 2 * self.num_kv_heads * self.head_dim
+        windows = self.windows if self.windows is not None else (0,) * self.num_layers
+        heads = 1 if self.latent_size else self.num_kv_heads
+        return AttentionLayers(windows, kept // heads, heads, self.windows is not None)
+
+
+def read_config(model_dir: Path) -> ModelConfig:
+    """Read the config of a model folder. Raises InputError for one that cannot be used."""
+    if not model_dir.is_dir():
+        raise InputError(f"{model_dir} is not a directory: give --model a Hugging Face folder")
+    return parse_config(read_json(model_dir / "config.json"))
+
+
+def parse_config(config: Mapping[str, Any]) -> ModelConfig:
+    """Read a config. Raises InputError where a number is missing or impossible."""
+    part = _text_config(config)
+    text = _with_defaults(part)
+    model_type = str(text.get("model_type", "unknown"))
+    num_layers = config_int(text, "num_hidden_layers")
+    num_heads = config_int(text, "num_attention_heads")
+    hidden_size = config_int(text, "hidden_size")
+    latent = int(text.get("kv_lora_rank") or 0)
+    return ModelConfig(
+        model_type=model_type,
+        architectures=tuple(map(str, config.get("architectures") or ())),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=_num_kv_heads(text, num_heads),
+        head_dim=config_int(text, "head_dim", hidden_size // num_heads),
+        hidden_size=hidden_size,
+        intermediate_size=config_int(text, "intermediate_size", 4 * hidden_size),
+        vocab_size=config_int(text, "vocab_size"),
+        max_model_len=_max_model_len(text),
+        num_experts=_count(text, "num_experts"),
+        experts_per_token=_count(text, "experts_per_token"),
+        latent_size=latent + int(text.get("qk_rope_head_dim") or 0) if latent else 0,
+        windows=_windows(text, num_layers),
+        ties_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings"))),
+        dtype=_dtype(config, text),
+        quantization=_quantization(config, text),
+        text=text,
+        is_part=part is not config,
+        is_native=bool(text.get("is_native", True)),
+    )
+
+
+def resolve_dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool = False) -> str:
+    """The dtype that a model is computed in where ``asked`` is "auto", by vLLM's rule; else that.
+
+    ``stored`` is that of the weights, for a config that names none.
+    """
+    if asked != "auto":
+        return asked
+    preferred = "float16" if is_pooling and config.model_type not in _NO_FLOAT16 else "bfloat16"
+    own = config.dtype or stored
+    if own == "float16" and config.model_type in _NO_FLOAT16:
+        return "bfloat16"
+    return preferred if own in ("float32", "float64") else own
+
+
+def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Read a positive integer, also by its other names. Raises InputError for anything else."""
+    found = (config.get(name) for name in (key, *_SYNONYMS.get(key, ())))
+    value = next((value for value in found if value is not None), default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"config.json: '{key}' must be a positive integer, not {value!r}")
+    return value
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    """A number that may be missing or 0."""
+    values = (config.get(name) for name in (key, *_SYNONYMS[key]))
+    return next((value for value in values if type(value) is int and value > 0), 0)
+
+
+def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model within a config, which is mostly all of it."""
+    for key in _TEXT_KEYS:
+        part = config.get(key)
+        if isinstance(part, dict):
+            found = _text_config(part)
+            return found if "model_type" in found else {**found, "model_type": _type_of(config)}
+    return config
+
+
+def _type_of(config: Mapping[str, Any]) -> str:
+    own = str(config.get("model_type", "unknown"))
+    return f"{own}_text" if f"{own}_text" in _defaults() else own
+
+
+def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the values that its class takes where it names none, by any name."""
+    known = _defaults().get(str(config.get("model_type")), {})
+    own = {key: value for key, value in config.items() if value is not None}
+    names = {key: (key, *_SYNONYMS.get(key, ())) for key in known}
+    missing = {
+        key: value for key, value in known.items() if not any(name in own for name in names[key])
+    }
+    return {**missing, **own}
+
+
+@cache
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Values of each model type's class, by the names used here."""
+    text = (resources.files("elbowroom.core") / "model_defaults.json").read_text()
+    defaults: dict[str, dict[str, Any]] = json.loads(text)
+    return defaults
+
+
+def _num_kv_heads(text: Mapping[str, Any], num_heads: int) -> int:
+    """Heads of keys and values. One for multi-query attention (Falcon-7B, StarCoder)."""
+    if text.get("multi_query") and not text.get("new_decoder_architecture"):
+        return 1
+    of_dbrx = text.get("attn_config")
+    if isinstance(of_dbrx, dict) and of_dbrx.get("kv_n_heads"):
+        return config_int(of_dbrx, "kv_n_heads")
+    return config_int(text, "num_key_value_heads", num_heads)
+
+
+def _max_model_len(text: Mapping[str, Any]) -> int:
+    """The longest row, as vLLM derives it: lengths in the config, times a scaling of positions."""
+    lengths = [text[key] for key in _LENGTH_KEYS if type(text.get(key)) is int]
+    longest = float(text.get("model_max_length") or min(lengths, default=_DEFAULT_LENGTH))
+    scalings = list(_rope_scalings(text))
+    if any(_rope_type(scaling) == "longrope" for scaling in scalings):
+        return int(text.get("original_max_position_embeddings") or longest)
+    if "gemma3" in str(text.get("model_type")):
+        return int(longest)
+    for scaling in scalings:
+        if _rope_type(scaling) not in _ALREADY_SCALED and scaling.get("factor"):
+            return int(longest * float(scaling["factor"]))
+    return int(longest)
+
+
+def _rope_scalings(text: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Rotary scalings of the model: one, or one for each kind of layer."""
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = text.get(key)
+        if isinstance(scaling, dict):
+            nested = [part for part in scaling.values() if isinstance(part, dict)]
+            yield from nested or [scaling]
+
+
+def _rope_type(scaling: Mapping[str, Any]) -> str:
+    return str(scaling.get("rope_type", scaling.get("type", "default")))
+
+
+def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None:
+    """The window of each layer; None for a model with other layers than attention."""
+    if any(text.get(key) for key in _STATE_KEYS) or text.get("num_kv_shared_layers"):
+        return None
+    window = text.get("sliding_window")
+    kinds = text.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) >= num_layers:
+        if not {*kinds} <= {"full_attention", "sliding_attention"}:
+            return None
+        return tuple(
+            int(window or 0) * (kind == "sliding_attention") for kind in kinds[:num_layers]
+        )
+    if type(window) is not int or window < 1 or text.get("use_sliding_window") is False:
+        return (0,) * num_layers
+    model_type = str(text.get("model_type"))
+    every = text.get("sliding_window_pattern") or _FULL_EVERY.get(model_type)
+    if type(every) is int:
+        return tuple(window * bool((layer + 1) % every) for layer in range(num_layers))
+    if "max_window_layers" in text:
+        return tuple(window * (layer >= text["max_window_layers"]) for layer in range(num_layers))
+    return (window,) * num_layers
+
+
+def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
+    """The dtype that a config names first, in vLLM's order."""
+    parts = (config, text, *(config.get(key) for key in ("vision_config", "encoder_config")))
+    for part in parts:
+        if isinstance(part, dict) and (own := part.get("dtype") or part.get("torch_dtype")):
+            return str(own).removeprefix("torch.")
+    return None
+
+
+def _quantization(config: Mapping[str, Any], text: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for part in (config, text):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part.get(key), dict):
+                found: Mapping[str, Any] = part[key]
+                return found
+    return None
+
+
+def is_known_type(model_type: str) -> bool:
+    """Whether Transformers has such a class; otherwise names and shapes tell what is what."""
+    return model_type in _defaults()

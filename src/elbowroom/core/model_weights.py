@@ -1,0 +1,189 @@
+"""How much of a model's weights lies where: feed-forward layers, attention, everything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from elbowroom.core.model_config import ModelConfig
+from elbowroom.core.model_shapes import Stored
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_FFN = re.compile(
+    r"(?:^|\.)(?:layers|h|blocks)\.\d+\."
+    r"(?:(?:mlp|feed_forward|ffn|block_sparse_moe|block_sparse_mlp|moe|shared_mlp)\.|fc[12]\.)"
+)
+_LOOSE = re.compile(r"\.\d+\.fc[12]\.")
+_OTHER_INPUTS = re.compile(r"(?:^|\.)(?:vision|visual|vit|audio|image|speech|multi_modal|mm_)")
+"""Parts that read pictures or sound: they have blocks of their own."""
+
+_NOT_LOADED = re.compile(r"\.attn\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
+_SCALE = re.compile(r"(?:scale|scales|scale_inv|scale_2|qzeros|zeros|zero_point|g_idx|absmax)$")
+"""Numbers by which a quantised matrix is scaled, and no elements of it."""
+
+_QUANTISED_MATRIX = re.compile(r"(?:proj|linear|experts|w[123]|fc[12])(?:\.weight)?$|experts\.")
+_GATE = re.compile(r"(?:^|\.)(?:gate|router)\.")
+
+_COMPUTES_IN_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp8")
+
+
+class Weights(NamedTuple):
+    """Some weights: how many elements, of which ``packed`` are kept as stored, in so many bytes."""
+
+    elements: int = 0
+    packed: int = 0
+    packed_bytes: int = 0
+
+    def plus(self, elements: int, packed: int = 0, packed_bytes: int = 0) -> Weights:
+        return Weights(
+            self.elements + elements, self.packed + packed, self.packed_bytes + packed_bytes
+        )
+
+    def num_bytes(self, element_bytes: int) -> int:
+        """Bytes where every other element takes ``element_bytes``."""
+        return self.packed_bytes + (self.elements - self.packed) * element_bytes
+
+
+@dataclass
+class CountedWeights:
+    """Weights of a decoder: ``ffn[l]`` are layer l's, of which ``experts[l]`` are routed experts.
+
+    ``others[l]`` are its other matrices: attention, and networks that are not recognised.
+    ``rest`` is everything outside ``ffn``. ``is_loose`` says that feed-forward matrices lie in
+    their layer without a module of their own (OPT).
+    """
+
+    ffn: list[Weights]
+    experts: list[Weights]
+    others: list[Weights]
+    rest: Weights = field(default_factory=Weights)
+    is_loose: bool = False
+
+
+def count_weights(tensors: Mapping[str, Stored], config: ModelConfig) -> CountedWeights:
+    """Count the weights that an engine loads.
+
+    Layers beyond the model's last, which predict further tokens, are not loaded, nor is a head that
+    is tied to the embedding.
+    """
+    ffn, experts, others = ([Weights()] * config.num_layers for _ in range(3))
+    counted = CountedWeights(ffn, experts, others)
+    bits = stored_bits(config.quantization)
+    for name, tensor in tensors.items():
+        of_text = not _OTHER_INPUTS.search(name)
+        match = _LAYER.search(name) if of_text else None
+        layer = int(match.group(1)) if match else None
+        if _NOT_LOADED.search(name) or (name.startswith("lm_head.") and config.ties_embeddings):
+            continue
+        if layer is not None and layer >= config.num_layers:
+            continue
+        size = _size(name, tensor, bits)
+        is_matrix = len(tensor.shape) >= 2
+        if layer is not None and _FFN.search(name) and (is_matrix or size.packed_bytes):
+            counted.ffn[layer] = counted.ffn[layer].plus(*size)
+            counted.is_loose = counted.is_loose or bool(_LOOSE.search(name))
+            if _is_expert(name, tensor, config):
+                counted.experts[layer] = counted.experts[layer].plus(*size)
+            continue
+        counted.rest = counted.rest.plus(*size)
+        if layer is not None and is_matrix:
+            counted.others[layer] = counted.others[layer].plus(*size)
+    return counted
+
+
+def quantised(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
+    """Tensors of a config alone, quantised where its ``quantization_config`` says so.
+
+    Scales are counted with their matrix.
+    """
+    bits = stored_bits(config.quantization)
+    if bits is None or config.quantization is None:
+        return dict(tensors)
+    bytes_each = bits / 8 + _scale_bytes(config.quantization, bits)
+    left_out = [
+        str(name).replace("re:", "").replace("*", "").strip(".^$")
+        for key in ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+        for name in config.quantization.get(key) or ()
+    ]
+    only_experts = config.quantization.get("quant_method") == "mxfp4"
+    found = {}
+    for name, tensor in tensors.items():
+        takes = (
+            len(tensor.shape) >= 2
+            and _LAYER.search(name) is not None
+            and _QUANTISED_MATRIX.search(name) is not None
+            and not _GATE.search(name)
+            and ("experts" in name or not only_experts)
+            and not any(part and part in name for part in left_out)
+        )
+        num_bytes = int(tensor.num_elements * bytes_each)
+        found[name] = Stored(tensor.shape, "PACKED", num_bytes) if takes else tensor
+    return found
+
+
+def stored_bits(quantization: Mapping[str, Any] | None) -> int | None:
+    """Bits of a quantised weight; None where none is, or the config does not say."""
+    if quantization is None:
+        return None
+    method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
+    if method == "compressed-tensors":
+        groups = quantization.get("config_groups") or {}
+        parts = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
+        return next((int(part["num_bits"]) for part in parts if part.get("num_bits")), None)
+    if type(quantization.get("bits")) is int:
+        return int(quantization["bits"])
+    if quantization.get("load_in_8bit") or "fp8" in method or method == "modelopt":
+        return 8
+    if "fp4" in method or quantization.get("load_in_4bit") or method in ("awq", "gptq"):
+        return 4
+    return None
+
+
+def computes_in_fp8(quantization: Mapping[str, Any] | None) -> bool:
+    """Whether products are computed from 8-bit activations, at the device's rate for them."""
+    if quantization is None:
+        return False
+    method = str(quantization.get("quant_method", "")).lower()
+    if method in _COMPUTES_IN_FP8:
+        return True
+    groups = quantization.get("config_groups") or {}
+    return any(
+        (group.get("input_activations") or {}).get("num_bits") == 8
+        for group in groups.values()
+        if isinstance(group, dict)
+    )
+
+
+def _size(name: str, tensor: Stored, bits: int | None) -> Weights:
+    """A tensor's elements and, where it is kept as stored, its bytes."""
+    if _SCALE.search(name):
+        return Weights(0, 0, tensor.num_bytes)
+    if tensor.is_plain:
+        return Weights(tensor.num_elements)
+    if tensor.dtype == "PACKED":
+        return Weights(tensor.num_elements, tensor.num_elements, tensor.num_bytes)
+    elements = tensor.num_bytes * 8 // bits if bits else tensor.num_elements
+    return Weights(elements, elements, tensor.num_bytes)
+
+
+def _is_expert(name: str, tensor: Stored, config: ModelConfig) -> bool:
+    """Whether a tensor belongs to routed experts: by its name, or by its first dimension."""
+    if ".experts." in name or name.endswith(".experts"):
+        return True
+    return len(tensor.shape) == 3 and tensor.shape[0] == config.num_experts > 0
+
+
+def _scale_bytes(quantization: Mapping[str, Any], bits: int) -> float:
+    """Bytes of scales, and of zeros beside them, for each element."""
+    block = quantization.get("weight_block_size")
+    if isinstance(block, list) and len(block) == 2:
+        return 4 / float(block[0] * block[1])  # one float32 each
+    method = str(quantization.get("quant_method", "")).lower()
+    if "fp4" in method:
+        return 1 / 32 if method == "mxfp4" else 1 / 16  # one byte each
+    group = quantization.get("group_size")
+    if type(group) is int and group > 0:
+        return (2 + bits / 8) / group  # a float16 and a zero each
+    return 0.0
