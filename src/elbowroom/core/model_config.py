@@ -209,6 +209,7 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     known = _defaults().get(str(config.get("model_type")), {})
     own = {key: value for key, value in config.items() if value is not None}
     names = {key: (key, *_SYNONYMS.get(key, ())) for key in known}
+    names["max_position_embeddings"] = _LENGTH_KEYS
     missing = {
         key: value for key, value in known.items() if not any(name in own for name in names[key])
     }
@@ -277,7 +278,8 @@ def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None
         return (0,) * num_layers
     model_type = str(text.get("model_type"))
     every = text.get("sliding_window_pattern") or _FULL_EVERY.get(model_type)
-    if type(every) is int:
+    if every:
+        every = len(every) if isinstance(every, str) else int(every)  # "LLLG": local, global
         return tuple(window * bool((layer + 1) % every) for layer in range(num_layers))
     if "max_window_layers" in text:
         return tuple(window * (layer >= text["max_window_layers"]) for layer in range(num_layers))
