@@ -246,7 +246,7 @@ def test_config_alone_gives_the_shapes_that_are_written(tmp_path: Path, model_ty
     with_files = read_model(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     alone = read_model(tmp_path)
-    assert alone == replace(with_files, has_weights=False, cannot_pool=alone.cannot_pool)
+    assert alone == replace(with_files, has_weights=False)
     with pytest.raises(InputError, match="has no weights"):
         check_runnable(alone, tmp_path, "none")
 

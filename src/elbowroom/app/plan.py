@@ -21,15 +21,19 @@ from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
-from elbowroom.planning.cost import Batch, Term
-from elbowroom.planning.pool.layouts import EngineLimits, layout_shares, pool_times, ship_threshold
+from elbowroom.planning.pool.layouts import (
+    EngineLimits,
+    enumerate_layouts,
+    layout_shares,
+    ship_threshold,
+    why_not_run,
+)
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import (
     LEAST_TOKENS,
     Candidate,
     Choice,
     choose,
-    enumerate_layouts,
     first_that_fits,
     without_idle_cache,
 )
@@ -55,6 +59,16 @@ class Planned:
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         return self.choice.candidates
+
+    def why_not_run(self, candidate: Candidate) -> str | None:
+        """Why a candidate is there to be compared with only; None where it can be run."""
+        return why_not_run(self.model, candidate.cluster, candidate.layout)
+
+    @property
+    def best_to_run(self) -> Candidate | None:
+        """The fastest candidate that fits and that this version runs."""
+        fitting = (c for c in self.candidates if c.fits and self.why_not_run(c) is None)
+        return next(fitting, None)
 
     @property
     def cluster(self) -> Cluster:
@@ -150,7 +164,7 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    if model.cannot_pool:  # then vLLM keeps every layer to itself
+    if model.cannot_pool_here:  # then vLLM keeps every layer to itself
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:
@@ -182,44 +196,13 @@ def read_run_plan(path: Path) -> RunPlan:
     plan = read_any_plan(path)
     layout = plan.layout
     assert layout is not None
-    if layout.num_groups > 1 and layout.pool != "none":
+    if not layout.is_run:
         raise InputError(
             f"{path}: {layout} can be planned, but this version does not run several groups that "
-            f"each share a pool"
+            f"each share a pool, nor pipelines, nor experts divided among replicas"
         )
     check_fits(plan.budget, plan.engine.max_model_len)
     return plan
-
-
-def explain(planned: Planned, candidate: Candidate) -> list[Term]:
-    """Every term of a candidate: its memory, an iteration at its usual batch, and its pool."""
-    budget, layout = candidate.budget, candidate.layout
-    times = pool_times(planned.model, candidate.cluster, layout)
-    rows = candidate.rows_at_once
-    context = planned.workload.mean_context
-    terms = [
-        Term("memory", budget.memory_bytes, "B", "what the engine may use of one device"),
-        Term("- replicated", budget.replicated_bytes, "B", "W_rest / t"),
-        Term("- own FFN", budget.ffn_bytes, "B", "W_ffn / (t d)"),
-        Term("- slots", budget.slot_bytes, "B", "slots x largest layer / t"),
-        Term("- workspace", budget.workspace_bytes, "B", "activations, logits"),
-        Term("= KV", budget.kv_bytes, "B", "sum"),
-        Term("rows", rows, "", "KV tokens / mean row, at most max_num_seqs"),
-        Term("context", context, "tokens", "prompt and half of the output, mean"),
-        *times.cost.explain(Batch(rows, rows * context)),
-    ]
-    if layout.num_ranks > 1:
-        fetch = times.fetch_seconds
-        trip = times.cost.round_trip_seconds(rows, layout.num_ranks)
-        threshold, hiding = times.threshold_batch(context), times.hiding_batch(context)
-        never = float("inf")
-        terms += [
-            Term("fetch", fetch, "s", "borrowed layers / (link bandwidth x share of the link)"),
-            Term("round trip", trip, "s", "rows of one layer to its owner and back"),
-            Term("B_th", threshold or never, "rows", "smallest batch that streams no slower"),
-            Term("B_hide", hiding or never, "rows", "smallest batch that hides the fetch"),
-        ]
-    return terms
 
 
 def served_names(model_dir: Path, given: Iterable[str]) -> tuple[str, ...]:
@@ -246,7 +229,7 @@ def read_workload(
 
 def _runs_here(layout: Layout, model: ModelFacts, settings: PlanSettings) -> bool:
     """Whether a layout is left: on this machine, not where no pool can hold the model."""
-    return not settings.is_here or layout.pool == "none" or model.cannot_pool is None
+    return not settings.is_here or layout.pool == "none" or model.cannot_pool_here is None
 
 
 def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) -> str:
@@ -257,8 +240,8 @@ def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) 
             f"--tensor-parallel {width} does not divide the {model.num_heads} attention heads of "
             f"{model.name}, or the {model.num_kv_heads} of keys and values: lower it"
         )
-    if settings.is_here and model.cannot_pool and settings.pool not in (None, "none"):
-        return f"{model.name} cannot be pooled: {model.cannot_pool}. Use --pool none"
+    if settings.is_here and model.cannot_pool_here and settings.pool not in (None, "none"):
+        return f"{model.name} cannot be pooled: {model.cannot_pool_here}. Use --pool none"
     if replicas == 1 and settings.pool not in (None, "none"):
         return "a pool is shared by replicas: give --replicas 2 or more, or --pool none"
     if cluster.num_devices % width or cluster.num_devices != width * (

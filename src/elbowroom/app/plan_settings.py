@@ -141,9 +141,5 @@ def is_asked(layout: Layout, settings: PlanSettings) -> bool:
         and settings.replicas in (None, layout.num_replicas)
         and settings.slots in (None, layout.num_slots)
         and settings.pool in (None, layout.pool)
-        and not (settings.is_here and _has_several_pools(layout))
+        and (layout.is_run or not settings.is_here)
     )
-
-
-def _has_several_pools(layout: Layout) -> bool:
-    return layout.num_groups > 1 and layout.pool != "none"

@@ -1,4 +1,4 @@
-"""The table of layouts that ``plan`` and ``run`` show."""
+"""What ``plan`` and ``run`` show: the table of layouts, and the terms of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from rich.table import Table
 from elbowroom.app.plan import Planned
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.units import format_bytes
+from elbowroom.planning.cost import Batch, Term
+from elbowroom.planning.pool.layouts import pool_times
 from elbowroom.planning.pool.memory import longest_row
 from elbowroom.planning.pool.search import Candidate
 
@@ -15,6 +17,7 @@ _COLUMNS = (
     *("layout", "weights", "slots", "workspace", "KV cache", "KV tokens", "rows"),
     *("tokens/s", "finish"),
 )
+_NOT_RUN = "* to compare with: this version does not run it here"
 _NARROW = ("layout", "KV tokens", "finish")
 _FULL_WIDTH = 110
 """Columns of a screen that has room for all of the table's."""
@@ -39,11 +42,45 @@ def print_plan_table(screen: Console, planned: Planned) -> None:
     before, screen.width = screen.width, width
     screen.print(table)
     screen.width = before
+    if any(planned.why_not_run(candidate) for candidate in planned.candidates):
+        screen.print(_NOT_RUN, highlight=False, soft_wrap=True)
+
+
+def explain(planned: Planned, candidate: Candidate) -> list[Term]:
+    """Every term of a candidate: its memory, an iteration at its usual batch, and its pool."""
+    budget, layout = candidate.budget, candidate.layout
+    times = pool_times(planned.model, candidate.cluster, layout)
+    rows = candidate.rows_at_once
+    context = planned.workload.mean_context
+    terms = [
+        Term("memory", budget.memory_bytes, "B", "what the engine may use of one device"),
+        Term("- replicated", budget.replicated_bytes, "B", "W_rest / t"),
+        Term("- own FFN", budget.ffn_bytes, "B", "W_ffn / (t d)"),
+        Term("- slots", budget.slot_bytes, "B", "slots x largest layer / t"),
+        Term("- workspace", budget.workspace_bytes, "B", "activations, logits"),
+        Term("= KV", budget.kv_bytes, "B", "sum"),
+        Term("rows", rows, "", "KV tokens / mean row, at most max_num_seqs"),
+        Term("context", context, "tokens", "prompt and half of the output, mean"),
+        *times.cost.explain(Batch(rows, rows * context)),
+    ]
+    if layout.num_ranks > 1:
+        fetch = times.fetch_seconds
+        trip = times.cost.round_trip_seconds(rows, layout.num_ranks)
+        threshold, hiding = times.threshold_batch(context), times.hiding_batch(context)
+        never = float("inf")
+        terms += [
+            Term("fetch", fetch, "s", "borrowed layers / (link bandwidth x share of the link)"),
+            Term("round trip", trip, "s", "rows of one layer to its owner and back"),
+            Term("B_th", threshold or never, "rows", "smallest batch that streams no slower"),
+            Term("B_hide", hiding or never, "rows", "smallest batch that hides the fetch"),
+        ]
+    return terms
 
 
 def _row(candidate: Candidate, planned: Planned) -> dict[str, str]:
     budget = candidate.budget
-    mark = "> " if candidate is planned.choice.best else "  "
+    mark = ">" if candidate is planned.choice.best else " "
+    mark += "*" if planned.why_not_run(candidate) else " "
     row = {
         "layout": f"{mark}{candidate.layout}",
         "weights": format_bytes(budget.weight_bytes),

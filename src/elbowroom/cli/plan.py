@@ -13,14 +13,13 @@ from elbowroom.app.machine import split_cores
 from elbowroom.app.plan import (
     Planned,
     check_possible,
-    explain,
     model_facts,
     plan_job,
     read_workload,
     run_plan,
 )
 from elbowroom.app.plan_settings import WHAT_IF
-from elbowroom.app.plan_table import print_plan_table
+from elbowroom.app.plan_table import explain, print_plan_table
 from elbowroom.app.simulate import Iterations, Simulated, SimulationSettings, simulate_plan
 from elbowroom.cli.flags import add_cluster
 from elbowroom.cli.job_flags import (
@@ -106,6 +105,10 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
     best = check_possible(planned)
     reason = planned.choice.reason if planned.machines.is_measured else "taken untimed"
     screen.print(f"> {best.layout}: {reason}", highlight=False, soft_wrap=True)
+    if (why := planned.why_not_run(best)) is not None:
+        runs = planned.best_to_run
+        instead = f"the best that it runs: {runs.layout}" if runs else "it runs none that fits"
+        screen.print(f"  {why}; {instead}", highlight=False, soft_wrap=True)
     if args.explain:
         screen.print(_terms(planned, best))
     if args.json is not None:

@@ -81,6 +81,11 @@ class ModelFacts:
     cannot_pool: str | None = None
 
     @property
+    def cannot_pool_here(self) -> str | None:
+        """``cannot_pool``, or what else is in the way of a pool of these files."""
+        return self.cannot_pool or (None if self.has_weights else "it has no .safetensors files")
+
+    @property
     def ffn_elements(self) -> tuple[int, ...]:
         return tuple(weights.elements for weights in self.ffn)
 
@@ -93,6 +98,19 @@ class ModelFacts:
 
     def ffn_bytes(self) -> tuple[int, ...]:
         return tuple(weights.num_bytes(self.weight_element_bytes()) for weights in self.ffn)
+
+    def ffn_bytes_of(self, expert_ranks: int) -> list[int]:
+        """``ffn_bytes`` of a replica that has one in ``expert_ranks`` of the routed experts."""
+        element = self.weight_element_bytes()
+        experts = [weights.num_bytes(element) for weights in self.experts] or [0] * self.num_layers
+        return [
+            size - of_experts * (expert_ranks - 1) // expert_ranks
+            for size, of_experts in zip(self.ffn_bytes(), experts, strict=True)
+        ]
+
+    def other_bytes(self) -> int:
+        """Bytes of the matrices in layers outside the FFNs."""
+        return sum(weights.num_bytes(self.weight_element_bytes()) for weights in self.others)
 
     def replicated_bytes(self) -> int:
         """Bytes of all weights outside the FFNs; ``weight_dtype`` leaves embeddings and head."""
@@ -107,6 +125,10 @@ class ModelFacts:
 
     def head_elements(self) -> int:
         return self.vocab_size * self.hidden_size
+
+    def dense_ffn_elements(self, layer: int) -> int:
+        """Elements of layer ``layer``'s feed-forward network outside routed experts."""
+        return self.ffn[layer].elements - (self.experts[layer].elements if self.experts else 0)
 
     def active_ffn_elements(self, layer: int) -> float:
         """Elements of layer ``layer``'s feed-forward network that one token is multiplied with."""
@@ -192,7 +214,7 @@ def read_model(
         experts=tuple(counted.experts) if has_experts else (),
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
-        cannot_pool=_cannot_pool(config, counted, bool(files)),
+        cannot_pool=_cannot_pool(config, counted),
     )
 
 
@@ -205,10 +227,9 @@ def check_runnable(model: ModelFacts, model_dir: Path, pool: str | None) -> None
     others = any(any(model_dir.glob(pattern)) for pattern in OTHER_WEIGHTS)
     if not model.has_weights and not others:
         raise InputError(f"{model_dir} has no weights: download the whole model")
-    if model.cannot_pool and pool not in (None, "none"):
-        raise UnsupportedModelError(
-            f"{model.name} cannot be pooled: {model.cannot_pool}. Use --pool none"
-        )
+    why = model.cannot_pool_here
+    if why and pool not in (None, "none"):
+        raise UnsupportedModelError(f"{model.name} cannot be pooled: {why}. Use --pool none")
 
 
 def repository_of(folder: Path) -> str | None:
@@ -238,10 +259,8 @@ def _config_tensors(
     return quantised(tensors, config)
 
 
-def _cannot_pool(config: ModelConfig, counted: CountedWeights, has_weights: bool) -> str | None:
+def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     """Why no pool can hold the layers of a model."""
-    if not has_weights:
-        return "it has no .safetensors files"
     if config.quantization is not None:
         method = config.quantization.get("quant_method", "in an unknown way")
         return f"its weights are quantised ({method})"

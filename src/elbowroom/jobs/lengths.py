@@ -67,7 +67,7 @@ def read_lengths(batch: BatchFile, model_dir: Path, max_rows: int | None = None)
         if not isinstance(row, Row):
             continue
         num_counted += 1
-        limit = row.max_output_tokens or default_limit
+        limit = default_limit if row.max_output_tokens is None else row.max_output_tokens
         num_unlimited += limit is None
         answers = min(row.num_answers, _MOST_ANSWERS)
         of_prompts = _prompt_tokens(row.body, count)

@@ -72,22 +72,34 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class CostModel:
-    """Times of one model on replicas of ``tensor_parallel`` devices of a cluster."""
+    """Times of one model on replicas of a cluster.
+
+    A replica has ``stages`` x ``tensor_parallel`` devices. ``expert_ranks`` replicas divide the
+    experts of a mixture, and all have as many rows as this one.
+    """
 
     model: ModelFacts
     cluster: Cluster
     tensor_parallel: int = 1
+    stages: int = 1
+    expert_ranks: int = 1
 
     def iteration(self, batch: Batch) -> IterationCost:
-        """Seconds of one iteration on local weights (roofline, SiDP section 2: T(B))."""
+        """Seconds of one iteration on local weights (roofline, SiDP section 2: T(B)).
+
+        A pipeline has its rows in as many parts as it has stages, each in another stage: all rows
+        are done once when a part has passed every stage (GPipe without its fill and drain).
+        """
+        tokens, rows = batch.num_tokens / self.stages, batch.num_rows / self.stages
+        context, decode_rows = batch.context_tokens / self.stages, batch.decode_rows / self.stages
         return IterationCost(
-            projections=self.model.num_layers * self.projection_seconds(batch.num_tokens),
-            kv_read=float(self.kv_read_seconds(batch.context_tokens, batch.decode_rows)),
-            prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs),
-            ffn=self.ffn_seconds(batch.num_tokens),
-            head=self.head_seconds(batch.num_rows),
-            collectives=self.collective_seconds(batch.num_tokens),
-            layers=self.model.num_layers * self.small_kernels_seconds(batch.num_tokens),
+            projections=self.model.num_layers * self.projection_seconds(tokens),
+            kv_read=float(self.kv_read_seconds(context, decode_rows)),
+            prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs / self.stages),
+            ffn=self.ffn_seconds(tokens),
+            head=self.head_seconds(rows),
+            collectives=self.collective_seconds(tokens),
+            layers=self.model.num_layers * self.small_kernels_seconds(tokens),
             engine=self.engine_seconds(batch.num_rows),
         )
 
@@ -127,10 +139,14 @@ class CostModel:
         return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
 
     def ffn_layer_seconds(self, layer: int, rows: float) -> float:
-        """Seconds of one layer's feed-forward network; in a mixture, of the experts touched."""
-        model = self.model
-        touched, elements = model.touched_ffn_elements(layer, rows), model.ffn[layer].elements
-        read_bytes = model.ffn_bytes()[layer] * touched / max(1, elements)
+        """Seconds of one layer's feed-forward network; in a mixture, of the experts touched.
+
+        A device that has one expert in ``expert_ranks`` takes the rows of all replicas to those.
+        """
+        model, ranks = self.model, self.expert_ranks
+        dense = model.dense_ffn_elements(layer)
+        touched = dense + (model.touched_ffn_elements(layer, rows * ranks) - dense) / ranks
+        read_bytes = model.ffn_bytes()[layer] * touched / max(1, model.ffn[layer].elements)
         return self._matmul(rows, touched, model.active_ffn_elements(layer), read_bytes)
 
     def ffn_seconds(self, rows: float) -> float:
@@ -157,14 +173,23 @@ class CostModel:
     def collective_seconds(self, rows: float) -> float:
         """Seconds of all layers' collectives.
 
-        Two all-reduces of the hidden state per layer, after attention and after the FFN (Megatron).
+        Two all-reduces of the hidden state per layer, after attention and after the FFN (Megatron);
+        rows that go to the replicas of their experts and back; and what a stage sends to the next.
         """
-        ranks = self.tensor_parallel
-        if ranks == 1:
-            return 0.0
-        num_bytes = rows * self.model.hidden_size * self.model.dtype_bytes()
-        link = self.cluster.link(ranks)
-        return 2 * self.model.num_layers * link.all_reduce_seconds(num_bytes, ranks)
+        ranks, model = self.tensor_parallel, self.model
+        num_bytes = rows * model.hidden_size * model.dtype_bytes()
+        seconds = 0.0
+        if ranks > 1:
+            link = self.cluster.link(ranks)
+            seconds += 2 * model.num_layers * link.all_reduce_seconds(num_bytes, ranks)
+        if self.expert_ranks > 1:
+            link = self.cluster.link(ranks * self.expert_ranks)
+            others = min(model.experts_per_token, self.expert_ranks) * num_bytes / ranks
+            seconds += 2 * len(self._expert_layers) * link.transfer_seconds(others)
+        if self.stages > 1:
+            link = self.cluster.link(ranks * self.stages)
+            seconds += self.stages * link.transfer_seconds(num_bytes / ranks)
+        return seconds
 
     def engine_seconds(self, rows: float) -> float:
         """Seconds of scheduling, sampling and detokenising in one iteration."""
@@ -233,6 +258,10 @@ class CostModel:
         elements = sum(weights.elements for weights in model.others)
         num_bytes = sum(weights.num_bytes(each) for weights in model.others)
         return elements / model.num_layers, num_bytes / model.num_layers
+
+    @cached_property
+    def _expert_layers(self) -> list[int]:
+        return [layer for layer, weights in enumerate(self.model.experts) if weights.elements]
 
     @cached_property
     def _layer_kinds(self) -> tuple[tuple[int, int], ...]:

@@ -29,6 +29,10 @@ class Layout:
     ``num_groups`` groups of ``num_ranks`` replicas, each of ``tensor_parallel`` devices; the
     replicas of a group share one pool. ``pool`` "streamed" is the SiDP paper's WaS; "shipped" is
     its WaS+CaS: small batches are shipped to the owners instead.
+
+    A replica may be a pipeline of ``pipeline_parallel`` stages of so many devices, and the replicas
+    of a group may divide the experts of a mixture among them (``expert_parallel``, without a pool):
+    both are planned, and not run.
     """
 
     tensor_parallel: int
@@ -36,6 +40,19 @@ class Layout:
     num_groups: int
     pool: PoolMode
     num_slots: int = 0
+    pipeline_parallel: int = 1
+    expert_parallel: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether this version can run it: layouts are planned that are to be compared with."""
+        several_pools = self.num_groups > 1 and self.pool != "none"
+        return self.pipeline_parallel == 1 and not self.expert_parallel and not several_pools
+
+    @property
+    def expert_ranks(self) -> int:
+        """Replicas among which a mixture's experts are divided."""
+        return self.num_ranks if self.expert_parallel else 1
 
     @property
     def streams(self) -> bool:
@@ -53,12 +70,14 @@ class Layout:
 
     @property
     def num_devices(self) -> int:
-        return self.tensor_parallel * self.num_replicas
+        return self.tensor_parallel * self.pipeline_parallel * self.num_replicas
 
     def __str__(self) -> str:
         groups = f"g{self.num_groups}" if self.num_groups > 1 else ""
         slots = f" {self.num_slots} slots" if self.num_slots else ""
-        return f"t{self.tensor_parallel}d{self.num_ranks}{groups} {self.pool}{slots}"
+        stages = f"p{self.pipeline_parallel}" if self.pipeline_parallel > 1 else ""
+        pool = "experts divided" if self.expert_parallel else self.pool
+        return f"t{self.tensor_parallel}{stages}d{self.num_ranks}{groups} {pool}{slots}"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from elbowroom.core.workload import parse_lengths
 from elbowroom.planning.pool.job import simulate_job
 from elbowroom.planning.pool.layouts import (
     EngineLimits,
+    enumerate_layouts,
     layout_budget,
     policy_of,
     pool_times,
     replica_limits,
 )
-from elbowroom.planning.pool.search import choose, enumerate_layouts, evaluate, job_seconds
+from elbowroom.planning.pool.search import choose, evaluate, job_seconds
 from elbowroom.plans.pool import Layout
 from tests.planning.facts import CPU, H20, H200, model
 

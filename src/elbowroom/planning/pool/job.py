@@ -49,7 +49,7 @@ class ReplicaLimits:
         return self.groups.row_tokens(num_tokens, self.block_tokens)
 
     def longest_row(self, most: int) -> int:
-        """Tokens of the longest row, up to ``most``, that fits; 0 if none does."""
+        """Tokens of the longest row that fits, up to ``most``; 0 if none does."""
         return self.groups.longest_row(self.num_kv_tokens, self.block_tokens, most)
 
     def rows_at_once(self, workload: Workload) -> int:
@@ -281,10 +281,10 @@ class _Iterations:
     ) -> tuple[NDArray[np.float64], Mode]:
         """End times of ``count`` decode iterations, and their mode.
 
-        Under policy ``group`` the list stops where the group's mode is due to be reconsidered.
+        Under policy ``group`` the list stops where the mode is due to be reconsidered.
         """
-        contexts = context + num_rows * np.arange(count)
-        reads = self._times.cost.kv_read_seconds(contexts.astype(np.float64), num_rows)
+        contexts = context + num_rows * np.arange(count, dtype=np.float64)
+        reads = self._times.cost.kv_read_seconds(contexts, num_rows)
         local = self._fixed(num_rows) + reads
         seconds, mode = self._choose(replica, now, num_rows, local)
         ends = now + np.cumsum(seconds) / self._speeds[replica]

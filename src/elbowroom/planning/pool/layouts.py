@@ -1,7 +1,8 @@
-"""What follows from one layout: its memory budget, shares, limits and times."""
+"""Layouts of a model on a cluster, and what follows from one: memory, shares, limits, times."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from elbowroom.core.cluster import Cluster
@@ -40,6 +41,59 @@ class EngineLimits:
         return self.max_num_batched_tokens or max(USUAL_TOKENS, self.num_rows)
 
 
+def enumerate_layouts(
+    model: ModelFacts, cluster: Cluster, num_slots: int | None = None
+) -> Iterator[Layout]:
+    """Layouts that use every device: t x d x groups, with pools within the nearest links.
+
+    Tensor parallelism t takes powers of two that divide the heads. A streamed or shipped pool gets
+    ``num_slots`` slots, by default both 2 and d-1: one slot hides nothing. Pipelines have a stage
+    on each of several nodes; the experts of a mixture are divided among the replicas of a node.
+    """
+    width = 1
+    while width <= cluster.node_devices:
+        if cluster.num_devices % width == 0 and model.divides_among(width):
+            replicas = cluster.num_devices // width
+            yield Layout(width, 1, replicas, "none")
+            yield from _not_run(model, cluster, width, replicas)
+            for ranks in range(2, cluster.node_devices // width + 1):
+                if replicas % ranks == 0 and ranks <= model.num_layers:
+                    yield from _pools(width, ranks, replicas // ranks, cluster, num_slots)
+        width *= 2
+
+
+def _not_run(model: ModelFacts, cluster: Cluster, width: int, replicas: int) -> Iterator[Layout]:
+    """Layouts that others run, to compare with: no pool holds more of a model than these."""
+    num_nodes = cluster.num_devices // cluster.node_devices
+    for stages in range(2, num_nodes + 1):
+        if num_nodes % stages == 0 and replicas % stages == 0 and stages <= model.num_layers:
+            yield Layout(width, 1, replicas // stages, "none", pipeline_parallel=stages)
+    ranks = cluster.node_devices // width
+    if model.num_experts and ranks > 1 and replicas % ranks == 0:
+        yield Layout(width, ranks, replicas // ranks, "none", expert_parallel=True)
+
+
+def _pools(
+    width: int, ranks: int, groups: int, cluster: Cluster, num_slots: int | None
+) -> Iterator[Layout]:
+    if cluster.device.maps_peers:
+        yield Layout(width, ranks, groups, "mapped")
+    for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
+        yield Layout(width, ranks, groups, "streamed", slots)
+        yield Layout(width, ranks, groups, "shipped", slots)
+
+
+def why_not_run(model: ModelFacts, cluster: Cluster, layout: Layout) -> str | None:
+    """Why this version cannot run a layout; None where it can."""
+    if not layout.is_run:
+        return "not run by this version"
+    if layout.pool == "none":
+        return None
+    if model.cannot_pool:
+        return model.cannot_pool
+    return None if cluster.device.maps_peers else "pools run on CPUs only"
+
+
 def layout_budget(
     model: ModelFacts, layout: Layout, memory_bytes: int, engine: EngineLimits
 ) -> MemoryBudget:
@@ -52,6 +106,8 @@ def layout_budget(
         engine.num_rows,
         layout.tensor_parallel,
         engine.activation_bytes,
+        layout.pipeline_parallel,
+        layout.expert_ranks,
     )
 
 
@@ -109,5 +165,6 @@ def policy_of(layout: Layout) -> Policy:
 
 
 def pool_times(model: ModelFacts, cluster: Cluster, layout: Layout) -> PoolTimes:
-    cost = CostModel(model, cluster, layout.tensor_parallel)
-    return PoolTimes(cost, layout.num_ranks, layout.num_slots)
+    stages, experts = layout.pipeline_parallel, layout.expert_ranks
+    cost = CostModel(model, cluster, layout.tensor_parallel, stages, experts)
+    return PoolTimes(cost, 1 if layout.pool == "none" else layout.num_ranks, layout.num_slots)

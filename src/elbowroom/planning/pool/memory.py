@@ -25,6 +25,8 @@ def divide_memory(
     max_num_seqs: int,
     tensor_parallel: int = 1,
     activation_bytes: int | None = None,
+    pipeline_parallel: int = 1,
+    expert_ranks: int = 1,
 ) -> MemoryBudget:
     """Memory budget of a device of the replica with the most weights; the rest is KV cache.
 
@@ -32,14 +34,18 @@ def divide_memory(
     what is needed to ship, which counts as slots (SiDP, section 3, with t devices per replica and d
     replicas that share a pool).
 
-    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known. Never
-    raises: ``kv_bytes`` may be negative, see ``check_fits``.
+    ``activation_bytes`` replaces the workspace of ``workspace_bytes`` where it is known. A stage of
+    a pipeline has its part of the layers, and may have embeddings and head besides; of routed
+    experts, a replica has one in ``expert_ranks``. Never raises: ``kv_bytes`` may be negative, see
+    ``check_fits``.
     """
-    ffn_bytes = model.ffn_bytes()
+    stages = pipeline_parallel
+    ffn_bytes = [-(-size // stages) for size in model.ffn_bytes_of(expert_ranks)]
     owned = -(-max(_owned_bytes(share, ffn_bytes) for share in shares) // tensor_parallel)
     slots = max(share.num_slots for share in shares) * -(-max(ffn_bytes) // tensor_parallel)
     slots += max(_ship_bytes(model, share, tensor_parallel) for share in shares)
-    replicated = -(-model.replicated_bytes() // tensor_parallel)
+    elsewhere = model.other_bytes() * (stages - 1) // stages
+    replicated = -(-(model.replicated_bytes() - elsewhere) // tensor_parallel)
     workspace = activation_bytes
     if workspace is None:
         workspace = workspace_bytes(model, max_num_batched_tokens, max_num_seqs, tensor_parallel)
@@ -50,7 +56,7 @@ def divide_memory(
         slot_bytes=slots,
         workspace_bytes=workspace,
         kv_bytes=memory_bytes - replicated - owned - slots - workspace,
-        kv_bytes_per_token=model.kv_bytes_per_token(tensor_parallel),
+        kv_bytes_per_token=-(-model.kv_bytes_per_token(tensor_parallel) // stages),
         block_tokens=BLOCK_TOKENS,
         kv_most=kv_groups(model.attention.groups()[1], max_num_batched_tokens).most,
         kv_is_known=model.attention.is_known,

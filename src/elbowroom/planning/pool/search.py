@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from elbowroom.core.cluster import Cluster
@@ -14,6 +14,7 @@ from elbowroom.planning.pool.job import ReplicaLimits, simulate_job
 from elbowroom.planning.pool.layouts import (
     USUAL_TOKENS,
     EngineLimits,
+    enumerate_layouts,
     layout_budget,
     policy_of,
     pool_times,
@@ -66,12 +67,14 @@ class Candidate:
     def describe(self) -> str:
         """Description for people: the number of engines, devices of each, and what they share."""
         layout, device = self.layout, self.cluster.device.name
-        if layout.tensor_parallel > 1:
-            device = f"{layout.tensor_parallel} devices ({device})"
+        devices = layout.tensor_parallel * layout.pipeline_parallel
+        if devices > 1:
+            device = f"{devices} devices ({device})"
         replicas = f"{layout.num_replicas} replicas, each"
         if layout.num_replicas == 1:
             replicas = "1 replica"
         pool = "no pool" if layout.pool == "none" else f"{layout.pool} pool"
+        pool = "experts divided" if layout.expert_parallel else pool
         return f"{replicas} on {device}, {pool}"
 
     @property
@@ -104,35 +107,6 @@ class Choice:
             if all(tokens > other.budget.num_kv_tokens for other in kept):
                 kept.append(candidate)
         return tuple(kept)
-
-
-def enumerate_layouts(
-    model: ModelFacts, cluster: Cluster, num_slots: int | None = None
-) -> Iterator[Layout]:
-    """Layouts that use every device: t x d x groups, with pools within the nearest links.
-
-    Tensor parallelism t takes powers of two that divide the heads. A streamed or shipped pool gets
-    ``num_slots`` slots, by default both 2 and d-1: one slot hides nothing.
-    """
-    width = 1
-    while width <= cluster.node_devices:
-        if cluster.num_devices % width == 0 and model.divides_among(width):
-            replicas = cluster.num_devices // width
-            yield Layout(width, 1, replicas, "none")
-            for ranks in range(2, cluster.node_devices // width + 1):
-                if replicas % ranks == 0 and ranks <= model.num_layers:
-                    yield from _pools(width, ranks, replicas // ranks, cluster, num_slots)
-        width *= 2
-
-
-def _pools(
-    width: int, ranks: int, groups: int, cluster: Cluster, num_slots: int | None
-) -> Iterator[Layout]:
-    if cluster.device.maps_peers:
-        yield Layout(width, ranks, groups, "mapped")
-    for slots in [num_slots] if num_slots else sorted({2, max(2, ranks - 1)}):
-        yield Layout(width, ranks, groups, "streamed", slots)
-        yield Layout(width, ranks, groups, "shipped", slots)
 
 
 def choose(
