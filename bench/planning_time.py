@@ -17,7 +17,8 @@ from dataclasses import replace
 from itertools import pairwise
 
 from bench.common import ROOT, write_result
-from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
+from elbowroom.core.cluster import Cluster, Link, Rate
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.layer_graph import Edge, Layer, LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
 from elbowroom.core.model import read_model

@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 
 from bench.common import ROOT, write_result
 from bench.figures import label, save
-from elbowroom.core.cluster import Cluster, Link, Rate, read_cluster
+from elbowroom.core.cluster import Cluster, Link, Rate
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.planning.cost import Batch, CostModel

@@ -27,7 +27,7 @@ from tools import batch_tables, training_tables
 
 from elbowroom.cli.exit_codes import EXIT_CODES
 from elbowroom.cli.main import build_parser
-from elbowroom.core.cluster import PRESETS
+from elbowroom.core.cluster_file import PRESETS
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "output"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elbowroom.app.batch import iter_batch, run_batch
-    from elbowroom.core.cluster import read_cluster
+    from elbowroom.core.cluster_file import read_cluster
     from elbowroom.pipeline.options import StageOptions
     from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.planning.pipeline.plan import plan_pipeline
@@ -36,7 +36,7 @@ _MODULES = {
     "iter_batch": "elbowroom.app.batch",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",
-    "read_cluster": "elbowroom.core.cluster",
+    "read_cluster": "elbowroom.core.cluster_file",
     "read_pipeline_plan": "elbowroom.plans.pipeline",
     "run_batch": "elbowroom.app.batch",
 }

@@ -13,7 +13,7 @@ from elbowroom.app.plan import model_facts, plan_job, run_plan
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.main import main
 from elbowroom.core import host
-from elbowroom.core.cluster import read_cluster
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.model import read_model
 from elbowroom.core.workload import parse_lengths
 from elbowroom.jobs.job import Job

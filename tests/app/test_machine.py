@@ -24,7 +24,7 @@ from elbowroom.app.plan import model_facts, plan_job
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.cli.main import main
 from elbowroom.core import host
-from elbowroom.core.cluster import read_cluster
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.errors import InputError, MeasuringError
 from elbowroom.core.workload import parse_lengths
 from elbowroom.profiling.machine import measure_machine

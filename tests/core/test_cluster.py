@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from elbowroom.core.cluster import PRESETS, Link, Rate, parse_cluster, read_cluster
+from elbowroom.core.cluster import Link, Rate
+from elbowroom.core.cluster_file import PRESETS, parse_cluster, read_cluster
 from elbowroom.core.errors import InputError
 from tests.planning.facts import CPU, H20
 

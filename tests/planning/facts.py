@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate, read_cluster
+from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.model import ModelFacts, read_model
 
 MODELS = Path(__file__).parents[1] / "data" / "models"

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from elbowroom.core.cluster import PRESETS, read_cluster
+from elbowroom.core.cluster_file import PRESETS, read_cluster
 from elbowroom.planning.cost import Batch, CostModel
 from tests.planning.facts import CPU, H20, H200, model
 

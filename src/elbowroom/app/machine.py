@@ -9,7 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from elbowroom.core import host
-from elbowroom.core.cluster import Cluster, Device, Link, Rate, read_cluster
+from elbowroom.core.cluster import Cluster, Device, Link, Rate
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.errors import InputError, OutputError
 from elbowroom.core.files import read_json, write_text
 from elbowroom.core.units import GIB

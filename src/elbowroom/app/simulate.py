@@ -9,7 +9,7 @@ from pathlib import Path
 from elbowroom.app.architecture import built_tensors
 from elbowroom.app.machine import THIS_MACHINE, device_cores, find_cluster
 from elbowroom.app.plan import read_workload
-from elbowroom.core.cluster import PRESETS
+from elbowroom.core.cluster_file import PRESETS
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.trace import Count, Span

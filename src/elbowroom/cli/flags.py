@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.app.machine import THIS_MACHINE
-from elbowroom.core.cluster import PRESETS
+from elbowroom.core.cluster_file import PRESETS
 from elbowroom.core.flag_kinds import auto, count, memory, number, seconds, size
 from elbowroom.core.options import Option, flag_of, names_of, options_of
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elbowroom.core.cluster import read_cluster
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.planning.cost import Batch, CostModel
 from elbowroom.planning.pool.modes import PoolTimes
 from tests.examples import examples
