@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def larger(cluster: Cluster, num_devices: int) -> Cluster:
-    far = Link("network", num_devices, Rate(50e9, 0.8), 1.5e-5)
+    far = Link("network", num_devices, Rate(50e9, 0.8), 1.5e-5, network=True)
     return replace(cluster, num_devices=num_devices, links=(*cluster.links, far))
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
-H200 = ROOT / "src" / "elbowroom" / "core" / "clusters" / "h200-8.toml"
 MODEL = ROOT / "tests" / "data" / "models" / "Qwen3-32B"
 
 INK, PAPER, LINE = "#1d2a2f", "#ffffff", "#6b7b80"
@@ -72,10 +71,9 @@ class Picture:
 def memory_budget(*options: str) -> dict[str, int]:
     """The memory budget of a planned replica of Qwen3-32B on four H200."""
     with tempfile.TemporaryDirectory() as folder:
-        path, cluster = Path(folder) / "plan.json", Path(folder) / "four-h200.toml"
-        cluster.write_text(H200.read_text().replace("num_devices = 8", "num_devices = 4", 1))
+        path = Path(folder) / "plan.json"
         command = [sys.executable, "-m", "elbowroom", "plan", "--model", str(MODEL)]
-        command += ["--lengths", "1024:512x10000", "--cluster", str(cluster), "--replicas", "4"]
+        command += ["--lengths", "1024:512x10000", "--cluster", "h200-4", "--replicas", "4"]
         command += ["--tensor-parallel", "1", "--json", str(path), *options]
         subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
         plan: dict[str, Any] = json.loads(path.read_text())

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from tools import batch_tables, training_tables
 
 from elbowroom.cli.exit_codes import EXIT_CODES
 from elbowroom.cli.main import build_parser
-from elbowroom.core.cluster_file import PRESETS
+from elbowroom.core.cluster import Cluster
+from elbowroom.core.cluster_file import DEVICES, parse_cluster
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = ROOT / "docs" / "output"
@@ -144,7 +146,7 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
     made |= {name: fenced("console", excerpt(name)) for name in EXCERPTS}
     tables = {**batch_tables.TABLES, **training_tables.TABLES}
     made |= {f"table-{name}": make() for name, make in tables.items()}
-    made["presets"] = ", ".join(f"`{name}`" for name in PRESETS) + "\n"
+    made["presets"] = "\n".join(preset_table()) + "\n"
     made["exit-codes"] = fenced("text", EXIT_CODES)
     made["cli"] = "\n".join(cli_page(build_parser()))
     made["requests"] = fenced("json", (folder / "requests.jsonl").read_text())
@@ -152,8 +154,34 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
     for name in ("plan", "train-plan"):
         plan = shortened(json.loads((folder / f"{name}.json").read_text()), folder)
         made[f"{name}-json"] = fenced("json", json.dumps(plan, indent=1) + "\n")
-    made["h200-8"] = fenced("toml", (CLUSTERS / "h200-8.toml").read_text())
+    made["h200"] = fenced("toml", (CLUSTERS / "h200.toml").read_text())
     return made
+
+
+def preset_table() -> Iterator[str]:
+    """Markdown of the presets' devices, one in a row."""
+    yield "| device | memory | bf16, FP8 | reads | in a node | between nodes |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for name in DEVICES:
+        node = parse_cluster(tomllib.loads((CLUSTERS / f"{name}.toml").read_text()))
+        device = node.device
+        near, far = ("; ".join(link_cells(node, network)) for network in (False, True))
+        cells = (
+            f"`{name}` x {node.num_devices}",
+            f"{device.memory_bytes / 2**20:,.0f} MiB",
+            f"{device.flops.peak / 1e12:g}, {device.flops_fp8.peak / 1e12:g} TFLOP/s",
+            f"{device.memory_bandwidth.peak / 1e12:g} TB/s",
+            near,
+            far,
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def link_cells(node: Cluster, network: bool) -> Iterator[str]:
+    for link in node.links:
+        if link.network == network:
+            pair = " a pair" if link.mesh else ""
+            yield f"{link.name}, {link.bandwidth.peak / 1e9:g} GB/s{pair}"
 
 
 def fenced(language: str, text: str) -> str:

@@ -32,7 +32,7 @@ def plan(*flags: str) -> int:
 
 
 def test_plan_prints_every_layout_and_why(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ("--lengths", "4096:512x2000", "--cluster", "h20-8", "--explain")
+    flags = ("--lengths", "4096:512x2000", "--cluster", "h20-8", "--memory", "86.4GB", "--explain")
     assert plan("--model", str(MODELS / "Llama-3.1-70B"), *flags) == 0
     out = capsys.readouterr().out
     assert "2000 rows, 8192000 prompt and 1024000 output tokens" in out

@@ -1,32 +1,14 @@
-"""Clusters: presets are complete, TOML goes there and back, and impossible numbers are named."""
+"""Clusters: times of products and transfers, and which devices reach each other."""
 
 from __future__ import annotations
 
-import tomllib
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 from elbowroom.core.cluster import Link, Rate
-from elbowroom.core.cluster_file import PRESETS, parse_cluster, read_cluster
 from elbowroom.core.errors import InputError
 from tests.planning.facts import CPU, H20
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_name_their_sources(name: str) -> None:
-    cluster = read_cluster(name)
-    assert cluster.name == name
-    assert cluster.num_devices == 8
-    assert "data sheet" in " ".join(cluster.sources.values())
-    assert parse_cluster(tomllib.loads(cluster.to_toml())) == cluster
-
-
-def test_a_measured_machine_goes_there_and_back(tmp_path: Path) -> None:
-    path = tmp_path / "machine.toml"
-    path.write_text(CPU.to_toml())
-    assert read_cluster(path) == CPU
-    assert read_cluster(path).sources == CPU.sources
 
 
 def test_a_product_takes_the_larger_of_bytes_and_flops() -> None:
@@ -54,6 +36,14 @@ def test_all_reduce_takes_the_better_way() -> None:
     assert link.all_reduce_seconds(1e9, 8) == pytest.approx(14 * (1e-6 + 1 / 8))
 
 
+def test_in_a_mesh_all_links_of_a_device_reduce_at_once() -> None:
+    mesh = Link("x", 8, Rate(1e9), 1e-6, mesh=True)
+    assert mesh.all_reduce_seconds(1e9, 2) == pytest.approx(1e-6 + 1)
+    assert mesh.all_reduce_seconds(1, 8) == pytest.approx(1e-6 + 1e-9)
+    assert mesh.all_reduce_seconds(1e9, 8) == pytest.approx(14 * (1e-6 + 1 / 56))
+    assert mesh.transfer_seconds(1e9) == pytest.approx(1e-6 + 1)
+
+
 def test_the_nearest_link_that_joins_enough_is_taken() -> None:
     assert H20.link(8).name == "NVLink 4"
     with pytest.raises(InputError, match="no link that joins 9 devices"):
@@ -69,26 +59,8 @@ def test_slowed_scales_every_time_of_a_device() -> None:
     assert slow.iteration_seconds == 2 * CPU.device.iteration_seconds
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ('name = "this', "name = [", "not valid TOML"),
-        ("num_devices = 2\n", "", "'num_devices' is missing"),
-        ("memory = 8000000000", 'memory = "much"', "is not a size"),
-        ("[device.flops]\npeak = 2", "[device.flops]\npeak = -2", "'peak' must be a positive"),
-        ("layer_seconds = 0.0002", "layer_seconds = -1", "must be a number of seconds"),
-        ("rows = 16", 'rows = "many"', "'<' not supported"),
-    ],
-)
-def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, words: str) -> None:
-    path = tmp_path / "bad.toml"
-    text = CPU.to_toml()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-    with pytest.raises(InputError, match=words):
-        read_cluster(path)
-
-
-def test_an_unknown_cluster_lists_the_known_ones() -> None:
-    with pytest.raises(InputError, match="give one of h20-8, h100-8"):
-        read_cluster("h300-8")
+def test_a_network_leads_out_of_a_node() -> None:
+    near, far = Link("x", 4, Rate(1e9), 0.0), Link("y", 16, Rate(1e8), 0.0, network=True)
+    assert replace(H20, links=(near, far)).node_devices == 4
+    assert replace(H20, links=(far,)).node_devices == 1
+    assert replace(H20, links=()).node_devices == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from elbowroom.core.cluster_file import PRESETS, read_cluster
+from elbowroom.core.cluster_file import read_cluster
 from elbowroom.planning.cost import Batch, CostModel
 from tests.planning.facts import CPU, H20, H200, model
 
@@ -93,7 +93,7 @@ def test_tokens_at_which_an_ffn_hides_its_own_fetch(cluster: str, tokens: int) -
     assert cost.ffn_layer_seconds(layer, achieved) == pytest.approx(fetch)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["h20-8", "h100-8", "b200-8", "l40s-8", "mi300x-8"])
 def test_fetching_is_what_the_link_takes(name: str) -> None:
     facts, cluster = model("Llama-3.1-70B"), read_cluster(name)
     layer_bytes = 3 * 8192 * 28672 * 2

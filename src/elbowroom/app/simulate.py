@@ -9,7 +9,7 @@ from pathlib import Path
 from elbowroom.app.architecture import built_tensors
 from elbowroom.app.machine import THIS_MACHINE, device_cores, find_cluster
 from elbowroom.app.plan import read_workload
-from elbowroom.core.cluster_file import PRESETS
+from elbowroom.core.cluster_file import is_preset
 from elbowroom.core.errors import InputError
 from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.core.trace import Count, Span
@@ -124,7 +124,7 @@ def _model(plan: RunPlan) -> ModelFacts:
 
 def _planned_for(plan: RunPlan) -> str:
     name = plan.prediction.cluster if plan.prediction else THIS_MACHINE
-    if name in (*PRESETS, THIS_MACHINE):
+    if name == THIS_MACHINE or is_preset(name):
         return name
     raise InputError(f"the plan was made for a cluster '{name}' of a file: give it as --cluster")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.app.machine import THIS_MACHINE
-from elbowroom.core.cluster_file import PRESETS
+from elbowroom.core.cluster_file import PRESET_NAMES
 from elbowroom.core.flag_kinds import auto, count, memory, number, seconds, size
 from elbowroom.core.options import Option, flag_of, names_of, options_of
 
@@ -17,7 +17,7 @@ def add_cluster(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--cluster",
         default=THIS_MACHINE,
-        help=f"{', '.join(PRESETS)}, a TOML file, or {THIS_MACHINE} (default)",
+        help=f"{PRESET_NAMES}; a TOML file; or {THIS_MACHINE} (default)",
     )
 
 

@@ -120,13 +120,16 @@ class Link:
     """A link that joins devices at one level of the hierarchy.
 
     ``num_devices`` devices reach each other; each sends with ``bandwidth`` bytes/s and receives
-    with the same. ``latency_seconds`` is the time from requesting a small message to having it.
+    with the same. In a ``mesh`` that is the bandwidth between each two of them. A ``network`` leads
+    out of a node. ``latency_seconds`` is the time from requesting a small message to having it.
     """
 
     name: str
     num_devices: int
     bandwidth: Rate
     latency_seconds: float
+    mesh: bool = False
+    network: bool = False
 
     def transfer_seconds(self, num_bytes: float) -> float:
         """Seconds to move ``num_bytes``: latency plus bytes / bandwidth (alpha-beta model)."""
@@ -136,11 +139,12 @@ class Link:
         """Seconds to all-reduce ``num_bytes`` over p devices: the better of one shot and a ring.
 
         In one shot each device reads the buffers of the p-1 others. A ring sends 2 (p-1) messages
-        of n/p bytes (Thakur et al. 2005, alpha-beta).
+        of n/p bytes (Thakur et al. 2005, alpha-beta). In a mesh all links of a device work at once.
         """
         if num_devices == 1:
             return 0.0
         others = num_devices - 1
+        num_bytes /= others if self.mesh else 1
         one_shot = self.transfer_seconds(others * num_bytes)
         ring = 2 * others * self.transfer_seconds(num_bytes / num_devices)
         return min(one_shot, ring)
@@ -172,8 +176,32 @@ class Cluster:
 
     @property
     def node_devices(self) -> int:
-        """Number of devices that reach each other over the nearest links."""
-        return self.links[0].num_devices if self.links else 1
+        """Number of devices that reach each other without a network."""
+        return max((link.num_devices for link in self.links if not link.network), default=1)
+
+    def of_nodes(self, name: str, num_nodes: int, node_devices: int) -> Cluster:
+        """A cluster of ``num_nodes`` nodes with ``node_devices`` such devices each.
+
+        This cluster is one whole node: links that join no more than its devices stay in a node, and
+        others join nodes. Raises InputError for more devices than a node, or the links, can have.
+        """
+        total = num_nodes * node_devices
+        if not 0 < node_devices <= self.num_devices:
+            raise InputError(
+                f"{name}: a node has 1 to {self.num_devices} devices of {self.name}; give "
+                f"{self.name}-2x{self.num_devices} for two nodes"
+            )
+        links: list[Link] = []
+        joined = 1
+        for link in self.links:
+            there = node_devices if link.num_devices <= self.num_devices else total
+            if (reached := min(link.num_devices, there)) > joined:
+                links.append(replace(link, num_devices=reached))
+                joined = reached
+        if joined < total or num_nodes < 1:
+            most = self.links[-1].num_devices // node_devices
+            raise InputError(f"{name}: give 1 to {most} nodes of {node_devices}")
+        return replace(self, name=name, num_devices=total, links=tuple(links))
 
     def with_memory(self, memory_bytes: int) -> Cluster:
         """The same cluster, with ``memory_bytes`` usable by the engine on each device."""

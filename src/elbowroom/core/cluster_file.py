@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +16,59 @@ from elbowroom.core.cluster import Cluster, Device, Link, MatmulPoint, Rate
 from elbowroom.core.errors import InputError
 from elbowroom.core.units import parse_bytes
 
-PRESETS = ("h20-8", "h100-8", "h200-8", "b200-8", "a100-80-8")
+DEVICES = (
+    *("h100", "h100-pcie", "h100-nvl", "h200", "h20", "b200", "gb200", "gh200"),
+    *("a100-80", "a100-80-pcie", "a100-40", "a100-40-pcie", "l40s", "l4", "a10"),
+    *("rtx-pro-6000", "rtx5090", "rtx4090", "rtx3090", "mi300x"),
+)
+"""Devices of the presets; ``clusters`` has a file of each, which describes one whole node."""
+
+PRESET_NAMES = "DEVICE-N, or DEVICE-MxN for M nodes of N devices, such as h200-8 and h100-2x8"
+
+_PRESET = re.compile(r"(?P<device>.+)-((?P<nodes>\d{1,5})x)?(?P<devices>\d{1,5})")
+
+
+def is_preset(name: str) -> bool:
+    match = _PRESET.fullmatch(name)
+    return match is not None and match["device"] in DEVICES
 
 
 def read_cluster(name: str | Path) -> Cluster:
     """Read a cluster: a preset by its name, or a TOML file.
 
-    Raises InputError when there is neither, or when a number is missing or impossible.
+    A preset is ``DEVICE-N``, N devices in one node, or ``DEVICE-MxN``, M such nodes. Raises
+    InputError when there is neither, or when a number is missing or impossible.
     """
-    if str(name) in PRESETS:
-        text = (resources.files("elbowroom.core") / "clusters" / f"{name}.toml").read_text()
-    else:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"no cluster '{name}': give one of {', '.join(PRESETS)}, or a file such as "
-                f"`elbowroom profile` writes ({error})"
-            ) from error
+    match = _PRESET.fullmatch(str(name))
+    if match and match["device"] in DEVICES:
+        node = _parse_text(name, _preset_file(match["device"]).read_text(encoding="utf-8"))
+        return node.of_nodes(str(name), int(match["nodes"] or 1), int(match["devices"]))
+    try:
+        text = Path(name).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"no cluster '{name}'{_nearest(str(name))}: give {PRESET_NAMES}, with one of "
+            f"{', '.join(DEVICES)}; or a file such as `elbowroom profile` writes ({error})"
+        ) from error
+    return _parse_text(name, text)
+
+
+def _preset_file(device: str) -> Traversable:
+    return resources.files("elbowroom.core") / "clusters" / f"{device}.toml"
+
+
+def _nearest(name: str) -> str:
+    """A question for the preset that was perhaps meant, or nothing."""
+    match = None if name.lower() in DEVICES else _PRESET.fullmatch(name)
+    device, count = (match["device"], name[match.end("device") :]) if match else (name, "-1")
+    device = device.lower()
+    found = [each for each in DEVICES if each.startswith(device)]
+    found += get_close_matches(device, DEVICES, 1)
+    return f", perhaps {found[0]}{count}" if found else ""
+
+
+def _parse_text(name: str | Path, text: str) -> Cluster:
+    """Parse TOML text. Raises InputError with what is wrong."""
     try:
         return parse_cluster(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -78,8 +116,12 @@ def parse_cluster(data: dict[str, Any]) -> Cluster:
                 num_devices=int(_positive(link, "num_devices")),
                 bandwidth=_rate(link, "bandwidth"),
                 latency_seconds=_seconds(link, "latency_seconds"),
+                mesh=bool(link.get("mesh", False)),
+                network=bool(link.get("network", level > 0)),
             )
-            for link in sorted(data.get("links", ()), key=lambda link: link["num_devices"])
+            for level, link in enumerate(
+                sorted(data.get("links", ()), key=lambda link: link["num_devices"])
+            )
         ),
         uncertainty=_positive(data, "uncertainty", 0.35),
         sources={str(key): str(value) for key, value in data.get("sources", {}).items()},

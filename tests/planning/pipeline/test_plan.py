@@ -163,7 +163,7 @@ def test_warm_up_is_that_of_the_paper() -> None:
 
 
 def test_a_cluster_has_levels() -> None:
-    far = Link("network", 32, Rate(TEN_GBIT), 1e-5)
+    far = Link("network", 32, Rate(TEN_GBIT), 1e-5, network=True)
     cluster = replace(H20, num_devices=32, links=(*H20.links, far))
     assert [(level.num_units, level.name) for level in levels_of(cluster, 16)] == [
         (8, "NVLink 4"),

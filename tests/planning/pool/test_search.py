@@ -76,7 +76,7 @@ def test_layouts_use_every_device() -> None:
 
 
 def many_devices(num_devices: int) -> Cluster:
-    far = Link("network", num_devices, Rate(50e9), 1e-5)
+    far = Link("network", num_devices, Rate(50e9), 1e-5, network=True)
     return replace(H200, num_devices=num_devices, links=(*H200.links, far))
 
 
