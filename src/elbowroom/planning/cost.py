@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -17,6 +18,9 @@ from elbowroom.core.cluster import Cluster, Link
 from elbowroom.core.kv_cache import AttentionLayers
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.model_weights import Weights
+
+_TILE_ROWS = 64
+"""Rows of the smallest tile of a matrix product on the tensor cores of Hopper (PTX: wgmma.m64)."""
 
 Tokens = TypeVar("Tokens", float, NDArray[np.float64])
 
@@ -142,12 +146,19 @@ class CostModel:
         """Seconds of one layer's feed-forward network; in a mixture, of the experts touched.
 
         A device that has one expert in ``expert_ranks`` takes the rows of all replicas to those.
+        Devices compute an expert's rows in tiles, the last of which may be nearly empty.
         """
         model, ranks = self.model, self.expert_ranks
         dense = model.dense_ffn_elements(layer)
-        touched = dense + (model.touched_ffn_elements(layer, rows * ranks) - dense) / ranks
-        read_bytes = model.ffn_bytes()[layer] * touched / max(1, model.ffn[layer].elements)
-        return self._matmul(rows, touched, model.active_ffn_elements(layer), read_bytes)
+        touched = (model.touched_ffn_elements(layer, rows * ranks) - dense) / ranks
+        active = model.active_ffn_elements(layer) - dense
+        if touched and not self.cluster.device.matmul:
+            of_expert = rows * active / touched
+            active *= ceil(of_expert / _TILE_ROWS) * _TILE_ROWS / of_expert
+        read_bytes = (
+            model.ffn_bytes()[layer] * (dense + touched) / max(1, model.ffn[layer].elements)
+        )
+        return self._matmul(rows, dense + touched, dense + active, read_bytes)
 
     def ffn_seconds(self, rows: float) -> float:
         return sum(

@@ -1,0 +1,182 @@
+"""``--pool none`` runs what vLLM runs, as vLLM runs it, and its cache is as large as planned."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tools.make_model import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from elbowroom.plans.pool import RunPlan
+
+pytestmark = pytest.mark.vllm
+
+VOCABULARY, LONGEST, NUM_ROWS = 256, 512, 8
+LLAMA_LIKE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+GPT_LIKE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 1024}
+OWN_HEADS: dict[str, Any] = {"head_dim": 32}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", {**LLAMA_LIKE, **OWN_HEADS, "num_hidden_layers": 6}),
+    "gemma2": ("gemma2", {**LLAMA_LIKE, **OWN_HEADS}),
+    "falcon": ("falcon", {**LLAMA_LIKE, "multi_query": True, "bias": False}),
+    "mixtral": ("mixtral", {**LLAMA_LIKE, "num_local_experts": 4}),
+    "gpt2": ("gpt2", GPT_LIKE),
+    "opt": ("opt", {**LLAMA_LIKE, "ffn_dim": 384, "word_embed_proj_dim": 128}),
+    "olmo2": ("olmo2", LLAMA_LIKE),
+    "int8": ("llama", LLAMA_LIKE),
+    "linear rope": ("llama", {**LLAMA_LIKE, "max_position_embeddings": 128}),
+}
+FLAGS = (
+    *("--max-model-len", str(LONGEST), "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
+    *("--served-model-name", "m"),
+)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind == "gemma3" else pytest.mark.nightly)
+        for kind in KINDS  # two starts each
+    ],
+)
+def test_pool_none_answers_as_plain_vllm(kind: str, tmp_path: Path) -> None:
+    model, requests = _make(tmp_path / "model", kind), _requests(tmp_path / "in.jsonl")
+    ours, report = _run(model, requests, tmp_path, "--pool", "none", "--replicas", "1")
+    plan = RunPlan.from_json(report["plan"])
+    plain = _run_vllm(model, requests, tmp_path / "plain.jsonl", plan)
+    assert ours == plain
+    assert len(set(map(str, ours.values()))) > 1, "not always the same answer"
+    planned = plan.budget.kv_tokens_of(plan.engine.max_model_len)
+    assert plan.budget.kv_is_known
+    assert report["replicas"][0]["num_kv_tokens"] == pytest.approx(planned, rel=0.01)
+
+
+def test_a_pool_that_gets_no_layers_is_an_error_before_any_row(tmp_path: Path) -> None:
+    """The Transformers backend hands over none, whatever the plan believes."""
+    model, requests = _make(tmp_path / "model", "int8", quantise=False), tmp_path / "in.jsonl"
+    command = _command(model, _requests(requests), tmp_path / "out.jsonl")
+    # Through the environment of vLLM's own command line, which no plan looks at.
+    config = tmp_path / "vllm.yaml"
+    config.write_text("model-impl: transformers\n")
+    done = subprocess.run(
+        [*command, "--pool", "mapped", "--replicas", "2", "--", "--config", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "use --pool none" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def _make(folder: Path, kind: str, quantise: bool = True) -> Path:
+    """A tiny model whose answers depend on its weights."""
+    model_type, keys = KINDS[kind]
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=1, pad_token_id=0, **keys
+    )
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 64
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for parameter in model.parameters():
+        if parameter.dim() >= 2:
+            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
+    model.save_pretrained(folder)
+    make_tokenizer(VOCABULARY).save_pretrained(folder)
+    if kind == "int8" and quantise:
+        _quantise(folder)
+    if kind == "linear rope":
+        _edit(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 4.0})
+    return folder
+
+
+def _quantise(folder: Path) -> None:
+    """Weights of 8 bits with a scale for each row, as compressed-tensors stores them."""
+    path = folder / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(path).items():
+        tensors[name] = tensor
+        if tensor.dim() == 2 and ".layers." in name:
+            scale = tensor.float().abs().amax(1, keepdim=True) / 127
+            tensors[name] = (tensor.float() / scale).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
+    save_file(tensors, path, {"format": "pt"})
+    number = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**number, "strategy": "channel", "dynamic": False},
+        "input_activations": {**number, "strategy": "token", "dynamic": True},
+    }
+    method = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+    }
+    status = {"quantization_status": "compressed", "config_groups": {"group_0": group}}
+    _edit(folder, quantization_config={**method, **status})
+
+
+def _edit(folder: Path, **keys: object) -> None:
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **keys}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def _requests(path: Path) -> Path:
+    chance = random.Random(0)
+    with path.open("w") as file:
+        for index in range(NUM_ROWS):
+            words = " ".join(f"w{chance.randrange(5, 250)}" for _ in range(chance.randint(5, 200)))
+            body = {"model": "m", "messages": [{"role": "user", "content": words}]}
+            body |= {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
+            line = {"custom_id": str(index), "method": "POST", "url": "/v1/chat/completions"}
+            file.write(json.dumps({**line, "body": body}) + "\n")
+    return path
+
+
+def _command(model: Path, requests: Path, output: Path) -> list[str]:
+    files = ("--model", str(model), "--input", str(requests), "--output", str(output))
+    command = (sys.executable, "-m", "elbowroom", "run", *files, *FLAGS)
+    return [*command, "--memory", "64MiB", "--dtype", "bfloat16"]
+
+
+def _run(model: Path, requests: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], Any]:
+    output = folder / "out.jsonl"
+    subprocess.run([*_command(model, requests, output), *flags], check=True, timeout=300)
+    return _answers(output), json.loads(output.with_suffix(".report.json").read_text())
+
+
+def _run_vllm(model: Path, requests: Path, output: Path, plan: RunPlan) -> dict[str, Any]:
+    """``vllm run-batch``, with the settings of the plan."""
+    module = "vllm.entrypoints.openai.run_batch"
+    files = ("-i", str(requests), "-o", str(output), "--model", str(model))
+    cache = ("--kv-cache-memory-bytes", str(plan.budget.kv_bytes), "--block-size", "32")
+    options = (*FLAGS, *cache, "--enforce-eager", "--dtype", plan.engine.dtype)
+    subprocess.run([sys.executable, "-m", module, *files, *options], check=True, timeout=300)
+    return _answers(output)
+
+
+def _answers(path: Path) -> dict[str, Any]:
+    """The text of each row."""
+    rows = map(json.loads, path.read_text().splitlines())
+    return {
+        row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"]
+        for row in rows
+    }
