@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from elbowroom.jobs.lengths import ASSUMED_OUTPUT_TOKENS
 from elbowroom.jobs.rows import Row
 from elbowroom.plans.pool import RunPlan
 from tests.jobs.plans import lengths_of, write_batch
-from tests.planning.facts import CPU, MODELS
+from tests.planning.facts import CONFIGS, CPU, MODELS
 
 QWEN = str(MODELS / "Qwen3-32B")
 
@@ -65,7 +67,7 @@ def test_a_plan_is_simulated_and_traced(tmp_path: Path, capsys: pytest.CaptureFi
     events = json.loads(trace.read_text())["traceEvents"]
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     iterations = "iteration, batch 1, shipped, replica 0"
-    assert {"replica 0", iterations, "compute", "ship", "copies 0"} <= names
+    assert {"replica 0", iterations, "compute", "ship to 1", "copies 0"} <= names
 
 
 def test_simulate_agrees_with_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,3 +207,26 @@ def test_a_file_without_rows(small: Path, tmp_path: Path) -> None:
     path.write_text("no row\n")
     with pytest.raises(InputError, match="no row that could be answered"):
         lengths_of(path, small)
+
+
+def test_more_memory_than_a_device_has(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--lengths", "512:64x100", "--cluster", "h20-8", "--memory", "200GB")
+    assert plan("--model", str(MODELS / "Llama-3.1-8B"), *flags) == 2
+    assert "which has 95.58 GiB: lower it" in capsys.readouterr().err
+
+
+def test_layouts_that_are_not_run_are_marked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Experts of a mixture may be divided, and a pipeline goes over two nodes."""
+    shutil.copy(CONFIGS / "deepseek-v3.json", tmp_path / "config.json")
+    flags = ("--model", str(tmp_path), "--lengths", "1000:1000x2000")
+    path = tmp_path / "plan.json"
+    assert plan(*flags, "--cluster", "h200-8", "--json", str(path)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r">\*t\dd\d experts divided", out)
+    assert "not run by this version; the best that it runs: t8d1 none" in out
+    with pytest.raises(InputError, match="experts divided among replicas"):
+        read_run_plan(path)
+    assert plan(*flags, "--cluster", "h100-2x8") == 0
+    assert ">*t8p2d1 none" in capsys.readouterr().out

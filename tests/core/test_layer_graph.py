@@ -191,3 +191,8 @@ def test_another_batch() -> None:
     assert graph.layers[1].parameter_bytes == 50364416
     with pytest.raises(InputError, match="positive"):
         graph.for_batch(0)
+
+
+@pytest.mark.parametrize("indent", [" ", "    "])
+def test_edges_may_be_indented_with_spaces(indent: str) -> None:
+    assert parse_pipedream(LINES.replace("\t", indent)) == parse_pipedream(LINES)

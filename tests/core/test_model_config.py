@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.model_config import ModelConfig, parse_config, resolve_dtype
-
-CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+from tests.planning.facts import CONFIGS
 
 
 def config(name: str) -> ModelConfig:

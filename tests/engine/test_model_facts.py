@@ -17,8 +17,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
 )
 
 from elbowroom.core.model_config import read_config, resolve_dtype
-
-CONFIGS = Path(__file__).parents[1] / "data" / "configs"
+from tests.planning.facts import CONFIGS
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)

@@ -9,6 +9,9 @@ from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.model import ModelFacts, read_model
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
+CONFIGS = MODELS.parent / "configs"
+"""Configs of public models, one file each."""
+
 H20, H200 = read_cluster("h20-8"), read_cluster("h200-8")
 
 CPU = Cluster(

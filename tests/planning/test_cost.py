@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from elbowroom.app.architecture import built_tensors
+from elbowroom.core.cluster import Rate
 from elbowroom.core.cluster_file import read_cluster
+from elbowroom.core.model import ModelFacts, read_model
 from elbowroom.planning.cost import Batch, CostModel
-from tests.planning.facts import CPU, H20, H200, model
+from tests.planning.facts import CONFIGS, CPU, H20, H200, model
 
+FAST = Rate(1e30)
 PARAMETERS = {
     "Qwen3-32B": 32.76e9,
     "Llama-3.1-8B": 8.03e9,
@@ -109,3 +115,60 @@ def test_fp8_weights_halve_what_is_fetched() -> None:
     whole, half = CostModel(facts, H200).fetch_seconds(8), CostModel(fp8, H200).fetch_seconds(8)
     assert half == pytest.approx(whole / 2, rel=0.01)
     assert replace(facts, kv_dtype="fp8").kv_bytes_per_token() * 2 == facts.kv_bytes_per_token()
+
+
+def _of_config(name: str, folder: Path) -> ModelFacts:
+    shutil.copy(CONFIGS / f"{name}.json", folder / "config.json")
+    return read_model(folder, build=built_tensors)
+
+
+def test_a_window_is_read_and_no_more(tmp_path: Path) -> None:
+    """Half of Gemma 2's layers attend to 4,096 tokens."""
+    cost = CostModel(_of_config("gemma-2-27b", tmp_path), H200)
+    bandwidth = H200.device.attention_bandwidth.achieved
+    layer = 2 * 16 * 128 * 2
+    short = cost.kv_read_seconds(10 * 1000.0, 10)
+    assert short == pytest.approx(46 * layer * 10_000 / bandwidth)
+    long = cost.kv_read_seconds(10 * 8000.0, 10)
+    assert long == pytest.approx(23 * layer * 10 * (8000 + 4096) / bandwidth)
+
+
+def test_latents_are_read_whole_by_every_device(tmp_path: Path) -> None:
+    """DeepSeek-V3 keeps 576 numbers a token, and multiplies them with 128 queries."""
+    facts = _of_config("deepseek-v3", tmp_path)
+    reading = 61 * 576 * 2 / H200.device.attention_bandwidth.achieved
+    computing = 61 * 2 * 128 * (576 + 512) / H200.device.attention_flops.achieved
+    assert CostModel(facts, H200).kv_read_seconds(1.0, 1) == max(reading, computing)
+    assert CostModel(facts, H200, 8).kv_read_seconds(1.0, 1) == pytest.approx(
+        max(reading, computing / 8)
+    )
+
+
+def test_a_tile_of_an_expert_takes_as_long_with_few_rows(tmp_path: Path) -> None:
+    """64 rows are the smallest tile; 128 experts with 4 of each token have 32 from 1,024."""
+    facts = _of_config("gpt-oss-120b", tmp_path)
+    cost = CostModel(facts, replace(H200, device=replace(H200.device, memory_bandwidth=FAST)))
+    assert cost.ffn_layer_seconds(0, 1024) == pytest.approx(cost.ffn_layer_seconds(0, 2048), 0.01)
+    assert cost.ffn_layer_seconds(0, 4096) == pytest.approx(
+        2 * cost.ffn_layer_seconds(0, 2048), 0.01
+    )
+
+
+def test_divided_experts_read_less_and_send_rows(tmp_path: Path) -> None:
+    facts = _of_config("deepseek-v3", tmp_path)
+    alone, divided = CostModel(facts, H200), CostModel(facts, H200, expert_ranks=8)
+    batch = Batch(32, 32 * 1000)
+    assert divided.ffn_seconds(32) < alone.ffn_seconds(32)
+    assert divided.iteration(batch).collectives > alone.iteration(batch).collectives == 0
+
+
+def test_stages_work_on_parts_of_the_rows() -> None:
+    """All rows are done once in the time that one part takes through every stage."""
+    nodes = read_cluster("h200-2x8")
+    alone = CostModel(model("Llama-3.1-70B"), nodes, 8)
+    staged = replace(alone, stages=2)
+    half = alone.iteration(Batch(64, 64 * 1000))
+    both = staged.iteration(Batch(128, 128 * 1000))
+    assert both.ffn == half.ffn
+    assert both.kv_read == half.kv_read
+    assert both.collectives > half.collectives

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate
-from elbowroom.core.cluster_file import read_cluster
+from elbowroom.core.cluster_file import is_preset, read_cluster
 from elbowroom.core.errors import InputError, OutputError
 from elbowroom.core.files import read_json, write_text
-from elbowroom.core.units import GIB
+from elbowroom.core.units import GIB, format_bytes
 from elbowroom.plans.pool import RunPlan
 from elbowroom.profiling.machine import (
     ASSUMED_MEMORY_BYTES,
@@ -111,12 +111,18 @@ def find_machines(
     ``num_devices`` is None it is one device, all of its cores, or one of each socket, near to its
     memory. Parts of one device, which share what was measured, are there to compare with. A file
     that describes this machine (``runs_here``) stands for any number of such devices. ``calibrate``
-    is for ``calibrated``.
+    is for ``calibrated``. Raises InputError for more memory than a preset's device has.
     """
     if name != THIS_MACHINE:
         cluster = _calibrated(read_cluster(name), calibrate)
         if runs_here:
             return Machines((_with_memory(_of_devices(cluster, num_devices), memory_bytes),))
+        there = cluster.device.memory_bytes
+        if is_preset(name) and (memory_bytes or 0) > there:
+            raise InputError(
+                f"--memory asks for {format_bytes(memory_bytes or 0)} of each {cluster.device.name}"
+                f", which has {format_bytes(there)}: lower it, or describe the device in a file"
+            )
         return Machines((cluster if memory_bytes is None else cluster.with_memory(memory_bytes),))
     cores = split_cores(num_devices or len(host.memory_nodes()))
     is_measured = True

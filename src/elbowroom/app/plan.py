@@ -164,7 +164,7 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    if model.cannot_pool_here:  # then vLLM keeps every layer to itself
+    if layout.pool == "none" and model.cannot_pool_here:  # then vLLM keeps all to itself
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:

@@ -61,7 +61,7 @@ def parse_pipedream(text: str) -> LayerGraph:
         try:
             if len(line) > _LONGEST_LINE:
                 raise InputError(f"{len(line)} characters, at most {_LONGEST_LINE} are read")
-            if line.startswith("\t"):
+            if line[0].isspace():  # a tab, or spaces where an editor has been
                 _add_edge(edges, _parse_edge(line), number)
             else:
                 _add_layer(layers, _parse_layer(line))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,3 +159,20 @@ def test_spans_cover_compute_and_copies() -> None:
         for track in ("compute", "copies 0")
     }
     assert {"R0A", "R31F", "F1.0/1", "head"} <= {span.name for span in spans}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_spans_of_a_track_do_not_overlap(joined: bool) -> None:
+    """Viewers drop those that do."""
+    num_ranks = 4
+    shares = plan_shares(QWEN.ffn_bytes(), num_ranks, "streamed")
+    actions = [iteration_actions(share, frozenset(range(QWEN.num_layers))) for share in shares]
+    batches = [Batch(4 * rank + 1, 4096) for rank in range(num_ranks)]
+    timeline = simulate_pool(CostModel(QWEN, H20), shares, batches, actions, 2, joined=joined)
+    tracks: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for span in timeline.spans():
+        tracks.setdefault((span.process, span.track), []).append((span.start, span.end))
+    assert any("ship" in track for _, track in tracks)
+    for spans in tracks.values():
+        spans.sort()
+        assert all(end <= start + 1e-12 for (_, end), (start, _) in pairwise(spans))

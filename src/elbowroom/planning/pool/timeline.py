@@ -64,13 +64,20 @@ class PoolTimeline:
         }
 
     def spans(self, title: str = "iteration") -> Iterator[Span]:
-        """Compute and copies of every replica, for a trace; shipped rows have their own track."""
+        """Compute and copies of every replica, for a trace.
+
+        Rows that are shipped, served and answered have a track for each peer: on one track, spans
+        would overlap.
+        """
         timeline, num_ranks = self.timeline, len(self.ends[0])
         for task, start, end in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
             if end <= start:
                 continue
             if task.stream is None:
-                rank, track = task.uses[0][0] // len(RESOURCES), "ship"
+                rank, *peer = (resource // len(RESOURCES) for resource, _ in task.uses)
+                does = "answer" if task.name.endswith("back") else "ship to"
+                served = task.name.rpartition(" for ")[2]
+                track = f"{does} {peer[0]}" if peer else f"serve {served}"
             elif task.stream < num_ranks:
                 rank, track = task.stream, "compute"
             else:
