@@ -90,6 +90,7 @@ bench: setup
 	$(BIN)/python -m bench.jobs_throughput
 	$(BIN)/python -m bench.prediction
 	$(BIN)/python -m bench.planning_time
+	$(BIN)/python -m bench.published_throughput
 	$(BIN)/python -m bench.sidp_reproduction
 	$(BIN)/python -m bench.pipedream_reproduction
 	$(BIN)/python -m bench.shipping

@@ -277,6 +277,24 @@ def summary() -> str:
     )
 
 
+def published() -> str:
+    """Plans against what others measured."""
+    data = load("published_throughput")
+    rows = [
+        (
+            f"{each['model']} on {each['cluster']}, {each['layout']}",
+            f"{each['published']:,}",
+            f"{each['planned']:,}",
+            f"{each['planned_over_published']:.2f}x",
+        )
+        for each in data["figures"]
+    ]
+    commit = f"{data['date']}, commit {data['commit'][:7]}"
+    sources = sorted({each["source"] for each in data["figures"]})
+    made = table((commit, "published", "planned", "planned over published"), rows)
+    return f"{made}\n\nSources: {'; '.join(f'`{source}`' for source in sources)}."
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "default-run": default_run,
     "against": against,
@@ -284,5 +302,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "shipping": shipping,
     "jobs": jobs,
     "predictions": predictions,
+    "published": published,
     "summary": summary,
 }
