@@ -97,17 +97,20 @@ def adds_up_in_a_ring(number: int, size: int) -> None:
         orders = [[(p + step) % size for step in workers] for p in workers]
         sums = [reduce(torch.add, [parts[p][k] for k in orders[p]]) for p in workers]
         tensor, before = given[number].clone(), sum(ring.sent_bytes.values())
-        divisor = ring.add_counts(number + 1)
+        divisor = int(ring.add_counts(torch.tensor(number + 1)))
         ring.average(tensor, divisor)
         assert divisor == size * (size + 1) // 2
         assert torch.equal(tensor, torch.cat(sums) / divisor)
         assert list(ring.sent_bytes) == [(number + 1) % size]
-        sent = ring.add_counts(sum(ring.sent_bytes.values()) - before)
+        sent = ring.add_counts(torch.tensor(sum(ring.sent_bytes.values()) - before))
         assert sent == 2 * (size - 1) * tensor.nbytes
 
 
 def all_reduces(number: int, size: int) -> None:
-    """Gradients leave while autograd is at work; rounds end also with one minibatch in all."""
+    """Gradients leave while autograd is at work; rounds end also with one minibatch in all.
+
+    What no replica has a gradient of has none; where one has, the others count as zeros.
+    """
     unused, a, b = torch.ones(2), torch.full((4,), 2.0), torch.full((6,), 3.0)
     leaves = {"unused": unused, "a": a, "b": b}
     for leaf in leaves.values():
@@ -123,7 +126,10 @@ def all_reduces(number: int, size: int) -> None:
     assert [one.unique().tolist() for one in reduced.values()] == [[0.5], [6.0], [9.0]]
     replicas.tell(1 - number)
     reduced = replicas.all_reduce({} if number else {"a": torch.full((4,), 5.0)})
-    assert [one.unique().tolist() for one in reduced.values()] == [[0.0], [5.0], [0.0]]
+    assert {name: one.unique().tolist() for name, one in reduced.items()} == {"a": [5.0]}
+    replicas.tell(1)
+    reduced = replicas.all_reduce({} if number else {"a": torch.zeros(4)})
+    assert {name: one.unique().tolist() for name, one in reduced.items()} == {"a": [0.0]}
     replicas.close()
 
 

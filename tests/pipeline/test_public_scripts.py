@@ -130,6 +130,19 @@ def test_a_resume_is_as_no_stop(
     check_same(weights, Path(path), 18)
 
 
+def test_replicas_leave_parameters_without_a_gradient_alone(
+    members: Members, tmp_path: Path
+) -> None:
+    path = SCRIPTS / "c68_unused.py"
+    case = ScriptCase(str(path), num_stages=1, num_replicas=2, num_steps=6, microbatches=2)
+    errors, weights = trained(members, tmp_path / "run", case)
+    assert errors == ["", ""]
+    check_same(weights, path, case.num_steps)
+    begin = plain(path, 0)
+    assert torch.equal(weights["two.1.weight"], begin["two.1.weight"])
+    assert not torch.equal(weights["two.0.weight"], begin["two.0.weight"])
+
+
 def test_replicas_that_were_made_differently_are_made_equal(
     members: Members, tmp_path: Path
 ) -> None:

@@ -1,5 +1,8 @@
 """All-reduce of gradients: after each round the replicas of a stage have the mean of theirs.
 
+A parameter to which no replica has a gradient has none afterwards, as in plain training: an
+optimizer leaves it alone. To one that some have, the others add zeros.
+
 Gradients gather in buckets, and a bucket that is full is averaged on a thread of its own while the
 backward pass goes on, as in Li et al., PyTorch Distributed (2020), section 3.2.
 """
@@ -43,6 +46,7 @@ class Replicas:
         self._buckets = [_Bucket(group) for group in groups]
         self._bucket_of = {name: bucket for bucket in self._buckets for name in bucket.slots}
         self._open = deque(self._buckets)
+        self._given: set[str] = set()  # gradients that this replica has in the round
         self._tasks: queue.SimpleQueue[_Bucket | int | None] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="replicas", daemon=True)
@@ -83,10 +87,11 @@ class Replicas:
                 hook.remove()
 
     def all_reduce(self, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """End a round: the reduced gradients of all parameters, valid until the next round begins.
+        """End a round: the reduced gradients of parameters, valid until the next round begins.
 
-        What was not watched is taken from ``gradients``, or 0. A single worker gets its own. Raises
-        PeerLostError when another replica is gone.
+        What was not watched is taken from ``gradients``. Parameters without a gradient on any
+        replica are left out. A single worker gets its own. Raises PeerLostError when another
+        replica is gone.
         """
         if self._is_alone:
             return dict(gradients)
@@ -95,19 +100,38 @@ class Replicas:
         for _ in self._buckets:
             failure = self._finished.get()
             if failure is not None:
-                raise PeerLostError(
-                    f"one of workers {', '.join(map(str, self._workers))} ended: see their output"
-                ) from failure
+                raise self._lost() from failure
         for bucket in self._buckets:
             bucket.missing = set(bucket.slots)
         self._open = deque(self._buckets)
-        return {name: bucket.slots[name] for name, bucket in reversed(self._bucket_of.items())}
+        every = {name: bucket.slots[name] for name, bucket in reversed(self._bucket_of.items())}
+        given, self._given = self._given, set()
+        absent = self._absent([name for name, one in every.items() if _is_zero(one)], given)
+        return {name: one for name, one in every.items() if name not in absent}
 
     def close(self) -> None:
         """End the thread; call it between rounds."""
         if not self._is_alone:
             self._tasks.put(None)
             self._thread.join()
+
+    def _absent(self, zeros: list[str], given: set[str]) -> set[str]:
+        """Parameters, of those whose sum is zero, to which no replica has a gradient.
+
+        The replicas have the same sums, and so ask each other in the same rounds, which are few.
+        """
+        if not zeros:
+            return set()
+        counts = torch.tensor([name in given for name in zeros], dtype=torch.int64)
+        try:
+            totals = self._ring.add_counts(counts).tolist()
+        except RuntimeError as error:
+            raise self._lost() from error
+        return {name for name, total in zip(zeros, totals, strict=True) if not total}
+
+    def _lost(self) -> PeerLostError:
+        workers = ", ".join(map(str, self._workers))
+        return PeerLostError(f"one of workers {workers} ended: see their output")
 
     def _put(self, name: str, gradient: torch.Tensor | None) -> None:
         """Put a gradient into its bucket, and send full ones, in the same order everywhere."""
@@ -116,6 +140,7 @@ class Replicas:
             bucket.slots[name].zero_()
         else:
             bucket.slots[name].copy_(gradient)
+            self._given.add(name)
         bucket.missing.discard(name)
         while self._open and not self._open[0].missing:
             self._tasks.put(self._open.popleft())
@@ -125,7 +150,7 @@ class Replicas:
         try:
             while (task := self._tasks.get()) is not None:
                 if isinstance(task, int):
-                    divisor = self._ring.add_counts(task)
+                    divisor = int(self._ring.add_counts(torch.tensor(task)))
                 else:
                     self._ring.average(task.whole, divisor)
                     self._finished.put(None)
@@ -142,6 +167,10 @@ class _Bucket:
         parts = zip(parameters.items(), torch.split(self.whole, sizes), strict=True)
         self.slots = {name: part.view(one.shape) for (name, one), part in parts}
         self.missing = set(self.slots)
+
+
+def _is_zero(tensor: torch.Tensor) -> bool:
+    return not tensor.flatten()[:1].any() and not tensor.any()  # the first number tells most
 
 
 def _groups(

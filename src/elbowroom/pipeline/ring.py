@@ -31,15 +31,15 @@ class Ring:
         """Bytes of memory that parts are received in, to be added."""
         return sum(spare.nbytes for spare in self._spares.values())
 
-    def add_counts(self, count: int) -> int:
-        """The sum of all workers' counts. Like headers, they are not counted as sent."""
-        total, given = count, torch.tensor(count)
+    def add_counts(self, counts: torch.Tensor) -> torch.Tensor:
+        """The sums of all workers' counts. Like headers, they are not counted as sent."""
+        total = given = counts
         for _ in range(self._size - 1):
             taken = torch.empty_like(given)
             receiving = _receive(taken, self._previous)
             _send(given, self._next).wait()
             receiving.wait()
-            total, given = total + int(taken), taken
+            total, given = total + taken, taken
         return total
 
     def average(self, tensor: torch.Tensor, divisor: int = 1) -> None:
