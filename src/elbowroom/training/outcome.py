@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from elbowroom.training.python_state import PythonState
 from elbowroom.training.values import copy_of, tensors_in
 
 RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
@@ -24,9 +25,6 @@ export may choose other kernels.
 NUM_CALLS = 3
 """Calls in a row that a graph and its model are compared in."""
 
-_PLAIN = (bool, int, float, str, type(None))
-_SHOWN = 3
-
 
 def in_training(model: nn.Module) -> nn.Module:
     """The model in training mode. What a model that trains keeps in ``eval()`` itself stays so."""
@@ -35,9 +33,20 @@ def in_training(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what runs and tracers change: buffers, attributes, modes, random numbers."""
+    """Put back what runs and tracers change: buffers, Python's state, modes, random numbers."""
+    python = PythonState(model)
+    try:
+        with tensors_untouched(model):
+            yield
+    finally:
+        python.put_back()
+
+
+@contextmanager
+def tensors_untouched(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, and the random numbers of torch, numpy and Python."""
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    modules = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules()]
+    modules = [(module, dict(module._buffers)) for module in model.modules()]
     devices = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     python, numpy = random.getstate(), np.random.get_state()
     try:
@@ -46,14 +55,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-        for module, attributes, buffers in modules:
-            vars(module).clear()
-            vars(module).update(attributes)
+        for module, buffers in modules:
             module._buffers.clear()
             module._buffers.update(buffers)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+
+def seed_all() -> None:
+    """Seed the random numbers of torch, numpy and Python, within ``tensors_untouched``."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @dataclass(frozen=True)
@@ -63,33 +77,24 @@ class Outcome:
     Args:
         calls: for each call its outputs, and the gradients of the sum of their squares.
         buffers: the model's buffers after the calls.
-        attributes: numbers and texts on modules after the calls, by module and name.
-        draws: states of the generators of random numbers after the calls, by library.
+        draws: the state of torch's generator of random numbers after the calls.
 
     """
 
     calls: list[list[torch.Tensor | None]]
     buffers: list[torch.Tensor]
-    attributes: dict[tuple[str, str], object]
-    draws: dict[str, object]
+    draws: torch.Tensor
 
 
 def outcome_of(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> Outcome:
     """Run several times in a row; all is as before afterwards."""
     with untouched(model), torch.enable_grad():
-        torch.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        seed_all()
         calls = [_values_and_gradients(model, run, inputs) for _ in range(NUM_CALLS)]
         return Outcome(
             calls,
             [buffer.detach().clone() for buffer in model.buffers()],
-            _attributes(model),
-            {
-                "Python's random": random.getstate(),
-                "numpy": repr(np.random.get_state()),
-                "torch": torch.get_rng_state().tolist(),
-            },
+            torch.get_rng_state(),
         )
 
 
@@ -106,43 +111,45 @@ def _values_and_gradients(
     return [*kept, *torch.autograd.grad(total, parameters, allow_unused=True)]
 
 
-def _attributes(model: nn.Module) -> dict[tuple[str, str], object]:
-    return {
-        (name, attribute): value
-        for name, module in model.named_modules()
-        for attribute, value in vars(module).items()
-        if isinstance(value, _PLAIN)
-    }
-
-
 def difference(model: Outcome, graph: Outcome) -> str | None:
     """What a graph does otherwise than its model, if anything."""
-    changed = [key for key, value in model.attributes.items() if graph.attributes.get(key) != value]
-    if changed:
-        names = ", ".join(f"'{'.'.join(filter(None, key))}'" for key in changed[:_SHOWN])
-        return f"the forward changes {names}, which a graph keeps as it is: make it a buffer"
-    for library, state in model.draws.items():
-        if graph.draws[library] != state:
-            return f"the forward draws from {library} by itself: use torch's functions in it"
+    if not torch.equal(model.draws, graph.draws):
+        return "the forward draws random numbers while it is traced: use torch's functions in it"
     for number, (one, other) in enumerate(zip(model.calls, graph.calls, strict=True)):
-        if len(one) != len(other) or not all(map(_is_close, one, other)):
+        if len(one) != len(other) or not all(map(is_close, one, other)):
             if number:
                 return "the forward depends on earlier calls, which a graph does not: use buffers"
             return "what was traced computes something else than the model"
-    if not all(map(_is_close, model.buffers, graph.buffers)):
+    if not all(map(is_close, model.buffers, graph.buffers)):
         return "what was traced leaves other buffers than the model"
     return None
 
 
-def _is_close(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+def is_close(
+    one: torch.Tensor | None,
+    other: torch.Tensor | None,
+    relative_error: float = RELATIVE_ERROR,
+    roundings: int = ROUNDINGS,
+) -> bool:
+    """Whether two tensors agree in the norm, or there are none; numbers that are not floats, all.
+
+    The larger tolerance counts: relative, or in roundings of the dtype.
+    """
     if one is None or other is None:
         return one is other
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if one.is_sparse:
+        one, other = one.to_dense(), other.to_dense()
     if torch.equal(one, other):
         return True
-    if not one.is_floating_point():
+    if not (one.is_floating_point() or one.is_complex()):
         return False
-    tolerance = max(RELATIVE_ERROR, ROUNDINGS * torch.finfo(one.dtype).eps)
-    one, other = (x.detach().double().nan_to_num() for x in (one, other))
+    tolerance = max(relative_error, roundings * torch.finfo(one.dtype).eps)
+    one, other = (_as_reals(x) for x in (one, other))
     return bool((one - other).norm() <= tolerance * one.norm())
+
+
+def _as_reals(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    return tensor.detach().double().nan_to_num()

@@ -8,24 +8,20 @@ There are three ways, and the first that works is taken:
   its shapes and its mode are those of the batch and the model that it saw. Models that ask whether
   they are being traced may then choose other kernels, which round otherwise.
 
-Tracing can go wrong silently: a forward that uses ``torch.no_grad()``, tests for ``None``, draws
-its own random numbers or keeps something on its module is traced as something else. So each graph
-is run beside the model, forward and backward, several times in a row, and is only taken if the
-results agree, and what the calls left behind: buffers, attributes, generators of random numbers.
+Tracing can go wrong silently: a forward that uses ``torch.no_grad()`` or tests for ``None`` is
+traced as something else. So each graph is run beside the model, forward and backward, several times
+in a row, and is only taken if the results agree, and the buffers and random numbers that the calls
+left behind. A forward that depends on more than tensors is refused (``purity``).
 """
 
 from __future__ import annotations
 
 import inspect
-import linecache
 import logging
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -34,12 +30,9 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError
 from elbowroom.training.outcome import difference, outcome_of, untouched
+from elbowroom.training.purity import impurity
+from elbowroom.training.user_code import where
 from elbowroom.training.values import tensors_in
-
-_TORCH, _OURS = Path(torch.__file__).parent, Path(__file__).parents[1]
-
-
-_STDLIB, _PACKAGES = (Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib"))
 
 
 class Call(NamedTuple):
@@ -97,12 +90,16 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     Leaves the model as it was. Raises InputError if the model does not run on the batch,
     UntraceableModelError if no graph of it computes the same.
     """
+    run = partial(called, model)
     with untouched(model):
         try:
-            reference = outcome_of(model, lambda batch: called(model, batch), inputs)
+            impure = impurity(model, run, inputs)
+            reference = None if impure else outcome_of(model, run, inputs)
         except Exception as error:
             message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
-            raise InputError(f"{message}{_where(error)}: change make_batch or the model") from error
+            raise InputError(f"{message}{where(error)}: change make_batch or the model") from error
+    if reference is None:
+        raise _untraceable(model, impure)
     ways: list[Callable[[nn.Module, Call], ModelGraph]] = [_symbolic, _exported]
     if type(model).forward is nn.Sequential.forward:
         ways = [_sequential]
@@ -113,16 +110,21 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
                 graph = way(model, as_call(inputs))
                 outcome = outcome_of(model, graph.run, inputs)
         except Exception as error:
-            failures.append(f"{_first_line(error)}{_where(error)}")
+            failures.append(f"{_first_line(error)}{where(error)}")
             continue
         if (found := difference(reference, outcome)) is None:
             return graph
         failures.append(found)
-    reasons = "; then ".join(dict.fromkeys(failures))
-    raise UntraceableModelError(
-        f"the forward of {type(model).__name__} cannot be traced: {reasons}. "
-        "Build the model as nn.Sequential of blocks, each of which is then one layer, or write the "
-        "forward without it"
+    raise _untraceable(
+        model,
+        f"{'; then '.join(dict.fromkeys(failures))}. Build the model as nn.Sequential of blocks, "
+        f"each of which is then one layer, or write the forward without it",
+    )
+
+
+def _untraceable(model: nn.Module, reasons: str | None) -> UntraceableModelError:
+    return UntraceableModelError(
+        f"the forward of {type(model).__name__} cannot be traced: {reasons}"
     )
 
 
@@ -212,18 +214,3 @@ def called(model: nn.Module, inputs: Any) -> Any:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
-def _where(error: Exception) -> str:
-    """Text that points at the innermost line of the user's own code; empty if there is none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if path.exists() and not _is_machinery(path):
-            line = linecache.getline(frame.filename, frame.lineno or 0).strip()
-            return f" ({path}:{frame.lineno}: `{line}`)"
-    return ""
-
-
-def _is_machinery(path: Path) -> bool:
-    in_stdlib = path.is_relative_to(_STDLIB) and not path.is_relative_to(_PACKAGES)
-    return in_stdlib or path.is_relative_to(_TORCH) or path.is_relative_to(_OURS)

@@ -1,0 +1,118 @@
+"""Habits of a forward that no pipeline can follow: it must depend on tensors alone.
+
+Stages are other processes, replicas see other minibatches, and a resumed run begins anew: what
+Python keeps, draws or asks the clock for would be something else in each of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from elbowroom.training.outcome import ROUNDINGS, is_close, seed_all, tensors_untouched, untouched
+from elbowroom.training.python_state import PythonState
+from elbowroom.training.user_code import is_own
+from elbowroom.training.values import copy_of, tensors_in
+
+_SHOWN = 3
+_CLOCKS: tuple[Callable[..., object], ...] = (
+    *(time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter),
+    *(time.perf_counter_ns, time.process_time, time.process_time_ns, os.urandom),
+)
+_NOW = {"now", "utcnow", "today"}
+
+
+def impurity(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> str | None:
+    """What else than tensors the forward depends on or changes, if anything, for a message.
+
+    Calls it twice from the same buffers and random numbers; all is as before afterwards, but for
+    weights that the forward writes into.
+    """
+    weights = _digests(model)
+    asked: set[str] = set()
+    with untouched(model), torch.enable_grad():
+        python = PythonState(model)
+        calls, changed = [], []
+        for _ in range(2):
+            with tensors_untouched(model), _clocks(asked):
+                calls.append(_called(run, inputs))
+            changed += python.changed()
+    if changed:
+        names = ", ".join(f"'{name}'" for name in list(dict.fromkeys(changed))[:_SHOWN])
+        return f"the forward changes {names}, which a graph keeps as it is: make it a buffer"
+    written = [name for name, digest in _digests(model).items() if digest != weights[name]]
+    if written:
+        return f"the forward writes into the parameter '{written[0]}': do it in the optimizer"
+    if asked:
+        return f"the forward asks for {', '.join(sorted(asked))}: give it what it needs as an input"
+    one, other = calls
+    if one.drawn:
+        return f"the forward draws from {one.drawn} by itself: use torch's functions in it"
+    is_same = len(one.outputs) == len(other.outputs) and torch.equal(one.draws, other.draws)
+    if not is_same or not all(map(_is_same, one.outputs, other.outputs)):
+        return "the forward depends on earlier calls, which a graph does not: use buffers"
+    return None
+
+
+class _Call(NamedTuple):
+    """What one call gave, torch's generator after it, and which other library it drew from."""
+
+    outputs: list[torch.Tensor]
+    draws: torch.Tensor
+    drawn: str | None
+
+
+def _called(run: Callable[[Any], Any], inputs: Any) -> _Call:
+    seed_all()
+    python, numpy = random.getstate(), repr(np.random.get_state())
+    outputs = [tensor.detach().clone() for tensor in tensors_in(run(copy_of(inputs)))]
+    drawn = "Python's random" if random.getstate() != python else None
+    drawn = "numpy" if repr(np.random.get_state()) != numpy else drawn
+    return _Call(outputs, torch.get_rng_state(), drawn)
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return is_close(one, other, 0.0, ROUNDINGS)
+
+
+def _digests(model: nn.Module) -> dict[str, tuple[int, str]]:
+    """Memory and sums of parameters, but of those that embeddings renormalise (``max_norm``)."""
+    return {
+        f"{name}.{key}" if name else key: (one.data_ptr(), repr(one.detach().sum().tolist()))
+        for name, module in model.named_modules()
+        if getattr(module, "max_norm", None) is None
+        for key, one in module.named_parameters(recurse=False)
+    }
+
+
+@contextmanager
+def _clocks(asked: set[str]) -> Iterator[None]:
+    """Note which clocks the user's own code reads within this context."""
+
+    def note(frame: FrameType, event: str, function: Any) -> None:
+        if event != "c_call":
+            return
+        owner = getattr(function, "__self__", None)
+        is_clock = any(function is clock for clock in _CLOCKS)
+        is_now = owner in (datetime.datetime, datetime.date) and function.__name__ in _NOW
+        if (is_clock or is_now) and is_own(Path(frame.f_code.co_filename)):
+            asked.add(f"{function.__name__}()")
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
