@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ class ScriptCase:
     checkpoints: str = ""
     first: int = 0
     num_replicas: int = 1
+    autocast: bool = False
 
     @property
     def replicas(self) -> tuple[int, ...]:
@@ -108,15 +109,21 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
         plan,
         script.optimizer_fn(None),
         script.loss_fn,
-        StageOptions(case.semantics, case.microbatches),
+        StageOptions(
+            case.semantics,
+            case.microbatches,
+            autocast=torch.bfloat16 if case.autocast else None,
+        ),
         partial(script.make_scheduler, num_steps=case.num_steps) if script.has_scheduler else None,
     )
     checkpoints = Path(case.checkpoints)
     first = pipeline.restore(checkpoints) if case.first else 0
     assert first == case.first
     generator = torch.Generator().manual_seed(0)
-    for step in range(case.num_steps):
-        batch = script.make_batch(generator)
+    batches = (script.make_batch(generator) for _ in range(case.num_steps))
+    ahead = list(islice(batches, 3))
+    pipeline.prepare(ahead)
+    for step, batch in enumerate(chain(ahead, batches)):
         if step >= first:
             pipeline.train_step(batch)
     pipeline.drain()
@@ -125,7 +132,7 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
     weights = {name: p.detach().clone() for name, p in pipeline.module.body.named_parameters()}
     save_file(weights, folder / f"{number}.safetensors")
     pipeline.close()
-    return {"layers": pipeline.module.layers}
+    return {"layers": pipeline.module.layers, "notes": pipeline.notes}
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def check_same(found: Weights, path: Path, num_steps: int) -> None:
         ("c56_maxnorm", 1),
         ("c58_vq", 1),
         ("c83_ema_late", 1),
+        ("c97_annealed", 1),
         ("c32_multiloss_mb", 4),
         ("c86_mask_tt", 4),
         ("c87_pos_ids", 4),
@@ -99,17 +100,33 @@ def test_as_the_plain_loop(members: Members, tmp_path: Path, name: str, microbat
         ("c42_lbfgs", "LBFGS", {}),
         ("c48_maskinput", "rows of a part of a minibatch", {"microbatches": 4}),
         ("c56_maxnorm", "--semantics flush", {"semantics": "stash"}),
+        ("c94_changing_number", "what changes must be a tensor", {}),
+        ("c95_regularised", "loss_fn reads the parameter", {}),
+        ("c95_regularised", "loss_fn reads the parameter", {"microbatches": 4}),
+        ("c96_aux_on_module", "that of the model as it is", {}),
+        ("c98_late_random", "make_batch gives each worker another minibatch", {}),
+        ("c99_autocast_branch", "something else than the model", {"autocast": True}),
     ],
 )
 def test_what_is_refused_by_name(
     members: Members, tmp_path: Path, name: str, words: str, more: dict[str, object]
 ) -> None:
     case = ScriptCase(str(SCRIPTS / f"{name}.py"), num_stages=1, **more)  # type: ignore[arg-type]
-    if name == "c31_npaug":
+    if "each worker" in words:
         case = ScriptCase(str(SCRIPTS / f"{name}.py"))
     errors, weights = trained(members, tmp_path / "run", case)
     assert all(words in error for error in errors), errors
     assert not weights
+
+
+def test_a_mean_of_means_is_told(members: Members, tmp_path: Path) -> None:
+    """Tokens that are left out make rows count unlike: the loss of microbatches is another."""
+    case = ScriptCase(str(SCRIPTS / "c47_ignore.py"), num_stages=1, num_steps=1, microbatches=4)
+    seen = members.run(case, tmp_path)
+    assert "ignore_index" in seen[0]["notes"][0]
+    even = ScriptCase(str(SCRIPTS / "c32_multiloss_mb.py"), 1, num_steps=1, microbatches=4)
+    (tmp_path / "even").mkdir()
+    assert members.run(even, tmp_path / "even")[0]["notes"] == []
 
 
 @pytest.mark.parametrize(

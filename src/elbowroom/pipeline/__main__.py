@@ -11,6 +11,7 @@ import sys
 import time
 from datetime import timedelta
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -26,6 +27,9 @@ from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.script import TrainingScript, load_script
+
+_CHECKED = 3
+"""Minibatches that are checked before the first update."""
 
 _AUTOCAST = dict(zip(AUTOCAST, (torch.bfloat16,), strict=True))
 
@@ -109,8 +113,13 @@ def _run_steps(
 ) -> None:
     """Train from step ``first`` on, with a checkpoint now and then."""
     generator = torch.Generator().manual_seed(args.seed)
-    for step in range(args.steps):
-        batch = script.make_batch(generator)
+    batches = (script.make_batch(generator) for _ in range(args.steps))
+    ahead = list(islice(batches, _CHECKED))
+    pipeline.prepare(ahead)
+    if pipeline.worker == 0:
+        for note in pipeline.notes:
+            print(note, flush=True)
+    for step, batch in enumerate(chain(ahead, batches)):
         if step < first:
             continue  # learned from before the checkpoint
         progress.note(step, pipeline.train_step(batch), batch[0])

@@ -69,6 +69,11 @@ class StageOptions:
                 f"clip_norm {self.clip_norm}, bucket_bytes {self.bucket_bytes}: give more than 0"
             )
 
+    def computing(self) -> torch.autocast:
+        """The context that forward passes and losses are computed in."""
+        dtype = self.autocast
+        return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
     def schedule_rule(self, depth: int) -> ScheduleRule:
         """The rule that a worker's actions follow, at the depth of the plan."""
         is_flushed = self.semantics == "flush"

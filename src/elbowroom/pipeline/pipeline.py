@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,9 +12,15 @@ from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.checkpoint import Checkpoint, check_settings, newest_checkpoint, save
+from elbowroom.pipeline.first_checks import (
+    FirstLoss,
+    check_stages,
+    loss_as_it_is,
+    mean_of_means,
+)
 from elbowroom.pipeline.microbatches import check_microbatches
 from elbowroom.pipeline.options import LossFunction, StageOptions
-from elbowroom.pipeline.sameness import check_same_batch, make_equal
+from elbowroom.pipeline.sameness import check_same_batches, make_equal
 from elbowroom.pipeline.split import split
 from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.worker import StageWorker
@@ -90,6 +96,8 @@ class Pipeline:
         self._built: _Built | None = None
         self._resumed: Checkpoint | None = None
         self._num_steps = 0
+        self.notes: list[str] = []
+        """What to know of this run, a line each, from the checks before the first update."""
 
     @property
     def module(self) -> StageModule:
@@ -118,6 +126,16 @@ class Pipeline:
         """Bytes of memory that messages are received in."""
         return self._built.worker.buffer_bytes if self._built else 0
 
+    def prepare(self, batches: Sequence[tuple[Any, Any]]) -> None:
+        """Trace the model with the first of these minibatches, and check the stages on all.
+
+        It trains with none of them. Every worker must call it with the same, after ``restore``; or
+        else ``train_step`` does it with its first minibatch. Raises InputError, SplitError, or
+        UntraceableModelError for what would not be trained as in a plain loop.
+        """
+        assert self._built is None, "the model is prepared once"
+        self._built = self._build(batches)
+
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.
 
@@ -126,7 +144,8 @@ class Pipeline:
         """
         inputs, targets = batch
         if self._built is None:
-            self._built = self._build(batch)
+            self.prepare([batch])
+        assert self._built is not None
         traced, module = self._built.traced, self._built.module
         self._num_steps += 1
         loaded = traced.named_inputs(inputs) if module.loads else {}
@@ -192,17 +211,42 @@ class Pipeline:
                     f"'{self.semantics}' cannot keep apart: use --semantics flush"
                 )
 
-    def _build(self, batch: tuple[Any, Any]) -> _Built:
+    def _first_checks(
+        self,
+        traced: TracedModel,
+        stages: list[StageModule],
+        batches: Sequence[tuple[Any, Any]],
+    ) -> LossFunction:
+        """Check the stages against the whole model; the loss function that checks the first loss.
+
+        All of the model must be there still.
+        """
+        count = self._options.microbatches
+        check_stages(traced, stages, batches, self._options)
+        if count > 1:
+            check_microbatches(self._model, batches[0][0], count)
+            note = mean_of_means(self._model, self._loss_fn, batches, count)
+            self.notes += [note] if note else []
+        expected = None
+        if self._resumed is None and count == 1:
+            expected = loss_as_it_is(self._model, self._loss_fn, batches[0], self._options)
+            if expected is None:
+                self.notes.append("random numbers: the first loss is not compared with a plain one")
+        is_first = self.worker == self.pipe.workers(self.pipe.num_stages - 1)[0]
+        expected = expected if is_first else None
+        return FirstLoss(self._loss_fn, self._model, expected, self._options)
+
+    def _build(self, batches: Sequence[tuple[Any, Any]]) -> _Built:
         """Trace the model with the first minibatch, keep this stage of it, and restore that."""
-        inputs = batch[0]
         self._check_model()
         if self._resumed is None:
             make_equal(self._model)
-        check_same_batch(batch)
-        traced = trace_model(in_training(self._model), inputs)
-        if self._options.microbatches > 1:
-            check_microbatches(self._model, inputs, self._options.microbatches)
-        module = split(traced, self.plan)[self.stage]
+        check_same_batches(batches)
+        traced = trace_model(in_training(self._model), batches[0][0])
+        stages = split(traced, self.plan)
+        loss_fn = self._first_checks(traced, stages, batches)
+        module = stages[self.stage]
+        del stages
         kept = set(module.parameters())
         for parameter in self._model.parameters():
             if parameter not in kept:
@@ -225,7 +269,7 @@ class Pipeline:
             self.pipe,
             self.worker,
             optimizer,
-            self._loss_fn,
+            loss_fn,
             self._options,
             scheduler,
             next_minibatch,

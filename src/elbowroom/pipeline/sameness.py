@@ -1,8 +1,9 @@
-"""What all workers have to have alike before they train: weights, and the first minibatch."""
+"""What all workers have to have alike before they train: weights, and the first minibatches."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,9 +34,9 @@ def make_equal(model: nn.Module) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def check_same_batch(batch: tuple[Any, Any]) -> None:
+def check_same_batches(batches: Sequence[tuple[Any, Any]]) -> None:
     """Raise InputError if workers were given different minibatches. Every worker must call it."""
-    if not _agree([_digest(tensor) for tensor in tensors_in(batch)]):
+    if not _agree([_digest(tensor) for tensor in tensors_in(list(batches))]):
         raise InputError(
             "make_batch gives each worker another minibatch: draw all that is random in it from "
             "its generator, also what numpy and Python's random would draw"

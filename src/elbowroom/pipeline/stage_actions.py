@@ -131,7 +131,7 @@ class StageActions:
             inputs = (*map(_as_leaf, message.tensors, message.needs_grad), *inputs)
         begin = time.perf_counter()
         leaves = self.versions.acquire(version)
-        with self._randomness(minibatch), self._autocast():
+        with self._randomness(minibatch), self._options.computing():
             outputs = functional_call(self._module, dict(leaves), inputs)
             if self._behind is None:
                 outputs = (self._loss_fn(outputs, batch.targets),)
@@ -268,10 +268,6 @@ class StageActions:
             yield
         finally:
             torch.set_rng_state(state)
-
-    def _autocast(self) -> torch.autocast:
-        dtype = self._options.autocast
-        return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _note(self, kind: DoneKind, minibatch: int, version: int, begin: float) -> None:
         """Count what just ended, and keep it if a record is kept."""

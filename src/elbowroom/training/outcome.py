@@ -32,9 +32,12 @@ def in_training(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Put back what runs and tracers change: buffers, Python's state, modes, random numbers."""
-    python = PythonState(model)
+def untouched(model: nn.Module, *functions: Callable[..., Any]) -> Iterator[None]:
+    """Put back what runs and tracers change: buffers, Python's state, modes, random numbers.
+
+    Python's state is what the model and the functions can reach.
+    """
+    python = PythonState(model, *functions)
     try:
         with tensors_untouched(model):
             yield

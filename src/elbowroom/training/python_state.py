@@ -38,9 +38,9 @@ class _Version(NamedTuple):
 
 
 class PythonState:
-    """Values that the forward of a model can reach, by names for people, as they are now."""
+    """Values that a model's forward, and functions, can reach, by name, as they are now."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *functions: Callable[..., Any]) -> None:
         self.values: dict[str, object] = {}
         self._model = model
         self._seen: dict[int, object] = {}  # keeps them alive, so that no other has their id
@@ -51,6 +51,8 @@ class PythonState:
             self._seen[id(one)] = one
         for name, module in model.named_modules():
             self._module(name, module, 0)
+        for function in functions:
+            self._visit("function", function, 0)
 
     def put_back(self) -> None:
         """Give all that was reached the values that it had."""

@@ -66,10 +66,10 @@ class TrainingScript:
             raise InputError(f"{self.path}: make_batch must return a tuple (inputs, targets)")
         return batch
 
-    def loss_fn(self, outputs: Any, targets: Any) -> torch.Tensor:
-        """The script's own loss, whatever it gives; its errors are not wrapped."""
-        loss: torch.Tensor = self.functions["loss_fn"](outputs, targets)
-        return loss
+    @property
+    def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
+        """The script's own loss, from outputs and targets; its errors are not wrapped."""
+        return self.functions["loss_fn"]
 
     def optimizer_fn(self, lr: float | None = None) -> OptimizerFunction:
         """The script's ``make_optimizer``, or AdamW with learning rate ``lr`` (default 1e-3).

@@ -20,7 +20,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,11 +28,11 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.core.errors import InputError, UntraceableModelError
+from elbowroom.core.errors import InputError, UntraceableModelError, shown
 from elbowroom.training.outcome import difference, outcome_of, untouched
 from elbowroom.training.purity import impurity
 from elbowroom.training.user_code import where
-from elbowroom.training.values import tensors_in
+from elbowroom.training.values import Value, is_same_constant, tensors_in, value_of
 
 
 class Call(NamedTuple):
@@ -50,6 +50,7 @@ class ModelGraph:
         module: the graph; called by ``run`` only.
         keys: for each placeholder its position or name in the call; None for an exported graph,
             which has a placeholder for each leaf of the arguments.
+        batch: the arguments that it was traced with, without their tensors.
         result: structure of the leaves that an exported graph returns; None for other graphs.
         mode_matters: whether the graph would differ in the other mode (``train()`` or ``eval()``).
 
@@ -57,6 +58,7 @@ class ModelGraph:
 
     module: fx.GraphModule
     keys: tuple[int | str, ...] | None
+    batch: Value
     result: pytree.TreeSpec | None
     mode_matters: bool
 
@@ -65,7 +67,24 @@ class ModelGraph:
         return self.keys is None
 
     def placeholder_values(self, inputs: Any) -> list[Any]:
+        """Values for the graph's placeholders, in order.
+
+        Raises InputError for a minibatch that differs in more than its tensors: a graph holds the
+        rest of what it was traced with.
+        """
         call = as_call(inputs)
+        other = _form(call)
+        if other.spec != self.batch.spec or other.is_tensor != self.batch.is_tensor:
+            raise InputError(
+                "make_batch gives a minibatch whose inputs have another structure than those of "
+                "the first: give each the same tensors, by the same names"
+            )
+        for one, leaf in zip(self.batch.leaves, other.leaves, strict=True):
+            if not is_same_constant(one, leaf):
+                raise InputError(
+                    f"make_batch gives the input {shown(leaf)} where the first minibatch had "
+                    f"{shown(one)}, which was traced: what changes must be a tensor"
+                )
         if self.keys is None:
             return list(pytree.tree_leaves(tuple(call)))
         return [call.kwargs[k] if isinstance(k, str) else call.args[k] for k in self.keys]
@@ -174,7 +193,7 @@ def _symbolic(model: nn.Module, call: Call) -> ModelGraph:
             mode_matters = _traced(model, call, False).module.code != found.module.code
     except Exception:  # what it does in its other mode cannot be written down
         mode_matters = True
-    return ModelGraph(found.module, found.keys, None, mode_matters)
+    return replace(found, mode_matters=mode_matters)
 
 
 def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGraph:
@@ -184,7 +203,7 @@ def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGra
             module = fx.GraphModule(model, tracer.trace(model))
     finally:
         del tracer.call  # a tracer refers to itself, and would hold the batch until collected
-    return ModelGraph(module, tuple(tracer.traced_keys), None, False)
+    return ModelGraph(module, tuple(tracer.traced_keys), _form(call), None, False)
 
 
 def _exported(model: nn.Module, call: Call) -> ModelGraph:
@@ -192,7 +211,11 @@ def _exported(model: nn.Module, call: Call) -> ModelGraph:
         program = torch.export.export(model, call.args, call.kwargs)
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    return ModelGraph(module, None, program.call_spec.out_spec, True)
+    return ModelGraph(module, None, _form(call), program.call_spec.out_spec, True)
+
+
+def _form(call: Call) -> Value:
+    return value_of("batch", tuple(call))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
@@ -102,6 +103,16 @@ def value_of(name: str, value: Any) -> Value:
 def tensors_in(value: Any) -> list[torch.Tensor]:
     """Tensors in a value, in their order in its structure."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def is_same_constant(one: Any, other: Any) -> bool:
+    """Whether two values that are no tensors are the same; numbers of numpy's arrays, all."""
+    if one is other:
+        return True
+    try:
+        return type(one) is type(other) and bool(np.array_equal(one, other))
+    except Exception:  # of a kind that cannot be compared
+        return False
 
 
 def copy_of(value: Any) -> Any:
