@@ -50,6 +50,7 @@ class ScriptCase:
     first: int = 0
     num_replicas: int = 1
     autocast: bool = False
+    lr: float | None = None
 
     @property
     def replicas(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
     pipeline = Pipeline(
         script.make_model(0),
         plan,
-        script.optimizer_fn(None),
+        script.optimizer_fn(case.lr),
         script.loss_fn,
         StageOptions(
             case.semantics,

@@ -147,6 +147,18 @@ def test_a_resume_is_as_no_stop(
     check_same(weights, Path(path), 18)
 
 
+@pytest.mark.parametrize("num_stages", [2, 1])
+def test_a_resume_with_another_rate_is_refused(
+    members: Members, tmp_path: Path, num_stages: int
+) -> None:
+    path, kept = str(SCRIPTS / "c98_late_random.py"), str(tmp_path / "kept")
+    first = ScriptCase(path, 2, num_steps=2, saves=True, checkpoints=kept, lr=0.25)
+    assert trained(members, tmp_path / "one", first)[0] == ["", ""]
+    rest = ScriptCase(path, num_stages, num_steps=2, checkpoints=kept, first=2, lr=0.5)
+    errors, _ = trained(members, tmp_path / "two", rest)
+    assert all("with lr 0.25, and this one has 0.5" in error for error in errors), errors
+
+
 def test_replicas_leave_parameters_without_a_gradient_alone(
     members: Members, tmp_path: Path
 ) -> None:

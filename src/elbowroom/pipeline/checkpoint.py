@@ -29,6 +29,9 @@ _KEPT = 2
 _GROUP_LISTS = {"base_lrs", "_last_lr"}
 """What schedulers keep for each parameter group."""
 
+_MADE = "made_with"
+"""Key of a parameter group: its settings as the script made them, before any schedule."""
+
 
 class StageSettings(NamedTuple):
     """Settings of one stage: of its optimizer's parameter groups, and of its scheduler.
@@ -93,14 +96,17 @@ class Checkpoint:
         """Put weights, buffers and the states of optimizer and scheduler into a stage.
 
         Settings of parameter groups follow the names of their parameters, in whatever stages they
-        were saved. Raises InputError if the checkpoint is damaged or of another model or optimizer.
+        were saved. Raises InputError if the checkpoint is damaged, of another model or of another
+        optimizer, and if ``note_made`` noted other settings than in the run that saved it.
         """
         self.load_weights(module)
         names = {parameter: name for name, parameter in module.named_parameters()}
         places = [self._place(group) for group in _group_names(module, optimizer)]
         for group, place in zip(optimizer.param_groups, places, strict=True):
             if place is not None:
-                group.update(place[0].groups[place[1]])
+                saved = place[0].groups[place[1]]
+                self._check_made(group.get(_MADE, {}), saved.get(_MADE, {}))
+                group.update(saved)
             for parameter in filter(names.__contains__, group["params"]):
                 prefix = f"optimizer.{names[parameter]}."
                 keys = [key for key in self.index.files if key.startswith(prefix)]
@@ -135,6 +141,14 @@ class Checkpoint:
                 f"{self._path}: give them the groups that they had"
             )
         return found[0] if found else None
+
+    def _check_made(self, now: dict[str, Any], saved: dict[str, Any]) -> None:
+        for key in now.keys() & saved.keys():
+            if to_json(now[key]) != to_json(saved[key]):
+                raise InputError(
+                    f"{self._path} is of a run with {key} {saved[key]}, and this one has "
+                    f"{now[key]}: resume with that, or train in another folder"
+                )
 
     def _read(self, name: str, like: torch.Tensor | None = None) -> torch.Tensor:
         try:
@@ -255,6 +269,13 @@ def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[li
     """For each parameter group the names of its parameters in the model."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     return [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
+
+
+def note_made(optimizer: torch.optim.Optimizer) -> None:
+    """Keep the settings of a new optimizer, so that a resume with others can be refused."""
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        group[_MADE] = {"optimizer": type(optimizer).__name__, **settings}
 
 
 def check_settings(

@@ -11,7 +11,13 @@ import torch
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.pipeline.checkpoint import Checkpoint, check_settings, newest_checkpoint, save
+from elbowroom.pipeline.checkpoint import (
+    Checkpoint,
+    check_settings,
+    newest_checkpoint,
+    note_made,
+    save,
+)
 from elbowroom.pipeline.first_checks import (
     FirstLoss,
     check_stages,
@@ -256,6 +262,7 @@ class Pipeline:
         optimizer = self._optimizer_fn(trained or [nothing])
         if isinstance(optimizer, torch.optim.LBFGS):
             raise InputError("LBFGS computes the loss several times an update: take another")
+        note_made(optimizer)
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             raise InputError("ReduceLROnPlateau needs a metric at every step: take another")
