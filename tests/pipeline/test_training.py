@@ -190,6 +190,26 @@ def test_what_cannot_be_run(files: Path) -> None:
     assert "plan again with a profile of this model" in said
 
 
+def test_a_run_that_is_stopped(files: Path, tmp_path: Path) -> None:
+    """By Ctrl-C, or because torchrun is killed: one line, 75, and no worker is left."""
+    flags = ("--steps", "1000000", "--every", "1000000", "--checkpoints", str(tmp_path))
+    interrupted, orphaned = train_run(files, *flags), train_run(files, *flags)
+    workers = []
+    for process in (interrupted, orphaned):
+        assert process.stdout is not None
+        while "loss" not in process.stdout.readline():
+            assert process.poll() is None
+        [torchrun] = psutil.Process(process.pid).children()
+        workers += torchrun.children()
+        process.send_signal(signal.SIGINT) if process is interrupted else torchrun.kill()
+    for process, who in ((interrupted, "SIGINT"), (orphaned, "SIGKILL")):
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, said
+        assert re.fullmatch(rf"(step .*\n)*elbowroom: .*{who}; .* resume\n", said), said
+    assert len(workers) == 6
+    assert not psutil.wait_procs(workers, timeout=10)[1]
+
+
 def test_a_worker_that_dies(files: Path) -> None:
     """The others end within seconds, and say who it was."""
     process = start(files, 3, "plan3.json", "--steps", "1000000", "--trace", str(files / "t"))

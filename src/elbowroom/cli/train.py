@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
+from elbowroom.cli.exit_codes import EXIT_FAILURE
 from elbowroom.cli.plan_pipeline import add_plan_pipeline
 from elbowroom.cli.profile_model import add_profile_model
 from elbowroom.cli.screen import Console
@@ -49,12 +53,38 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     )
     # torchrun sets the same number, with a banner.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen([*launcher, *_words(args)], env=environment)
+    # Of its own session: it would answer signals with a traceback. Workers end when it is gone.
+    command = [*launcher, *_words(args)]
+    with _interrupted(), subprocess.Popen(command, env=environment, start_new_session=True) as run:
+        try:
+            code = run.wait()
+            reason = f"torchrun was stopped by {signal.Signals(-code).name}" if code < 0 else None
+        except KeyboardInterrupt as stop:
+            run.kill()
+            reason = str(stop) or "stopped by SIGINT"
+    if reason is None:
+        return code
+    if args.checkpoints:
+        raise KeyboardInterrupt(reason)
+    console.print(f"elbowroom: {reason}; without --checkpoints, nothing is kept")
+    return EXIT_FAILURE
+
+
+@contextmanager
+def _interrupted() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP interrupt as SIGINT does, unless they are ignored (nohup)."""
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [one for one in known if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, _interrupt) for one in heard}
     try:
-        return process.wait()
-    except KeyboardInterrupt:  # torchrun got the same signal, and ends its workers
-        process.wait()
-        raise
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+def _interrupt(number: int, _: object) -> NoReturn:
+    raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}")
 
 
 def _words(args: argparse.Namespace) -> list[str]:

@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
@@ -17,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from elbowroom.core.errors import ElbowroomError, InputError
+from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
 from elbowroom.core.files import check_writable
 from elbowroom.core.trace import write_trace
+from elbowroom.pipeline.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.pipeline.flags import AUTOCAST, add_run_flags
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
@@ -39,11 +41,18 @@ def main() -> int:
     if "WORLD_SIZE" not in os.environ:
         print("error: start it with torchrun --nproc-per-node N -m elbowroom.pipeline", flush=True)
         return 2
+    end_with_parent()
+    leave_on_interrupt(is_told=os.environ["RANK"] == "0")
     try:
         _train(args)
     except ElbowroomError as error:
-        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, InputError) else 1
+        if isinstance(error, PeerLostError):
+            time.sleep(2 * WATCH_SECONDS)  # what ended the peer may end us, too
+        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr)
+        leave(2 if isinstance(error, InputError) else 1)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
     return 0
 
 
@@ -58,24 +67,22 @@ def _train(args: argparse.Namespace) -> None:
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
-    try:
-        pipeline = _make_pipeline(script, plan, args)
-        first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
-        if first >= args.steps:
-            raise InputError(f"{args.checkpoints} has learned from {first} already: raise --steps")
-        progress = Progress(pipeline)
-        begin = time.perf_counter()
-        _run_steps(pipeline, script, args, first, progress)
-        pipeline.close()
-        progress.end()
-        lines = summary(pipeline, progress, time.perf_counter() - begin, args.steps - first)
-        spans = spans_of_all(pipeline) if args.trace else []
-        if pipeline.worker == 0:
-            print("\n".join(lines), flush=True)
-            if args.trace:
-                write_trace(args.trace, spans)
-    finally:
-        distributed.destroy_process_group()
+    pipeline = _make_pipeline(script, plan, args)
+    first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
+    if first >= args.steps:
+        raise InputError(f"{args.checkpoints} has learned from {first} already: raise --steps")
+    progress = Progress(pipeline)
+    begin = time.perf_counter()
+    _run_steps(pipeline, script, args, first, progress)
+    pipeline.close()
+    progress.end()
+    lines = summary(pipeline, progress, time.perf_counter() - begin, args.steps - first)
+    spans = spans_of_all(pipeline) if args.trace else []
+    if pipeline.worker == 0:
+        print("\n".join(lines), flush=True)
+        if args.trace:
+            write_trace(args.trace, spans)
+    distributed.destroy_process_group()
 
 
 def _written(args: argparse.Namespace) -> list[Path]:
