@@ -76,6 +76,7 @@ def check_same(found: Weights, path: Path, num_steps: int) -> None:
         ("c58_vq", 1),
         ("c83_ema_late", 1),
         ("c97_annealed", 1),
+        ("c100_checkpointed_blocks", 1),
         ("c32_multiloss_mb", 4),
         ("c86_mask_tt", 4),
         ("c87_pos_ids", 4),
@@ -100,6 +101,7 @@ def test_as_the_plain_loop(members: Members, tmp_path: Path, name: str, microbat
         ("c42_lbfgs", "LBFGS", {}),
         ("c48_maskinput", "rows of a part of a minibatch", {"microbatches": 4}),
         ("c56_maxnorm", "--semantics flush", {"semantics": "stash"}),
+        ("c100_checkpointed_blocks", "--semantics flush", {"semantics": "stash"}),
         ("c94_changing_number", "what changes must be a tensor", {}),
         ("c95_regularised", "loss_fn reads the parameter", {}),
         ("c95_regularised", "loss_fn reads the parameter", {"microbatches": 4}),
@@ -117,6 +119,11 @@ def test_what_is_refused_by_name(
     errors, weights = trained(members, tmp_path / "run", case)
     assert all(words in error for error in errors), errors
     assert not weights
+
+
+def test_recomputation_that_is_traced_through_is_told(members: Members, tmp_path: Path) -> None:
+    case = ScriptCase(str(SCRIPTS / "c25_checkpointing.py"), num_stages=1, num_steps=1)
+    assert "torch.utils.checkpoint" in members.run(case, tmp_path)[0]["notes"][0]
 
 
 def test_a_mean_of_means_is_told(members: Members, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from elbowroom.training.outcome import in_training
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
+from elbowroom.training.tracing import RECOMPUTE_DROPPED
 from elbowroom.training.values import tensors_in
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
@@ -217,6 +218,16 @@ class Pipeline:
                     f"'{self.semantics}' cannot keep apart: use --semantics flush"
                 )
 
+    def _check_recompute(self, traced: TracedModel) -> None:
+        """Note that activations are kept; raise InputError where other weights would be used."""
+        if traced.graph.recompute == "dropped":
+            self.notes.append(RECOMPUTE_DROPPED)
+        elif traced.graph.recompute == "kept" and self.semantics != "flush":
+            raise InputError(
+                f"torch.utils.checkpoint would compute again with newer weights under semantics "
+                f"'{self.semantics}': use --semantics flush"
+            )
+
     def _first_checks(
         self,
         traced: TracedModel,
@@ -249,6 +260,7 @@ class Pipeline:
             make_equal(self._model)
         check_same_batches(batches)
         traced = trace_model(in_training(self._model), batches[0][0])
+        self._check_recompute(traced)
         stages = split(traced, self.plan)
         loss_fn = self._first_checks(traced, stages, batches)
         module = stages[self.stage]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from elbowroom.training.layers import trace_model
 from elbowroom.training.outcome import in_training
 from elbowroom.training.script import OptimizerFunction, load_script
 from elbowroom.training.traced import TracedModel
+from elbowroom.training.tracing import RECOMPUTE_DROPPED
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,4 +64,6 @@ def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
     model = in_training(script.make_model(seed))
     inputs, targets = script.make_batch(torch.Generator().manual_seed(seed))
     traced = trace_model(model, inputs)
+    if traced.graph.recompute == "dropped":
+        warnings.warn(RECOMPUTE_DROPPED, stacklevel=2)
     return Subject(traced, inputs, targets, script.loss_fn, script.optimizer_fn())

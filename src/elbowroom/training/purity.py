@@ -7,12 +7,14 @@ Python keeps, draws or asks the clock for would be something else in each of the
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from elbowroom.training.outcome import ROUNDINGS, is_close, seed_all, tensors_untouched, untouched
 from elbowroom.training.python_state import PythonState
@@ -31,22 +34,53 @@ _CLOCKS: tuple[Callable[..., object], ...] = (
     *(time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter),
     *(time.perf_counter_ns, time.process_time, time.process_time_ns, os.urandom),
 )
+_CHECKPOINT = inspect.unwrap(checkpoint).__code__
 _NOW = {"now", "utcnow", "today"}
 
 
-def impurity(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> str | None:
-    """What else than tensors the forward depends on or changes, if anything, for a message.
+@dataclass
+class Habits:
+    """What a forward was seen to do.
 
-    Calls it twice from the same buffers and random numbers; all is as before afterwards, but for
-    weights that the forward writes into.
+    Args:
+        clocks: names of what it asked for the time, or for randomness of the system.
+        recomputes: whether it used ``torch.utils.checkpoint``.
+        refused: what it depends on or changes beside tensors, for a message; None if nothing.
+
     """
+
+    clocks: set[str] = field(default_factory=set)
+    recomputes: bool = False
+    refused: str | None = None
+
+
+def habits_of(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> Habits:
+    """Call a forward twice from the same buffers and random numbers, and watch it.
+
+    All is as before afterwards, but for weights that the forward writes into.
+    """
+    habits = Habits()
+    habits.refused = _impurity(model, run, inputs, habits)
+    return habits
+
+
+def recomputes(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> bool:
+    """Whether one call uses ``torch.utils.checkpoint``; all is as before afterwards."""
+    habits = Habits()
+    with untouched(model), torch.enable_grad(), _watched(habits):
+        run(copy_of(inputs))
+    return habits.recomputes
+
+
+def _impurity(
+    model: nn.Module, run: Callable[[Any], Any], inputs: Any, habits: Habits
+) -> str | None:
     weights = _digests(model)
-    asked: set[str] = set()
     with untouched(model), torch.enable_grad():
         python = PythonState(model)
         calls, changed = [], []
         for _ in range(2):
-            with tensors_untouched(model), _clocks(asked):
+            with tensors_untouched(model), _watched(habits):
                 calls.append(_called(run, inputs))
             changed += python.changed()
     if changed:
@@ -55,8 +89,9 @@ def impurity(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> str | 
     written = [name for name, digest in _digests(model).items() if digest != weights[name]]
     if written:
         return f"the forward writes into the parameter '{written[0]}': do it in the optimizer"
-    if asked:
-        return f"the forward asks for {', '.join(sorted(asked))}: give it what it needs as an input"
+    if habits.clocks:
+        asked = ", ".join(sorted(habits.clocks))
+        return f"the forward asks for {asked}: give it what it needs as an input"
     one, other = calls
     if one.drawn:
         return f"the forward draws from {one.drawn} by itself: use torch's functions in it"
@@ -98,17 +133,14 @@ def _digests(model: nn.Module) -> dict[str, tuple[int, str]]:
 
 
 @contextmanager
-def _clocks(asked: set[str]) -> Iterator[None]:
-    """Note which clocks the user's own code reads within this context."""
+def _watched(habits: Habits) -> Iterator[None]:
+    """Note what the user's own code, and what it calls, does within this context."""
 
     def note(frame: FrameType, event: str, function: Any) -> None:
-        if event != "c_call":
-            return
-        owner = getattr(function, "__self__", None)
-        is_clock = any(function is clock for clock in _CLOCKS)
-        is_now = owner in (datetime.datetime, datetime.date) and function.__name__ in _NOW
-        if (is_clock or is_now) and is_own(Path(frame.f_code.co_filename)):
-            asked.add(f"{function.__name__}()")
+        if event == "call":
+            habits.recomputes |= frame.f_code is _CHECKPOINT
+        elif event == "c_call" and _is_clock(function) and is_own(Path(frame.f_code.co_filename)):
+            habits.clocks.add(f"{function.__name__}()")
 
     before = sys.getprofile()
     sys.setprofile(note)
@@ -116,3 +148,9 @@ def _clocks(asked: set[str]) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+def _is_clock(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    is_now = owner in (datetime.datetime, datetime.date) and function.__name__ in _NOW
+    return is_now or any(function is clock for clock in _CLOCKS)

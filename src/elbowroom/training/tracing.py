@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -30,9 +30,16 @@ from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, UntraceableModelError, shown
 from elbowroom.training.outcome import difference, outcome_of, untouched
-from elbowroom.training.purity import impurity
+from elbowroom.training.purity import habits_of, recomputes
 from elbowroom.training.user_code import where
 from elbowroom.training.values import Value, is_same_constant, tensors_in, value_of
+
+Recompute = Literal["none", "kept", "dropped"]
+
+RECOMPUTE_DROPPED = (
+    "torch.utils.checkpoint has no effect in this model's stages, which keep all activations: to "
+    "have it, build the model as nn.Sequential of blocks that use it inside"
+)
 
 
 class Call(NamedTuple):
@@ -53,6 +60,7 @@ class ModelGraph:
         batch: the arguments that it was traced with, without their tensors.
         result: structure of the leaves that an exported graph returns; None for other graphs.
         mode_matters: whether the graph would differ in the other mode (``train()`` or ``eval()``).
+        recompute: what became of ``torch.utils.checkpoint``: kept within layers, or traced through.
 
     """
 
@@ -61,6 +69,7 @@ class ModelGraph:
     batch: Value
     result: pytree.TreeSpec | None
     mode_matters: bool
+    recompute: Recompute = "none"
 
     @property
     def is_exported(self) -> bool:
@@ -112,13 +121,13 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     run = partial(called, model)
     with untouched(model):
         try:
-            impure = impurity(model, run, inputs)
-            reference = None if impure else outcome_of(model, run, inputs)
+            habits = habits_of(model, run, inputs)
+            reference = None if habits.refused else outcome_of(model, run, inputs)
         except Exception as error:
             message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
             raise InputError(f"{message}{where(error)}: change make_batch or the model") from error
     if reference is None:
-        raise _untraceable(model, impure)
+        raise _untraceable(model, habits.refused)
     ways: list[Callable[[nn.Module, Call], ModelGraph]] = [_symbolic, _exported]
     if type(model).forward is nn.Sequential.forward:
         ways = [_sequential]
@@ -132,7 +141,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
             failures.append(f"{_first_line(error)}{where(error)}")
             continue
         if (found := difference(reference, outcome)) is None:
-            return graph
+            return replace(graph, recompute=_recompute(model, graph, inputs, habits.recomputes))
         failures.append(found)
     raise _untraceable(
         model,
@@ -145,6 +154,12 @@ def _untraceable(model: nn.Module, reasons: str | None) -> UntraceableModelError
     return UntraceableModelError(
         f"the forward of {type(model).__name__} cannot be traced: {reasons}"
     )
+
+
+def _recompute(model: nn.Module, graph: ModelGraph, inputs: Any, is_asked: bool) -> Recompute:
+    if not is_asked:
+        return "none"
+    return "kept" if recomputes(model, graph.run, inputs) else "dropped"
 
 
 class _Tracer(fx.Tracer):
