@@ -71,6 +71,7 @@ def check_same(found: Weights, path: Path, num_steps: int) -> None:
     [
         ("c16_frozen", 1),
         ("c17_frozen_bn_eval", 1),
+        ("c22_sparse", 1),
         ("c26_fno", 1),
         ("c56_maxnorm", 1),
         ("c58_vq", 1),
@@ -166,15 +167,24 @@ def test_a_resume_with_another_rate_is_refused(
     assert all("with lr 0.25, and this one has 0.5" in error for error in errors), errors
 
 
+def trained_by_two(members: Members, folder: Path, path: Path) -> Weights:
+    """Weights after 6 minibatches on two replicas, half of each on one; as the plain loop's."""
+    case = ScriptCase(str(path), num_stages=1, num_replicas=2, num_steps=6, microbatches=2)
+    errors, weights = trained(members, folder, case)
+    assert errors == ["", ""]
+    check_same(weights, path, case.num_steps)
+    return weights
+
+
+def test_replicas_add_sparse_gradients(members: Members, tmp_path: Path) -> None:
+    trained_by_two(members, tmp_path / "run", SCRIPTS / "c22_sparse.py")
+
+
 def test_replicas_leave_parameters_without_a_gradient_alone(
     members: Members, tmp_path: Path
 ) -> None:
     path = SCRIPTS / "c68_unused.py"
-    case = ScriptCase(str(path), num_stages=1, num_replicas=2, num_steps=6, microbatches=2)
-    errors, weights = trained(members, tmp_path / "run", case)
-    assert errors == ["", ""]
-    check_same(weights, path, case.num_steps)
-    begin = plain(path, 0)
+    weights, begin = trained_by_two(members, tmp_path / "run", path), plain(path, 0)
     assert torch.equal(weights["two.1.weight"], begin["two.1.weight"])
     assert not torch.equal(weights["two.0.weight"], begin["two.0.weight"])
 

@@ -139,7 +139,7 @@ class Replicas:
         if gradient is None:
             bucket.slots[name].zero_()
         else:
-            bucket.slots[name].copy_(gradient)
+            bucket.slots[name].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
             self._given.add(name)
         bucket.missing.discard(name)
         while self._open and not self._open[0].missing:

@@ -234,8 +234,8 @@ class StageActions:
         if self._before is not None and flight.message is not None:
             self._before.give_back(flight.message)
         if self._behind is not None and message is not None:
-            used = {grad.untyped_storage().data_ptr() for grad in found if grad is not None}
-            if used.isdisjoint(tensor.untyped_storage().data_ptr() for tensor in message.tensors):
+            used = {_memory(grad) for grad in found if grad is not None}
+            if used.isdisjoint(map(_memory, message.tensors)):
                 self._behind.give_back(message)
 
     def _gather(self, gradients: Mapping[str, torch.Tensor | None]) -> None:
@@ -288,6 +288,11 @@ HANDLERS: Mapping[type[PipelineAction], Callable[[StageActions, Any], None]] = {
     Update: StageActions.update,
 }
 """One handler for each action that a schedule may have."""
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """The address of what holds a tensor's numbers, also of a sparse one."""
+    return (tensor._values() if tensor.is_sparse else tensor).untyped_storage().data_ptr()
 
 
 def _as_leaf(tensor: torch.Tensor, needs_grad: bool) -> torch.Tensor:
