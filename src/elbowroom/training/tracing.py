@@ -214,11 +214,40 @@ def _symbolic(model: nn.Module, call: Call) -> ModelGraph:
 def _traced(model: nn.Module, call: Call, children_are_leaves: bool) -> ModelGraph:
     tracer = _Tracer(call, children_are_leaves)
     try:
-        with untouched(model):  # tensors that the tracer finds in a forward become attributes
+        # Tensors that the tracer finds in a forward become attributes.
+        with untouched(model), _whole_functions(tracer):
             module = fx.GraphModule(model, tracer.trace(model))
     finally:
         del tracer.call  # a tracer refers to itself, and would hold the batch until collected
     return ModelGraph(module, tuple(tracer.traced_keys), _form(call), None, False)
+
+
+@contextmanager
+def _whole_functions(tracer: fx.Tracer) -> Iterator[None]:
+    """Trace a ``torch.autograd.Function`` as one call, not through: its backward is its own."""
+    known = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply(kind: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", _whole_function(kind), args, kwargs)
+        return known(kind, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = classmethod(known)  # type: ignore[assignment]
+
+
+def _whole_function(kind: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """A function of our own: of torch's, code that fx writes expects to find them by name."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        apply: Callable[..., Any] = kind.apply  # not the one that is there while it is traced
+        return apply(*args, **kwargs)
+
+    function.__name__ = kind.__name__
+    return function
 
 
 def _exported(model: nn.Module, call: Call) -> ModelGraph:
