@@ -96,7 +96,7 @@ def test_tied_weights_are_told(
     assert (
         main(["train", "profile", str(script), "--out", str(tmp_path / "p"), *QUICK]) == EXIT_GOOD
     )
-    assert "0, 0_1 share weights or running statistics: plans keep them" in capsys.readouterr().err
+    assert "0, 0_1 share weights, statistics or memory: plans keep them" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["make_model", "make_batch", "loss_fn"])

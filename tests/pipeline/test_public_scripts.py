@@ -72,6 +72,8 @@ def check_same(found: Weights, path: Path, num_steps: int) -> None:
         ("c16_frozen", 1),
         ("c17_frozen_bn_eval", 1),
         ("c19_custom_fn", 1),
+        ("c20_inplace", 1),
+        ("c27_moe", 1),
         ("c22_sparse", 1),
         ("c26_fno", 1),
         ("c56_maxnorm", 1),

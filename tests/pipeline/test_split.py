@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,11 @@ from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.plans.pipeline import Level, PipelineOptions
 from elbowroom.profiling.layers import profile
 from elbowroom.training.layers import trace_model
+from elbowroom.training.script import load_script
 from tests.pipeline.models import CASES, ConvNet, TinyLM, evenly, plan_of, skips, tiny_lm
 from tests.pipeline.runs import assert_equal, run_model, run_stages
+
+SCRIPTS = Path(__file__).parents[1] / "data" / "training"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -163,6 +167,27 @@ def test_plans_keep_tied_weights_in_one_stage() -> None:
     stages = split(trace_model(model, inputs), plan)
     assert [stage.layers for stage in plan.stages] == [("input", "0"), ("1", "2", "1_1"), ("4",)]
     assert len(stages) == 3
+
+
+@pytest.mark.parametrize("name", ["c20_inplace", "c27_moe"])
+def test_no_cut_changes_what_in_place_operations_do(name: str) -> None:
+    """Each cut into two stages is refused, or gives what the model does, to the bit."""
+    script = load_script(SCRIPTS / f"{name}.py")
+    model = script.make_model(0).train()
+    inputs, _ = script.make_batch(torch.Generator().manual_seed(0))
+    traced = trace_model(model, inputs)
+    names = [layer.name for layer in traced.layers]
+    begin, expected = copy.deepcopy(model.state_dict()), run_model(copy.deepcopy(model), inputs)
+    num_cut = 0
+    for k in range(1, len(names)):
+        try:
+            stages = split(traced, plan_of([names[:k], names[k:]]))
+        except SplitError:
+            continue
+        model.load_state_dict(begin)
+        assert_equal(expected, run_stages(traced, stages, inputs))
+        num_cut += 1
+    assert 0 < num_cut < len(names) - 1
 
 
 def test_tied_weights_that_are_not_trained_may_be_apart() -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from elbowroom.core.errors import InputError, UntraceableModelError
 from elbowroom.training.layers import trace_model
+from elbowroom.training.traced import Tied
 from tests.pipeline.models import Pair, Residual, looks, skips, tiny_lm
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,12 +166,16 @@ class Nothing(nn.Module):
         (Nothing(), "gives no tensor"),
         (Branches(), r"test_layers.py:\d+: `if x.sum\(\) > 0:`.*nn.Sequential of blocks"),
         (Draws(), "draws from Python"),
-        (Overwrites(), "'add_' writes in place into the output of 'linear', which 'add'"),
     ],
 )
 def test_forwards_that_are_no_layers(model: nn.Module, words: str) -> None:
     with pytest.raises(UntraceableModelError, match=words):
         trace_model(model, torch.rand(2, 6))
+
+
+def test_what_is_written_into_stays_with_all_that_read_it() -> None:
+    traced = trace_model(Overwrites(), torch.rand(2, 6))
+    assert traced.tied == (Tied("linear", ("linear", "view", "add_", "view_1", "add")),)
 
 
 def test_a_batch_that_does_not_fit() -> None:

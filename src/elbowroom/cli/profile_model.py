@@ -121,7 +121,7 @@ def _print_notes(console: Console, graph: LayerGraph, text: Path | None) -> None
     but = f" (not those for {text}, whose format cannot say so)" if text is not None else ""
     for names in graph.tied:
         console.print(
-            f"{', '.join(names)} share weights or running statistics: plans{but} keep them and all "
+            f"{', '.join(names)} share weights, statistics or memory: plans{but} keep them and all "
             "between them in one stage",
             markup=False,
             highlight=False,

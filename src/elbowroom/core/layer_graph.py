@@ -132,7 +132,7 @@ class Layer:
 class LayerGraph:
     """Layers, in any order, and the edges between them: an acyclic, connected graph.
 
-    Each group in ``tied`` names layers that share weights or running statistics: one stage must
+    Each group in ``tied`` names layers that share weights, statistics or memory: one stage must
     have all of them. Raises InputError, with what is wrong, for an empty, cyclic or disconnected
     graph, for names that are unknown or given twice, and for sizes beyond the limits.
     """

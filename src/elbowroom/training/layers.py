@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from elbowroom.core.errors import UntraceableModelError
 from elbowroom.training.outcome import untouched
-from elbowroom.training.traced import TracedLayer, TracedModel
+from elbowroom.training.traced import Tied, TracedLayer, TracedModel
 from elbowroom.training.tracing import ModelGraph, find_graph
 from elbowroom.training.values import copy_of, tensors_in, value_of
 
@@ -94,11 +94,13 @@ class _Finder:
         if not results:
             raise UntraceableModelError("the forward gives no tensor of its inputs or layers")
         outputs = (*output.helpers, self.nodes[-1])
-        unread = self._unread(layers)
+        unread, shared = self._unread(layers), self._shared(layers)
         if results != unread or len(results) != 1:
             layers.append(_output(self.names.values(), {*results, *unread}))
         training = self.model.training
-        return TracedModel(self.model, self.graph, tuple(layers), results, outputs, training)
+        return TracedModel(
+            self.model, self.graph, tuple(layers), results, outputs, training, shared
+        )
 
     def _find(self) -> list[_Found]:
         """Nodes that are layers; gives them their names."""
@@ -111,7 +113,6 @@ class _Finder:
                 effects.append(node)
                 continue
             self.names[node] = self._name(node)
-            self._check_writes(node)
             found.append(_Found(node, effects))
             effects = []
         if found:  # what is left has no layer after it
@@ -186,25 +187,39 @@ class _Finder:
     def _storage(self, node: fx.Node) -> set[int]:
         return _storages(tensors_in(self.run.values[node]))
 
-    def _check_writes(self, node: fx.Node) -> None:
-        """Refuse writes into what another layer reads: in another stage it would not see them.
+    def _overwritten(self, node: fx.Node) -> dict[fx.Node, set[int]]:
+        """Nodes into whose output a layer writes while others read it, and the memory in common.
 
-        Raises UntraceableModelError.
+        Views that it writes through, and sizes, are no such readers.
         """
         written = self.run.written[node]
-        if not written:
-            return
-        for other in self.nodes[: self.place[node]]:
-            if other.op == "get_attr" or not written & self._storage(other):
+        found = {}
+        for other in self.nodes[: self.place[node]] if written else ():
+            shared = written & self._storage(other)
+            if other.op == "get_attr" or not shared:
                 continue
             for reader in other.users:
                 is_view = self.place[reader] < self.place[node] and written & self._storage(reader)
                 is_number = reader.op != "output" and not tensors_in(self.run.values[reader])
                 if reader is not node and not is_view and not is_number:
-                    raise UntraceableModelError(
-                        f"'{node.name}' writes in place into the output of '{other.name}', which "
-                        f"'{reader.name}' reads too: use the form that is not in place"
-                    )
+                    found[other] = shared
+        return found
+
+    def _shared(self, layers: list[TracedLayer]) -> tuple[Tied, ...]:
+        """Memory that a layer writes into and others read, with all layers that give or read it.
+
+        In one stage they run in the order of the model. In several each would have a copy.
+        """
+        found: dict[tuple[str, ...], Tied] = {}
+        for layer in layers:
+            assert layer.node is not None
+            for other, memory in self._overwritten(layer.node).items():
+                givers = {x.name for x in layers if x.node and self._storage(x.node) & memory}
+                users = {x.name for x in layers if givers.intersection(x.sources)}
+                all_names = givers | users | {layer.name}
+                who = tuple(x.name for x in layers if x.name in all_names)
+                found.setdefault(who, Tied(self.names.get(other, other.name), who))
+        return tuple(found.values())
 
 
 class _Found(NamedTuple):

@@ -59,7 +59,8 @@ class TracedModel:
     """A model and its layers, each after those that it reads.
 
     ``training`` is the mode in which it was traced; ``results`` are the layers whose outputs the
-    model returns; ``output_nodes`` are run for what it returns.
+    model returns; ``output_nodes`` are run for what it returns. ``shared`` is memory that some
+    layer writes into, with all that read it.
     """
 
     model: nn.Module
@@ -68,6 +69,7 @@ class TracedModel:
     results: tuple[str, ...]
     output_nodes: tuple[fx.Node, ...]
     training: bool
+    shared: tuple[Tied, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, TracedLayer]:
@@ -84,14 +86,18 @@ class TracedModel:
 
     @property
     def tied(self) -> tuple[Tied, ...]:
-        """Parameters, running statistics, and outputs that cannot be sent, with all their users."""
+        """What stages cannot share, with all its users.
+
+        Parameters, running statistics, outputs that cannot be sent or are written into.
+        """
         users: dict[str, list[str]] = {}
         unsent = {layer.name for layer in self.layers if layer.value and layer.value.is_unsendable}
         for layer in self.layers:
             used = (*layer.state, *(name for name in layer.sources if name in unsent))
             for name in (*used, *([layer.name] if layer.name in unsent else [])):
                 users.setdefault(name, []).append(layer.name)
-        return tuple(Tied(name, tuple(who)) for name, who in users.items() if len(who) > 1)
+        tied = (Tied(name, tuple(who)) for name, who in users.items() if len(who) > 1)
+        return (*self.shared, *tied)
 
     @cached_property
     def tensors(self) -> dict[str, TensorFacts]:
