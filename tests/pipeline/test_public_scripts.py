@@ -106,6 +106,7 @@ def test_as_the_plain_loop(members: Members, tmp_path: Path, name: str, microbat
         ("c48_maskinput", "rows of a part of a minibatch", {"microbatches": 4}),
         ("c56_maxnorm", "--semantics flush", {"semantics": "stash"}),
         ("c100_checkpointed_blocks", "--semantics flush", {"semantics": "stash"}),
+        ("c101_gradient_hook", "'0.weight' has a hook", {}),
         ("c94_changing_number", "what changes must be a tensor", {}),
         ("c95_regularised", "loss_fn reads the parameter", {}),
         ("c95_regularised", "loss_fn reads the parameter", {"microbatches": 4}),

@@ -7,6 +7,7 @@ again as a plain loop would call it.
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import time
 from functools import partial
@@ -138,6 +139,8 @@ class Odd(nn.Module):
         self.calls, self.scale, self.last = 0, 1.0, None
         self.kept, self.past, self.ema = {"calls": 0}, [0], torch.zeros(8)
         self.config = SimpleNamespace(calls=0)
+        if "iterator" in habits:
+            self.factors = itertools.cycle([1] * 6 + [2])
         self.numbers, self.noise = np.random.default_rng(0), torch.Generator().manual_seed(0)
         self.more = nn.ModuleList([nn.Linear(8, 8)])
         hooked = [0]
@@ -181,6 +184,10 @@ class Odd(nn.Module):
                 y = y + self.inner(x)
         return self.outer(self.more_habits(y))
 
+    def counted_by_default(self, calls: list[int] = [0]) -> int:  # noqa: B006
+        calls[0] += 1
+        return calls[0]
+
     def more_habits(self, y: torch.Tensor) -> torch.Tensor:
         global CALLS
         if "dict" in self.habits:
@@ -207,6 +214,10 @@ class Odd(nn.Module):
             y = y + torch.randn(8, generator=self.noise)
         if "clock" in self.habits:
             y = y * float(time.time() > 0)
+        if "default" in self.habits:
+            y = y * late(self.counted_by_default())
+        if "iterator" in self.habits:
+            y = y * next(self.factors)
         if "slow state" in self.habits:
             self.ema = 0.9999 * self.ema + 0.0001 * y.detach().mean(0)
             y = y - self.ema
@@ -231,7 +242,15 @@ HARMLESS = ("flag", "buffer", "dropout", "cache", "steps", "grad flag")
 REFUSED = (
     *("counter", "python random", "numpy random", "state", "rate", "dict", "list", "object"),
     *("class", "global", "global dict", "numpy generator", "torch generator", "clock", "hook"),
-    *("slow state", "slow state in place", "more layers", "weights", "freeze"),
+    *(
+        "default",
+        "iterator",
+        "slow state",
+        "slow state in place",
+        "more layers",
+        "weights",
+        "freeze",
+    ),
 )
 HABITS = (*HARMLESS, *REFUSED, "logged counter", "no grad")
 

@@ -210,7 +210,13 @@ class Pipeline:
             self._built.worker.close()
 
     def _check_model(self) -> None:
-        """Raise InputError for modules that write into weights of which several versions live."""
+        """Raise InputError for what has no meaning where several versions of weights live."""
+        for name, parameter in self._model.named_parameters():
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+                raise InputError(
+                    f"'{name}' has a hook on its gradient, which versions of it have not: change "
+                    f"the gradient in the forward, or in the optimizer"
+                )
         for name, module in self._model.named_modules():
             if getattr(module, "max_norm", None) is not None and self.semantics != "flush":
                 raise InputError(

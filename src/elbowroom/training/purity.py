@@ -32,7 +32,7 @@ from elbowroom.training.values import copy_of, tensors_in
 _SHOWN = 3
 _CLOCKS: tuple[Callable[..., object], ...] = (
     *(time.time, time.time_ns, time.monotonic, time.monotonic_ns, time.perf_counter),
-    *(time.perf_counter_ns, time.process_time, time.process_time_ns, os.urandom),
+    *(time.perf_counter_ns, time.process_time, time.process_time_ns, os.urandom, open),
 )
 _CHECKPOINT = inspect.unwrap(checkpoint).__code__
 _NOW = {"now", "utcnow", "today"}
@@ -43,7 +43,7 @@ class Habits:
     """What a forward was seen to do.
 
     Args:
-        clocks: names of what it asked for the time, or for randomness of the system.
+        clocks: names of what it asked for the time, for the system's randomness or for files.
         recomputes: whether it used ``torch.utils.checkpoint``.
         refused: what it depends on or changes beside tensors, for a message; None if nothing.
 

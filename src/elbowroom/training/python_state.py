@@ -11,8 +11,10 @@ import itertools
 import operator
 import random
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from enum import Enum
 from functools import cache, partial
 from pathlib import Path
@@ -115,7 +117,10 @@ class PythonState:
         elif isinstance(value, itertools.count):
             self.values[name] = repr(value)
         elif isinstance(value, Iterator):
-            self.values[name] = operator.length_hint(value, -1)
+            left = operator.length_hint(value, -1)
+            self.values[name] = left if left >= 0 else object()  # who knows: it counts as changed
+        elif isinstance(value, ContextVar):
+            self.values[name] = repr(value.get(None))
         else:
             return False
         return True
@@ -144,10 +149,11 @@ class PythonState:
         elif isinstance(value, nn.Module):
             self._module(name, value, depth)
             return True
-        elif _is_own_class(type(value)) or isinstance(value, SimpleNamespace):
+        elif _is_own_class(type(value)) or isinstance(value, SimpleNamespace | threading.local):
             for key, kept in _attributes(value).items():
                 self._visit(_joined(name, key), kept, depth + 1)
-                self._undo.append(partial(object.__setattr__, value, key, kept))
+                put = setattr if isinstance(value, threading.local) else object.__setattr__
+                self._undo.append(partial(put, value, key, kept))  # also of what is frozen
             self._class(type(value), depth + 1)
             return True
         else:
@@ -178,6 +184,9 @@ class PythonState:
         """Visit the globals and closures that the user's own code names."""
         if not _is_own_file(function.__code__.co_filename):
             return
+        kept = (function.__defaults__, function.__kwdefaults__, vars(function))
+        for part in kept:
+            self._visit(function.__name__, part, depth + 1)
         names = set(_names(function.__code__))
         self._named(function.__globals__, names, depth)
         for name, cell in zip(
