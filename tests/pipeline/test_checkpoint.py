@@ -92,7 +92,7 @@ def test_what_does_not_fit(files: Path, whole: Path, tmp_path: Path) -> None:
     lost = next(name for name in index["files"] if name.startswith("model."))
     del index["files"][lost]
     (path / "index.json").write_text(json.dumps(index))
-    flags = ("--steps", "60", "--checkpoints", str(tmp_path))
+    flags = ("--steps", "60", "--checkpoints", str(tmp_path), *STEPS)
     process = start(files, 3, "plan3.json", *flags)
     said, _ = process.communicate(timeout=120)
     assert process.returncode != 0
