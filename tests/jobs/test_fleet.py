@@ -173,4 +173,36 @@ def test_a_replica_that_speaks_nonsense_is_ended(tmp_path: Path) -> None:
 
     event = asyncio.run(listen())
     reason = "failed: it sent no message of this version: 'Reset'"
-    assert event == Event(0, Died(reason, was_killed=False))
+    log = f"\n  its log: {tmp_path / 'replica-0.log'}"
+    assert event == Event(0, Died(reason + log, was_killed=False))
+
+
+@pytest.mark.parametrize(
+    ("log", "shown"),
+    [
+        ("one\ntwo\n", ["one", "two"]),
+        (
+            "(EngineCore pid=7) ERROR 11-26 10:00:00 [core.py:9] EngineCore failed to start.\n"
+            "(EngineCore pid=7) ERROR 11-26 10:00:00 [core.py:9] Traceback (most recent)\n"
+            "(EngineCore pid=7) ERROR 11-26 10:00:00 [core.py:9] torch.OutOfMemoryError: no room\n"
+            "Traceback (most recent call last):\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            ["torch.OutOfMemoryError: no room"],
+        ),
+    ],
+)
+def test_a_failed_start_shows_its_own_error(log: str, shown: list[str], tmp_path: Path) -> None:
+    """Not what is raised because of it, which says to look above."""
+    command = (sys.executable, "-c", f"import sys; sys.stderr.write({log!r}); sys.exit(3)")
+
+    async def listen() -> Event | None:
+        async with ReplicaGroup(make_plan(1), tmp_path, tmp_path, command) as group:
+            await group.start(0)
+            return await group.next_event(20)
+
+    event = asyncio.run(listen())
+    assert event is not None
+    assert isinstance(event.message, Died)
+    lines = [f"  | {line}" for line in shown]
+    named = f"  its log: {tmp_path / 'replica-0.log'}"
+    assert event.message.reason.splitlines() == ["exited with 3", *lines, named]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import time
 from collections.abc import Sequence
@@ -30,13 +31,16 @@ from elbowroom.engine.wire import (
 from elbowroom.plans.pool import RunPlan
 
 _LOG_TAIL_LINES = 15
+_LOGGED_ERROR = re.compile(r"\bERROR .*?\] ((?:\w+\.)*\w+(?:Error|Exception): .+)")
+"""The end of a traceback in a log of vLLM, which has a time and a place before each line."""
+
 _GRACE_SECONDS = 3.0  # for a replica to end after each step of ending it
 _LAST_WORDS_SECONDS = 1.0  # the same for one that has closed its channel
 _POLL_SECONDS = 0.05
 
 
 class Died(NamedTuple):
-    """End of a replica that was not told to. ``reason`` ends with the last lines of its log."""
+    """End of a replica that was not told to. ``reason`` ends with what its log says."""
 
     reason: str
     was_killed: bool
@@ -142,16 +146,22 @@ class ReplicaGroup:
         del self._processes[replica]
         code = process.process.returncode or 0
         how = reason or _how_it_ended(code)
-        died = Died(how + self._log_tail(replica), was_killed=not reason and code < 0)
+        died = Died(how + self._of_log(replica), was_killed=not reason and code < 0)
         self._events.put_nowait(Event(replica, died))
 
     def _log_path(self, replica: int) -> Path:
         return self._log_dir / f"replica-{replica}.log"
 
-    def _log_tail(self, replica: int) -> str:
-        text = self._log_path(replica).read_text(encoding="utf-8", errors="replace")
-        lines = text.splitlines()[-_LOG_TAIL_LINES:]
-        return "".join(f"\n  | {line}" for line in lines)
+    def _of_log(self, replica: int) -> str:
+        """The error that an engine's processes logged last, or the end of the log, and its name.
+
+        What the replica itself raises is often only that its engine did not start.
+        """
+        path = self._log_path(replica)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        causes = [match[1] for line in lines if (match := _LOGGED_ERROR.search(line))]
+        shown = causes[-1:] or lines[-_LOG_TAIL_LINES:]
+        return "".join(f"\n  | {line}" for line in shown) + f"\n  its log: {path}"
 
 
 def _private(path: str, flags: int) -> int:

@@ -229,13 +229,11 @@ class _Replica:
 
     def _decode(self, now: float) -> float:
         """Run all iterations up to the next end of a row; returns the time after them."""
-        num_iterations = self._ends[0][0] - self.outcome.num_iterations
-        if num_iterations <= 0:
+        count = self._ends[0][0] - self.outcome.num_iterations
+        if count <= 0:
             return now
         num_rows = len(self._ends)
-        ends, mode = self._iterations.many(
-            self._number, now, num_rows, self._context, num_iterations
-        )
+        ends, mode = self._iterations.many(self._number, now, num_rows, self._context, count)
         self._pass(now, float(ends[-1]), len(ends), mode, 0)
         return float(ends[-1])
 
