@@ -133,7 +133,7 @@ class MemoryBudget:
     handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
     counted in ``num_kv_blocks``, as vLLM does when it reports its cache size.
 
-    ``kv_most`` has, for each group of layers, the most tokens that it keeps of a row, 0 for all.
+    ``kv_group_tokens`` has, for each group of layers, the most tokens that it keeps of a row, 0 for all.
     ``kv_is_known`` is False where layers keep something else, too, of which the cache is taken.
     """
 
@@ -145,7 +145,7 @@ class MemoryBudget:
     kv_bytes: int
     kv_bytes_per_token: int
     block_tokens: int
-    kv_most: tuple[int, ...] = (0,)
+    kv_group_tokens: tuple[int, ...] = (0,)
     kv_is_known: bool = True
 
     @property
@@ -164,7 +164,7 @@ class MemoryBudget:
 
     @property
     def kv_groups(self) -> KvGroups:
-        return KvGroups(self.kv_most)
+        return KvGroups(self.kv_group_tokens)
 
     def kv_tokens_of(self, row_tokens: int) -> int:
         """Tokens that the cache holds of rows of ``row_tokens`` tokens, as vLLM counts them.
@@ -293,7 +293,10 @@ class RunPlan:
         return RunPlan(
             model_dir=data["model_dir"],
             budget=MemoryBudget(
-                **{**data["budget"], "kv_most": tuple(data["budget"].get("kv_most", (0,)))}
+                **{
+                    **data["budget"],
+                    "kv_group_tokens": tuple(data["budget"].get("kv_group_tokens", (0,))),
+                }
             ),
             shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
             cores=tuple(tuple(cores) for cores in data["cores"]),

@@ -58,7 +58,7 @@ def divide_memory(
         kv_bytes=memory_bytes - replicated - owned - slots - workspace,
         kv_bytes_per_token=-(-model.kv_bytes_per_token(tensor_parallel) // stages),
         block_tokens=BLOCK_TOKENS,
-        kv_most=kv_groups(model.attention.groups()[1], max_num_batched_tokens).most,
+        kv_group_tokens=kv_groups(model.attention.groups()[1], max_num_batched_tokens).most,
         kv_is_known=model.attention.is_known,
     )
 
