@@ -133,7 +133,7 @@ class MemoryBudget:
     handed out in blocks of ``block_tokens`` tokens; vLLM keeps block 0 for itself, and it is
     counted in ``num_kv_blocks``, as vLLM does when it reports its cache size.
 
-    ``kv_group_tokens`` has, for each group of layers, the most tokens that it keeps of a row (0: all).
+    ``kv_group_tokens`` has the most tokens that each group of layers keeps of a row, 0 for all.
     ``kv_is_known`` is False where layers keep something else, too, of which the cache is taken.
     """
 
