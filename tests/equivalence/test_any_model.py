@@ -29,6 +29,14 @@ LLAMA_LIKE = {
     "max_position_embeddings": 1024,
 }
 GPT_LIKE = {"n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": 1024}
+OPT_LIKE = {
+    "hidden_size": 128,
+    "word_embed_proj_dim": 128,
+    "ffn_dim": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
 OWN_HEADS: dict[str, Any] = {"head_dim": 32}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {**LLAMA_LIKE, **OWN_HEADS, "num_hidden_layers": 6}),
@@ -36,7 +44,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {**LLAMA_LIKE, "multi_query": True, "bias": False}),
     "mixtral": ("mixtral", {**LLAMA_LIKE, "num_local_experts": 4}),
     "gpt2": ("gpt2", GPT_LIKE),
-    "opt": ("opt", {**LLAMA_LIKE, "ffn_dim": 384, "word_embed_proj_dim": 128}),
+    "opt": ("opt", OPT_LIKE),
     "olmo2": ("olmo2", LLAMA_LIKE),
     "int8": ("llama", LLAMA_LIKE),
     "linear rope": ("llama", {**LLAMA_LIKE, "max_position_embeddings": 128}),
