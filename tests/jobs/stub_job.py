@@ -2,7 +2,8 @@
 
     python -m tests.jobs.stub_job FOLDER NUM_REPLICAS [stub options]
 
-Reads ``FOLDER/in.jsonl`` and writes ``FOLDER/out.jsonl``; the run directory is in ``FOLDER/run``.
+Reads ``FOLDER/in.jsonl`` and writes ``FOLDER/out.jsonl``, or ``.parquet`` where there is such an
+input; the run directory is in ``FOLDER/run``.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ def main() -> int:
     root = Path(folder)
     run_dir.default_root = lambda *_: root / "run"
     restarts._FIRST_DELAY_SECONDS = 0.02
-    files = JobFiles(*(root / name for name in ("out.jsonl", "err.jsonl", "report.json")))
+    form = "parquet" if (root / "in.parquet").exists() else "jsonl"
+    names = (f"out.{form}", f"err.{form}", "report.json")
+    files = JobFiles(*(root / name for name in names))
     stub = [sys.executable, "-m", "tests.jobs.stub_replica", "--pids", str(root / "pids")]
     plan = make_plan(int(num_replicas), max_num_seqs=8)
     command = [*stub, "--log", str(root / "answered"), *options]
-    with scanned(root / "in.jsonl", JobOptions()) as rows:
+    with scanned(root / f"in.{form}", JobOptions()) as rows:
         job = Job(plan, rows, files, {"model": "stub"}, JobOptions(max_restarts=1000))
         report = asyncio.run(run_job(job, command))
     return 3 if report.num_failed else 0

@@ -32,6 +32,7 @@ from elbowroom.core.workload import Workload, workload
 from elbowroom.jobs.identity import engine_version
 from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual, ScannedInput
 from elbowroom.jobs.lengths import read_lengths
+from elbowroom.jobs.parquet import is_named_parquet
 from elbowroom.jobs.preflight import FileSummary, Warned, warnings
 from elbowroom.planning.pool.layouts import engine_limits, replica_limits
 from elbowroom.planning.pool.memory import check_fits, longest_row
@@ -171,7 +172,9 @@ def warnings_for(
 
 
 def errors_beside(output: Path) -> Path:
-    return output.parent / f"{output.stem}.errors.jsonl"
+    """The file of failed rows, in the form of the output."""
+    suffix = ".parquet" if is_named_parquet(output) else ".jsonl"
+    return output.parent / f"{output.stem}.errors{suffix}"
 
 
 def _decide(

@@ -61,8 +61,8 @@ def add_inputs(parser: argparse._ActionsContainer, *, required: bool = False) ->
         action="extend",
         required=required,
         metavar="FILE",
-        help="OpenAI batch lines, plain or compressed (.gz, .zst); several are one job; - is "
-        "standard input",
+        help="OpenAI batch lines, plain or compressed (.gz, .zst), or .parquet; several are one "
+        "job; - is standard input",
     )
 
 

@@ -57,7 +57,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 def _add_run_flags(run: argparse.ArgumentParser) -> None:
     files = run.add_argument_group("files")
     add_inputs(files, required=True)
-    files.add_argument("--output", type=Path, required=True, help="answers, in input order")
+    files.add_argument(
+        "--output", type=Path, required=True, help="answers, in input order; .parquet: a table"
+    )
     files.add_argument(
         "--plan", type=Path, help="of `elbowroom plan --json`: model, layout and engine are its own"
     )

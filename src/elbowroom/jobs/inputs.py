@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from elbowroom.core.errors import InputError, OutputError
+from elbowroom.jobs import parquet_input
+from elbowroom.jobs.parquet import MAGIC as _PARQUET
+from elbowroom.jobs.parquet import is_named_parquet
 
 STDIN = Path("-")
 """The path that means standard input."""
@@ -24,7 +27,7 @@ _CHUNK_BYTES = 1024**2
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 _FOREIGN = {
     b"PK\x03\x04": "a zip archive: unpack it",
-    b"PAR1": "a Parquet file: write its rows as JSON lines",
+    _PARQUET: "a Parquet file: name it .parquet, or write its rows as JSON lines",
     b"BZh9": "compressed by bzip2: decompress it, or use gzip or zstd",
     b"\xfd7zXZ\x00": "compressed by xz: decompress it, or use gzip or zstd",
 }
@@ -37,14 +40,15 @@ class _Part(NamedTuple):
 
     name: str
     before: int
+    unit: str
 
 
 class BatchInput:
     """The lines of a job. Use as a context manager; ``open`` gives them again each time.
 
-    One plain file is read where it is. Several files, compressed ones and standard input are
-    copied, one after the other, into a temporary file in ``folder``: rows are read more than once,
-    and not in file order.
+    One plain file is read where it is. Several files, compressed ones, Parquet and standard input
+    are copied, one after the other, into a temporary file in ``folder``: rows are read more than
+    once, and not in file order. The rows of a Parquet file become lines.
     """
 
     def __init__(self, paths: Sequence[Path], folder: Path | None = None) -> None:
@@ -88,16 +92,17 @@ class BatchInput:
 
     def place(self, line_number: int) -> str:
         """Location of a line, for messages; lines are counted from 1 over all files."""
-        if len(self._parts) < 2:
+        if not self._parts:
             return f"line {line_number}"
         part = self._parts[bisect_right(self._parts, line_number - 1, key=lambda p: p.before) - 1]
-        return f"{part.name}, line {line_number - part.before}"
+        place = f"{part.unit} {line_number - part.before}"
+        return place if len(self._parts) == 1 else f"{part.name}, {place}"
 
     def _copy_all(self, kinds: Sequence[str], folder: Path | None) -> None:
         assert self._copy is not None
         num_lines = 0
         for path, kind in zip(self._paths, kinds, strict=True):
-            self._parts.append(_Part(str(path), num_lines))
+            self._parts.append(_Part(str(path), num_lines, "row" if kind == "parquet" else "line"))
             last, is_first = b"\n", True
             for chunk in _explained_chunks(path, kind):
                 if is_first and kind in ("stdin", "pipe") and _look_at(chunk, path) != "plain":
@@ -147,7 +152,7 @@ def explained(path: Path | str) -> Iterator[None]:
 
 
 def _kind(path: Path) -> str:
-    """Kind of an input: stdin, pipe, plain, gzip or zstd.
+    """Kind of an input: stdin, pipe, plain, gzip, zstd or parquet.
 
     Raises InputError for what cannot hold JSON lines.
     """
@@ -160,7 +165,12 @@ def _kind(path: Path) -> str:
                 raise InputError(f"{path} is a folder: name the files in it")
             return "pipe"
         with path.open("rb") as file:
-            return _look_at(file.read(_LONGEST_MAGIC), path)
+            beginning = file.read(_LONGEST_MAGIC)
+        if not is_named_parquet(path):
+            return _look_at(beginning, path)
+        if not beginning.startswith(_PARQUET):
+            raise InputError(f"{path} is no Parquet file: name it by what it is, or write it again")
+        return "parquet"
 
 
 def _look_at(beginning: bytes, path: Path) -> str:
@@ -192,6 +202,9 @@ def _chunks(path: Path, kind: str) -> Iterator[bytes]:
     """Contents of a file, decompressed. Raises EOFError and others for one that is cut off."""
     if kind == "stdin":
         yield from _read(sys.stdin.buffer)
+        return
+    if kind == "parquet":
+        yield from parquet_input.read_lines(path)
         return
     with path.open("rb") as file:
         if kind == "gzip":

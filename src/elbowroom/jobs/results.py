@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from elbowroom.core.files import (
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.journal import Journal
 from elbowroom.jobs.journal_reader import place_of, written_files
+from elbowroom.jobs.parquet import is_named_parquet, load_arrow
+from elbowroom.jobs.parquet_results import table_parts
 from elbowroom.jobs.verify import verify_results
 
 _LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
@@ -46,15 +48,17 @@ def error_line(custom_id: str, code: str, message: str) -> bytes:
 def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> None:
     """Write both files whole, in input order. Without failed rows there is no error file.
 
+    A file named ``.parquet`` is a table, any other has JSON lines.
+
     Before they take their names, both are read again: each row of ``batch`` must be in them exactly
     once. Raises OutputError when one is not, or when the disk refuses; then nothing is published,
     and no half file is left.
     """
     with ExitStack() as stack:
-        answered = stack.enter_context(staged_file(output, journal.lines(succeeded=True)))
+        answered = stack.enter_context(_staged(output, journal.lines(succeeded=True)))
         staged = [answered]
         if journal.totals.num_failed:
-            failed = stack.enter_context(staged_file(errors, journal.lines(succeeded=False)))
+            failed = stack.enter_context(_staged(errors, journal.lines(succeeded=False)))
             staged.append(failed)
         verification = verify_results(batch, staged)
         if not verification.is_good:
@@ -67,14 +71,21 @@ def publish(journal: Journal, batch: BatchFile, output: Path, errors: Path) -> N
         publish_file(answered, output)  # last: who sees the output may trust the errors beside it
 
 
+def _staged(path: Path, lines: Iterator[bytes]) -> AbstractContextManager[Path]:
+    """A temporary file of result lines in the form that ``path`` asks for."""
+    return staged_file(path, table_parts(path, lines) if is_named_parquet(path) else lines)
+
+
 def check_paths(
     inputs: Sequence[Path], output: Path, errors: Path, report: Path, *, overwrite: bool = False
 ) -> None:
     """Raise OutputError, before anything is loaded, if results could not be written.
 
     Files that are there and are not of this job's earlier runs are written over only with
-    ``overwrite``. Missing folders are created.
+    ``overwrite``. Missing folders are created. Raises InputError for tables without pyarrow.
     """
+    for path in filter(is_named_parquet, (output, errors)):
+        load_arrow(path)
     written = [("--output", output), ("--errors", errors), ("--report", report)]
     check_names(path for _, path in written)
     named = [*(("input", path) for path in inputs), *written]

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
-from elbowroom.jobs.inputs import BatchInput
+if TYPE_CHECKING:
+    from elbowroom.jobs.inputs import BatchInput
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 RESPONSES, SCORE, RERANK = "/v1/responses", "/v1/score", "/v1/rerank"

@@ -13,6 +13,8 @@ import numpy as np
 
 from elbowroom.core.errors import InputError
 from elbowroom.jobs.batch_file import BatchFile, hash_id
+from elbowroom.jobs.parquet import MAGIC
+from elbowroom.jobs.parquet_results import table_ids
 
 _MAX_NAMED = 10
 
@@ -71,9 +73,13 @@ def verify_results(batch: BatchFile, paths: Sequence[Path]) -> Verification:
 
 
 def result_ids(path: Path) -> Iterator[str]:
-    """The ``custom_id`` of every line of a result file. Raises InputError."""
+    """The ``custom_id`` of every line, or row of a Parquet file, of results. Raises InputError."""
     try:
         with path.open("rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                yield from table_ids(path)
+                return
+            file.seek(0)
             for number, line in enumerate(file, start=1):
                 yield _result_id(line, f"{path}, line {number}")
     except OSError as error:
