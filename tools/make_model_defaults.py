@@ -30,6 +30,12 @@ _KEYS = (
     "kv_lora_rank",
     "qk_rope_head_dim",
 )
+_EXPERTS = {
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "experts_per_token": ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k"),
+}
+_STATES = ("layers_block_type", "block_types", "mamba_d_state", "ssm_state_size", "global_head_dim")
+_ATTENTION = {"full_attention", "sliding_attention"}
 _GIVEN = ("hidden_size", "num_attention_heads")
 """Varied below, and never computed from others."""
 
@@ -54,7 +60,7 @@ def model_defaults() -> dict[str, dict[str, Any]]:
         # A class may want parts that are not there, or vary from layer to layer.
         with contextlib.suppress(Exception):
             config = CONFIG_MAPPING[model_type]()
-            values = _values(config.get_text_config())
+            values = _values(config.get_text_config()) | _pattern(config.get_text_config())
             if classes[model_type] not in native:
                 values["is_native"] = False
             found[model_type] = values
@@ -68,11 +74,28 @@ def _values(config: Any) -> dict[str, Any]:
         hidden_size=4 * config.hidden_size, num_attention_heads=2 * config.num_attention_heads
     )
     values = {key: getattr(config, key, None) for key in _KEYS}
+    for key, names in _EXPERTS.items():
+        found = (getattr(config, name, None) for name in names)
+        values[key] = next((value for value in found if type(value) is int), None)
     return {
         key: max(value) if isinstance(value, list) else value
         for key, value in values.items()
-        if value is not None and (key in _GIVEN or getattr(wider, key, None) == value)
+        if value is not None and (key in (*_GIVEN, *_EXPERTS) or getattr(wider, key, None) == value)
     }
+
+
+def _pattern(config: Any) -> dict[str, Any]:
+    """After how many layers one attends to all tokens; or that layers differ in other ways."""
+    kinds = getattr(config, "layer_types", None) or []
+    if any(getattr(config, key, None) for key in _STATES) or not {*kinds} <= _ATTENTION:
+        return {"is_regular": False}
+    if not {*kinds} > {"full_attention"}:
+        return {}
+    for every in range(1, len(kinds) + 1):
+        pattern = [(layer + 1) % every == 0 for layer in range(len(kinds))]
+        if pattern == [kind == "full_attention" for kind in kinds]:
+            return {"full_every": every}
+    return {"is_regular": False}
 
 
 def main() -> None:

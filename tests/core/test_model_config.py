@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.model import read_model
 from elbowroom.core.model_config import ModelConfig, parse_config, resolve_dtype
 from tests.planning.facts import CONFIGS
 
@@ -99,3 +101,57 @@ def test_values_of_the_class_stand_for_missing_keys_and_never_for_impossible_one
     assert found.is_part
     with pytest.raises(InputError, match="'num_attention_heads' must be a positive integer"):
         parse_config({"model_type": "llama", "num_attention_heads": 0})
+
+
+MISTRAL = {"model_type": "mistral", "num_hidden_layers": 4, "num_attention_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("keys", "windows"),
+    [
+        ({"sliding_window": None}, (0,) * 4),  # named, and none: later Mistrals
+        ({}, (4096,) * 4),  # what the class takes
+        ({"sliding_window": -1000}, (0,) * 4),
+        ({"model_type": "afmoe", "sliding_window": 64}, (64, 64, 64, 0)),
+        ({"model_type": "jamba"}, None),
+        ({"model_type": "llama4_text"}, None),
+        ({"model_type": "minicpm3", "kv_lora_rank": 256}, None),  # vLLM keeps whole heads
+    ],
+)
+def test_windows_of_few_keys(keys: dict[str, Any], windows: tuple[int, ...] | None) -> None:
+    assert parse_config({**MISTRAL, "hidden_size": 64, "vocab_size": 9, **keys}).windows == windows
+
+
+def test_heads_that_are_null_are_those_of_queries() -> None:
+    keys = {**MISTRAL, "model_type": "qwen2", "num_key_value_heads": None}
+    assert parse_config(keys).num_kv_heads == 8
+
+
+@pytest.mark.parametrize(
+    ("dtype", "found"),
+    [("half", "float16"), ("float8_e4m3fn", "bfloat16"), ("float64", "bfloat16")],
+)
+def test_dtypes_by_other_names(dtype: str, found: str) -> None:
+    assert resolve_dtype(parse_config({**MISTRAL, "dtype": dtype}), "float32", "auto") == found
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"num_hidden_layers": 10**9},
+        {"max_position_embeddings": 10**30},
+        {"rope_scaling": {"type": "linear", "factor": -3}},
+        {"rope_scaling": {"type": "linear", "factor": [1]}},
+        {"architectures": 5},
+        {"layer_types": [[1]] * 4},
+        {"model_type": "deepseek_v3", "kv_lora_rank": "x"},
+        {"quantization_config": {"bits": -4}},
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}},
+        {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
+    ],
+)
+def test_what_cannot_be_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:
+    config = {**MISTRAL, "hidden_size": 64, "intermediate_size": 9, "vocab_size": 9, **keys}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"config\.json"):
+        read_model(tmp_path)

@@ -64,3 +64,19 @@ def test_account_counts_whole_blocks() -> None:
     assert BUDGET.weight_bytes == 300
     assert BUDGET.num_kv_blocks == 620 // (3 * 32) == 6
     assert BUDGET.num_kv_tokens == 6 * 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kv_group_tokens": []},
+        {"kv_group_tokens": ["x"]},
+        {"kv_group_tokens": [-5]},
+        {"block_tokens": 0},
+        {"kv_bytes_per_token": 0},
+        {"kv_bytes": "x"},
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="its budget has"):
+        MemoryBudget.from_json({**vars(BUDGET), **change})

@@ -52,10 +52,13 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
     times = pool_times(planned.model, candidate.cluster, layout)
     rows = candidate.rows_at_once
     context = planned.workload.mean_context
+    own_ffn = "W_ffn / (t d)"
+    if layout.expert_parallel:
+        own_ffn = "(W_ffn - W_experts (d-1)/d) / t"
     terms = [
         Term("memory", budget.memory_bytes, "B", "what the engine may use of one device"),
         Term("- replicated", budget.replicated_bytes, "B", "W_rest / t"),
-        Term("- own FFN", budget.ffn_bytes, "B", "W_ffn / (t d)"),
+        Term("- own FFN", budget.ffn_bytes, "B", own_ffn),
         Term("- slots", budget.slot_bytes, "B", "slots x largest layer / t"),
         Term("- workspace", budget.workspace_bytes, "B", "activations, logits"),
         Term("= KV", budget.kv_bytes, "B", "sum"),
@@ -63,7 +66,7 @@ def explain(planned: Planned, candidate: Candidate) -> list[Term]:
         Term("context", context, "tokens", "prompt and half of the output, mean"),
         *times.cost.explain(Batch(rows, rows * context)),
     ]
-    if layout.num_ranks > 1:
+    if layout.num_ranks > 1 and layout.pool != "none":
         fetch = times.fetch_seconds
         trip = times.cost.round_trip_seconds(rows, layout.num_ranks)
         threshold, hiding = times.threshold_batch(context), times.hiding_batch(context)

@@ -188,7 +188,7 @@ def read_model(
     config = read_config(model_dir)
     files = weight_files(model_dir)
     tensors = file_tensors(files) if files else _config_tensors(config, model_dir, build)
-    counted = count_weights(tensors, config)
+    counted = _count(tensors, config, model_dir)
     has_experts = any(weights.elements for weights in counted.experts)
     if has_experts and not config.num_experts:
         raise InputError("config.json names no number of experts, but the weights hold experts")
@@ -256,7 +256,15 @@ def _config_tensors(
             f"{model_dir} has no .safetensors files, and what tensors a '{config.model_type}' has "
             f"is not known without transformers: pip install 'elbowroom[cpu]'"
         )
-    return quantised(tensors, config)
+    return tensors
+
+
+def _count(tensors: Mapping[str, Stored], config: ModelConfig, model_dir: Path) -> CountedWeights:
+    """Count the weights. Raises InputError where the config says of them what cannot be."""
+    try:
+        return count_weights(quantised(tensors, config), config)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{model_dir / 'config.json'} cannot be used: {error}") from error
 
 
 def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:

@@ -25,12 +25,17 @@ _TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config")
 _SYNONYMS = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads"),
-    "num_key_value_heads": ("n_head_kv", "num_kv_heads", "multi_query_group_num"),
+    "num_key_value_heads": (
+        *("n_head_kv", "num_kv_heads", "multi_query_group_num", "num_attention_groups"),
+    ),
     "hidden_size": ("n_embd", "d_model"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size"),
     "vocab_size": ("padded_vocab_size",),
     "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "experts_per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k"),
+    "experts_per_token": (
+        *("num_experts_per_tok", "num_experts_per_token", "top_k_experts"),
+        *("moe_topk", "moe_top_k", "moe_k"),
+    ),
 }
 _LENGTH_KEYS = (
     "max_position_embeddings",
@@ -46,18 +51,27 @@ _DEFAULT_LENGTH = 2048  # vLLM's, for a config that names none
 _ALREADY_SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 """Kinds of rotary scaling whose configs give the length after scaling."""
 
-_FULL_EVERY = {
-    "gemma2": 2,
-    "gemma3_text": 6,
-    "cohere2": 4,
-    "olmo3": 4,
-    "exaone4": 4,
-    "gpt_oss": 2,
-}
-"""Model types with a layer of full attention after every so many with a sliding window."""
+_OTHER_KEYS = (
+    *("mamba_d_state", "linear_key_head_dim", "attn_layer_indices", "ssm_state_size"),
+    *("layers_block_type", "block_types", "num_kv_shared_layers", "global_head_dim"),
+)
+"""Keys of models with layers that keep a state, share keys and values, or have other heads."""
 
-_STATE_KEYS = ("mamba_d_state", "linear_key_head_dim", "attn_layer_indices", "ssm_state_size")
-"""Keys of models that keep a state beside, or instead of, keys and values."""
+_LATENT_TYPES = (
+    *("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_mtp", "k3_dspark"),
+    *("glm5_next", "glm5_next_text", "glm_moe_dsa", "glm4_moe_lite", "glm4_moe_lite_mtp"),
+    *("kimi_k2", "pangu_ultra_moe", "pangu_ultra_moe_mtp"),
+)
+"""Types of which vLLM keeps one latent vector a layer and token (``is_deepseek_mla``)."""
+
+_DTYPES = {
+    **{name: name for name in ("bfloat16", "float16", "float32")},
+    **{"half": "float16", "float": "float32", "double": "float32", "float64": "float32"},
+    **dict.fromkeys(("float8_e4m3fn", "float8_e5m2", "int8", "uint8"), "float32"),
+}
+"""Dtypes that configs name. What no engine computes in is treated as float32 is."""
+
+_MOST_LAYERS, _MOST_TOKENS = 10_000, 2**31
 
 _NO_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")  # vLLM: "numerical instability"
 
@@ -71,7 +85,8 @@ class ModelConfig:
     for all; None means that something else is kept, which is not counted here.
     ``max_model_len`` is the most tokens of a row, as vLLM derives it. ``is_part`` says that the
     model has other parts beside this one, ``is_native`` that vLLM has a class of its own for it,
-    as for every type that is not known to have none.
+    as for every type that is not known to have none. With ``needs_bfloat16`` vLLM does not
+    compute in float16.
     """
 
     model_type: str
@@ -94,6 +109,7 @@ class ModelConfig:
     text: Mapping[str, Any]
     is_part: bool
     is_native: bool
+    needs_bfloat16: bool
 
     @property
     def pair_flops(self) -> int:
@@ -124,18 +140,27 @@ def read_config(model_dir: Path) -> ModelConfig:
     """Read the config of a model folder. Raises InputError for one that cannot be used."""
     if not model_dir.is_dir():
         raise InputError(f"{model_dir} is not a directory: give --model a Hugging Face folder")
-    return parse_config(read_json(model_dir / "config.json"))
+    config = read_json(model_dir / "config.json")
+    try:
+        return parse_config(config)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        raise InputError(f"{model_dir / 'config.json'} cannot be used: {error}") from error
 
 
 def parse_config(config: Mapping[str, Any]) -> ModelConfig:
-    """Read a config. Raises InputError where a number is missing or impossible."""
+    """Read a config. Raises InputError where a number is missing or impossible.
+
+    And whatever Python raises where a value has another type than such values have.
+    """
     part = _text_config(config)
     text = _with_defaults(part)
     model_type = str(text.get("model_type", "unknown"))
     num_layers = config_int(text, "num_hidden_layers")
+    if num_layers > _MOST_LAYERS:
+        raise InputError(f"config.json: {num_layers} layers are more than {_MOST_LAYERS}")
     num_heads = config_int(text, "num_attention_heads")
     hidden_size = config_int(text, "hidden_size")
-    latent = int(text.get("kv_lora_rank") or 0)
+    latent = int(text.get("kv_lora_rank") or 0) if model_type in _LATENT_TYPES else 0
     return ModelConfig(
         model_type=model_type,
         architectures=tuple(map(str, config.get("architectures") or ())),
@@ -157,6 +182,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         text=text,
         is_part=part is not config,
         is_native=bool(text.get("is_native", True)),
+        needs_bfloat16=config.get("model_type") in _NO_FLOAT16,
     )
 
 
@@ -167,17 +193,19 @@ def resolve_dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool
     """
     if asked != "auto":
         return asked
-    preferred = "float16" if is_pooling and config.model_type not in _NO_FLOAT16 else "bfloat16"
+    preferred = "float16" if is_pooling and not config.needs_bfloat16 else "bfloat16"
     own = config.dtype or stored
-    if own == "float16" and config.model_type in _NO_FLOAT16:
+    own = _DTYPES.get(own, own)
+    if own == "float16" and config.needs_bfloat16:
         return "bfloat16"
-    return preferred if own in ("float32", "float64") else own
+    return preferred if own == "float32" else own
 
 
 def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """Read a positive integer, also by its other names. Raises InputError for anything else."""
     found = (config.get(name) for name in (key, *_SYNONYMS.get(key, ())))
     value = next((value for value in found if value is not None), default)
+    value = max(value, default=0) if isinstance(value, list) and len(value) > 1 else value
     if type(value) is not int or value < 1:
         raise InputError(f"config.json: '{key}' must be a positive integer, not {value!r}")
     return value
@@ -205,15 +233,17 @@ def _type_of(config: Mapping[str, Any]) -> str:
 
 
 def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the values that its class takes where it names none, by any name."""
+    """A config with the values that its class takes where it names none, by any name.
+
+    One that is null is named: there is none.
+    """
     known = _defaults().get(str(config.get("model_type")), {})
-    own = {key: value for key, value in config.items() if value is not None}
     names = {key: (key, *_SYNONYMS.get(key, ())) for key in known}
     names["max_position_embeddings"] = _LENGTH_KEYS
     missing = {
-        key: value for key, value in known.items() if not any(name in own for name in names[key])
+        key: value for key, value in known.items() if not any(name in config for name in names[key])
     }
-    return {**missing, **own}
+    return {**missing, **config}
 
 
 @cache
@@ -240,12 +270,14 @@ def _max_model_len(text: Mapping[str, Any]) -> int:
     longest = float(text.get("model_max_length") or min(lengths, default=_DEFAULT_LENGTH))
     scalings = list(_rope_scalings(text))
     if any(_rope_type(scaling) == "longrope" for scaling in scalings):
-        return int(text.get("original_max_position_embeddings") or longest)
-    if "gemma3" in str(text.get("model_type")):
-        return int(longest)
-    for scaling in scalings:
-        if _rope_type(scaling) not in _ALREADY_SCALED and scaling.get("factor"):
-            return int(longest * float(scaling["factor"]))
+        longest = float(text.get("original_max_position_embeddings") or longest)
+    elif "gemma3" not in str(text.get("model_type")):
+        for scaling in scalings:
+            if _rope_type(scaling) not in _ALREADY_SCALED and scaling.get("factor"):
+                longest *= float(scaling["factor"])
+                break
+    if not 1 <= longest <= _MOST_TOKENS:
+        raise InputError(f"config.json: rows of at most {longest:g} tokens are no rows")
     return int(longest)
 
 
@@ -264,20 +296,21 @@ def _rope_type(scaling: Mapping[str, Any]) -> str:
 
 def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None:
     """The window of each layer; None for a model with other layers than attention."""
-    if any(text.get(key) for key in _STATE_KEYS) or text.get("num_kv_shared_layers"):
+    model_type, window = str(text.get("model_type")), text.get("sliding_window")
+    window = window if type(window) is int and window > 0 else 0
+    of_latents = bool(text.get("kv_lora_rank")) and model_type not in _LATENT_TYPES
+    if any(text.get(key) for key in _OTHER_KEYS) or of_latents:
         return None
-    window = text.get("sliding_window")
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and len(kinds) >= num_layers:
         if not {*kinds} <= {"full_attention", "sliding_attention"}:
             return None
-        return tuple(
-            int(window or 0) * (kind == "sliding_attention") for kind in kinds[:num_layers]
-        )
-    if type(window) is not int or window < 1 or text.get("use_sliding_window") is False:
+        return tuple(window * (kind == "sliding_attention") for kind in kinds[:num_layers])
+    if text.get("is_regular") is False:
+        return None
+    if not window or text.get("use_sliding_window") is False:
         return (0,) * num_layers
-    model_type = str(text.get("model_type"))
-    every = text.get("sliding_window_pattern") or _FULL_EVERY.get(model_type)
+    every = text.get("sliding_window_pattern") or text.get("full_every")
     if every:
         every = len(every) if isinstance(every, str) else int(every)  # "LLLG": local, global
         return tuple(window * bool((layer + 1) % every) for layer in range(num_layers))

@@ -171,8 +171,8 @@ def _read_header(path: Path) -> dict[str, Any]:
             if 8 + length + end != file_bytes:
                 raise ValueError(f"{8 + length + end} bytes announced, {file_bytes} there")
             shapes = (e["shape"] for n, e in header.items() if n != "__metadata__")
-            if not all(isinstance(size, int) for shape in shapes for size in shape):
-                raise ValueError("a shape is not a list of integers")
+            if not all(type(size) is int and size >= 0 for shape in shapes for size in shape):
+                raise ValueError("a shape is not a list of sizes")
             for name, entry in header.items():
                 if name != "__metadata__" and not isinstance(entry["dtype"], str):
                     raise ValueError(f"{name} has no dtype")

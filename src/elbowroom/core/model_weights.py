@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from elbowroom.core.errors import InputError
 from elbowroom.core.model_config import ModelConfig
 from elbowroom.core.model_shapes import Stored
 
@@ -16,9 +17,13 @@ _FFN = re.compile(
     r"(?:(?:mlp|feed_forward|ffn|block_sparse_moe|block_sparse_mlp|moe|shared_mlp)\.|fc[12]\.)"
 )
 _LOOSE = re.compile(r"\.\d+\.fc[12]\.")
-_OTHER_INPUTS = re.compile(r"(?:^|\.)(?:vision|visual|vit|audio|image|speech|multi_modal|mm_)")
-"""Parts that read pictures or sound: they have blocks of their own."""
+_OTHER_PARTS = re.compile(
+    r"(?:^|\.)(?:vision|visual|vit|vpm|apm|audio|image|speech|multi_modal|mm_|talker|token2wav"
+    r"|code2wav|mtp)|^(?:model\.)?encoder\."
+)
+"""Parts that read or make pictures or sound, or predict further tokens: they have own blocks."""
 
+_HEAD = re.compile(r"(?:^|\.)lm_head\.")
 _NOT_LOADED = re.compile(r"\.attn\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
 _SCALE = re.compile(r"(?:scale|scales|scale_inv|scale_2|qzeros|zeros|zero_point|g_idx|absmax)$")
 """Numbers by which a quantised matrix is scaled, and no elements of it."""
@@ -72,10 +77,10 @@ def count_weights(tensors: Mapping[str, Stored], config: ModelConfig) -> Counted
     counted = CountedWeights(ffn, experts, others)
     bits = stored_bits(config.quantization)
     for name, tensor in tensors.items():
-        of_text = not _OTHER_INPUTS.search(name)
+        of_text = not _OTHER_PARTS.search(name)
         match = _LAYER.search(name) if of_text else None
         layer = int(match.group(1)) if match else None
-        if _NOT_LOADED.search(name) or (name.startswith("lm_head.") and config.ties_embeddings):
+        if _NOT_LOADED.search(name) or (_HEAD.search(name) and config.ties_embeddings):
             continue
         if layer is not None and layer >= config.num_layers:
             continue
@@ -94,7 +99,7 @@ def count_weights(tensors: Mapping[str, Stored], config: ModelConfig) -> Counted
 
 
 def quantised(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, Stored]:
-    """Tensors of a config alone, quantised where its ``quantization_config`` says so.
+    """Tensors that follow from a config, quantised where its ``quantization_config`` says so.
 
     Scales are counted with their matrix.
     """
@@ -105,13 +110,14 @@ def quantised(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, S
     left_out = [
         str(name).replace("re:", "").replace("*", "").strip(".^$")
         for key in ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
-        for name in config.quantization.get(key) or ()
+        for name in _names(config.quantization.get(key))
     ]
     only_experts = config.quantization.get("quant_method") == "mxfp4"
     found = {}
     for name, tensor in tensors.items():
         takes = (
-            len(tensor.shape) >= 2
+            tensor.dtype is None  # a file says what it stores
+            and len(tensor.shape) >= 2
             and _LAYER.search(name) is not None
             and _QUANTISED_MATRIX.search(name) is not None
             and not _GATE.search(name)
@@ -124,9 +130,17 @@ def quantised(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, S
 
 
 def stored_bits(quantization: Mapping[str, Any] | None) -> int | None:
-    """Bits of a quantised weight; None where none is, or the config does not say."""
-    if quantization is None:
-        return None
+    """Bits of a quantised weight; None where none is, or the config does not say.
+
+    Raises InputError for a number of bits that no weight has.
+    """
+    bits = None if quantization is None else _bits(quantization)
+    if bits is not None and not 1 <= bits <= 16:
+        raise InputError(f"config.json: weights of {bits} bits are not known")
+    return bits
+
+
+def _bits(quantization: Mapping[str, Any]) -> int | None:
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
         groups = quantization.get("config_groups") or {}
@@ -166,6 +180,10 @@ def _size(name: str, tensor: Stored, bits: int | None) -> Weights:
         return Weights(tensor.num_elements, tensor.num_elements, tensor.num_bytes)
     elements = tensor.num_bytes * 8 // bits if bits else tensor.num_elements
     return Weights(elements, elements, tensor.num_bytes)
+
+
+def _names(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _is_expert(name: str, tensor: Stored, config: ModelConfig) -> bool:

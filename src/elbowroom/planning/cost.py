@@ -99,7 +99,9 @@ class CostModel:
         return IterationCost(
             projections=self.model.num_layers * self.projection_seconds(tokens),
             kv_read=float(self.kv_read_seconds(context, decode_rows)),
-            prefill_attention=self.prefill_attention_seconds(batch.prefill_pairs / self.stages),
+            prefill_attention=self.prefill_attention_seconds(
+                batch.prefill_pairs / self.stages, batch.prefill_tokens / self.stages
+            ),
             ffn=self.ffn_seconds(tokens),
             head=self.head_seconds(rows),
             collectives=self.collective_seconds(tokens),
@@ -134,12 +136,15 @@ class CostModel:
             seconds = seconds + read * (each * layers.windows.count(window))
         return seconds
 
-    def prefill_attention_seconds(self, pairs: float) -> float:
+    def prefill_attention_seconds(self, pairs: float, tokens: float) -> float:
         """Seconds of prompt attention in all layers, for ``pairs`` query-key pairs.
 
-        Two products per pair and head.
+        Two products per pair and head. In a layer with a window, each of the ``tokens`` meets no
+        more keys than that.
         """
-        flops = self.model.pair_flops * self.model.num_layers * pairs
+        windows = self.model.attention.windows
+        all_pairs = sum(min(pairs, tokens * window) if window else pairs for window in windows)
+        flops = self.model.pair_flops * all_pairs
         return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
 
     def ffn_layer_seconds(self, layer: int, rows: float) -> float:
@@ -246,8 +251,8 @@ class CostModel:
         model = self.model
         return [
             Term("projections", cost.projections, "s", f"attention matrices, {measured}"),
-            Term("KV read", cost.kv_read, "s", "bytes of the rows' KV / attention bandwidth"),
-            Term("prefill attention", cost.prefill_attention, "s", "4 d FLOPs per pair and head"),
+            Term("KV read", cost.kv_read, "s", "what layers keep of rows / attention bandwidth"),
+            Term("prefill attention", cost.prefill_attention, "s", "FLOPs of query-key pairs"),
             Term("FFN", cost.ffn, "s", f"gate, up, down, {measured}"),
             Term("head", cost.head, "s", f"vocabulary x hidden, {measured}"),
             Term("collectives", cost.collectives, "s", "2 all-reduces per layer, alpha-beta"),

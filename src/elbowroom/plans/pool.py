@@ -148,6 +148,18 @@ class MemoryBudget:
     kv_group_tokens: tuple[int, ...] = (0,)
     kv_is_known: bool = True
 
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> MemoryBudget:
+        """Read a budget. Raises KeyError, TypeError or ValueError for one that cannot be."""
+        groups = tuple(data.get("kv_group_tokens", (0,)))
+        budget = MemoryBudget(**{**data, "kv_group_tokens": groups})
+        sizes = [*groups, *(value for key, value in data.items() if key != "kv_group_tokens")]
+        if not groups or not all(isinstance(size, int) for size in sizes) or min(groups) < 0:
+            raise ValueError("its budget has something else than whole numbers")
+        if min(budget.block_tokens, budget.kv_bytes_per_token) < 1:
+            raise ValueError("its budget has blocks without tokens, or tokens without bytes")
+        return budget
+
     @property
     def weight_bytes(self) -> int:
         """Resident weights: replicated parts and this replica's share of the FFN layers."""
@@ -292,12 +304,7 @@ class RunPlan:
         engine, layout, prediction = data["engine"], data.get("layout"), data.get("prediction")
         return RunPlan(
             model_dir=data["model_dir"],
-            budget=MemoryBudget(
-                **{
-                    **data["budget"],
-                    "kv_group_tokens": tuple(data["budget"].get("kv_group_tokens", (0,))),
-                }
-            ),
+            budget=MemoryBudget.from_json(data["budget"]),
             shares=tuple(PoolShare.from_json(share) for share in data["shares"]),
             cores=tuple(tuple(cores) for cores in data["cores"]),
             engine=EngineOptions(
