@@ -122,8 +122,7 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
     assert first == case.first
     generator = torch.Generator().manual_seed(0)
     batches = (script.make_batch(generator) for _ in range(case.num_steps))
-    ahead = list(islice(batches, 3))
-    pipeline.prepare(ahead)
+    ahead = pipeline.prepare(islice(batches, 3))
     for step, batch in enumerate(chain(ahead, batches)):
         if step >= first:
             pipeline.train_step(batch)

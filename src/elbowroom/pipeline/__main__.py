@@ -121,8 +121,7 @@ def _run_steps(
     """Train from step ``first`` on, with a checkpoint now and then."""
     generator = torch.Generator().manual_seed(args.seed)
     batches = (script.make_batch(generator) for _ in range(args.steps))
-    ahead = list(islice(batches, _CHECKED))
-    pipeline.prepare(ahead)
+    ahead = pipeline.prepare(islice(batches, _CHECKED))
     if pipeline.worker == 0:
         for note in pipeline.notes:
             print(note, flush=True)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, SplitError
 from elbowroom.pipeline.microbatches import microbatches
 from elbowroom.pipeline.options import LossFunction, StageOptions
 from elbowroom.training.outcome import RELATIVE_ERROR, is_close, seed_all, untouched
+from elbowroom.training.python_state import PythonState
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 from elbowroom.training.tracing import called
@@ -96,12 +98,51 @@ def _are_close(
 def loss_as_it_is(
     model: nn.Module, loss_fn: LossFunction, batch: Minibatch, options: StageOptions
 ) -> float | None:
-    """The loss of a minibatch as a plain loop has it; None if random numbers are drawn for it."""
+    """The loss of a minibatch as a plain loop has it; None if random numbers are drawn for it.
+
+    Raises InputError for a loss that depends on other parameters than through the outputs, or that
+    changes what the model reads.
+    """
     inputs, targets = copy_of(batch)
     with untouched(model, loss_fn), torch.enable_grad(), options.computing():
         before = torch.get_rng_state()
-        loss = float(loss_fn(called(model, inputs), targets).detach())
-        return loss if torch.equal(torch.get_rng_state(), before) else None
+        outputs = pytree.tree_map_only(torch.Tensor, _as_given, called(model, inputs))
+        given = {id(tensor) for tensor in tensors_in(outputs)}
+        python = PythonState(model)
+        loss = loss_fn(outputs, targets)
+        if changed := python.changed():
+            raise InputError(
+                f"loss_fn changes '{changed[0]}', which the model reads: the stages with the model "
+                f"do not see that. Give it as an input"
+            )
+        _check_leaves(loss, {id(p): name for name, p in model.named_parameters()}, given)
+        drawn = not torch.equal(torch.get_rng_state(), before)
+        return None if drawn else float(loss.detach())
+
+
+def _as_given(tensor: torch.Tensor) -> torch.Tensor:
+    """An output as the loss gets it from the stages: a tensor of its own."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _check_leaves(loss: torch.Tensor, names: dict[int, str], given: set[int] | None = None) -> None:
+    """Check that a loss depends on outputs alone. Raises InputError for other parameters.
+
+    Parameters of others than the model are seen where ``given`` has what the loss is given.
+    """
+    for leaf in _leaves(loss):
+        name = names.get(id(leaf))
+        if name is None and (given is None or id(leaf) in given):
+            continue
+        if name is None:
+            raise InputError(
+                "loss_fn reads a parameter that is none of the model's, which no stage trains: "
+                "make it a part of the model, which returns what the loss needs"
+            )
+        raise InputError(
+            f"loss_fn reads the parameter '{name}' itself, but minibatches run with versions of "
+            f"it: let the model return what the loss needs"
+        )
 
 
 def mean_of_means(
@@ -152,13 +193,7 @@ class FirstLoss:
         return loss
 
     def _check(self, loss: torch.Tensor) -> None:
-        for leaf in _leaves(loss):
-            name = self._names.get(id(leaf))
-            if name is not None:
-                raise InputError(
-                    f"loss_fn reads the parameter '{name}' itself, but minibatches run with "
-                    f"versions of it: let the model return what the loss needs"
-                )
+        _check_leaves(loss, self._names)
         found = float(loss.detach())
         if self._expected is not None and not _is_near(self._expected, found, self._error):
             raise InputError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from elbowroom.core.errors import InputError
 from elbowroom.pipeline.checkpoint import (
@@ -34,6 +35,7 @@ from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.layers import trace_model
 from elbowroom.training.outcome import in_training
+from elbowroom.training.python_state import PythonState
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
@@ -133,15 +135,24 @@ class Pipeline:
         """Bytes of memory that messages are received in."""
         return self._built.worker.buffer_bytes if self._built else 0
 
-    def prepare(self, batches: Sequence[tuple[Any, Any]]) -> None:
+    def prepare(self, batches: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
         """Trace the model with the first of these minibatches, and check the stages on all.
 
-        It trains with none of them. Every worker must call it with the same, after ``restore``; or
-        else ``train_step`` does it with its first minibatch. Raises InputError, SplitError, or
-        UntraceableModelError for what would not be trained as in a plain loop.
+        It trains with none of them, and returns them. Every worker must call it with the same,
+        after ``restore``; or else ``train_step`` does it with its first minibatch. Raises
+        InputError, SplitError, or UntraceableModelError for what would not be trained as in a plain
+        loop: minibatches too that change, as they are made, what the model or the loss reads.
         """
         assert self._built is None, "the model is prepared once"
-        self._built = self._build(batches)
+        python = PythonState(self._model, self._loss_fn)
+        made = list(batches)
+        if changed := python.changed():
+            raise InputError(
+                f"making minibatches changes '{changed[0]}', which the model or the loss reads: "
+                f"give it to them as an input"
+            )
+        self._built = self._build(made)
+        return made
 
     def train_step(self, batch: tuple[Any, Any]) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.
@@ -250,6 +261,8 @@ class Pipeline:
             check_microbatches(self._model, batches[0][0], count)
             note = mean_of_means(self._model, self._loss_fn, batches, count)
             self.notes += [note] if note else []
+            if any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules()):
+                self.notes.append("batch norms see the rows of a microbatch, not of a minibatch")
         expected = None
         if self._resumed is None and count == 1:
             expected = loss_as_it_is(self._model, self._loss_fn, batches[0], self._options)

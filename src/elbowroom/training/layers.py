@@ -43,7 +43,11 @@ def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         values = graph.placeholder_values(copy_of(inputs))
         run.run(*values, enable_io_processing=False)
-        changed = [n for n, b in model.named_buffers() if not torch.equal(b, before[n])]
+        changed = [
+            name
+            for name, buffer in model.named_buffers()
+            if name not in before or not torch.equal(buffer, before[name])
+        ]
     return _Finder(model, graph, run, frozenset(changed)).traced()
 
 

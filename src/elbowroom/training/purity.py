@@ -55,7 +55,9 @@ class Habits:
 
 
 def habits_of(model: nn.Module, run: Callable[[Any], Any], inputs: Any) -> Habits:
-    """Call a forward twice from the same buffers and random numbers, and watch it.
+    """Call a forward three times from the same buffers and random numbers, and watch it.
+
+    What it keeps from the first call on, and changes in none that follows, is a cache.
 
     All is as before afterwards, but for weights that the forward writes into.
     """
@@ -76,13 +78,21 @@ def _impurity(
     model: nn.Module, run: Callable[[Any], Any], inputs: Any, habits: Habits
 ) -> str | None:
     weights = _digests(model)
+    trained = {name: one.requires_grad for name, one in model.named_parameters()}
     with untouched(model), torch.enable_grad():
+        with tensors_untouched(model), _watched(habits):
+            calls = [_called(run, inputs)]  # fills caches, which is no habit
         python = PythonState(model)
-        calls, changed = [], []
+        changed = []
         for _ in range(2):
             with tensors_untouched(model), _watched(habits):
                 calls.append(_called(run, inputs))
             changed += python.changed()
+        changed += [
+            f"{name}.requires_grad"
+            for name, one in model.named_parameters()
+            if trained.get(name) != one.requires_grad
+        ]
     if changed:
         names = ", ".join(f"'{name}'" for name in list(dict.fromkeys(changed))[:_SHOWN])
         return f"the forward changes {names}, which a graph keeps as it is: make it a buffer"
@@ -92,12 +102,13 @@ def _impurity(
     if habits.clocks:
         asked = ", ".join(sorted(habits.clocks))
         return f"the forward asks for {asked}: give it what it needs as an input"
-    one, other = calls
-    if one.drawn:
-        return f"the forward draws from {one.drawn} by itself: use torch's functions in it"
-    is_same = len(one.outputs) == len(other.outputs) and torch.equal(one.draws, other.draws)
-    if not is_same or not all(map(_is_same, one.outputs, other.outputs)):
-        return "the forward depends on earlier calls, which a graph does not: use buffers"
+    first, *later = calls
+    if drawn := next((call.drawn for call in calls if call.drawn), None):
+        return f"the forward draws from {drawn} by itself: use torch's functions in it"
+    for call in later:
+        is_same = len(first.outputs) == len(call.outputs) and torch.equal(first.draws, call.draws)
+        if not is_same or not all(map(_is_same, first.outputs, call.outputs)):
+            return "the forward depends on earlier calls, which a graph does not: use buffers"
     return None
 
 

@@ -12,14 +12,18 @@ import operator
 import random
 import sys
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from decimal import Decimal
 from enum import Enum
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -27,8 +31,14 @@ from torch import nn
 
 from elbowroom.training.user_code import is_own
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum)
+_PLAIN = (
+    *(bool, int, float, complex, str, bytes, type(None), Enum),
+    *(np.generic, Fraction, Decimal),
+)
 _DEPTH, _MOST_ITEMS, _MOST_BYTES, _MOST_VALUES = 8, 1000, 1 << 20, 50_000
+_MOST_SUMMED_BYTES = 1 << 26
+"""Arrays up to ``_MOST_BYTES`` are kept and put back, up to this their sums are compared."""
+
 _TENSORS = {"_parameters", "_buffers", "_modules"}
 
 
@@ -44,7 +54,7 @@ class PythonState:
 
     def __init__(self, model: nn.Module, *functions: Callable[..., Any]) -> None:
         self.values: dict[str, object] = {}
-        self._model = model
+        self._model, self._functions = model, functions
         self._seen: dict[int, object] = {}  # keeps them alive, so that no other has their id
         self._undo: list[Callable[[], object]] = []
         for module in model.modules():
@@ -63,7 +73,7 @@ class PythonState:
 
     def changed(self) -> list[str]:
         """Names of what has other values now. What only keeps other tensors is not among them."""
-        now = PythonState(self._model).values
+        now = PythonState(self._model, *self._functions).values
         return [name for name, value in now.items() if self._is_other(name, value)]
 
     def _is_other(self, name: str, value: Any) -> bool:
@@ -99,10 +109,16 @@ class PythonState:
         """Note what changes as a whole; whether it is of such a kind."""
         if isinstance(value, torch.Tensor):
             self.values[name] = _Version(id(value), value._version)
+            if value.nbytes <= _MOST_BYTES and value.layout is torch.strided:
+                self._undo.append(partial(_write_back, value, value.detach().clone()))
         elif isinstance(value, np.ndarray):
             if value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
                 self.values[name] = value.tobytes()
                 self._undo.append(partial(np.copyto, value, value.copy()))
+            elif value.nbytes <= _MOST_SUMMED_BYTES and not value.dtype.hasobject:
+                self.values[name] = crc32(np.ascontiguousarray(value).data)
+        elif isinstance(value, array):
+            self.values[name] = value.tobytes()
         elif isinstance(value, random.Random):
             self._generator(name, value.getstate(), value.setstate)
         elif isinstance(value, np.random.RandomState):
@@ -221,6 +237,11 @@ class PythonState:
 
 def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
+
+
+def _write_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(value)
 
 
 def _refill(kept: dict[Any, Any], values: Mapping[Any, Any]) -> None:
