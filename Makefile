@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,train,zstd,parquet,dev]'
 	$(BIN)/pip uninstall --quiet --yes $(UNWANTED)
+	$(BIN)/python -m elbowroom.swap.meter
 	touch $@
 
 demo: setup

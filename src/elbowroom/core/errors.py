@@ -69,6 +69,22 @@ class ScheduleError(ElbowroomError):
         self.action = action
 
 
+class SwapError(ElbowroomError):
+    """A swapped step cannot continue: its link failed, or data came back changed."""
+
+
+class TierFullError(SwapError):
+    """The slow tier has no room for what leaves the device."""
+
+
+class StepChangedError(SwapError):
+    """A training step does not do what its swap plan was made for."""
+
+
+class MeterUnavailableError(ElbowroomError):
+    """Memory cannot be metered here: no compiler, or headers that do not fit."""
+
+
 def shown(value: object) -> str:
     """A value that came from outside, shortened for a message."""
     try:
@@ -84,6 +100,10 @@ def optional(what: str, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
         with suppress(Exception):  # the screen may be what fails
-            say(f"no {what}: {text}")
+            say(f"no {what}: {one_line(error)}")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -131,6 +131,10 @@ class SwapPlan:
         """Bytes copied back in one step."""
         return self._moved("in")
 
+    def peak_bytes_with(self, static_bytes: int) -> int:
+        """Predicted peak of a step that begins with so many bytes held."""
+        return self.peak_bytes - self.static_bytes + static_bytes
+
     def _moved(self, direction: Direction) -> int:
         return sum(
             self.storages[transfer.storage].num_bytes

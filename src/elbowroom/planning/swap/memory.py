@@ -67,7 +67,9 @@ def swapped_intervals(
         # Held until the tick's own entry; the state after it is without the storage.
         dropped = _state_after(profile, choice.drop)
         intervals.append(Interval(storage.free + 1, dropped, storage.num_bytes))
-    if storage.bring is not None and choice.bring is not None:
+    is_early = choice.bring is not None and choice.bring != storage.use_tick
+    if storage.bring is not None and is_early:
+        assert choice.bring is not None
         brought = _state_after(profile, choice.bring)
         intervals.append(Interval(brought, storage.bring + 1, storage.num_bytes))
     return intervals

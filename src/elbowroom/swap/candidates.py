@@ -1,0 +1,50 @@
+"""Which saved tensors may leave the device: plain ones that nobody else keeps or refills."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+SMALLEST_BYTES = 1024
+"""Storages below this size are kept: to move them costs more than they take."""
+
+
+class Candidates:
+    """Tells storages that may leave from those that must stay.
+
+    Parameters and buffers stay, whatever tensors of their storages are saved, and so do all
+    tensors but plain strided ones: sparse ones, conjugates and subclasses have more than a storage.
+    The unsharded parameters of FSDP are views of a Parameter whose storage FSDP empties and
+    refills; to swap them gives wrong gradients without any error.
+    """
+
+    def __init__(self, model: nn.Module, smallest_bytes: int = SMALLEST_BYTES) -> None:
+        self.smallest_bytes = smallest_bytes
+        self._fixed = set(_storages((*model.parameters(), *model.buffers())))
+
+    def storage_of(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
+        """The storage that may leave with this tensor; None if it must stay."""
+        base = tensor._base
+        if isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter):
+            self._fixed.update(_storages([tensor]))
+            return None
+        is_plain = type(tensor) is torch.Tensor and (base is None or type(base) is torch.Tensor)
+        if not is_plain or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            return None
+        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+            return None
+        storage = tensor.untyped_storage()
+        is_small = storage.nbytes() < max(1, self.smallest_bytes)
+        return None if is_small or storage._cdata in self._fixed else storage
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterable[int]:
+    """Identities of the storages of tensors; those of a DTensor's own part."""
+    for tensor in tensors:
+        local = getattr(tensor, "_local_tensor", tensor)
+        try:
+            yield local.untyped_storage()._cdata
+        except (RuntimeError, NotImplementedError):  # sparse, or a subclass without a storage
+            continue

@@ -1,0 +1,170 @@
+"""Saved storages and the handles that autograd holds instead of tensors.
+
+A handle lives as long as autograd's saved variable. Handles hold their storage, nothing else does
+for long: when the last handle of a storage goes, its memory and its slot in the tier go too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from elbowroom.core.errors import SwapError
+from elbowroom.plans.swap import Choice
+from elbowroom.swap.link import Copy
+from elbowroom.swap.tier import Slot, Tier
+
+
+@dataclass(eq=False)
+class SavedItem:
+    """A saved storage in one step, wherever its bytes are.
+
+    Args:
+        number: place in the order of first packs.
+        num_bytes: size of the storage.
+        choice: what becomes of it; None if it is kept: then its handles hold tensors.
+        original: identity of the storage that was saved, which lasts as long as the item.
+        version: of the tensor that was saved, when it was saved.
+        tensor: a tensor with the storage that is here: the saved one until the drop, bytes from the
+            bring on, and None while the storage is away. What autograd gets are views of it, which
+            share its version counter.
+        checksum: of what left, if it is to be verified.
+        problem: why it can be used no longer; empty if it can.
+
+    """
+
+    number: int
+    num_bytes: int
+    choice: Choice | None
+    original: StorageWeakRef
+    version: int
+    tensor: torch.Tensor | None = None
+    slot: Slot | None = None
+    out: Copy | None = None
+    back: Copy | None = None
+    is_back: bool = False
+    checksum: int | None = None
+    problem: str = ""
+
+    @property
+    def is_away(self) -> bool:
+        """Whether its bytes are in the tier alone."""
+        return self.tensor is None and self.choice is not None
+
+    def has(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor, in its old or new storage, still has the bytes that were saved."""
+        is_original = tensor.untyped_storage()._cdata == self.original.cdata
+        return tensor._version == (self.version if is_original else 0)
+
+    def leave(self, tier: Tier, saved: torch.Tensor) -> Copy:
+        """Take a slot, which lasts as long as the item. Returns the copy to be asked for.
+
+        Raises TierFullError.
+        """
+        self.slot = tier.take(self.num_bytes)
+        weakref.finalize(self, tier.give, self.slot).atexit = False
+        self.tensor = saved.detach()
+        self.out = Copy("out", saved.untyped_storage(), self.slot)
+        return self.out
+
+    def drop(self) -> None:
+        """Let go of the storage once it was copied out; note whether it was written meanwhile."""
+        assert self.tensor is not None
+        self.problem = changed_in_place(self.tensor, self.version)
+        self.tensor = self.out = None
+
+    def come_back(self) -> Copy:
+        """Allocate memory to come back to. Returns the copy to be asked for."""
+        assert self.slot is not None
+        # Not UntypedStorage(n): that takes PyTorch's default allocator, which no meter sees.
+        self.tensor = torch.empty(self.num_bytes, dtype=torch.uint8)
+        self.is_back = True
+        self.back = Copy("in", self.tensor.untyped_storage(), self.slot)
+        return self.back
+
+    def check(self) -> None:
+        """Raise RuntimeError, in PyTorch's words, if its bytes are no longer those saved."""
+        assert self.tensor is not None
+        now = changed_in_place(self.tensor, 0 if self.is_back else self.version)
+        if problem := self.problem or now:
+            raise RuntimeError(problem)
+
+    def verify(self) -> None:
+        """Compare what came back with what left. Raises SwapError if it is not the same."""
+        if self.checksum is None or self.tensor is None:
+            return
+        found = checksum(self.tensor.untyped_storage())
+        if found != self.checksum:
+            raise SwapError(
+                f"storage {self.number} ({self.num_bytes} bytes) came back changed: checksum "
+                f"{found:08x}, it left with {self.checksum:08x}: check the slow tier's memory or "
+                "disk, and report this if they are sound"
+            )
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class SwappedHandle:
+    """Stands for a saved tensor of a storage that leaves: how to make the tensor again."""
+
+    item: SavedItem
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def made_again(self) -> torch.Tensor:
+        """The saved tensor, as a view of what is here now."""
+        here = self.item.tensor
+        assert here is not None
+        size = max(here.dtype.itemsize, self.dtype.itemsize)
+        num_elements = self.item.num_bytes // size * size // here.dtype.itemsize
+        flat = here.as_strided((num_elements,), (1,), 0)
+        typed = flat if flat.dtype == self.dtype else flat.view(self.dtype)
+        return typed.as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class KeptHandle:
+    """Stands for a saved tensor that stays: the tensor, cut off its graph, and its version.
+
+    PyTorch checks versions only where no hooks are: kept tensors need this check of our own. The
+    saved tensor itself, returned by a hook, would hold the graph that holds it. ``item`` is None
+    for tensors that are no candidates.
+    """
+
+    item: SavedItem | None
+    tensor: torch.Tensor
+    version: int
+
+    def checked(self) -> torch.Tensor:
+        """The tensor. Raises RuntimeError, as PyTorch does, if it was written in place."""
+        problem = changed_in_place(self.tensor, self.version)
+        if problem:
+            raise RuntimeError(problem)
+        return self.tensor
+
+
+Handle = SwappedHandle | KeptHandle
+
+
+def changed_in_place(tensor: torch.Tensor, expected: int) -> str:
+    """PyTorch's own words for a tensor written after it was saved; empty if it was not."""
+    version = tensor._version
+    if version == expected:
+        return ""
+    return (
+        "one of the variables needed for gradient computation has been modified by an inplace "
+        f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {version}; expected "
+        f"version {expected} instead."
+    )
+
+
+def checksum(storage: torch.UntypedStorage) -> int:
+    """CRC-32 of all bytes of a storage."""
+    size = storage.nbytes()
+    return zlib.crc32((ctypes.c_char * size).from_address(storage.data_ptr()))

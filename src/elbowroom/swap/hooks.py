@@ -1,0 +1,288 @@
+"""One step under autograd's hooks for saved tensors, which carry out a swap plan.
+
+The clock is the number of packs and unpacks so far. Every allocation and every drop happens in the
+main thread, at the tick that the plan names; the link thread only copies.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from elbowroom.core.errors import StepChangedError
+from elbowroom.plans.swap import Choice, Swapped, SwapPlan, Transfer
+from elbowroom.swap.candidates import Candidates
+from elbowroom.swap.handles import Handle, KeptHandle, SavedItem, SwappedHandle, checksum
+from elbowroom.swap.link import Link, Turns
+
+OnChange = Literal["swap", "raise"]
+
+
+class StepObserver(Protocol):
+    """Whoever measures a step: is told what happens, and changes nothing."""
+
+    def ticked(self) -> None:
+        """A tick begins, before anything is dropped, brought, packed or unpacked."""
+
+    def tick_ended(self) -> None:
+        """The hook of this tick is about to return to PyTorch."""
+
+    def packed(self, item: SavedItem, tick: int, storage: torch.UntypedStorage) -> None:
+        """A tensor of a candidate storage was saved."""
+
+    def unpacked(self, item: SavedItem | None, tick: int) -> None:
+        """A saved tensor was asked for; None for one whose storage is no candidate."""
+
+    def bringing(self, item: SavedItem) -> None:
+        """Memory is about to be allocated for a storage that comes back."""
+
+    def brought(self, item: SavedItem) -> None:
+        """That memory was allocated."""
+
+
+@dataclass
+class StepCounts:
+    """What one step moved and how long it waited; ``change`` says where it left its plan."""
+
+    num_packs: int = 0
+    num_unpacks: int = 0
+    num_swapped: int = 0
+    out_bytes: int = 0
+    in_bytes: int = 0
+    num_waits: int = 0
+    wait_seconds: float = 0.0
+    change: str = ""
+
+
+@dataclass(eq=False)
+class SwappedStep:
+    """One step. Enter ``hooks()`` around its forward and backward, and ``end`` it afterwards.
+
+    Handles outlive the step where a graph does: its backward may follow later.
+
+    Args:
+        plan: what to keep and when to move the rest; None swaps everything at once.
+        link: where storages go; it outlives the step.
+        candidates: which saved tensors may leave.
+        on_change: what to do when the step does not do what the plan expects.
+        verify: compare checksums of what left and what came back.
+        observer: whoever measures the step.
+
+    """
+
+    plan: SwapPlan | None
+    link: Link
+    candidates: Candidates
+    on_change: OnChange = "swap"
+    verify: bool = False
+    observer: StepObserver | None = None
+    counts: StepCounts = field(default_factory=StepCounts)
+
+    def __post_init__(self) -> None:
+        self._clock = 0
+        self._num_items = 0
+        self._items: weakref.WeakValueDictionary[int, SavedItem] = weakref.WeakValueDictionary()
+        self._by_number: weakref.WeakValueDictionary[int, SavedItem] = weakref.WeakValueDictionary()
+        self._drops: dict[int, list[SavedItem]] = {}
+        self._turns = Turns(self.link, self.plan.transfers if self.plan else ())
+        self._follows = self.plan is not None
+        self._expected: dict[int, int] = {}
+        self._brings: dict[int, list[int]] = {}
+        if self.plan is not None:
+            for number, storage in enumerate(self.plan.storages):
+                self._expected.update(dict.fromkeys(storage.pack_ticks, number))
+            for transfer in self.plan.transfers:
+                bring = self.plan.choice_of[transfer.storage].bring
+                if transfer.direction == "in" and bring is not None:
+                    self._brings.setdefault(bring, []).append(transfer.storage)
+
+    def hooks(self) -> AbstractContextManager[None]:
+        """The context in which tensors are saved by this step's rules, in this thread only."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def end(self) -> None:
+        """Drop what still waits to be dropped. Raises SwapError if the link failed."""
+        self._drop_all()
+        self.link.check()
+
+    # Packs.
+
+    def _pack(self, tensor: torch.Tensor) -> Handle:
+        tick = self._tick()
+        self.counts.num_packs += 1
+        storage = self.candidates.storage_of(tensor)
+        if storage is None:
+            self._check_pack(tick, None, 0)
+            handle: Handle = KeptHandle(None, tensor.detach(), tensor._version)
+        else:
+            handle = self._pack_storage(tick, tensor, storage)
+        if self.observer is not None:
+            self.observer.tick_ended()
+        return handle
+
+    def _pack_storage(
+        self, tick: int, tensor: torch.Tensor, storage: torch.UntypedStorage
+    ) -> Handle:
+        item = self._items.get(storage._cdata)
+        is_new = item is None or not item.has(tensor)
+        if item is None or is_new:
+            self._check_pack(tick, self._num_items, storage.nbytes())
+            item = self._new_item(tensor, storage)
+        else:
+            self._check_pack(tick, item.number, item.num_bytes)
+        if self.observer is not None:
+            self.observer.packed(item, tick, storage)
+        if item.choice is None:
+            return KeptHandle(item, tensor.detach(), tensor._version)
+        if is_new:
+            self._send_out(item, tensor)
+        offset = int(tensor.storage_offset())
+        handle = SwappedHandle(item, offset, tensor.shape, tensor.stride(), tensor.dtype)
+        if is_new and item.choice.drop <= tick:
+            self._drop([item])
+        return handle
+
+    def _new_item(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedItem:
+        number = self._num_items
+        self._num_items += 1
+        choice: Choice | None = Swapped(number, self._clock - 1, None)
+        if self.plan is not None and self._follows:
+            choice = self.plan.choice_of.get(number)
+        original = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        item = SavedItem(number, storage.nbytes(), choice, original, tensor._version)
+        self._items[storage._cdata] = item
+        self._by_number[number] = item
+        return item
+
+    def _send_out(self, item: SavedItem, tensor: torch.Tensor) -> None:
+        assert item.choice is not None
+        if self.verify:
+            item.checksum = checksum(tensor.untyped_storage())
+        copy = item.leave(self.link.tier, tensor)
+        self._turns.ask(Transfer("out", item.number), copy)
+        self._drops.setdefault(item.choice.drop, []).append(item)
+        self.counts.num_swapped += 1
+        self.counts.out_bytes += item.num_bytes
+
+    # Unpacks.
+
+    def _unpack(self, handle: Handle) -> torch.Tensor:
+        tick = self._tick()
+        self.counts.num_unpacks += 1
+        item = handle.item
+        if item is not None:
+            self._check_unpack(tick, item)
+        if self.observer is not None:
+            self.observer.unpacked(item, tick)
+        tensor = handle.checked() if isinstance(handle, KeptHandle) else self._tensor_of(handle)
+        if self.observer is not None:
+            self.observer.tick_ended()
+        return tensor
+
+    def _tensor_of(self, handle: SwappedHandle) -> torch.Tensor:
+        item = handle.item
+        if item.is_away:
+            self._bring(item)
+        if item.back is not None:
+            self._wait(Transfer("in", item.number))
+            item.back = None
+            item.verify()
+        item.check()
+        return handle.made_again()
+
+    def _bring(self, item: SavedItem) -> None:
+        if self.observer is not None:
+            self.observer.bringing(item)
+        copy = item.come_back()
+        assert copy.storage is not None
+        self._items[copy.storage._cdata] = item  # a double backward saves it again
+        if self.observer is not None:
+            self.observer.brought(item)
+        self._turns.ask(Transfer("in", item.number), copy)
+        self.counts.in_bytes += item.num_bytes
+
+    # The clock.
+
+    def _tick(self) -> int:
+        """Count a pack or unpack, and do what is due before it. Returns its number."""
+        tick = self._clock
+        self._clock += 1
+        if self.observer is not None:
+            self.observer.ticked()
+        if tick in self._drops:
+            self._drop(list(self._drops[tick]))
+        if self._follows:
+            for number in self._brings.get(tick, ()):
+                item = self._by_number.get(number)
+                if item is not None and item.is_away:
+                    self._bring(item)
+        return tick
+
+    def _drop(self, items: Iterable[SavedItem]) -> None:
+        for item in items:
+            assert item.choice is not None
+            due = self._drops[item.choice.drop]
+            due.remove(item)
+            if not due:
+                del self._drops[item.choice.drop]
+            self._wait(Transfer("out", item.number))
+            item.drop()
+
+    def _drop_all(self) -> None:
+        self._drop([item for items in list(self._drops.values()) for item in items])
+
+    def _wait(self, transfer: Transfer) -> None:
+        item = self._by_number[transfer.storage]
+        copy = item.out if transfer.direction == "out" else item.back
+        if copy is None or copy.done.is_set():
+            self.link.check()
+            return
+        begin = time.perf_counter()
+        self._turns.wait(transfer, copy)
+        self.counts.wait_seconds += time.perf_counter() - begin
+        self.counts.num_waits += 1
+
+    # Steps that differ from their plan.
+
+    def _check_pack(self, tick: int, number: int | None, num_bytes: int) -> None:
+        if self.plan is None or not self._follows:
+            return
+        expected = self._expected.get(tick)
+        if expected != number:
+            self._change(f"tick {tick} saves {_named(number)}, the plan expects {_named(expected)}")
+        elif number is not None and num_bytes != self.plan.storages[number].num_bytes:
+            planned = self.plan.storages[number].num_bytes
+            self._change(
+                f"tick {tick} saves {num_bytes} bytes in storage {number}, the plan expects "
+                f"{planned}"
+            )
+
+    def _check_unpack(self, tick: int, item: SavedItem) -> None:
+        if self.plan is None or not self._follows:
+            return
+        use = self.plan.storages[item.number].use_tick
+        if use is None or tick < use:
+            self._change(f"tick {tick} asks for storage {item.number}, the plan expects {use}")
+
+    def _change(self, change: str) -> None:
+        """From here on nothing is as planned: swap all that follows at once, bring on demand."""
+        if self.on_change == "raise":
+            raise StepChangedError(
+                f"the step differs from its swap plan: {change}. Profile and plan it again, or let "
+                "it go on with on_change='swap'"
+            )
+        self.counts.change, self._follows = change, False
+        self._turns.abandon()
+        self._drop_all()
+
+
+def _named(number: int | None) -> str:
+    return "no storage that could leave" if number is None else f"storage {number}"

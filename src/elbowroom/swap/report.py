@@ -1,0 +1,51 @@
+"""What a swapped step was predicted to cost, and what it did cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from elbowroom.core.units import format_bytes
+from elbowroom.plans.swap import SwapPlan
+from elbowroom.swap.hooks import StepCounts
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step, predicted and measured.
+
+    Args:
+        plan: the plan that it followed; None if everything was swapped at once.
+        predicted_peak_bytes: peak by the plan, with what was held when this step began.
+        peak_bytes: metered peak of the step, all that was held included; None without a meter.
+        seconds: wall-clock seconds inside the step.
+        counts: bytes moved, waits, and where the step left its plan.
+        link_seconds: seconds in which the link copied.
+
+    """
+
+    plan: SwapPlan | None
+    predicted_peak_bytes: int | None
+    peak_bytes: int | None
+    seconds: float
+    counts: StepCounts
+    link_seconds: float
+
+    def __str__(self) -> str:
+        plan, counts = self.plan, self.counts
+        rows = [
+            ("", "predicted", "measured"),
+            ("peak", _bytes(self.predicted_peak_bytes), _bytes(self.peak_bytes)),
+            ("seconds", f"{plan.seconds:.3f}" if plan else "-", f"{self.seconds:.3f}"),
+            ("bytes out", _bytes(plan.out_bytes if plan else None), _bytes(counts.out_bytes)),
+            ("bytes in", _bytes(plan.in_bytes if plan else None), _bytes(counts.in_bytes)),
+            ("waits", "", f"{counts.num_waits}, {counts.wait_seconds:.3f} s"),
+            ("link busy", "", f"{self.link_seconds:.3f} s"),
+        ]
+        lines = [f"{name:<10} {predicted:>14} {measured:>14}" for name, predicted, measured in rows]
+        if counts.change:
+            lines.append(f"left its plan: {counts.change}")
+        return "\n".join(lines)
+
+
+def _bytes(num_bytes: int | None) -> str:
+    return "-" if num_bytes is None else format_bytes(num_bytes)
