@@ -3,7 +3,7 @@
 ``run_batch`` answers a batch file, ``iter_batch`` yields rows as they finish. ``profile`` measures
 the layers of a model in training, ``plan_pipeline`` cuts them into stages on a cluster that
 ``read_cluster`` knows, and ``Pipeline`` trains by such a plan, or one that ``read_pipeline_plan``
-finds in a file.
+finds in a file. ``Swap`` trains under a memory budget.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from elbowroom.app.batch import iter_batch, run_batch
+    from elbowroom.app.swap import Swap
     from elbowroom.core.cluster_file import read_cluster
     from elbowroom.pipeline.options import StageOptions
     from elbowroom.pipeline.pipeline import Pipeline
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Pipeline",
     "StageOptions",
+    "Swap",
     "iter_batch",
     "plan_pipeline",
     "profile",
@@ -33,6 +35,7 @@ __all__ = [
 _MODULES = {
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.options",
+    "Swap": "elbowroom.app.swap",
     "iter_batch": "elbowroom.app.batch",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
@@ -41,10 +42,11 @@ class FlippingTier(MemoryTier):
         self.number = number
 
     def write(self, slot: Slot, address: int, num_bytes: int) -> None:
-        super().write(slot, address, num_bytes)
-        if self.number == 0:
-            self._mapping[slot.offset + num_bytes // 2] ^= 4
+        changed = bytearray(ctypes.string_at(address, num_bytes))
+        changed[num_bytes // 2] ^= 4 if self.number == 0 else 0
         self.number -= 1
+        from_changed = (ctypes.c_char * num_bytes).from_buffer(changed)
+        super().write(slot, ctypes.addressof(from_changed), num_bytes)
 
 
 class HangingTier(MemoryTier):

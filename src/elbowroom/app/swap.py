@@ -1,0 +1,199 @@
+"""Trains any PyTorch model under a memory budget: saved tensors leave the device and come back."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import nn
+
+from elbowroom.core.errors import InputError, MemoryPlanError, MeterUnavailableError
+from elbowroom.core.step_profile import StepProfile
+from elbowroom.core.units import format_bytes, parse_memory
+from elbowroom.planning.swap.choose import plan_swap, with_static_bytes
+from elbowroom.plans.swap import SwapPlan
+from elbowroom.profiling.step import StepRecorder
+from elbowroom.swap.candidates import SMALLEST_BYTES, Candidates
+from elbowroom.swap.hooks import OnChange, SwappedStep
+from elbowroom.swap.link import Link
+from elbowroom.swap.meter import Meter, installed_meter, uncounted_bytes
+from elbowroom.swap.report import StepReport
+from elbowroom.swap.tier import FileTier, Tier
+
+Planner = Callable[[StepProfile, int], SwapPlan]
+
+
+class Swap:
+    """Carries out a swap plan, or makes one for a budget from its own first step.
+
+    Enter ``step`` around forward and backward of each step. Gradients are bitwise those of the
+    plain step. With a budget the first step is measured while everything is swapped; from the
+    second on the plan is followed, and made anew when more is held between steps than before, as
+    once the optimizer has its state. CPU tensors only; use it from one thread.
+
+    Args:
+        model: any module; its parameters and buffers stay where they are.
+        plan: what leaves and when, as ``train plan-swap`` and ``plan_swap`` make it.
+        optimizer: its state counts as held between steps.
+        budget: most bytes that may be held in a step, as "6GiB" or a number; instead of a plan.
+        tier: a folder on disk, or a tier; by default the folder for temporary files.
+        enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
+        verify: compare checksums of what left and what came back.
+        on_change: when a step does not do what the plan expects, "swap" everything at once from
+            there, or "raise" StepChangedError.
+        planner: makes a plan from a profile and a budget in bytes.
+
+    Raises InputError unless there is either a plan or a budget, and MeterUnavailableError where a
+    budget is to be kept and memory cannot be metered.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: SwapPlan | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        budget: str | int | None = None,
+        tier: Tier | Path | str | None = None,
+        enforce: bool = True,
+        verify: bool = False,
+        on_change: OnChange = "swap",
+        planner: Planner = plan_swap,
+    ) -> None:
+        if (plan is None) == (budget is None):
+            raise InputError("give Swap a plan, or budget=: one of them")
+        self.plan = plan
+        self.profile: StepProfile | None = None
+        self._model = model
+        self._optimizer = optimizer
+        self._planner = planner
+        self._makes_plans = plan is None
+        self._budget_bytes = parse_memory(budget) if isinstance(budget, str) else budget
+        if plan is not None:
+            self._budget_bytes = plan.budget_bytes
+        self._enforce = enforce and self._budget_bytes is not None
+        self._verify = verify
+        self._on_change = on_change
+        self._smallest_bytes = plan.smallest_bytes if plan else SMALLEST_BYTES
+        self._meter = _meter(is_needed=self._makes_plans or self._enforce)
+        self._link = Link(
+            tier if isinstance(tier, Tier) else FileTier(Path(tier) if tier else None)
+        )
+        self._closing = weakref.finalize(self, self._link.close)
+        self._last: StepReport | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The context of one step: one or several forwards and their backwards.
+
+        Raises MemoryPlanError before the step if it cannot fit, torch.OutOfMemoryError inside if
+        it does not, and SwapError if the link or the tier fails.
+        """
+        static_bytes = self._static_bytes()
+        self._prepare(static_bytes)
+        plan, meter = self.plan, self._meter
+        recorder = None
+        if plan is None:
+            assert meter is not None
+            recorder = StepRecorder(self._model, meter, static_bytes, self._smallest_bytes)
+        uncounted = static_bytes - self._held_bytes_before
+        step = SwappedStep(
+            plan=plan,
+            link=self._link,
+            candidates=Candidates(self._model, self._smallest_bytes),
+            on_change=self._on_change,
+            verify=self._verify,
+            observer=recorder,
+        )
+        busy_before, begin = self._link.busy_seconds, time.perf_counter()
+        with ExitStack() as inside:
+            if meter is not None:
+                meter.reset_peak()
+                inside.enter_context(meter.budget(self._room_bytes(uncounted)))
+            inside.enter_context(recorder.recording() if recorder else nullcontext())
+            with step.hooks():
+                yield
+            step.end()
+        self._last = StepReport(
+            plan=plan,
+            predicted_peak_bytes=plan.peak_bytes_with(static_bytes) if plan else None,
+            peak_bytes=meter.peak_bytes + uncounted if meter else None,
+            seconds=time.perf_counter() - begin,
+            counts=step.counts,
+            link_seconds=self._link.busy_seconds - busy_before,
+        )
+        if recorder is not None:
+            self.profile = recorder.profile()
+        elif step.counts.change and self._makes_plans:
+            self.plan = self.profile = None  # it is another step now: measure it
+
+    def report(self) -> StepReport:
+        """The last step, predicted and measured. Raises InputError before the first."""
+        if self._last is None:
+            raise InputError("no step was taken yet: enter swap.step() first")
+        return self._last
+
+    def close(self) -> None:
+        """End the link and release the tier. Backwards of earlier steps are over then."""
+        self._closing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _static_bytes(self) -> int:
+        """Bytes held now, between steps; a plan's own number where nothing meters them."""
+        self._held_bytes_before = 0
+        if self._meter is None:
+            return self.plan.static_bytes if self.plan else 0
+        self._held_bytes_before = self._meter.held_bytes
+        uncounted = uncounted_bytes(self._meter, self._model, self._optimizer)
+        return self._held_bytes_before + uncounted
+
+    def _prepare(self, static_bytes: int) -> None:
+        """Have a plan that fits, unless this step is to be measured. Raises MemoryPlanError."""
+        budget = self._budget_bytes
+        if budget is None or (self.plan is None and self.profile is None):
+            return
+        plan = self.plan
+        needed = plan.peak_bytes_with(static_bytes) if plan else None
+        if needed is not None and needed <= budget:
+            return
+        if self.profile is not None:
+            self.plan = self._planner(with_static_bytes(self.profile, static_bytes), budget)
+        elif self._enforce and plan is not None and needed is not None:
+            raise MemoryPlanError(
+                f"the plan's peak is {format_bytes(needed)} with the {format_bytes(static_bytes)} "
+                f"that are held now ({format_bytes(plan.static_bytes)} when it was made), the "
+                f"budget is {format_bytes(budget)}: plan again"
+            )
+
+    def _room_bytes(self, uncounted_bytes: int) -> int | None:
+        """What the meter may count: the budget without what it does not see."""
+        if not self._enforce or self._budget_bytes is None:
+            return None
+        return self._budget_bytes - uncounted_bytes
+
+
+def _meter(*, is_needed: bool) -> Meter | None:
+    """The process's meter; None if it is not needed and cannot be had."""
+    try:
+        return installed_meter()
+    except MeterUnavailableError:
+        if is_needed:
+            raise
+        return None
