@@ -167,6 +167,21 @@ def test_another_batch_is_measured_again_and_both_are_right() -> None:
     assert [report.plan is None for report in run.reports] == [True, False, False, True, False]
 
 
+def test_a_step_that_failed_is_followed_by_one_as_planned() -> None:
+    expected = Run(make("cnn")).train(3)
+    run = Run(make("cnn"), budget="1GiB")
+    losses = run.train(2, is_last=False)
+    assert run.swap is not None
+    with pytest.raises(KeyError), run.swap.step():
+        run.case.loss()
+        raise KeyError("of the user's own")
+    assert losses == expected[:2]
+    with run.swap.step():
+        run.case.loss().backward()
+    assert not run.swap.report().counts.change
+    run.swap.close()
+
+
 def test_a_step_that_differs_may_raise() -> None:
     profile, _ = measured("cnn")
     run = Run(make("lstm"), plan=make_plan(profile, ()), on_change="raise")

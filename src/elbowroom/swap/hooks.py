@@ -110,6 +110,7 @@ class SwappedStep:
 
     def end(self) -> None:
         """Drop what still waits to be dropped. Raises SwapError if the link failed."""
+        self._turns.abandon()
         self._drop_all()
         self.link.check()
 

@@ -1,0 +1,76 @@
+"""One of two gloo processes that train the same model under DDP or FSDP2, plainly and swapped."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from elbowroom.app.swap import Swap
+from elbowroom.planning.swap.choose import make_plan
+from elbowroom.planning.swap.memory import at_once
+from elbowroom.swap.tier import MemoryTier
+
+NUM_STEPS = 3
+
+
+def model_under(kind: str) -> nn.Module:
+    """The same model in each process, in either kind of parallel training."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3)]
+    model = nn.Sequential(*blocks, nn.Linear(64, 8))
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def numbers(model: nn.Module, batch: torch.Tensor, swap: Swap | None = None) -> list[torch.Tensor]:
+    """Loss and gradients of the last of some steps."""
+    for _ in range(NUM_STEPS):
+        model.zero_grad()
+        with swap.step() if swap else nullcontext():
+            loss = model(batch).pow(2).mean()
+            loss.backward()
+    grads = [parameter.grad for parameter in model.parameters()]
+    assert all(grad is not None for grad in grads)
+    return [loss.detach(), *(getattr(grad, "_local_tensor", grad).clone() for grad in grads)]
+
+
+def check(kind: str, batch: torch.Tensor) -> None:
+    """Raise AssertionError unless swapped training is bitwise the plain one."""
+    plain = numbers(model_under(kind), batch)
+    model = model_under(kind)
+    with Swap(model, budget="1GiB", tier=MemoryTier(1 << 26)) as swap:
+        measured = numbers(model, batch, swap)
+        profile = swap.profile
+    assert profile is not None
+    plan = make_plan(profile, map(at_once, profile.storages))
+    with Swap(model, plan, tier=MemoryTier(1 << 26), verify=True, on_change="raise") as swap:
+        swapped = numbers(model, batch, swap)
+        # Linear layers save their inputs, GELUs theirs, and the loss one: no weights.
+        assert swap.report().counts.num_swapped == len(profile.storages) == 11
+    assert all(map(torch.equal, plain, measured))
+    assert all(map(torch.equal, plain, swapped))
+
+
+def main(process: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=process, world_size=2)
+    torch.manual_seed(10 + process)
+    batch = torch.randn(32, 64)
+    for kind in ("ddp", "fsdp"):
+        check(kind, batch)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
