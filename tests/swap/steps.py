@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import nn
 
 from elbowroom.core.errors import MeterUnavailableError
 from elbowroom.core.step_profile import StepProfile
@@ -118,7 +117,3 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 def _outcome(case: Case, loss: torch.Tensor, peak_bytes: int, counts: StepCounts) -> Outcome:
     state = {name: value.clone() for name, value in case.model.state_dict().items()}
     return Outcome(loss.detach().clone(), case.gradients(), state, peak_bytes, counts)
-
-
-def without_dropout(model: nn.Module) -> nn.Module:
-    return model.eval()

@@ -10,9 +10,11 @@ import torch
 from elbowroom.planning.swap.choose import make_plan
 from elbowroom.planning.swap.memory import floor_bytes, floor_choices
 from elbowroom.plans.swap import SwapPlan
+from elbowroom.swap.candidates import Candidates
+from elbowroom.swap.hooks import SwappedStep
 from elbowroom.swap.link import Link
 from tests.swap.models import MAKERS, make
-from tests.swap.steps import assert_same, plain_step, profiled, random_plan, swapped_step
+from tests.swap.steps import SMALLEST, assert_same, plain_step, profiled, random_plan, swapped_step
 
 CLOSE_BYTES = 4096
 
@@ -72,3 +74,46 @@ def test_a_plan_is_followed_after_its_round_trip(link: Link) -> None:
     again = SwapPlan.from_json(plan.to_json())
     assert again == plan
     assert_same(plain, swapped_step(case, link, again, on_change="raise"))
+
+
+def test_a_step_that_differs_half_way_goes_on_from_there(link: Link) -> None:
+    case = make("transformer")
+    plain_step(case)
+    profile = profiled(case, link)
+    rng = random.Random(2)
+    case.model.train(False)  # no dropout: the first mask is missing
+    plain = plain_step(case)
+    for _ in range(5):
+        outcome = swapped_step(case, link, random_plan(profile, rng))
+        assert_same(plain, outcome)
+        assert outcome.counts.change and "tick 0" not in outcome.counts.change
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_three_steps_may_be_in_flight(link: Link, name: str) -> None:
+    """As in a pipeline's stage: three forwards, then their backwards, the first one first."""
+    case = make(name)
+    plain_step(case)
+    expected = [case.loss() for _ in range(3)]
+    for loss in expected:
+        loss.backward()
+    gradients = case.gradients()
+
+    case = make(name)
+    plain_step(case)
+    plan = random_plan(profiled(case, link), random.Random(4))
+    steps = [
+        SwappedStep(each, link, Candidates(case.model, SMALLEST)) for each in (plan, None, plan)
+    ]
+    losses = []
+    for step in steps:
+        with step.hooks():
+            losses.append(case.loss())
+    for loss in losses:
+        loss.backward()
+    for step in steps:
+        step.end()
+        assert not step.counts.change
+        assert step.counts.in_bytes > 0
+    assert all(map(torch.equal, expected, losses))
+    assert all(map(torch.equal, gradients, case.gradients()))
