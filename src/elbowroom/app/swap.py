@@ -39,7 +39,7 @@ class Swap:
 
     Args:
         model: any module; its parameters and buffers stay where they are.
-        plan: what leaves and when, as ``train plan-swap`` and ``plan_swap`` make it.
+        plan: what leaves and when, as an earlier ``Swap`` or ``plan_swap`` made it.
         optimizer: its state counts as held between steps.
         budget: most bytes that may be held in a step, as "6GiB" or a number; instead of a plan.
         tier: a folder on disk, or a tier; by default the folder for temporary files.
