@@ -6,6 +6,7 @@ sources are facts of the cluster (``core/cluster.py``).
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
@@ -15,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from elbowroom.core.cluster import Cluster, Link
-from elbowroom.core.kv_cache import AttentionLayers
 from elbowroom.core.model import ModelFacts
 from elbowroom.core.model_weights import Weights
 
@@ -123,17 +123,10 @@ class CostModel:
         A layer with a window reads no more of a row than that; rows count with their mean. A latent
         vector takes every head's FLOPs, which may take longer than reading it.
         """
-        model, device = self.model, self.cluster.device
-        layers: AttentionLayers = model.attention
-        num_bytes = layers.layer_elements(self.tensor_parallel) * model.kv_element_bytes()
-        flops = model.latent_flops / self.tensor_parallel
-        each = max(
-            num_bytes / device.attention_bandwidth.achieved, flops / device.attention_flops.achieved
-        )
-        seconds: Tokens = context_tokens * (each * layers.windows.count(0))
-        for window in {*layers.windows} - {0}:
-            read = np.minimum(context_tokens, rows * window)
-            seconds = seconds + read * (each * layers.windows.count(window))
+        seconds: Tokens = context_tokens * 0.0
+        for window, count in self._windows.items():
+            read = np.minimum(context_tokens, rows * window) if window else context_tokens
+            seconds = seconds + read * (self._kv_token_seconds * count)
         return seconds
 
     def prefill_attention_seconds(self, pairs: float, tokens: float) -> float:
@@ -142,8 +135,10 @@ class CostModel:
         Two products per pair and head. In a layer with a window, each of the ``tokens`` meets no
         more keys than that.
         """
-        windows = self.model.attention.windows
-        all_pairs = sum(min(pairs, tokens * window) if window else pairs for window in windows)
+        all_pairs = sum(
+            count * (min(pairs, tokens * window) if window else pairs)
+            for window, count in self._windows.items()
+        )
         flops = self.model.pair_flops * all_pairs
         return flops / self.tensor_parallel / self.cluster.device.attention_flops.achieved
 
@@ -160,9 +155,7 @@ class CostModel:
         if touched and not self.cluster.device.matmul:
             of_expert = rows * active / touched
             active *= ceil(of_expert / _TILE_ROWS) * _TILE_ROWS / of_expert
-        read_bytes = (
-            model.ffn_bytes()[layer] * (dense + touched) / max(1, model.ffn[layer].elements)
-        )
+        read_bytes = self._ffn_bytes[layer] * (dense + touched) / max(1, model.ffn[layer].elements)
         return self._matmul(rows, dense + touched, dense + active, read_bytes)
 
     def ffn_seconds(self, rows: float) -> float:
@@ -218,7 +211,7 @@ class CostModel:
 
     def ffn_layer_bytes(self, layer: int) -> float:
         """One device's share of a layer's feed-forward weights, in bytes."""
-        return self.model.ffn_bytes()[layer] / self.tensor_parallel
+        return self._ffn_bytes[layer] / self.tensor_parallel
 
     def hidden_bytes(self, rows: float) -> float:
         """One device's share of the hidden state of ``rows`` rows, in bytes."""
@@ -266,6 +259,24 @@ class CostModel:
         return self.cluster.device.matmul_seconds(
             rows, read / ranks, active / ranks, read_bytes / ranks, is_fp8
         )
+
+    @cached_property
+    def _ffn_bytes(self) -> tuple[int, ...]:
+        return self.model.ffn_bytes()
+
+    @cached_property
+    def _windows(self) -> Counter[int]:
+        """Layers by their window; 0 is none."""
+        return Counter(self.model.attention.windows)
+
+    @cached_property
+    def _kv_token_seconds(self) -> float:
+        """Seconds in which a layer reads what it keeps of a token, and multiplies it if latent."""
+        model, device = self.model, self.cluster.device
+        elements = model.attention.layer_elements(self.tensor_parallel)
+        flops = model.latent_flops / self.tensor_parallel
+        reading = elements * model.kv_element_bytes() / device.attention_bandwidth.achieved
+        return max(reading, flops / device.attention_flops.achieved)
 
     @cached_property
     def _projections(self) -> tuple[float, float]:
