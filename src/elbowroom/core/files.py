@@ -6,12 +6,14 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from elbowroom.core.errors import InputError, OutputError
+
+T = TypeVar("T")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -25,6 +27,32 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} must hold a JSON object, not a {type(data).__name__}")
     return data
+
+
+def read_as(path: Path, parse: Callable[[Any], T]) -> T:
+    """What ``parse`` makes of a JSON file. Its InputError comes with the name of the file."""
+    data = read_json(path)
+    try:
+        return parse(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def versioned(what: str, version: int) -> dict[str, Any]:
+    """The keys by which JSON of ours says what it is, such as "step profile"."""
+    return {"format": f"elbowroom {what}", "version": version}
+
+
+def unversioned(data: Any, what: str, version: int) -> dict[str, Any]:
+    """What JSON of ours holds besides. Raises InputError if it is something else."""
+    expected = versioned(what, version)
+    if not isinstance(data, dict) or data.get("format") != expected["format"]:
+        raise InputError(f"no {what}: its \"format\" must be '{expected['format']}'")
+    if data.get("version") != version:
+        raise InputError(
+            f"a {what} of version {data.get('version')!r}: this version reads {version}"
+        )
+    return {key: value for key, value in data.items() if key not in expected}
 
 
 def write_text(path: Path, text: str) -> None:

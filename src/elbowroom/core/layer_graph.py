@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import unversioned, versioned
 
 MAX_LAYERS = 10_000
 MAX_EDGES = 100_000
@@ -21,7 +22,7 @@ MAX_TOTAL_BYTES = 10**15
 """Limit on all layers' activations, and on their parameters: sums stay exact in 64 bits."""
 
 MAX_TOTAL_SECONDS = 1e9
-_FORMAT, _VERSION = "elbowroom layer graph", 1
+_WHAT, _VERSION = "layer graph", 1
 _SHOWN = 6
 
 
@@ -209,8 +210,7 @@ class LayerGraph:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **versioned(_WHAT, _VERSION),
             "layers": [asdict(layer) for layer in self.layers],
             "edges": [list(edge) for edge in self.edges],
             "tied": [list(group) for group in self.tied],
@@ -219,12 +219,7 @@ class LayerGraph:
     @staticmethod
     def from_json(data: Any) -> LayerGraph:
         """Build a graph from its JSON form. Raises InputError for what ``to_json`` never writes."""
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise InputError(f"no layer graph: its \"format\" must be '{_FORMAT}'")
-        if data.get("version") != _VERSION:
-            raise InputError(
-                f"a layer graph of version {data.get('version')!r}: this version reads {_VERSION}"
-            )
+        data = unversioned(data, _WHAT, _VERSION)
         try:
             layers = tuple(_layer(layer) for layer in data["layers"])
             edges = tuple(Edge(*edge) for edge in data["edges"])

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_json, write_json
+from elbowroom.core.files import read_as, unversioned, versioned, write_json
 
 MAX_ENTRIES = 10_000_000
 MAX_TOTAL_BYTES = 10**15
 """Limit on what a step holds: sums stay exact in 64 bits."""
 
-_FORMAT, _VERSION = "elbowroom step profile", 1
+_WHAT, _VERSION = "step profile", 1
 
 
 @dataclass(frozen=True)
@@ -142,18 +142,12 @@ class StepProfile:
         return self.seconds_before + math.fsum(self.seconds)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        return {**versioned(_WHAT, _VERSION), **asdict(self)}
 
     @staticmethod
     def from_json(data: Any) -> StepProfile:
         """Build one from its JSON form. Raises InputError for what ``to_json`` never writes."""
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise InputError(f"no step profile: its \"format\" must be '{_FORMAT}'")
-        if data.get("version") != _VERSION:
-            raise InputError(
-                f"a step profile of version {data.get('version')!r}: this version reads {_VERSION}"
-            )
-        rest = {key: value for key, value in data.items() if key not in ("format", "version")}
+        rest = unversioned(data, _WHAT, _VERSION)
         try:
             for key in ("seconds", "tick_positions", "deltas"):
                 rest[key] = tuple(rest[key])
@@ -165,11 +159,7 @@ class StepProfile:
 
 def read_step_profile(path: Path) -> StepProfile:
     """Read a profile. Raises InputError that names the file and what is wrong with it."""
-    data = read_json(path)
-    try:
-        return StepProfile.from_json(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    return read_as(path, StepProfile.from_json)
 
 
 def write_step_profile(path: Path, profile: StepProfile) -> None:

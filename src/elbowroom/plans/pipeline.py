@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import unversioned, versioned
 from elbowroom.core.units import format_bandwidth
 
 Sync = Literal["ps", "allreduce"]
@@ -32,7 +33,7 @@ OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 PLANNED_SEMANTICS: tuple[PlannedSemantics, ...] = get_args(PlannedSemantics)
-_FORMAT, _VERSION = "elbowroom pipeline plan", 1
+_WHAT, _VERSION = "pipeline plan", 1
 
 
 @dataclass(frozen=True)
@@ -235,18 +236,12 @@ class PipelinePlan:
         return "-".join(str(stage.replicas) for stage in self.stages)
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        return {**versioned(_WHAT, _VERSION), **asdict(self)}
 
     @staticmethod
     def from_json(data: Any) -> PipelinePlan:
         """Build a plan from its JSON form. Raises InputError for what ``to_json`` never writes."""
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise InputError(f"no pipeline plan: its \"format\" must be '{_FORMAT}'")
-        if data.get("version") != _VERSION:
-            raise InputError(
-                f"a pipeline plan of version {data.get('version')!r}: this version reads {_VERSION}"
-            )
-        rest = {key: value for key, value in data.items() if key not in ("format", "version")}
+        rest = unversioned(data, _WHAT, _VERSION)
         try:
             plan = PipelinePlan(
                 **{

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_json, write_json
+from elbowroom.core.files import read_as, unversioned, versioned, write_json
 from elbowroom.core.units import format_bytes
 
 Direction = Literal["out", "in"]
 
-_FORMAT, _VERSION = "elbowroom swap plan", 1
+_WHAT, _VERSION = "swap plan", 1
 _LETTERS: dict[Direction, str] = {"out": "O", "in": "I"}
 
 
@@ -151,8 +151,7 @@ class SwapPlan:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "format": _FORMAT,
-            "version": _VERSION,
+            **versioned(_WHAT, _VERSION),
             **asdict(self),
             "transfers": [str(transfer) for transfer in self.transfers],
         }
@@ -160,13 +159,7 @@ class SwapPlan:
     @staticmethod
     def from_json(data: Any) -> SwapPlan:
         """Build a plan from its JSON form. Raises InputError for what ``to_json`` never writes."""
-        if not isinstance(data, dict) or data.get("format") != _FORMAT:
-            raise InputError(f"no swap plan: its \"format\" must be '{_FORMAT}'")
-        if data.get("version") != _VERSION:
-            raise InputError(
-                f"a swap plan of version {data.get('version')!r}: this version reads {_VERSION}"
-            )
-        rest = {key: value for key, value in data.items() if key not in ("format", "version")}
+        rest = unversioned(data, _WHAT, _VERSION)
         try:
             rest["storages"] = tuple(
                 PlannedStorage(**{**storage, "pack_ticks": tuple(storage["pack_ticks"])})
@@ -197,11 +190,7 @@ def default_order(
 
 def read_swap_plan(path: Path) -> SwapPlan:
     """Read a plan. Raises InputError that names the file and what is wrong with it."""
-    data = read_json(path)
-    try:
-        return SwapPlan.from_json(data)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+    return read_as(path, SwapPlan.from_json)
 
 
 def write_swap_plan(path: Path, plan: SwapPlan) -> None:
