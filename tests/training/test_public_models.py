@@ -90,6 +90,28 @@ def test_scripts_that_train_as_plain(name: str) -> None:
     assert same_as_plain(in_training(script.make_model(0)), batches, script.loss_fn)
 
 
+class Masked(nn.Module):
+    """What it reads cannot be written into as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 3)
+        self.mask = torch.tensor([1.0, 0.0, 1.0]).expand(6, 3)
+        self.register_buffer("shift", torch.tensor([[1.0], [2.0]]).repeat(3, 1).expand(6, 3))
+        self.factors = np.broadcast_to(np.float32(0.5), (3,))
+        with torch.inference_mode():
+            self.loaded = torch.ones(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.mask * float(self.factors[0]) + self.shift
+
+
+def test_what_cannot_be_written_into_is_read_as_it_is() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(6, 8), torch.randn(6, 3)) for _ in range(4)]
+    assert same_as_plain(Masked(), batches, nn.functional.mse_loss)
+
+
 @pytest.mark.parametrize("name", ["c58_vq", "c83_ema_late"])
 def test_what_is_written_into_a_buffer_stays_with_it(name: str) -> None:
     """All that reads or writes the buffer is tied, so that no plan puts it into two stages."""

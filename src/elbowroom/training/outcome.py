@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from elbowroom.training.python_state import PythonState
+from elbowroom.training.python_state import PythonState, write_back
 from elbowroom.training.values import copy_of, tensors_in
 
 RELATIVE_ERROR, ROUNDINGS = 1e-3, 8
@@ -61,9 +61,8 @@ def tensors_untouched(model: nn.Module) -> Iterator[None]:
         for module, buffers in modules:
             module._buffers.clear()
             module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        for buffer, value in values:
+            write_back(buffer, value)
 
 
 def seed_all() -> None:

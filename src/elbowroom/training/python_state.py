@@ -107,14 +107,17 @@ class PythonState:
 
     def _leaf(self, name: str, value: Any) -> bool:
         """Note what changes as a whole; whether it is of such a kind."""
+        if isinstance(value, torch.Tensor) and value.is_inference():
+            return True  # nobody may write into it
         if isinstance(value, torch.Tensor):
             self.values[name] = _Version(id(value), value._version)
             if value.nbytes <= _MOST_BYTES and value.layout is torch.strided:
-                self._undo.append(partial(_write_back, value, value.detach().clone()))
+                self._undo.append(partial(write_back, value, value.detach().clone()))
         elif isinstance(value, np.ndarray):
             if value.nbytes <= _MOST_BYTES and not value.dtype.hasobject:
                 self.values[name] = value.tobytes()
-                self._undo.append(partial(np.copyto, value, value.copy()))
+                if value.flags.writeable:
+                    self._undo.append(partial(np.copyto, value, value.copy()))
             elif value.nbytes <= _MOST_SUMMED_BYTES and not value.dtype.hasobject:
                 self.values[name] = crc32(np.ascontiguousarray(value).data)
         elif isinstance(value, array):
@@ -239,8 +242,12 @@ def _joined(name: str, key: str) -> str:
     return f"{name}.{key}" if name else key
 
 
-def _write_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+def write_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor the values that it had; of a dimension that is expanded, the one it has."""
     with torch.no_grad():
+        if tensor.layout is torch.strided and 0 in tensor.stride():
+            once = tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+            tensor, value = tensor[once], value[once]
         tensor.copy_(value)
 
 
