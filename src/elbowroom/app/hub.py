@@ -6,7 +6,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, first_line
 from elbowroom.core.model import repository_of
 from elbowroom.core.model_shapes import weight_files
 
@@ -60,7 +60,7 @@ def find_model(name: str, revision: str | None = None, *, with_weights: bool = T
     try:
         return Path(get())
     except Exception as error:  # of the network, the hub, or the disk
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         message = f"{name} is no folder, and cannot be had from the hub: {reason}"
         raise InputError(message) from error
 

@@ -101,9 +101,10 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     batch, last = (Batch(n, n * rows.mean_context) for n in (at_once, 1))
     ship_below = ship_threshold(model, cluster, layout, rows.mean_context)
     ships = at_once < ship_below
-    shares = layout_shares(model, layout, ship_below_rows=ship_below)
     if plan.shares[0].owners:
         shares = plan.shares[: layout.num_ranks]
+    else:
+        shares = layout_shares(model, layout, ship_below_rows=ship_below)
     iterations = [_iterate(times.cost, shares, batch, ships)]
     if ship_below > 1 and not ships:
         iterations.append(_iterate(times.cost, shares, last, True))

@@ -107,3 +107,8 @@ def optional(what: str, say: Callable[[str], None]) -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says: libraries put advice of their own below it."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -203,8 +203,7 @@ def resolve_dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool
 
 def config_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
     """Read a positive integer, also by its other names. Raises InputError for anything else."""
-    found = (config.get(name) for name in (key, *_SYNONYMS.get(key, ())))
-    value = next((value for value in found if value is not None), default)
+    value = next((value for value in _found(config, key) if value is not None), default)
     value = max(value, default=0) if isinstance(value, list) and len(value) > 1 else value
     if type(value) is not int or value < 1:
         raise InputError(f"config.json: '{key}' must be a positive integer, not {value!r}")
@@ -213,8 +212,17 @@ def config_int(config: Mapping[str, Any], key: str, default: int | None = None) 
 
 def _count(config: Mapping[str, Any], key: str) -> int:
     """A number that may be missing or 0."""
-    values = (config.get(name) for name in (key, *_SYNONYMS[key]))
+    values = _found(config, key)
     return next((value for value in values if type(value) is int and value > 0), 0)
+
+
+def _found(config: Mapping[str, Any], key: str) -> Iterator[Any]:
+    """What a config has under a key and its other names, None where it has nothing."""
+    return (config.get(name) for name in _names(key))
+
+
+def _names(key: str) -> tuple[str, ...]:
+    return (key, *_SYNONYMS.get(key, ()))
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -238,7 +246,7 @@ def _with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     One that is null is named: there is none.
     """
     known = _defaults().get(str(config.get("model_type")), {})
-    names = {key: (key, *_SYNONYMS.get(key, ())) for key in known}
+    names = {key: _names(key) for key in known}
     names["max_position_embeddings"] = _LENGTH_KEYS
     missing = {
         key: value for key, value in known.items() if not any(name in config for name in names[key])

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, first_line
 from elbowroom.core.model_config import read_config
 from elbowroom.jobs.batch_file import BatchFile
 from elbowroom.jobs.inputs import BatchInput
@@ -145,7 +145,7 @@ class PromptCounter:
                 str(model_dir), local_files_only=True, trust_remote_code=False
             )
         except Exception as error:  # whatever the library raises for what it cannot read
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise InputError(
                 f"cannot load the tokenizer of {model_dir}: {reason.rstrip(' :.')}. Check --model, "
                 f"or give --no-tokens"

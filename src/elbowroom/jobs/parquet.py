@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elbowroom.core.errors import InputError
+from elbowroom.core.errors import InputError, first_line
 
 MAGIC = b"PAR1"
 """First bytes of a Parquet file."""
@@ -44,5 +44,5 @@ def explained_table(path: Path, arrow: Arrow) -> Iterator[None]:
     try:
         yield
     except (arrow.base.ArrowException, OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"cannot read {path}: {reason.rstrip('.')}. Write it again") from error

@@ -28,7 +28,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from elbowroom.core.errors import InputError, UntraceableModelError, shown
+from elbowroom.core.errors import InputError, UntraceableModelError, first_line, shown
 from elbowroom.training.outcome import difference, outcome_of, untouched
 from elbowroom.training.purity import habits_of, recomputes
 from elbowroom.training.user_code import where
@@ -124,7 +124,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
             habits = habits_of(model, run, inputs)
             reference = None if habits.refused else outcome_of(model, run, inputs)
         except Exception as error:
-            message = f"{type(model).__name__} does not run on this batch: {_first_line(error)}"
+            message = f"{type(model).__name__} does not run on this batch: {first_line(error)}"
             raise InputError(f"{message}{where(error)}: change make_batch or the model") from error
     if reference is None:
         raise _untraceable(model, habits.refused)
@@ -138,7 +138,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
                 graph = way(model, as_call(inputs))
                 outcome = outcome_of(model, graph.run, inputs)
         except Exception as error:
-            failures.append(f"{_first_line(error)}{where(error)}")
+            failures.append(f"{first_line(error)}{where(error)}")
             continue
         if (found := difference(reference, outcome)) is None:
             return replace(graph, recompute=_recompute(model, graph, inputs, habits.recomputes))
@@ -277,7 +277,3 @@ def called(model: nn.Module, inputs: Any) -> Any:
     """What the model gives for the inputs of a batch."""
     call = as_call(inputs)
     return model(*call.args, **call.kwargs)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
