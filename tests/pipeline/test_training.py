@@ -191,9 +191,16 @@ def test_what_cannot_be_run(files: Path) -> None:
 
 
 def test_a_run_that_is_stopped(files: Path, tmp_path: Path) -> None:
-    """By Ctrl-C, or because torchrun is killed: one line, 75, and no worker is left."""
+    """By SIGINT, or because torchrun is killed: one line, 75, and no worker is left.
+
+    By SIGINT also in the background of a script, whose shell has it ignored.
+    """
     flags = ("--steps", "1000000", "--every", "1000000", "--checkpoints", str(tmp_path))
-    interrupted, orphaned = train_run(files, *flags), train_run(files, *flags)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        interrupted, orphaned = train_run(files, *flags), train_run(files, *flags)
+    finally:
+        signal.signal(signal.SIGINT, before)
     workers = []
     for process in (interrupted, orphaned):
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do while a job runs."""
+"""What SIGINT, SIGTERM and SIGHUP do while something runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,19 @@ from typing import Any, TypeVar
 from elbowroom.jobs.job import StopRequest
 
 T = TypeVar("T")
+
+
+def heard() -> set[signal.Signals]:
+    """Signals that stop what runs, also where a script's shell ignores SIGINT for what it starts.
+
+    None of them outside the main thread, where Python cannot handle signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return set()
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.add(signal.SIGHUP)  # which nohup has ignored
+    return numbers
 
 
 class Signals:
@@ -27,12 +40,7 @@ class Signals:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
-            numbers = {signal.SIGINT, signal.SIGTERM}
-            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-                numbers.add(signal.SIGHUP)  # which nohup has ignored
-            for number in numbers:
-                self._before[number] = signal.signal(number, self._received)
+        self._before = {number: signal.signal(number, self._received) for number in heard()}
         return self
 
     def __exit__(self, *_: object) -> None:

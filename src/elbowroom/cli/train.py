@@ -16,6 +16,7 @@ from elbowroom.cli.exit_codes import EXIT_FAILURE
 from elbowroom.cli.plan_pipeline import add_plan_pipeline
 from elbowroom.cli.profile_model import add_profile_model
 from elbowroom.cli.screen import Console
+from elbowroom.cli.signals import heard
 from elbowroom.core.errors import InputError
 from elbowroom.core.flag_kinds import number
 from elbowroom.pipeline.flags import add_run_flags
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             reason = f"torchrun was stopped by {signal.Signals(-code).name}" if code < 0 else None
         except KeyboardInterrupt as stop:
             run.kill()
-            reason = str(stop) or "stopped by SIGINT"
+            reason = str(stop)
     if reason is None:
         return code
     if args.checkpoints:
@@ -72,10 +73,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 @contextmanager
 def _interrupted() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP interrupt as SIGINT does, unless they are ignored (nohup)."""
-    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [one for one in known if signal.getsignal(one) != signal.SIG_IGN]
-    before = {one: signal.signal(one, _interrupt) for one in heard}
+    """Have each signal that stops what runs interrupt it, and say which it was."""
+    before = {one: signal.signal(one, _interrupt) for one in heard()}
     try:
         yield
     finally:
