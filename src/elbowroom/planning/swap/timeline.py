@@ -1,0 +1,209 @@
+"""Simulation of a swapped step: compute, and the link's copies in the order of the plan.
+
+The main thread computes, waits for a copy out before it drops a storage, and for a copy in before
+it uses one. The link makes the plan's transfers one after the other, in one queue (a disk), or in
+one for each direction (a duplex link such as PCIe or NVLink). ``clock`` has the same times, faster.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from elbowroom.core.errors import InputError
+from elbowroom.core.step_profile import StepProfile
+from elbowroom.core.trace import Span
+from elbowroom.planning.events import Task, Timeline, simulate
+from elbowroom.plans.swap import Direction, Swapped, SwapPlan, Transfer
+
+_COMPUTE = 0
+_RESOURCES = ("compute", "out", "in")
+
+
+@dataclass(frozen=True)
+class SwapLink:
+    """The way to the slow tier and back.
+
+    Args:
+        out_bandwidth: bytes per second to the slow tier.
+        in_bandwidth: bytes per second back.
+        is_duplex: whether both directions work at once, each with its own queue.
+        latency_seconds: seconds of one transfer before its first byte moves.
+
+    Raises InputError for rates that are not above 0.
+
+    """
+
+    out_bandwidth: float
+    in_bandwidth: float
+    is_duplex: bool = False
+    latency_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (self.out_bandwidth > 0 and self.in_bandwidth > 0 and self.latency_seconds >= 0):
+            raise InputError(
+                f"a link with {self.out_bandwidth:g} and {self.in_bandwidth:g} bytes/s and "
+                f"{self.latency_seconds:g} s of latency: rates must be above 0, latency not below"
+            )
+
+    def seconds(self, direction: Direction, num_bytes: int) -> float:
+        """Seconds of one transfer that meets no other."""
+        bandwidth = self.out_bandwidth if direction == "out" else self.in_bandwidth
+        return self.latency_seconds + num_bytes / bandwidth
+
+
+DISK_LINK = SwapLink(out_bandwidth=1.07e9, in_bandwidth=0.93e9)
+"""A disk written and read past the page cache: 1.0 and 0.87 GiB/s, found with blocks of 11 MiB."""
+
+
+class Wait(NamedTuple):
+    """Seconds in which the main thread waited for a transfer, at a drop (out) or a use (in)."""
+
+    transfer: Transfer
+    seconds: float
+
+
+@dataclass(frozen=True)
+class SwapTimeline:
+    """A simulated step. ``waits`` has one entry for each transfer, in order of waiting."""
+
+    timeline: Timeline
+    waits: tuple[Wait, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the step."""
+        return self.timeline.seconds
+
+    def waited_seconds(self, storage: int) -> float:
+        """Seconds that the step waited for a storage's copies; 0 if both are hidden."""
+        return sum(wait.seconds for wait in self.waits if wait.transfer.storage == storage)
+
+    def spans(self) -> Iterator[Span]:
+        """Compute and copies, for a trace."""
+        timeline = self.timeline
+        for task, start, end in zip(timeline.tasks, timeline.starts, timeline.ends, strict=True):
+            if end > start:
+                yield Span("step", _RESOURCES[task.uses[0][0]], task.name, start, end)
+
+
+def simulate_swap(profile: StepProfile, plan: SwapPlan, link: SwapLink) -> SwapTimeline:
+    """Time a plan's step. Raises InputError for a plan of another step."""
+    sizes = tuple(storage.num_bytes for storage in profile.storages)
+    if (plan.num_ticks, tuple(storage.num_bytes for storage in plan.storages)) != (
+        profile.num_ticks,
+        sizes,
+    ):
+        raise InputError(
+            f"the plan is of a step with {plan.num_ticks} ticks and {len(plan.storages)} storages, "
+            f"the profile of one with {profile.num_ticks} and {len(sizes)}: plan again"
+        )
+    lowering = _Lowering(profile, plan, link)
+    lowering.add_step()
+    timeline = simulate(lowering.tasks, len(_RESOURCES))
+    waits = tuple(
+        Wait(transfer, timeline.starts[task] - timeline.ends[before])
+        for task, before, transfer in lowering.waits
+    )
+    return SwapTimeline(timeline, waits)
+
+
+class _Lowering:
+    """Translation of a plan to tasks.
+
+    Tasks must be listed after those they wait for: transfers are listed when the main thread waits
+    for them, or for one behind them.
+    """
+
+    def __init__(self, profile: StepProfile, plan: SwapPlan, link: SwapLink) -> None:
+        self.tasks: list[Task] = []
+        self.waits: list[tuple[int, int, Transfer]] = []
+        """Task that waits, the main thread's task before it, and what it waits for."""
+        self._profile = profile
+        self._plan = plan
+        self._link = link
+        self._asked: dict[Transfer, int] = {}
+        """Task of the main thread after which each transfer is asked for."""
+        self._listed: dict[Transfer, int] = {}
+        self._queues: dict[int, list[Transfer]] = defaultdict(list)
+        for transfer in reversed(plan.transfers):
+            self._queues[self._stream(transfer)].append(transfer)
+        self._last = -1
+
+    def add_step(self) -> None:
+        drops, brings, packs, uses = self._by_tick()
+        self._compute("begin", self._profile.seconds_before)
+        for tick in range(self._profile.num_ticks + 1):
+            for choice in drops[tick]:
+                if choice.drop > self._plan.storages[choice.storage].pack_tick:
+                    self._wait(Transfer("out", choice.storage))
+            for choice in brings[tick]:
+                self._asked[Transfer("in", choice.storage)] = self._last
+            for choice in packs[tick]:
+                self._asked[Transfer("out", choice.storage)] = self._last
+            for choice in drops[tick]:
+                if choice.drop == self._plan.storages[choice.storage].pack_tick:
+                    self._wait(Transfer("out", choice.storage))
+            for choice in uses[tick]:
+                self._wait(Transfer("in", choice.storage))
+            if tick < self._profile.num_ticks:
+                self._compute(f"tick {tick}", self._profile.seconds[tick])
+
+    def _by_tick(self) -> tuple[dict[int, list[Swapped]], ...]:
+        """Choices by the tick of their drop, bring, pack and use."""
+        drops, brings, packs, uses = (defaultdict[int, list[Swapped]](list) for _ in range(4))
+        for choice in self._plan.choices:
+            storage = self._plan.storages[choice.storage]
+            drops[choice.drop].append(choice)
+            packs[storage.pack_tick].append(choice)
+            if choice.bring is not None and storage.use_tick is not None:
+                brings[choice.bring].append(choice)
+                uses[storage.use_tick].append(choice)
+        return drops, brings, packs, uses
+
+    def _compute(self, name: str, seconds: float) -> None:
+        self._last = self._add(name, _COMPUTE, seconds, ((_COMPUTE, 1.0),))
+
+    def _wait(self, transfer: Transfer) -> None:
+        queue = self._queues[self._stream(transfer)]
+        while transfer not in self._listed:
+            self._list(queue.pop())
+        before = self._last
+        after = (self._listed[transfer],)
+        self._last = self._add(f"wait for {transfer}", _COMPUTE, 0.0, ((_COMPUTE, 1.0),), after)
+        self.waits.append((self._last, before, transfer))
+
+    def _list(self, transfer: Transfer) -> None:
+        """Add a copy, which begins when it is asked for and its queue has come to it."""
+        after = (self._asked[transfer],)
+        resource = _RESOURCES.index(transfer.direction)
+        num_bytes = self._plan.storages[transfer.storage].num_bytes
+        seconds = num_bytes / (
+            self._link.out_bandwidth if transfer.direction == "out" else self._link.in_bandwidth
+        )
+        self._listed[transfer] = self._add(
+            str(transfer),
+            self._stream(transfer),
+            seconds,
+            ((resource, 1.0),),
+            after,
+            self._link.latency_seconds,
+        )
+
+    def _stream(self, transfer: Transfer) -> int:
+        """Queue of a transfer: one for both directions, unless the link is duplex."""
+        return 1 + (self._link.is_duplex and transfer.direction == "in")
+
+    def _add(
+        self,
+        name: str,
+        stream: int,
+        seconds: float,
+        uses: tuple[tuple[int, float], ...],
+        after: tuple[int, ...] = (),
+        latency: float = 0.0,
+    ) -> int:
+        self.tasks.append(Task(name, stream, seconds, uses, after, latency))
+        return len(self.tasks) - 1
