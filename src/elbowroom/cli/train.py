@@ -1,4 +1,4 @@
-"""The commands that train: ``train profile``, ``train plan-pipeline`` and ``train run``."""
+"""The commands that train: ``train profile``, ``plan-pipeline``, ``plan-swap`` and ``run``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from elbowroom.cli.exit_codes import EXIT_FAILURE
 from elbowroom.cli.plan_pipeline import add_plan_pipeline
+from elbowroom.cli.plan_swap import add_plan_swap
 from elbowroom.cli.profile_model import add_profile_model
 from elbowroom.cli.screen import Console
 from elbowroom.cli.signals import heard
@@ -26,6 +27,7 @@ from elbowroom.plans.pipeline import read_pipeline_plan
 def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_profile_model(add)
     add_plan_pipeline(add)
+    add_plan_swap(add)
     run = add(
         "run",
         _run,

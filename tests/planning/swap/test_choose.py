@@ -12,7 +12,7 @@ import pytest
 
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.step_profile import StepProfile
-from elbowroom.planning.swap.choose import plan_swap, plan_thresholds
+from elbowroom.planning.swap.choose import SwapPlanner, plan_swap, plan_thresholds
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.planning.swap.timeline import SwapLink, simulate_swap
 from elbowroom.plans.swap import SwapPlan
@@ -101,7 +101,8 @@ def test_more_memory_is_never_slower(name: str, is_duplex: bool) -> None:
     profile = MODELS[name]()
     rate = gap_bandwidth(profile, 1.5)
     link = SwapLink(rate, 0.9 * rate, is_duplex)
-    plans = [plan_swap(profile, budget_at(profile, n / 19), link) for n in range(20)]
+    planner = SwapPlanner(profile, link)
+    plans = [planner.plan(budget_at(profile, n / 19)) for n in range(20)]
     for n, plan in enumerate(plans):
         check(plan, profile, link, budget_at(profile, n / 19))
     seconds, peaks = [plan.seconds for plan in plans], [plan.peak_bytes for plan in plans]
@@ -116,13 +117,22 @@ def test_any_step_keeps_its_budget(seed: int) -> None:
     profile = random_profile(draw, draw.choice((2, 5, 9)))
     rate = gap_bandwidth(profile, draw.choice((0.3, 1, 3)))
     link = SwapLink(rate, rate, draw.random() < 0.5)
-    before: SwapPlan | None = None
-    for budget in sorted(budget_at(profile, draw.random()) for _ in range(5)):
-        plan = plan_swap(profile, budget, link)
+    planner, before = SwapPlanner(profile, link), None
+    for budget in sorted(budget_at(profile, draw.random()) for _ in range(20)):
+        plan = planner.plan(budget)
         check(plan, profile, link, budget)
         if before is not None:
             assert plan.seconds <= before.seconds and plan.peak_bytes >= before.peak_bytes
         before = plan
+
+
+def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
+    profile = gpt_like()
+    rate = gap_bandwidth(profile, 1)
+    planner = SwapPlanner(profile, SwapLink(rate, rate))
+    for part in (0.8, 0.1, 0.4):
+        budget = budget_at(profile, part)
+        assert planner.plan(budget) == plan_swap(profile, budget, SwapLink(rate, rate))
 
 
 @pytest.mark.parametrize("seed", range(6))

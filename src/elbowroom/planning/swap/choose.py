@@ -7,6 +7,7 @@ for it if that is faster: more memory never gives a slower step.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from math import ceil
@@ -23,8 +24,11 @@ from elbowroom.planning.swap.thresholds import Autotune, rule_choices
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink
 from elbowroom.plans.swap import Choice, PlannedStorage, Swapped, SwapPlan, default_order
 
-_RUNGS = 24
-"""Budgets at which plans are searched, between the floor and keeping all."""
+_MOST_RUNGS, _FEWEST_RUNGS, _STORAGES_SEARCHED = 64, 24, 6000
+"""Budgets at which plans are searched; fewer for steps that save many storages, for the time."""
+
+_DENSITY = 1.5
+"""Power by which these budgets lie denser near the floor, where a byte saves the most time."""
 
 
 def plan_swap(profile: StepProfile, budget_bytes: int, link: SwapLink = DISK_LINK) -> SwapPlan:
@@ -32,18 +36,59 @@ def plan_swap(profile: StepProfile, budget_bytes: int, link: SwapLink = DISK_LIN
 
     Raises MemoryPlanError, by numbers, if nothing fits.
     """
-    check_budget(profile, budget_bytes)
-    clock = StepClock(profile, link)
-    if peak_bytes(profile, ()) <= budget_bytes:
-        return _plan(profile, {}, clock.time({}), budget_bytes)
-    room = StepRoom(profile)
-    autotune = Autotune(room)
-    best = _best_of_rungs(room, clock, autotune, budget_bytes)
-    rule = _by_rule(profile, clock, autotune, budget_bytes)
-    if rule is not None and (best is None or is_better(rule, best)):
-        best = rule
-    assert best is not None, "all at once fits the first budget of all, the floor"
-    return _plan(profile, best.choices, best.timing, budget_bytes)
+    return SwapPlanner(profile, link).plan(budget_bytes)
+
+
+class SwapPlanner:
+    """Plans for any budgets of one profile and link; what one budget needed serves the next."""
+
+    def __init__(self, profile: StepProfile, link: SwapLink = DISK_LINK) -> None:
+        self._profile = profile
+        self._clock = StepClock(profile, link)
+        room = StepRoom(profile)
+        self._autotune = Autotune(room)
+        self._search = SwapSearch(Settler(room, self._clock))
+        self._rungs = rung_budgets(profile, len(room.movable))
+        self._found: list[tuple[Settled, int]] = []
+        """For each budget searched so far the best plan up to it, and its peak."""
+
+    def plan(self, budget_bytes: int) -> SwapPlan:
+        """The plan for a budget, as ``plan_swap`` makes it. Raises what it raises."""
+        check_budget(self._profile, budget_bytes)
+        if peak_bytes(self._profile, ()) <= budget_bytes:
+            return _plan(self._profile, {}, self._clock.time({}), budget_bytes)
+        num_rungs = bisect_right(self._rungs, budget_bytes)
+        while len(self._found) < num_rungs:
+            self._search_rung(self._rungs[len(self._found)])
+        best, _ = self._found[num_rungs - 1]
+        rule = _by_rule(self._profile, self._clock, self._autotune, budget_bytes)
+        if rule is not None and is_better(rule, best):
+            best = rule
+        return _plan(self._profile, best.choices, best.timing, budget_bytes)
+
+    def _search_rung(self, rung: int) -> None:
+        """Find the best plan up to the next budget.
+
+        A plan that is faster than one for less memory, but holds less, is left out: predicted peaks
+        rise with the budget, as seconds fall.
+        """
+        rule = _by_rule(self._profile, self._clock, self._autotune, rung)
+        most_bytes = rung - self._profile.static_bytes
+        starts = [self._search.longest_first(most_bytes)]
+        if self._found:
+            starts.append(self._search.longest_first(most_bytes, self._found[-1][0].choices))
+        if rule is not None:
+            starts.append(self._search.longest_first(most_bytes, rule.choices))
+        found = self._search.best(most_bytes, starts)
+        assert found is not None, "all at once fits the floor, the first of the budgets"
+        if rule is not None and is_better(rule, found):
+            found = rule
+        peak = peak_bytes(self._profile, found.choices.values())
+        if self._found:
+            best, best_peak = self._found[-1]
+            if not is_better(found, best) or peak < best_peak:
+                found, peak = best, best_peak
+        self._found.append((found, peak))
 
 
 def plan_thresholds(
@@ -95,42 +140,12 @@ def _by_rule(
     return Settled(choices, clock.time(choices, by_need=False), moved_bytes)
 
 
-def _best_of_rungs(
-    room: StepRoom, clock: StepClock, autotune: Autotune, budget_bytes: int
-) -> Settled | None:
-    """The best of the plans at fixed budgets up to this one; None if there are none.
-
-    A plan that is faster at a larger budget, but holds less than that of a smaller one, is left
-    out: predicted peaks rise with the budget, as seconds fall.
-    """
-    profile, search = room.profile, SwapSearch(Settler(room, clock))
-    best: Settled | None = None
-    best_peak = 0
-    for rung in rung_budgets(profile):
-        if rung > budget_bytes:
-            break
-        rule = _by_rule(profile, clock, autotune, rung)
-        most_bytes = rung - profile.static_bytes
-        starts = [search.longest_first(most_bytes)]
-        if best is not None:
-            starts.append(search.longest_first(most_bytes, best.choices))
-        if rule is not None:
-            starts.append(search.longest_first(most_bytes, rule.choices))
-        found = search.best(most_bytes, starts)
-        if found is None or (rule is not None and is_better(rule, found)):
-            found = rule
-        if found is None:
-            continue
-        peak = peak_bytes(profile, found.choices.values())
-        if best is None or (is_better(found, best) and peak >= best_peak):
-            best, best_peak = found, peak
-    return best
-
-
-def rung_budgets(profile: StepProfile) -> list[int]:
-    """Budgets in equal steps from the floor, which is the first, to below keeping all."""
+def rung_budgets(profile: StepProfile, num_movable: int) -> list[int]:
+    """Budgets from the floor, which is the first, to below keeping all."""
     floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
-    return [floor + (keep_all - floor) * rung // _RUNGS for rung in range(_RUNGS)]
+    count = _STORAGES_SEARCHED // max(1, num_movable)
+    count = min(_MOST_RUNGS, max(_FEWEST_RUNGS, count))
+    return [floor + int((keep_all - floor) * (rung / count) ** _DENSITY) for rung in range(count)]
 
 
 def _plan(

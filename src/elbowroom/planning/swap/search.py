@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 from elbowroom.planning.swap.settle import PREFERENCES, Preference, Settled, Settler
 
-_MOST_TRIALS, _FEWEST_TRIALS, _STORAGES_TRIED = 150, 2, 3000
+_MOST_TRIALS, _FEWEST_TRIALS, _STORAGES_TRIED = 100, 2, 2500
 """Neighbours that one search tries; fewer of many storages, each of which takes about 20 us."""
 
 _IS_FASTER = 1e-9

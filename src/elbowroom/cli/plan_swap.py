@@ -1,0 +1,170 @@
+"""The command that plans which saved tensors of a step are swapped: ``train plan-swap``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.table import Table
+
+from elbowroom.cli.screen import Console
+from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.files import check_writable
+from elbowroom.core.flag_kinds import bandwidth, memory
+from elbowroom.core.step_profile import SavedStorage, StepProfile, read_step_profile
+from elbowroom.core.trace import write_trace
+from elbowroom.core.units import format_bytes
+from elbowroom.planning.swap.choose import plan_swap, plan_thresholds
+from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink, SwapTimeline, simulate_swap
+from elbowroom.plans.swap import SwapPlan, write_swap_plan
+
+_MOST_ROWS = 40
+_COLUMNS = ("storage", "made by", "size", "gap", "does", "copies")
+_NARROW = ("made by", "size", "does", "copies")
+_FULL_WIDTH = 80
+"""Columns of a screen that has room for all of the table's."""
+
+
+def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
+    plan = add(
+        "plan-swap",
+        _plan_swap,
+        "choose which saved tensors leave the device, to train in a memory budget",
+        usage="PROFILE --budget BUDGET [options]",
+        example="elbowroom train plan-swap step.json --budget 6GiB --link 12GB/s --json plan.json",
+    )
+    plan.add_argument("profile", type=Path, help="a step's profile")
+    plan.add_argument(
+        "--budget",
+        type=memory,
+        required=True,
+        help="most that a step may hold: weights, gradients, optimizer state and all it saves",
+    )
+    plan.add_argument(
+        "--link",
+        type=bandwidth,
+        help="to where tensors are swapped, each way (default: a disk's 1.07GB/s out, 0.93 back)",
+    )
+    plan.add_argument(
+        "--duplex", action="store_true", help="the link copies both ways at once (default: in turn)"
+    )
+    plan.add_argument("--all", action="store_true", help=f"show more than {_MOST_ROWS} tensors")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
+    plan.add_argument(
+        "--trace", type=Path, metavar="FILE", help="write the simulated step, for Perfetto"
+    )
+
+
+def _plan_swap(args: argparse.Namespace, console: Console) -> int:
+    check_writable([path for path in (args.json, args.trace) if path is not None])
+    profile = read_step_profile(args.profile)
+    link = _link(args.link, args.duplex)
+    plan = plan_swap(profile, args.budget, link)
+    timeline = simulate_swap(profile, plan, link)
+    screen = Console()
+    print_swap_plan(screen, profile, plan, timeline, None if args.all else _MOST_ROWS)
+    say(screen, f"thresholds  {_thresholds(profile, args.budget, link)}")
+    if args.trace is not None:
+        write_trace(args.trace, timeline.spans())
+    if args.json is not None:
+        write_swap_plan(args.json, plan)
+    return 0
+
+
+def print_swap_plan(
+    screen: Console,
+    profile: StepProfile,
+    plan: SwapPlan,
+    timeline: SwapTimeline,
+    most_rows: int | None = None,
+) -> None:
+    """The largest storages in the order in which they are saved, and totals.
+
+    There are fewer columns on a narrow terminal.
+    """
+    width = screen.width if screen.is_terminal else max(screen.width, _FULL_WIDTH)
+    columns = _COLUMNS if width >= _FULL_WIDTH else _NARROW
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in columns:
+        is_text = name in ("made by", "does", "copies")
+        overflow = "ellipsis" if name == "made by" else "fold"
+        table.add_column(
+            name,
+            justify="left" if is_text else "right",
+            no_wrap=name != "copies",
+            overflow=overflow,  # type: ignore[arg-type]
+        )
+    by_size = sorted(profile.storages, key=lambda storage: -storage.num_bytes)[:most_rows]
+    for storage in sorted(by_size, key=lambda storage: storage.number):
+        row = _row(profile, plan, timeline, storage)
+        table.add_row(*(row[name] for name in columns))
+    before, screen.width = screen.width, width
+    screen.print(table, markup=False, highlight=False)
+    screen.width = before
+    if hidden := len(profile.storages) - len(by_size):
+        say(screen, f"and {hidden} smaller ones: --all shows them")
+    for name, text in _totals(profile, plan):
+        say(screen, f"{name:<11} {text}")
+
+
+def say(screen: Console, text: str) -> None:
+    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _link(rate: float | None, is_duplex: bool) -> SwapLink:
+    if rate is None:
+        return SwapLink(DISK_LINK.out_bandwidth, DISK_LINK.in_bandwidth, is_duplex)
+    return SwapLink(rate, rate, is_duplex)
+
+
+def _row(
+    profile: StepProfile, plan: SwapPlan, timeline: SwapTimeline, storage: SavedStorage
+) -> dict[str, str]:
+    is_swapped = storage.number in plan.choice_of
+    copies = "held elsewhere" if storage.is_held_elsewhere else ""
+    if is_swapped:
+        waited = timeline.waited_seconds(storage.number)
+        copies = f"{_time(waited)} waited" if waited > 0 else "hidden"
+    last = profile.num_ticks if storage.use_tick is None else storage.use_tick
+    return {
+        "storage": str(storage.number),
+        "made by": storage.made_by or "-",
+        "size": format_bytes(storage.num_bytes),
+        "gap": _time(sum(profile.seconds[storage.pack_tick : last])),
+        "does": "swap" if is_swapped else "keep",
+        "copies": copies,
+    }
+
+
+def _totals(profile: StepProfile, plan: SwapPlan) -> list[tuple[str, str]]:
+    assert plan.budget_bytes is not None
+    return [
+        ("swapped", f"{len(plan.choices)} of {len(plan.storages)} saved tensors"),
+        ("moved", f"{format_bytes(plan.out_bytes)} out, {format_bytes(plan.in_bytes)} in"),
+        ("static", format_bytes(plan.static_bytes)),
+        ("peak", f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}"),
+        ("floor", f"{format_bytes(floor_bytes(profile))}, the smallest budget"),
+        ("keep all", format_bytes(peak_bytes(profile, ()))),
+        ("seconds", _seconds(plan)),
+    ]
+
+
+def _thresholds(profile: StepProfile, budget_bytes: int, link: SwapLink) -> str:
+    """What the paper's rule would take."""
+    try:
+        return f"{_seconds(plan_thresholds(profile, budget_bytes, link))} (TFLMS)"
+    except MemoryPlanError:
+        return "do not fit (TFLMS)"
+
+
+def _seconds(plan: SwapPlan) -> str:
+    if not plan.compute_seconds:
+        return f"{plan.seconds:.6f}, no compute"
+    slowdown = plan.seconds / plan.compute_seconds - 1
+    return f"{plan.seconds:.6f}, {slowdown:.1%} slower"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
