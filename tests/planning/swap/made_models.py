@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.timeline import SwapLink
 
 MIB = 1024**2
 
@@ -211,3 +214,40 @@ def gap_bandwidth(profile: StepProfile, steps: float) -> float:
     """Bytes per second at which all moves out and in within ``steps`` times the compute."""
     num_bytes = 2 * sum(storage.num_bytes for storage in profile.storages)
     return num_bytes / (steps * profile.compute_seconds)
+
+
+MODELS: dict[str, Callable[[], StepProfile]] = {
+    "cnn": cnn_like,
+    "unet": unet_like,
+    "gpt": gpt_like,
+}
+
+
+class Case(NamedTuple):
+    """A step, a budget between the floor and keeping all, and a link that moves all in ``steps``.
+
+    ``part`` is the budget's place between the two; ``steps`` are multiples of the compute.
+    """
+
+    name: str
+    profile: StepProfile
+    part: float
+    steps: float
+    link: SwapLink
+    budget: int
+
+
+def made_cases(*names: str) -> Iterator[Case]:
+    """Nine cases for each model, of all models by default."""
+    for name in names or MODELS:
+        profile = MODELS[name]()
+        for part in (0.25, 0.5, 0.75):
+            for steps in (0.5, 1, 2):
+                rate = gap_bandwidth(profile, steps)
+                link = SwapLink(rate, rate)
+                yield Case(name, profile, part, steps, link, budget_at(profile, part))
+
+
+def budget_at(profile: StepProfile, part: float) -> int:
+    floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
+    return floor + int((keep_all - floor) * part)

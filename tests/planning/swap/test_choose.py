@@ -4,57 +4,29 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator
 from statistics import mean
-from typing import NamedTuple
 
 import pytest
 
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.planning.swap.choose import SwapPlanner, plan_swap, plan_thresholds
-from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.memory import peak_bytes
 from elbowroom.planning.swap.timeline import SwapLink, simulate_swap
 from elbowroom.plans.swap import SwapPlan
 from tests.planning.swap.made_models import (
-    cnn_like,
+    MODELS,
+    budget_at,
     gap_bandwidth,
     gpt_like,
+    made_cases,
     random_profile,
-    unet_like,
 )
 from tests.planning.swap.optimum import optimum
 from tests.planning.swap.profiles import two_storages
 
-MODELS: dict[str, Callable[[], StepProfile]] = {
-    "cnn": cnn_like,
-    "unet": unet_like,
-    "gpt": gpt_like,
-}
 POINTS = 0.1
 """How much slower than the optimum a step may be, as a part of its compute."""
-
-
-class Case(NamedTuple):
-    """A step, a link, and a budget between the floor and keeping all."""
-
-    profile: StepProfile
-    link: SwapLink
-    budget: int
-
-
-def cases(name: str) -> Iterator[Case]:
-    """Nine cases: budgets at three parts of the way, links that move all in 0.5, 1 and 2 steps."""
-    profile = MODELS[name]()
-    for part in (0.25, 0.5, 0.75):
-        for steps in (0.5, 1, 2):
-            rate = gap_bandwidth(profile, steps)
-            yield Case(profile, SwapLink(rate, rate), budget_at(profile, part))
-
-
-def budget_at(profile: StepProfile, part: float) -> int:
-    floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
-    return floor + int((keep_all - floor) * part)
 
 
 def slowdown(plan: SwapPlan) -> float:
@@ -85,7 +57,7 @@ def test_one_byte_below_the_floor_is_refused_by_numbers() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_is_never_slower_than_the_papers(name: str) -> None:
     ours, theirs = [], []
-    for profile, link, budget in cases(name):
+    for _, profile, _, _, link, budget in made_cases(name):
         plan, rule = plan_swap(profile, budget, link), plan_thresholds(profile, budget, link)
         check(plan, profile, link, budget)
         check(rule, profile, link, budget)
@@ -153,7 +125,7 @@ def test_a_small_step_is_near_the_optimum(seed: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_near_the_optimum_where_that_is_known(name: str) -> None:
     num_closed = 0
-    for profile, link, budget in cases(name):
+    for _, profile, _, _, link, budget in made_cases(name):
         best = optimum(profile, link, budget, 60)
         if best is not None and best.is_closed:
             num_closed += 1
