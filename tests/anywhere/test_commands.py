@@ -87,6 +87,26 @@ def test_plan_pipeline(tmp_path: Path) -> None:
     assert "stage" in elbowroom("train", "plan-pipeline", "profile.txt", *links, cwd=tmp_path)
 
 
+def test_plan_swap(tmp_path: Path) -> None:
+    storage = {"number": 0, "num_bytes": 4096, "made_by": "", "pack_ticks": [0]}
+    places = {"unpack_ticks": [1], "free": 2, "bring": 4, "release": 5}
+    profile = {
+        "format": "elbowroom step profile",
+        "version": 1,
+        "seconds_before": 0.1,
+        "seconds": [0.1, 0.1],
+        "num_forward_ticks": 1,
+        "tick_positions": [1, 3],
+        "deltas": [4096, 0, -4096, 0, 4096, -4096],
+        "static_bytes": 2**20,
+        "smallest_bytes": 1,
+        "storages": [storage | places],
+    }
+    (tmp_path / "step.json").write_text(json.dumps(profile))
+    said = elbowroom("train", "plan-swap", "step.json", "--budget", "2MiB", cwd=tmp_path)
+    assert "peak        1.004 MiB of 2 MiB" in said
+
+
 def test_check_verify_status_and_results(tmp_path: Path) -> None:
     given = DEMO / "requests.jsonl"
     demo = ("--model", DEMO / "model", "--served-model-name", "demo")

@@ -251,3 +251,41 @@ def made_cases(*names: str) -> Iterator[Case]:
 def budget_at(profile: StepProfile, part: float) -> int:
     floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
     return floor + int((keep_all - floor) * part)
+
+
+def tangled_profile(draw: random.Random, num_storages: int) -> StepProfile:
+    """Anything a profile may say: packs late in the step, storages never used or held elsewhere."""
+    ticks = sorted(draw.sample(range(1, 40 * num_storages), 4 * num_storages))
+    deltas = [draw.randrange(300_000) for _ in range(40 * num_storages + 5)]
+    deltas = [draw.choice((1, -1)) * delta for delta in deltas]
+    for position in ticks:
+        deltas[position] = 0
+    storages = []
+    for pack in sorted(draw.sample(range(3 * num_storages), num_storages)):
+        use = draw.randrange(pack + 1, len(ticks)) if draw.random() < 0.85 else None
+        bring = None if use is None else ticks[use] + 1
+        free = draw.randrange(ticks[pack], len(deltas)) if draw.random() < 0.9 else None
+        release = draw.randrange(bring or ticks[pack], len(deltas))
+        storages.append(
+            SavedStorage(
+                number=len(storages),
+                num_bytes=draw.randrange(1, 5_000_000),
+                made_by="",
+                pack_ticks=(pack,),
+                unpack_ticks=() if use is None else (use,),
+                free=free,
+                bring=bring,
+                release=release if draw.random() < 0.8 else None,
+            )
+        )
+    first_use = min((x.unpack_ticks[0] for x in storages if x.unpack_ticks), default=len(ticks))
+    return StepProfile(
+        seconds_before=draw.random(),
+        seconds=tuple(draw.choice((0.0, draw.random())) for _ in ticks),
+        num_forward_ticks=first_use,
+        tick_positions=tuple(ticks),
+        deltas=tuple(deltas),
+        static_bytes=20_000_000,
+        smallest_bytes=1,
+        storages=tuple(storages),
+    )

@@ -21,10 +21,12 @@ from tests.planning.swap.made_models import (
     gpt_like,
     made_cases,
     random_profile,
+    tangled_profile,
 )
 from tests.planning.swap.optimum import optimum
 from tests.planning.swap.profiles import two_storages
 
+PARTS = [part / 97 for part in range(98)]
 POINTS = 0.1
 """How much slower than the optimum a step may be, as a part of its compute."""
 
@@ -87,14 +89,28 @@ def test_more_memory_is_never_slower(name: str, is_duplex: bool) -> None:
 def test_any_step_keeps_its_budget(seed: int) -> None:
     draw = random.Random(seed)
     profile = random_profile(draw, draw.choice((2, 5, 9)))
+    check_budgets(profile, draw, is_duplex=seed % 2 == 1)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_a_profile_may_say_is_planned(seed: int) -> None:
+    draw = random.Random(seed)
+    profile = tangled_profile(draw, draw.choice((1, 2, 4, 8)))
+    check_budgets(profile, draw, is_duplex=seed % 2 == 1)
+
+
+def check_budgets(profile: StepProfile, draw: random.Random, is_duplex: bool) -> None:
+    """Check that plans for budgets that rise fit, and are never slower than for less."""
     rate = gap_bandwidth(profile, draw.choice((0.3, 1, 3)))
-    link = SwapLink(rate, rate, draw.random() < 0.5)
-    planner, before = SwapPlanner(profile, link), None
-    for budget in sorted(budget_at(profile, draw.random()) for _ in range(20)):
+    link = SwapLink(rate, rate, is_duplex)
+    planner = SwapPlanner(profile, link)
+    before: SwapPlan | None = None
+    for budget in sorted(budget_at(profile, part) for part in (0, 1, *draw.choices(PARTS, k=15))):
         plan = planner.plan(budget)
         check(plan, profile, link, budget)
         if before is not None:
-            assert plan.seconds <= before.seconds and plan.peak_bytes >= before.peak_bytes
+            assert plan.seconds <= before.seconds
+            assert plan.peak_bytes >= before.peak_bytes
         before = plan
 
 

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -42,7 +42,7 @@ class Timing(NamedTuple):
 
     @property
     def transfers(self) -> tuple[Transfer, ...]:
-        """Transfers in the link's order; those of a duplex link's other queue follow."""
+        """Transfers in the link's order; those of two queues in the order in which they end."""
         return tuple(Transfer("in" if code % 2 else "out", code // 2) for code in self.order)
 
 
@@ -92,7 +92,10 @@ class StepClock:
                     delay += wait
                     waited[number] = waited.get(number, 0.0) + wait
                     delays.append((tick, delay))
-        order = outs.order if ins is outs else outs.order + ins.order
+        order = outs.order
+        if ins is not outs:
+            done = outs.done | ins.done
+            order = list(merge(outs.order, ins.order, key=lambda code: done[code]))
         out_ends = {number: outs.done[2 * number] for number in choices}
         return Timing(self._begins[-1] + delay, waited, out_ends, delays, order)
 
