@@ -1,8 +1,9 @@
 """The choice of a swap plan for a byte budget: the fastest step found that fits.
 
 Plans are searched at fixed budgets between the floor and keeping all, from below, each search from
-the result of the one before. A budget gets the best plan of those at or below it, and TFLMS's own
-for it if that is faster: more memory never gives a slower step.
+the result of the one before. A budget gets the best plan of those at or below it, so more memory
+never gives a slower step. It gets TFLMS's own plan if that is faster, which between two of the fixed
+budgets need not be as fast for a little more.
 """
 
 from __future__ import annotations
