@@ -2,8 +2,8 @@
 
 Plans are searched at fixed budgets between the floor and keeping all, from below, each search from
 the result of the one before. A budget gets the best plan of those at or below it, so more memory
-never gives a slower step. It gets TFLMS's own plan if that is faster, which between two of the fixed
-budgets need not be as fast for a little more.
+never gives a slower step. It gets TFLMS's own plan if that is faster, which between two of the
+fixed budgets need not be as fast for a little more.
 """
 
 from __future__ import annotations
