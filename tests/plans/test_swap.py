@@ -36,7 +36,7 @@ def plan(**changes: Any) -> SwapPlan:
         transfers=default_order(STORAGES, CHOICES),
         budget_bytes=1000,
         static_bytes=500,
-        peak_bytes=900,
+        tick_peaks=(100,) * 6 + (400,) + (50,) * 6,
         compute_seconds=1.0,
         seconds=1.5,
     )

@@ -20,7 +20,7 @@ def step_of(link: Link, *choices: Swapped, storages: int = 1, **options: Any) ->
     """A step whose plan expects ``storages`` of 4000 bytes, packed one after the other."""
     planned = tuple(PlannedStorage(4 * SIZE, (n,), 100 + n) for n in range(storages))
     plan = SwapPlan(
-        200, 1024, planned, choices, default_order(planned, choices), None, 0, 0, 0.0, 0.0
+        200, 1024, planned, choices, default_order(planned, choices), None, 0, (0,) * 201, 0.0, 0.0
     )
     return SwappedStep(plan, link, Candidates(nn.Identity()), **options)
 

@@ -25,6 +25,7 @@ from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, installed_meter, uncounted_bytes
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.tier import FileTier, Tier
+from elbowroom.swap.trace import StepTrace
 
 Planner = Callable[[StepProfile, int], SwapPlan]
 
@@ -45,6 +46,7 @@ class Swap:
         tier: a folder on disk, or a tier; by default the folder for temporary files.
         enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
         verify: compare checksums of what left and what came back.
+        keeps_trace: keep in each report what the step did and when, and its memory.
         on_change: when a step does not do what the plan expects, "swap" everything at once from
             there, or "raise" StepChangedError.
         planner: makes a plan from a profile and a budget in bytes.
@@ -64,6 +66,7 @@ class Swap:
         tier: Tier | Path | str | None = None,
         enforce: bool = True,
         verify: bool = False,
+        keeps_trace: bool = False,
         on_change: OnChange = "swap",
         planner: Planner = plan_swap,
     ) -> None:
@@ -80,6 +83,7 @@ class Swap:
             self._budget_bytes = plan.budget_bytes
         self._enforce = enforce and self._budget_bytes is not None
         self._verify = verify
+        self._keeps_trace = keeps_trace
         self._on_change = on_change
         self._smallest_bytes = plan.smallest_bytes if plan else SMALLEST_BYTES
         self._meter = _meter(is_needed=self._makes_plans or self._enforce)
@@ -99,10 +103,13 @@ class Swap:
         static_bytes = self._static_bytes()
         self._prepare(static_bytes)
         plan, meter = self.plan, self._meter
-        recorder = None
+        recorder = trace = None
         if plan is None:
             assert meter is not None
             recorder = StepRecorder(self._model, meter, static_bytes, self._smallest_bytes)
+        elif self._keeps_trace:
+            trace = StepTrace(meter)
+        observer = recorder or trace
         uncounted = static_bytes - self._held_bytes_before
         step = SwappedStep(
             plan=plan,
@@ -110,14 +117,14 @@ class Swap:
             candidates=Candidates(self._model, self._smallest_bytes),
             on_change=self._on_change,
             verify=self._verify,
-            observer=recorder,
+            observer=observer,
         )
         busy_before, begin = self._link.busy_seconds, time.perf_counter()
         with ExitStack() as inside:
             if meter is not None:
                 meter.reset_peak()
                 inside.enter_context(meter.budget(self._room_bytes(uncounted)))
-            inside.enter_context(recorder.recording() if recorder else nullcontext())
+            inside.enter_context(observer.recording() if observer else nullcontext())
             with step.hooks():
                 yield
             step.end()
@@ -128,6 +135,7 @@ class Swap:
             seconds=time.perf_counter() - begin,
             counts=step.counts,
             link_seconds=self._link.busy_seconds - busy_before,
+            trace=trace,
         )
         if recorder is not None:
             self.profile = recorder.profile()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from rich.table import Table
 
@@ -14,11 +16,12 @@ from elbowroom.core.files import check_writable
 from elbowroom.core.flag_kinds import bandwidth, memory
 from elbowroom.core.step_profile import SavedStorage, StepProfile, read_step_profile
 from elbowroom.core.trace import write_trace
-from elbowroom.core.units import format_bytes
+from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.planning.swap.choose import plan_swap, plan_thresholds
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink, SwapTimeline, simulate_swap
 from elbowroom.plans.swap import SwapPlan, write_swap_plan
+from elbowroom.profiling.tier_speed import tier_speed
 
 _MOST_ROWS = 40
 _COLUMNS = ("storage", "made by", "size", "gap", "does", "copies")
@@ -44,8 +47,12 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     plan.add_argument(
         "--link",
-        type=bandwidth,
-        help="to where tensors are swapped, each way (default: a disk's 1.07GB/s out, 0.93 back)",
+        type=_rate,
+        help="bandwidth to where tensors are swapped, each way, or `measured` (default: a disk's "
+        "1.07GB/s out, 0.93 back)",
+    )
+    plan.add_argument(
+        "--tier", type=Path, help="folder for what is swapped, to be measured, and in the plan"
     )
     plan.add_argument(
         "--duplex", action="store_true", help="the link copies both ways at once (default: in turn)"
@@ -60,11 +67,15 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _plan_swap(args: argparse.Namespace, console: Console) -> int:
     check_writable([path for path in (args.json, args.trace) if path is not None])
     profile = read_step_profile(args.profile)
-    link = _link(args.link, args.duplex)
+    link = _link(args)
     plan = plan_swap(profile, args.budget, link)
+    if args.tier is not None:
+        plan = replace(plan, tier=str(args.tier.resolve()))
     timeline = simulate_swap(profile, plan, link)
     screen = Console()
     print_swap_plan(screen, profile, plan, timeline, None if args.all else _MOST_ROWS)
+    rates = [format_bandwidth(rate) for rate in (link.out_bandwidth, link.in_bandwidth)]
+    say(screen, f"link        {rates[0]} out, {rates[1]} back")
     say(screen, f"thresholds  {_thresholds(profile, args.budget, link)}")
     if args.trace is not None:
         write_trace(args.trace, timeline.spans())
@@ -113,10 +124,17 @@ def say(screen: Console, text: str) -> None:
     screen.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _link(rate: float | None, is_duplex: bool) -> SwapLink:
-    if rate is None:
-        return SwapLink(DISK_LINK.out_bandwidth, DISK_LINK.in_bandwidth, is_duplex)
-    return SwapLink(rate, rate, is_duplex)
+def _rate(text: str) -> float | Literal["measured"]:
+    return "measured" if text == "measured" else bandwidth(text)
+
+
+def _link(args: argparse.Namespace) -> SwapLink:
+    """The link that was given, or that of a folder, or else a disk's."""
+    if isinstance(args.link, float):
+        return SwapLink(args.link, args.link, args.duplex)
+    if args.link is None and args.tier is None:
+        return replace(DISK_LINK, is_duplex=args.duplex)
+    return SwapLink(*tier_speed(args.tier), args.duplex)
 
 
 def _row(

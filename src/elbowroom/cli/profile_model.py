@@ -10,12 +10,15 @@ from pathlib import Path
 
 from rich.table import Table
 
+from elbowroom.cli.profile_step import profile_step
 from elbowroom.cli.screen import Console
+from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable, write_text
 from elbowroom.core.flag_kinds import count, number, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
+from elbowroom.pipeline.flags import AUTOCAST
 
 _TABLE_WIDTH = 120
 _LONGEST_DESCRIPTION = 48
@@ -26,7 +29,7 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     profile = add(
         "profile",
         _profile_model,
-        "measure the layers of a model in training",
+        "measure the layers of a model in training, or the memory of its steps",
         usage="SCRIPT --out OUT [options]",
         example="elbowroom train profile train.py --out lm.json --workers 2",
     )
@@ -36,7 +39,15 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="your Python file with make_model(), make_batch(generator), loss_fn(outputs, targets)",
     )
     profile.add_argument(
-        "--out", type=Path, required=True, help="a profile for `train plan-pipeline`"
+        "--out", type=Path, required=True, help="a profile for plan-pipeline or plan-swap"
+    )
+    profile.add_argument(
+        "--step",
+        action="store_true",
+        help="measure what a step saves and holds, for plan-swap: needs the smallest budget only",
+    )
+    profile.add_argument(
+        "--tier", type=Path, help="with --step, folder to swap to (default: for temporary files)"
     )
     profile.add_argument("--text", type=Path, metavar="FILE", help="and one as PipeDream's text")
     profile.add_argument("--seconds", type=seconds, help="of measuring (default 1)")
@@ -50,10 +61,17 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     profile.add_argument(
         "--threads", type=count, help="of torch, of each worker (default: torch's own)"
     )
+    profile.add_argument(
+        "--autocast", choices=AUTOCAST, help="with --step, as the run will have it"
+    )
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 
 
 def _profile_model(args: argparse.Namespace, console: Console) -> int:
+    if args.step:
+        return profile_step(args, console)
+    if args.tier is not None or args.autocast is not None:
+        raise InputError("--tier and --autocast are for --step: leave them out")
     begin = time.perf_counter()
     check_writable([args.out, *([args.text] if args.text is not None else [])])
     # Loaded here: torch takes longer to load than most commands to run.

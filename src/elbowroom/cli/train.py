@@ -18,10 +18,12 @@ from elbowroom.cli.plan_swap import add_plan_swap
 from elbowroom.cli.profile_model import add_profile_model
 from elbowroom.cli.screen import Console
 from elbowroom.cli.signals import heard
+from elbowroom.cli.train_swapped import add_swap_flags, refuse_others, run_swapped
 from elbowroom.core.errors import InputError
 from elbowroom.core.flag_kinds import number
 from elbowroom.pipeline.flags import add_run_flags
 from elbowroom.plans.pipeline import read_pipeline_plan
+from elbowroom.plans.swap import is_swap_plan
 
 
 def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -31,7 +33,7 @@ def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     run = add(
         "run",
         _run,
-        "train on this machine as a plan says, with one process a worker",
+        "train on this machine as a plan says: in a pipeline, or in a memory budget",
         usage="SCRIPT --plan PLAN --steps STEPS [options]",
         example="elbowroom train run train.py --plan train-plan.json --steps 50",
     )
@@ -42,11 +44,28 @@ def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         default=0,
         help="times that all workers start again after one dies (default 0); with --checkpoints",
     )
+    add_swap_flags(run)
+    run.set_defaults(parser=run)
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     if importlib.util.find_spec("torch") is None:
         raise InputError("training needs PyTorch: pip install 'elbowroom[train]'")
+    swaps = is_swap_plan(args.plan)
+    refuse_others(args, swaps=swaps)
+    return _run_swapped(args, console) if swaps else _run_pipeline(args, console)
+
+
+def _run_swapped(args: argparse.Namespace, console: Console) -> int:
+    with _interrupted():
+        try:
+            return run_swapped(args, console)
+        except KeyboardInterrupt as stop:
+            console.print(f"elbowroom: {stop}; nothing is kept")
+            return EXIT_FAILURE
+
+
+def _run_pipeline(args: argparse.Namespace, console: Console) -> int:
     num_workers = read_pipeline_plan(args.plan).num_workers
     console.print(f"{num_workers} workers on this machine, by {args.plan}", highlight=False)
     launcher = (

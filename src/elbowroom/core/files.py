@@ -38,6 +38,11 @@ def read_as(path: Path, parse: Callable[[Any], T]) -> T:
         raise InputError(f"{path}: {error}") from error
 
 
+def is_of_format(path: Path, what: str) -> bool:
+    """Whether a JSON file says that it is a ``what`` of ours. Raises as ``read_json`` does."""
+    return bool(read_json(path).get("format") == versioned(what, 0)["format"])
+
+
 def versioned(what: str, version: int) -> dict[str, Any]:
     """The keys by which JSON of ours says what it is, such as "step profile"."""
     return {"format": f"elbowroom {what}", "version": version}

@@ -9,6 +9,7 @@ entries, so a log of n entries has the states 0 to n.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_as, unversioned, versioned, write_json
+from elbowroom.core.files import read_as, unversioned, versioned, write_text
 
 MAX_ENTRIES = 10_000_000
 MAX_TOTAL_BYTES = 10**15
@@ -102,6 +103,7 @@ class StepProfile:
         static_bytes: bytes held when the step began: weights, optimizer state, batch.
         smallest_bytes: storages below this size are no storages of the profile: they are kept.
         storages: saved storages, by number.
+        num_threads: PyTorch's threads in the measured step, on which workspaces depend.
 
     Raises InputError for facts that contradict each other.
 
@@ -115,11 +117,13 @@ class StepProfile:
     static_bytes: int
     smallest_bytes: int
     storages: tuple[SavedStorage, ...]
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         _check_seconds((self.seconds_before, *self.seconds))
         _check_whole("static_bytes", self.static_bytes, MAX_TOTAL_BYTES)
         _check_whole("smallest_bytes", self.smallest_bytes, MAX_TOTAL_BYTES)
+        _check_whole("num_threads", self.num_threads, MAX_ENTRIES)
         _check_whole("num_forward_ticks", self.num_forward_ticks, self.num_ticks)
         _check_log(self)
         for number, storage in enumerate(self.storages):
@@ -163,8 +167,8 @@ def read_step_profile(path: Path) -> StepProfile:
 
 
 def write_step_profile(path: Path, profile: StepProfile) -> None:
-    """Write a profile as JSON, atomically. Raises OutputError."""
-    write_json(path, profile.to_json())
+    """Write a profile as JSON in one line, atomically. Raises OutputError."""
+    write_text(path, json.dumps(profile.to_json()) + "\n")
 
 
 def _storage(data: dict[str, Any]) -> SavedStorage:

@@ -22,18 +22,17 @@ from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
 from elbowroom.core.files import check_writable
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
-from elbowroom.pipeline.flags import AUTOCAST, add_run_flags
+from elbowroom.pipeline.flags import add_run_flags
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.training.loop import dtype_of
 from elbowroom.training.script import TrainingScript, load_script
 
 _CHECKED = 3
 """Minibatches that are checked before the first update."""
-
-_AUTOCAST = dict(zip(AUTOCAST, (torch.bfloat16,), strict=True))
 
 
 def main() -> int:
@@ -103,7 +102,7 @@ def _make_pipeline(
             args.semantics,
             args.microbatches,
             args.seed,
-            autocast=_AUTOCAST.get(args.autocast),
+            autocast=dtype_of(args.autocast),
             keeps_record=args.trace is not None,
             clip_norm=args.clip_norm,
         ),

@@ -13,7 +13,9 @@ AUTOCAST = ("bf16",)
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", type=Path, help="make_model(), make_batch(generator), loss_fn()")
-    parser.add_argument("--plan", type=Path, required=True, help="from train plan-pipeline --json")
+    parser.add_argument(
+        "--plan", type=Path, required=True, help="of train plan-pipeline or plan-swap, by --json"
+    )
     parser.add_argument("--steps", type=count, required=True, help="minibatches")
     parser.add_argument(
         "--semantics",
@@ -33,7 +35,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="for weights, data and dropout (default 0)"
     )
-    parser.add_argument("--trace", type=Path, help="write what every worker did, for Perfetto")
+    parser.add_argument("--trace", type=Path, help="write what was done and when, for Perfetto")
     parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
     parser.add_argument(
         "--every", type=count, default=100, help="minibatches to a checkpoint (default 100)"

@@ -9,13 +9,13 @@ from typing import Any, get_args
 
 import torch
 from torch import distributed
-from torch.utils import _pytree as pytree
 
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.stage_actions import DoneKind
 from elbowroom.plans.pipeline_pace import steady_seconds
+from elbowroom.training.loop import num_samples
 
 _EVERY_SECONDS = 5.0
 _MEAN_OF = 20
@@ -40,8 +40,7 @@ class Progress:
 
     def note(self, step: int, loss: float | None, inputs: Any) -> None:
         """Note that a minibatch was fed; ``loss`` is None where it is not known."""
-        tensors = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
-        self._samples += len(tensors[0]) if tensors and tensors[0].dim() else 1
+        self._samples += num_samples(inputs)
         now = time.perf_counter()
         self._note_pace(now)
         if loss is None:

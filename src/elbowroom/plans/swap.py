@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import read_as, unversioned, versioned, write_json
+from elbowroom.core.files import is_of_format, read_as, unversioned, versioned, write_json
 from elbowroom.core.units import format_bytes
 
 Direction = Literal["out", "in"]
@@ -93,9 +93,12 @@ class SwapPlan:
         transfers: copies in the order in which the link makes them.
         budget_bytes: most that may be held, ``static_bytes`` included; None if nothing limits it.
         static_bytes: bytes held when the step begins.
-        peak_bytes: predicted peak, ``static_bytes`` included.
+        tick_peaks: most bytes predicted to be held before the first tick, between it and the
+            second, and so on; without the static bytes.
         compute_seconds: seconds of the step if it never waits for a copy.
         seconds: predicted seconds of the step.
+        num_threads: PyTorch's threads in the step that was measured.
+        tier: folder of the slow tier whose speed was planned with; empty if that was given.
 
     Raises InputError for a plan that could not be carried out.
 
@@ -108,11 +111,18 @@ class SwapPlan:
     transfers: tuple[Transfer, ...]
     budget_bytes: int | None
     static_bytes: int
-    peak_bytes: int
+    tick_peaks: tuple[int, ...]
     compute_seconds: float
     seconds: float
+    num_threads: int = 1
+    tier: str = ""
 
     def __post_init__(self) -> None:
+        if len(self.tick_peaks) != self.num_ticks + 1:
+            raise InputError(
+                f"the plan has peaks of {len(self.tick_peaks)} intervals, its {self.num_ticks} "
+                f"ticks divide the step into {self.num_ticks + 1}"
+            )
         _check_choices(self)
         _check_transfers(self)
 
@@ -120,6 +130,11 @@ class SwapPlan:
     def choice_of(self) -> dict[int, Choice]:
         """Choice by storage number; a storage that is kept is missing."""
         return {choice.storage: choice for choice in self.choices}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak, ``static_bytes`` included."""
+        return self.peak_bytes_with(self.static_bytes)
 
     @property
     def out_bytes(self) -> int:
@@ -133,7 +148,7 @@ class SwapPlan:
 
     def peak_bytes_with(self, static_bytes: int) -> int:
         """Predicted peak of a step that begins with so many bytes held."""
-        return self.peak_bytes - self.static_bytes + static_bytes
+        return static_bytes + max(self.tick_peaks)
 
     def _moved(self, direction: Direction) -> int:
         return sum(
@@ -166,6 +181,7 @@ class SwapPlan:
                 for storage in rest["storages"]
             )
             rest["choices"] = tuple(Swapped(**choice) for choice in rest["choices"])
+            rest["tick_peaks"] = tuple(rest["tick_peaks"])
             rest["transfers"] = tuple(Transfer.parse(text) for text in rest["transfers"])
             return SwapPlan(**rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -186,6 +202,11 @@ def default_order(
             use = storage.use_tick if storage.use_tick is not None else choice.bring
             asked.append((choice.bring, 0, use, Transfer("in", choice.storage)))
     return tuple(each[-1] for each in sorted(asked, key=lambda each: each[:3]))
+
+
+def is_swap_plan(path: Path) -> bool:
+    """Whether a file says that it is a swap plan. Raises InputError if it cannot be read."""
+    return is_of_format(path, _WHAT)
 
 
 def read_swap_plan(path: Path) -> SwapPlan:

@@ -17,6 +17,7 @@ from torch import nn
 from elbowroom.core.errors import MeasuringError
 from elbowroom.core.step_profile import SavedStorage, StepProfile
 from elbowroom.swap.handles import SavedItem
+from elbowroom.swap.hooks import StepObserver
 from elbowroom.swap.meter import Meter, MeterLog
 
 
@@ -35,7 +36,7 @@ class _Seen:
     gone: int | None = None
 
 
-class StepRecorder:
+class StepRecorder(StepObserver):
     """Observer of one step in which everything is swapped at once; makes a profile of it.
 
     Run the step inside ``recording``, with this as the observer of a ``SwappedStep`` without a
@@ -105,6 +106,7 @@ class StepRecorder:
             storages=tuple(
                 _storage(number, seen, releases) for number, seen in sorted(self._seen.items())
             ),
+            num_threads=torch.get_num_threads(),
         )
 
     # What a StepObserver is told.

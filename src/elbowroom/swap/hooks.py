@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,13 +21,13 @@ from elbowroom.core.errors import StepChangedError
 from elbowroom.plans.swap import Choice, Swapped, SwapPlan, Transfer
 from elbowroom.swap.candidates import Candidates
 from elbowroom.swap.handles import Handle, KeptHandle, SavedItem, SwappedHandle, checksum
-from elbowroom.swap.link import Link, Turns
+from elbowroom.swap.link import Copy, Link, Turns
 
 OnChange = Literal["swap", "raise"]
 
 
-class StepObserver(Protocol):
-    """Whoever measures a step: is told what happens, and changes nothing."""
+class StepObserver:
+    """Whoever measures a step: is told what happens, and changes nothing. This one does nothing."""
 
     def ticked(self) -> None:
         """A tick begins, before anything is dropped, brought, packed or unpacked."""
@@ -46,6 +46,12 @@ class StepObserver(Protocol):
 
     def brought(self, item: SavedItem) -> None:
         """That memory was allocated."""
+
+    def asked(self, transfer: Transfer, copy: Copy) -> None:
+        """A copy was asked for."""
+
+    def waited(self, transfer: Transfer, begin: float, end: float) -> None:
+        """The main thread waited for a copy, by ``time.perf_counter``."""
 
 
 @dataclass
@@ -168,7 +174,7 @@ class SwappedStep:
         if self.verify:
             item.checksum = checksum(tensor.untyped_storage())
         copy = item.leave(self.link.tier, tensor)
-        self._turns.ask(Transfer("out", item.number), copy)
+        self._ask(Transfer("out", item.number), copy)
         self._drops.setdefault(item.choice.drop, []).append(item)
         self.counts.num_swapped += 1
         self.counts.out_bytes += item.num_bytes
@@ -207,7 +213,7 @@ class SwappedStep:
         self._items[copy.storage._cdata] = item  # a double backward saves it again
         if self.observer is not None:
             self.observer.brought(item)
-        self._turns.ask(Transfer("in", item.number), copy)
+        self._ask(Transfer("in", item.number), copy)
         self.counts.in_bytes += item.num_bytes
 
     # The clock.
@@ -240,6 +246,11 @@ class SwappedStep:
     def _drop_all(self) -> None:
         self._drop([item for items in list(self._drops.values()) for item in items])
 
+    def _ask(self, transfer: Transfer, copy: Copy) -> None:
+        if self.observer is not None:
+            self.observer.asked(transfer, copy)
+        self._turns.ask(transfer, copy)
+
     def _wait(self, transfer: Transfer) -> None:
         item = self._by_number[transfer.storage]
         copy = item.out if transfer.direction == "out" else item.back
@@ -248,8 +259,11 @@ class SwappedStep:
             return
         begin = time.perf_counter()
         self._turns.wait(transfer, copy)
-        self.counts.wait_seconds += time.perf_counter() - begin
+        end = time.perf_counter()
+        self.counts.wait_seconds += end - begin
         self.counts.num_waits += 1
+        if self.observer is not None:
+            self.observer.waited(transfer, begin, end)
 
     # Steps that differ from their plan.
 

@@ -31,12 +31,15 @@ class Copy:
     """One copy that was asked for.
 
     ``storage`` is held until the copy is made; then the link lets go of it, and sets ``done``.
+    ``begin`` and ``end`` are then when it was made, by ``time.perf_counter``.
     """
 
     direction: Direction
     storage: torch.UntypedStorage | None
     slot: Slot
     done: threading.Event = field(default_factory=threading.Event)
+    begin: float = 0.0
+    end: float = 0.0
 
 
 class Link:
@@ -120,7 +123,7 @@ class Link:
     def _make(self, copy: Copy) -> None:
         storage = copy.storage
         assert storage is not None
-        begin, num_bytes = time.perf_counter(), storage.nbytes()
+        copy.begin, num_bytes = time.perf_counter(), storage.nbytes()
         if copy.direction == "out":
             self.tier.write(copy.slot, storage.data_ptr(), num_bytes)
             self.out_bytes += num_bytes
@@ -128,9 +131,10 @@ class Link:
             self.tier.read(copy.slot, storage.data_ptr(), num_bytes)
             self.in_bytes += num_bytes
         if self._bytes_per_second is not None:
-            left = num_bytes / self._bytes_per_second - (time.perf_counter() - begin)
+            left = num_bytes / self._bytes_per_second - (time.perf_counter() - copy.begin)
             time.sleep(max(0.0, left))
-        self.busy_seconds += time.perf_counter() - begin
+        copy.end = time.perf_counter()
+        self.busy_seconds += copy.end - copy.begin
 
 
 class Turns:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.swap import SwapPlan
 from elbowroom.swap.hooks import StepCounts
+from elbowroom.swap.trace import StepTrace
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class StepReport:
         seconds: wall-clock seconds inside the step.
         counts: bytes moved, waits, and where the step left its plan.
         link_seconds: seconds in which the link copied.
+        trace: what the step did and when; None unless it was kept.
 
     """
 
@@ -29,6 +31,7 @@ class StepReport:
     seconds: float
     counts: StepCounts
     link_seconds: float
+    trace: StepTrace | None = None
 
     def __str__(self) -> str:
         plan, counts = self.plan, self.counts

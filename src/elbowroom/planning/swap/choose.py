@@ -17,7 +17,7 @@ from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.swap.clock import StepClock, Timing
-from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.memory import floor_bytes, peak_bytes, tick_peaks
 from elbowroom.planning.swap.room import StepRoom
 from elbowroom.planning.swap.search import SwapSearch, is_better
 from elbowroom.planning.swap.settle import Settled, Settler
@@ -173,9 +173,10 @@ def make_plan(
         transfers=default_order(storages, ordered),
         budget_bytes=budget_bytes,
         static_bytes=profile.static_bytes,
-        peak_bytes=peak_bytes(profile, ordered),
+        tick_peaks=tick_peaks(profile, ordered),
         compute_seconds=profile.compute_seconds,
         seconds=profile.compute_seconds,
+        num_threads=profile.num_threads,
     )
 
 

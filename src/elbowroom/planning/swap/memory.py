@@ -130,6 +130,17 @@ def peak_bytes(profile: StepProfile, choices: Iterable[Choice]) -> int:
     return StepMemory(profile, {choice.storage: choice for choice in choices}).peak_bytes
 
 
+def tick_peaks(profile: StepProfile, choices: Iterable[Choice]) -> tuple[int, ...]:
+    """Most bytes held before the first tick and after each, without the static ones.
+
+    What a tick drops is still counted in the interval that it begins.
+    """
+    held = StepMemory(profile, {choice.storage: choice for choice in choices}).held
+    ticks = profile.tick_positions
+    places = zip((0, *ticks), (*ticks, profile.num_states - 1), strict=True)
+    return tuple(int(held[first : last + 1].max()) for first, last in places)
+
+
 def floor_choices(profile: StepProfile) -> tuple[Choice, ...]:
     """The choices with the smallest peak: all at once, but for what somebody else holds anyway."""
     return tuple(at_once(storage) for storage in profile.storages if not storage.is_held_elsewhere)

@@ -1,0 +1,57 @@
+"""What ``train run`` does with a swap plan, and its flags for that."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from elbowroom.cli.screen import Console
+from elbowroom.core.errors import InputError
+from elbowroom.core.files import check_writable
+from elbowroom.plans.swap import read_swap_plan
+
+_PIPELINE_ONLY = ("semantics", "microbatches", "checkpoints", "every", "timeout", "max_restarts")
+_SWAP_ONLY = ("enforce", "verify", "tier", "picture")
+
+
+def add_swap_flags(run: argparse.ArgumentParser) -> None:
+    flags = run.add_argument_group("with a swap plan")
+    flags.add_argument(
+        "--enforce",
+        action=argparse.BooleanOptionalAction,
+        help="refuse an allocation beyond the budget (default: where memory can be metered)",
+    )
+    flags.add_argument(
+        "--verify", action="store_true", help="compare checksums of what left and what came back"
+    )
+    flags.add_argument("--tier", type=Path, help="folder for what is swapped (default: the plan's)")
+    flags.add_argument(
+        "--picture", type=Path, help="write the last step's memory over time, as SVG"
+    )
+
+
+def refuse_others(args: argparse.Namespace, *, swaps: bool) -> None:
+    """Raise InputError for a flag that is for the other kind of plan."""
+    kind, others = ("swap", _PIPELINE_ONLY) if swaps else ("pipeline", _SWAP_ONLY)
+    given = [name for name in others if getattr(args, name) != args.parser.get_default(name)]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise InputError(f"{args.plan} is a {kind} plan, which knows no {names}: leave it out")
+
+
+def run_swapped(args: argparse.Namespace, console: Console) -> int:
+    check_writable([path for path in (args.trace, args.picture) if path is not None])
+    plan = read_swap_plan(args.plan)
+    console.print(f"one process, by {args.plan}: {plan}", highlight=False, soft_wrap=True)
+    # Loaded here: torch takes longer to load than most commands to run.
+    from elbowroom.app.swap_training import SwapRunOptions, train_swapped
+    from elbowroom.training.loop import LoopOptions, dtype_of
+
+    train_swapped(
+        args.script,
+        plan,
+        LoopOptions(args.steps, args.seed, args.lr, args.clip_norm, dtype_of(args.autocast)),
+        SwapRunOptions(args.enforce, args.verify, args.tier, args.trace, args.picture),
+        lambda line: print(line, flush=True),
+    )
+    return 0
