@@ -22,10 +22,10 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LambdaLR
 
-from elbowroom.pipeline.checkpoint import Checkpoint
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.plans.pipeline import read_pipeline_plan
+from elbowroom.training.checkpoint import Checkpoint
 
 WARM_UP = 5
 

@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerFast
 
-from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.training.checkpoint import newest_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "tools"))

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.pipeline.checkpoint import Checkpoint
 from elbowroom.pipeline.pipeline import Pipeline
+from elbowroom.training.checkpoint import Checkpoint
 from tests.pipeline.models import plan_of
 from tests.pipeline.test_training import files, start
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elbowroom.pipeline.checkpoint import newest_checkpoint
+from elbowroom.training.checkpoint import newest_checkpoint
 from elbowroom.training.outcome import in_training
 from elbowroom.training.script import load_script
 from elbowroom.training.tracing import called

@@ -20,8 +20,8 @@ from torch import distributed
 
 import elbowroom
 from elbowroom.cli.main import main
-from elbowroom.pipeline.checkpoint import newest_checkpoint
 from elbowroom.plans.pipeline import PipelineOptions
+from elbowroom.training.checkpoint import newest_checkpoint
 from elbowroom.training.script import load_script
 
 SCRIPT = """

@@ -12,13 +12,6 @@ from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from elbowroom.core.errors import InputError
-from elbowroom.pipeline.checkpoint import (
-    Checkpoint,
-    check_settings,
-    newest_checkpoint,
-    note_made,
-    save,
-)
 from elbowroom.pipeline.first_checks import (
     FirstLoss,
     check_stages,
@@ -33,6 +26,13 @@ from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.worker import StageWorker
 from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.training.checkpoint import (
+    Checkpoint,
+    check_settings,
+    newest_checkpoint,
+    note_made,
+    save,
+)
 from elbowroom.training.layers import trace_model
 from elbowroom.training.outcome import in_training
 from elbowroom.training.python_state import PythonState

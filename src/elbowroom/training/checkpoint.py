@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError, OutputError
-from elbowroom.pipeline.json_state import from_json, to_json
+from elbowroom.training.json_state import from_json, to_json
 
 _INDEX, _VERSION = "index.json", 2
 _KEPT = 2
