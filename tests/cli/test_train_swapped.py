@@ -22,6 +22,7 @@ from elbowroom.core.step_profile import read_step_profile
 from elbowroom.planning.swap.choose import plan_swap
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.plans.swap import read_swap_plan
+from elbowroom.training.checkpoint import newest_checkpoint
 from elbowroom.training.loop import LoopOptions, TrainingLoop
 from elbowroom.training.script import load_script
 from tests.swap.steps import needed_meter
@@ -152,6 +153,24 @@ def test_scripts_that_fail_are_named(folder: Path) -> None:
         )
         with pytest.raises(InputError, match=re.escape(str(script))):
             train_swapped(script, plan, LoopOptions(2), SwapRunOptions(), print)
+
+
+def test_a_run_resumes_as_if_it_had_not_stopped(folder: Path) -> None:
+    script, plan = folder / "train.py", read_swap_plan(folder / "plan.json")
+    options = SwapRunOptions(checkpoints=folder / "weights", every=2)
+    first = train_swapped(script, plan, LoopOptions(3), options, print)
+    second = train_swapped(script, plan, LoopOptions(7), options, print)
+    assert [*first, *second] == plain_losses(script, LoopOptions(7))
+    names = sorted(path.name for path in (folder / "weights").iterdir())
+    assert names == ["step-00000006", "step-00000007"]
+    model = load_script(script).make_model(9)
+    checkpoint = newest_checkpoint(folder / "weights")
+    assert checkpoint is not None
+    checkpoint.load_weights(model)
+    with pytest.raises(InputError):  # nothing is left to do
+        train_swapped(script, plan, LoopOptions(7), options, print)
+    with pytest.raises(InputError):  # of another run
+        train_swapped(script, plan, LoopOptions(9, seed=1), options, print)
 
 
 @pytest.mark.parametrize(

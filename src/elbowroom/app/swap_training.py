@@ -44,6 +44,8 @@ class SwapRunOptions:
         enforce: refuse allocations beyond the budget; None for where memory can be metered.
         verify: compare checksums of what left and what came back.
         tier: folder for what is swapped; None for the plan's, or else for temporary files.
+        checkpoints: folder for checkpoints, from the newest of which a run resumes.
+        every: steps to a checkpoint.
         trace: file for the last steps' times and memory, predicted and measured.
         picture: file for the last step's memory over time as a picture.
 
@@ -52,6 +54,8 @@ class SwapRunOptions:
     enforce: bool | None = None
     verify: bool = False
     tier: Path | None = None
+    checkpoints: Path | None = None
+    every: int = 100
     trace: Path | None = None
     picture: Path | None = None
 
@@ -83,6 +87,12 @@ def train_swapped(
     if plan.num_threads > 0:
         torch.set_num_threads(plan.num_threads)
     loop = TrainingLoop(load_script(script), loop_options)
+    if options.checkpoints is not None:
+        loop.restore(options.checkpoints)
+        if loop.num_done >= loop_options.num_steps:
+            raise InputError(
+                f"{options.checkpoints} has learned from {loop.num_done} already: raise --steps"
+            )
     keeps_trace = options.trace is not None or options.picture is not None
     losses: list[float] = []
     last: deque[_Done] = deque(maxlen=_STEPS_TRACED)
@@ -96,7 +106,7 @@ def train_swapped(
         verify=options.verify,
         keeps_trace=keeps_trace,
     ) as swap:
-        for done in _steps(loop, swap, script):
+        for done in _steps(loop, swap, script, options):
             losses.append(done.loss)
             last.append(done)
             summary.add(done)
@@ -120,8 +130,11 @@ def _can_meter(say: Callable[[str], None]) -> bool:
     return True
 
 
-def _steps(loop: TrainingLoop, swap: Swap, script: Path) -> Iterator[_Done]:
-    for number, batch in enumerate(loop.batches(), 1):
+def _steps(
+    loop: TrainingLoop, swap: Swap, script: Path, options: SwapRunOptions
+) -> Iterator[_Done]:
+    for batch in loop.batches():
+        number = loop.num_done + 1
         begin = time.perf_counter()
         try:
             with swap.step():
@@ -140,6 +153,9 @@ def _steps(loop: TrainingLoop, swap: Swap, script: Path) -> Iterator[_Done]:
         del batch
         loop.update()
         yield _Done(loss, rows, time.perf_counter() - begin, swap.report())
+        is_due = number % options.every == 0 or number == loop.num_steps
+        if options.checkpoints is not None and is_due:
+            loop.save(options.checkpoints)
 
 
 class _Summary:

@@ -61,8 +61,7 @@ def _run_swapped(args: argparse.Namespace, console: Console) -> int:
         try:
             return run_swapped(args, console)
         except KeyboardInterrupt as stop:
-            console.print(f"elbowroom: {stop}; nothing is kept")
-            return EXIT_FAILURE
+            return _stopped(args, str(stop), console)
 
 
 def _run_pipeline(args: argparse.Namespace, console: Console) -> int:
@@ -86,6 +85,11 @@ def _run_pipeline(args: argparse.Namespace, console: Console) -> int:
             reason = str(stop)
     if reason is None:
         return code
+    return _stopped(args, reason, console)
+
+
+def _stopped(args: argparse.Namespace, reason: str, console: Console) -> int:
+    """Exit code of a run that was stopped. Raises KeyboardInterrupt for one that can resume."""
     if args.checkpoints:
         raise KeyboardInterrupt(reason)
     console.print(f"elbowroom: {reason}; without --checkpoints, nothing is kept")

@@ -10,7 +10,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable
 from elbowroom.plans.swap import read_swap_plan
 
-_PIPELINE_ONLY = ("semantics", "microbatches", "checkpoints", "every", "timeout", "max_restarts")
+_PIPELINE_ONLY = ("semantics", "microbatches", "timeout", "max_restarts")
 _SWAP_ONLY = ("enforce", "verify", "tier", "picture")
 
 
@@ -40,7 +40,8 @@ def refuse_others(args: argparse.Namespace, *, swaps: bool) -> None:
 
 
 def run_swapped(args: argparse.Namespace, console: Console) -> int:
-    check_writable([path for path in (args.trace, args.picture) if path is not None])
+    checkpoint = args.checkpoints and args.checkpoints / "step"
+    check_writable([path for path in (args.trace, args.picture, checkpoint) if path is not None])
     plan = read_swap_plan(args.plan)
     console.print(f"one process, by {args.plan}: {plan}", highlight=False, soft_wrap=True)
     # Loaded here: torch takes longer to load than most commands to run.
@@ -51,7 +52,15 @@ def run_swapped(args: argparse.Namespace, console: Console) -> int:
         args.script,
         plan,
         LoopOptions(args.steps, args.seed, args.lr, args.clip_norm, dtype_of(args.autocast)),
-        SwapRunOptions(args.enforce, args.verify, args.tier, args.trace, args.picture),
+        SwapRunOptions(
+            args.enforce,
+            args.verify,
+            args.tier,
+            args.checkpoints,
+            args.every,
+            args.trace,
+            args.picture,
+        ),
         lambda line: print(line, flush=True),
     )
     return 0

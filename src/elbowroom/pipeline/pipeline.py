@@ -29,11 +29,12 @@ from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.checkpoint import (
     Checkpoint,
     check_settings,
-    newest_checkpoint,
+    newest_of_run,
     note_made,
     save,
 )
 from elbowroom.training.layers import trace_model
+from elbowroom.training.loop import check_optimizer, check_scheduler
 from elbowroom.training.outcome import in_training
 from elbowroom.training.python_state import PythonState
 from elbowroom.training.script import OptimizerFunction
@@ -183,14 +184,7 @@ class Pipeline:
         another number of stages. Raises InputError, here or with the first step, if it does not
         fit.
         """
-        self._resumed = newest_checkpoint(folder)
-        if self._resumed is not None:
-            seed = self._resumed.index.run.get("seed", self._options.seed)
-            if seed != self._options.seed:
-                raise InputError(
-                    f"{folder} is of a run with seed {seed}: resume with that, or train in another "
-                    f"folder"
-                )
+        self._resumed = newest_of_run(folder, self._options.seed)
         self._num_steps = self._resumed.index.steps if self._resumed else 0
         return self._num_steps
 
@@ -291,12 +285,10 @@ class Pipeline:
         nothing = nn.Parameter(torch.empty(0))  # a stage may have none, which optimizers refuse
         trained = [p for p in module.parameters() if p.requires_grad]
         optimizer = self._optimizer_fn(trained or [nothing])
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise InputError("LBFGS computes the loss several times an update: take another")
+        check_optimizer(optimizer)
         note_made(optimizer)
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
-        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise InputError("ReduceLROnPlateau needs a metric at every step: take another")
+        check_scheduler(scheduler)
         check_settings(module.body, optimizer, scheduler)
         next_minibatch = 0
         if self._resumed is not None:

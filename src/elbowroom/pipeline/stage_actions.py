@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -37,6 +36,7 @@ from elbowroom.plans.pipeline_actions import (
 )
 from elbowroom.plans.pipeline_schedule import ActionStream
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.training.outcome import seed_minibatch
 
 Tensors = tuple[torch.Tensor, ...]
 DoneKind = Literal["forward", "backward", "reduce", "update"]
@@ -262,8 +262,7 @@ class StageActions:
     def _randomness(self, minibatch: int) -> Iterator[None]:
         """Draw the same numbers for a stage and a minibatch wherever and whenever they meet."""
         state = torch.get_rng_state()
-        key = np.random.SeedSequence((self._options.seed, self._stage, minibatch))
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        seed_minibatch(self._options.seed, self._stage, minibatch)
         try:
             yield
         finally:

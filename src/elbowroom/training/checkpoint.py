@@ -1,4 +1,4 @@
-"""Checkpoints of pipelines: whole or not at all, and for any number of stages.
+"""Checkpoints of training: whole or not at all, and for any number of stages.
 
 A folder ``step-00000200`` holds a safetensors file for each stage, weights, buffers and optimizer
 state by the names that the model has for its parameters, and an index of them. It is written under
@@ -173,6 +173,20 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(found[-1]) if found else None
 
 
+def newest_of_run(folder: Path, seed: int) -> Checkpoint | None:
+    """The newest whole checkpoint of a run with this seed, to resume from.
+
+    Raises InputError if it is of a run with another.
+    """
+    found = newest_checkpoint(folder)
+    of = found.index.run.get("seed", seed) if found else seed
+    if of != seed:
+        raise InputError(
+            f"{folder} is of a run with seed {of}: resume with that, or train in another folder"
+        )
+    return found
+
+
 def save(
     folder: Path,
     module: nn.Module,
@@ -186,8 +200,8 @@ def save(
 ) -> Path:
     """Write a checkpoint of all stages; every worker must call it, one ``is_writer`` a stage.
 
-    All but the last two checkpoints are removed. Raises OutputError, and InputError for a folder of
-    another run, which has come further.
+    A process that is in no group is the only one. All but the last two checkpoints are removed.
+    Raises OutputError, and InputError for a folder of another run, which has come further.
     """
     path = folder / f"step-{steps:08d}"
     if any(other.name > path.name for other in _whole(folder)):
@@ -196,17 +210,21 @@ def save(
             f"of its own, or restore to resume from there"
         )
     part = path.with_suffix(".part")
-    is_first = distributed.get_rank() == 0
+    is_alone = not distributed.is_initialized()
+    is_first = is_alone or distributed.get_rank() == 0
     try:
         if is_first:
             shutil.rmtree(part, ignore_errors=True)  # of a run that died
             part.mkdir(parents=True)
-        distributed.barrier()
+        if not is_alone:
+            distributed.barrier()
         if is_writer:
             _write_stage(part / f"stage-{stage}.safetensors", module, optimizer)
-        settings: list[Any] = [None] * distributed.get_world_size()
         own = to_json([*_settings(module, optimizer, scheduler)]) if is_writer else None
-        distributed.all_gather_object(settings, own)
+        settings: list[Any] = [own]
+        if not is_alone:
+            settings *= distributed.get_world_size()
+            distributed.all_gather_object(settings, own)
         if is_first:
             index = {
                 "steps": steps,
@@ -220,7 +238,8 @@ def save(
             part.rename(path)
             for old in _whole(folder)[:-_KEPT]:
                 shutil.rmtree(old)
-        distributed.barrier()
+        if not is_alone:
+            distributed.barrier()
     except OSError as error:
         raise OutputError(f"cannot write the checkpoint {path}: {error}") from error
     return path

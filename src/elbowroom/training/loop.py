@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.training.outcome import in_training
+from elbowroom.training.checkpoint import check_settings, newest_of_run, note_made, save
+from elbowroom.training.outcome import in_training, seed_minibatch
 from elbowroom.training.script import TrainingScript
 from elbowroom.training.tracing import called
 
@@ -41,6 +44,7 @@ class TrainingLoop:
 
     Take ``batches`` in turn; for each, call ``backward``, which runs forward and backward, and then
     ``update``. What holds memory between them is the model's, the optimizer's and the batch.
+    ``num_done`` counts the updates, those before a ``restore`` included.
 
     Raises InputError for a script that fails, or gives something else.
     """
@@ -49,20 +53,51 @@ class TrainingLoop:
         self._script = script
         self._options = options
         self.model = in_training(script.make_model(options.seed))
-        self.optimizer = script.optimizer_fn(options.lr)(self.model.parameters())
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = script.optimizer_fn(options.lr)(trained)
+        check_optimizer(self.optimizer)
+        note_made(self.optimizer)
         self._scheduler = None
         if script.has_scheduler:
             self._scheduler = script.make_scheduler(self.optimizer, options.num_steps)
         self._generator = torch.Generator().manual_seed(options.seed)
+        self.num_done = 0
+        check_scheduler(self._scheduler)
+        check_settings(self.model, self.optimizer, self._scheduler)
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of the whole run."""
+        return self._options.num_steps
+
+    def restore(self, folder: Path) -> None:
+        """Resume from the newest whole checkpoint of a folder, if it has one.
+
+        Raises InputError if that does not fit.
+        """
+        found = newest_of_run(folder, self._options.seed)
+        if found is not None:
+            found.restore(self.model, self.optimizer, self._scheduler)
+            self.num_done = found.index.steps
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint. Raises OutputError, and InputError for another run's folder."""
+        run = {"seed": self._options.seed}
+        done = self.num_done
+        save(folder, self.model, 0, self.optimizer, self._scheduler, done, done, True, run)
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
-        """The script's minibatches, each made when the one before is let go of."""
-        for _ in range(self._options.num_steps):
-            yield self._script.make_batch(self._generator)
+        """The script's minibatches that no checkpoint has learned from."""
+        for step in range(self._options.num_steps):
+            batch = self._script.make_batch(self._generator)
+            if step >= self.num_done:
+                yield batch
+            del batch
 
     def backward(self, batch: tuple[Any, Any]) -> float:
         """Run forward and backward. Returns the loss; raises InputError if it is no number."""
         inputs, targets = batch
+        seed_minibatch(self._options.seed, 0, self.num_done)
         dtype = self._options.autocast
         with nullcontext() if dtype is None else torch.autocast("cpu", dtype=dtype):
             loss = self._script.loss_fn(called(self.model, inputs), targets)
@@ -79,6 +114,19 @@ class TrainingLoop:
         if self._scheduler is not None:
             self._scheduler.step()
         self.optimizer.zero_grad()
+        self.num_done += 1
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raise InputError for an optimizer that needs more than gradients."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError("LBFGS computes the loss several times an update: take another")
+
+
+def check_scheduler(scheduler: LRScheduler | None) -> None:
+    """Raise InputError for a scheduler that needs more than a count of updates."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise InputError("ReduceLROnPlateau needs a metric at every step: take another")
 
 
 def dtype_of(autocast: str | None) -> torch.dtype | None:

@@ -65,6 +65,12 @@ def tensors_untouched(model: nn.Module) -> Iterator[None]:
             write_back(buffer, value)
 
 
+def seed_minibatch(seed: int, stage: int, minibatch: int) -> None:
+    """Seed torch's random numbers for one minibatch in one stage, however a run came to it."""
+    key = np.random.SeedSequence((seed, stage, minibatch))
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+
+
 def seed_all() -> None:
     """Seed the random numbers of torch, numpy and Python, within ``tensors_untouched``."""
     torch.manual_seed(0)
