@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from elbowroom.cli.main import main
+from elbowroom.plans.swap import read_swap_plan
+from tests.swap.steps import needed_meter
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-LONG = {"train_demo_lm.py"}
-"""Has a test of its own."""
+LONG = {"train_demo_lm.py", "train_unet3d.py"}
+"""Scripts to train, with tests of their own."""
 
 
 def shown(name: str, *words: str | Path) -> str:
@@ -64,6 +68,20 @@ def test_train_in_process() -> None:
     words = shown("train_in_process.py").split()
     first, last = float(words[3]), float(words[6])
     assert last < first / 10
+
+
+def test_train_unet3d(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The commands of its docstring, with fewer steps."""
+    needed_meter()
+    script, step, plan = str(EXAMPLES / "train_unet3d.py"), tmp_path / "step", tmp_path / "plan"
+    measure = ["train", "profile", script, "--step", "--out", str(step)]
+    assert main([*measure, "--threads", "1", "--seconds", "0.1"]) == 0
+    choose = ["train", "plan-swap", str(step), "--budget", "24MiB", "--json", str(plan)]
+    assert main(choose) == 0
+    assert main(["train", "run", script, "--plan", str(plan), "--steps", "3"]) == 0
+    peak = next(line for line in capsys.readouterr().out.splitlines()[::-1] if "peak  " in line)
+    assert peak.split()[1:3] == peak.split()[3:5]
+    assert read_swap_plan(plan).choices
 
 
 @pytest.mark.vllm

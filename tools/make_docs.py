@@ -55,6 +55,7 @@ LIVE = {
     "verify": "elbowroom verify requests.jsonl results.jsonl",
     "train-plan": "elbowroom train plan-pipeline lm.json --workers 2 --bandwidth 10Gbit/s \\\n"
     "    --straight --json train-plan.json",
+    "swap-plan": "elbowroom train plan-swap step.json --budget 24MiB --json swap-plan.json",
 }
 """Commands that run while the site is built; each may use what those before it wrote."""
 
@@ -70,13 +71,23 @@ ENGINE = {
     "train-plan": LIVE["train-plan"],
     "train-run": "elbowroom train run examples/train_demo_lm.py --plan train-plan.json \\\n"
     "    --steps 50 --trace trace.json",
+    "swap-profile": "elbowroom train profile examples/train_unet3d.py --step --out step.json \\\n"
+    "    --threads 1",
+    "swap-plan": LIVE["swap-plan"],
+    "swap-run": "elbowroom train run examples/train_unet3d.py --plan swap-plan.json \\\n"
+    "    --steps 30 --picture memory.svg",
 }
 
 REFUSED = {"plan-no-fit": 2}
 """Exit codes of commands that are shown because they are refused."""
 
-KEPT = {"results.jsonl": "first-results.jsonl", "lm.json": "lm.json"}
-"""Files of ``ENGINE`` that ``LIVE`` uses."""
+KEPT = {
+    "results.jsonl": "first-results.jsonl",
+    "lm.json": "lm.json",
+    "step.json": "step.json",
+    "memory.svg": "memory.svg",
+}
+"""Files of ``ENGINE`` that ``LIVE`` uses, or pages show."""
 
 EXCERPTS = {
     "taken": ("first-run", ("taken: ", "next best: ")),
@@ -276,7 +287,8 @@ def run_engines() -> None:
     prepare()
     for name, command in ENGINE.items():
         (OUTPUT / f"{name}.txt").write_text(run(command))
-    (OUTPUT / "train-plan.txt").unlink()
+    for name in ENGINE.keys() & LIVE.keys():
+        (OUTPUT / f"{name}.txt").unlink()
     for name, kept in KEPT.items():
         shutil.copy(WORK / name, OUTPUT / kept)
 
