@@ -25,6 +25,7 @@ class Case:
     semantics: Semantics = "stash"
     microbatches: int = 1
     depth: int = 1
+    swaps: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

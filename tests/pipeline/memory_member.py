@@ -1,7 +1,8 @@
 """One worker of a pipeline at a time that watches its memory, for tests.
 
 Reads lines of JSON, [CASE, FOLDER, WORKER]. For each it trains by ``FOLDER/plan.json``, writes the
-bytes that it held at most to ``FOLDER/WORKER.json``, and says that it is done.
+bytes that it held at most to ``FOLDER/WORKER.json``, with checksums of its weights and the bytes
+that it swapped, and says that it is done.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from torch import distributed
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.plans.pipeline import read_pipeline_plan
+from elbowroom.swap.handles import checksum
+from elbowroom.swap.link import Link
+from elbowroom.swap.minibatches import SwappedMinibatches
+from elbowroom.swap.tier import MemoryTier
 from elbowroom.training.memory_watch import MemoryWatch
 from tests.pipeline.memory_cases import MODELS, Case, make_optimizer
 
@@ -36,7 +41,8 @@ def main(case: Case, folder: Path, number: int) -> None:
         torch.manual_seed(1)
         model, make_batch, loss_fn = MODELS[case.model]()
         options = StageOptions(case.semantics, case.microbatches)
-        pipeline = Pipeline(model, plan, make_optimizer(case), loss_fn, options)
+        keeper = SwappedMinibatches(Link(MemoryTier(1 << 30))) if case.swaps else None
+        pipeline = Pipeline(model, plan, make_optimizer(case), loss_fn, options, keeper=keeper)
         for step in range(NUM_MINIBATCHES):
             if step == WARM_UP:
                 watch.mark("steady")
@@ -44,7 +50,12 @@ def main(case: Case, folder: Path, number: int) -> None:
         buffer_bytes = pipeline.buffer_bytes
         watch.mark("drained")
         pipeline.close()
-    held = {"peak": watch.peak_bytes("steady"), "buffers": buffer_bytes}
+    held = {
+        "peak": watch.peak_bytes("steady"),
+        "buffers": buffer_bytes,
+        "weights": [checksum(p.untyped_storage()) for p in pipeline.module.parameters()],
+        "moved": [keeper.out_bytes, keeper.in_bytes] if keeper else [0, 0],
+    }
     (folder / f"{number}.json").write_text(json.dumps(held))
     distributed.destroy_process_group()
 

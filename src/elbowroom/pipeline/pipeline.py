@@ -33,6 +33,7 @@ from elbowroom.training.checkpoint import (
     note_made,
     save,
 )
+from elbowroom.training.keeping import Keeper
 from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler
 from elbowroom.training.outcome import in_training
@@ -71,6 +72,8 @@ class Pipeline:
         loss_fn: from the model's outputs and the targets to a mean over a minibatch.
         options: see ``StageOptions``.
         scheduler_fn: makes a scheduler of the optimizer; it steps after every update of the stage.
+        keeper: keeps what minibatches in flight have saved, such as ``swap.minibatches``; it is
+            closed with the pipeline. None: they stay where they are.
 
     Raises InputError for a plan of another number of workers; the first ``train_step`` raises
     SplitError for one of another model, and UntraceableModelError.
@@ -85,6 +88,7 @@ class Pipeline:
         loss_fn: LossFunction,
         options: StageOptions | None = None,
         scheduler_fn: SchedulerFunction | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         size = distributed.get_world_size()
         if size != plan.num_workers:
@@ -103,6 +107,7 @@ class Pipeline:
         self._optimizer_fn = optimizer_fn
         self._scheduler_fn = scheduler_fn
         self._loss_fn = loss_fn
+        self._keeper = keeper
         self._built: _Built | None = None
         self._resumed: Checkpoint | None = None
         self._num_steps = 0
@@ -213,6 +218,8 @@ class Pipeline:
         self.drain()
         if self._built is not None:
             self._built.worker.close()
+        if self._keeper is not None:
+            self._keeper.close()
 
     def _check_model(self) -> None:
         """Raise InputError for what has no meaning where several versions of weights live."""
@@ -304,5 +311,6 @@ class Pipeline:
             scheduler,
             next_minibatch,
             self.plan.options.depth,
+            self._keeper,
         )
         return _Built(traced, module, optimizer, scheduler, worker)

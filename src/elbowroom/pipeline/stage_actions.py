@@ -7,7 +7,7 @@ PipeDream: arXiv 1806.03377 section 3; SOSP 2019 section 3. Which action comes w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
@@ -36,6 +36,7 @@ from elbowroom.plans.pipeline_actions import (
 )
 from elbowroom.plans.pipeline_schedule import ActionStream
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.training.keeping import Keeper
 from elbowroom.training.outcome import seed_minibatch
 
 Tensors = tuple[torch.Tensor, ...]
@@ -88,6 +89,7 @@ class StageActions:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None,
         stream: ActionStream,
         depth: int,
+        keeper: Keeper | None = None,
     ) -> None:
         self.batches: dict[int, Batch] = {}
         self.losses: dict[int, float] = {}
@@ -104,6 +106,7 @@ class StageActions:
         self._is_flushed = options.semantics == "flush"
         self._stream = stream
         self._depth = depth
+        self._keeper = keeper
         self.versions = Versions(module, self._semantics)
         self._before = self._connect(stage - 1, num_kept=stream.warmup_forwards + 1)
         self._behind = self._connect(stage + 1, num_kept=1)
@@ -131,10 +134,17 @@ class StageActions:
             inputs = (*map(_as_leaf, message.tensors, message.needs_grad), *inputs)
         begin = time.perf_counter()
         leaves = self.versions.acquire(version)
-        with self._randomness(minibatch), self._options.computing():
+        held = (*leaves.values(), *self._module.buffers(), *inputs)
+        with (
+            self._keeping(minibatch, held),
+            self._randomness(minibatch),
+            self._options.computing(),
+        ):
             outputs = functional_call(self._module, dict(leaves), inputs)
             if self._behind is None:
                 outputs = (self._loss_fn(outputs, batch.targets),)
+        if self._keeper is not None:
+            self._keeper.stays(minibatch, outputs)
         self._flights[minibatch] = _Flight(version, leaves, inputs, outputs, message)
         self._note("forward", minibatch, version, begin)
         if self._behind is None:
@@ -148,6 +158,8 @@ class StageActions:
     def recv_gradient(self, action: RecvGradient) -> None:
         """Wait for the gradients of the outputs."""
         assert self._behind is not None, "the last stage receives no gradients"
+        if self._keeper is not None:
+            self._keeper.returns(action.minibatch)
         self._received[action.minibatch] = self._behind.receive(action.minibatch)
 
     def backward(self, action: Backward) -> None:
@@ -172,6 +184,8 @@ class StageActions:
             found = torch.autograd.grad(outputs, wanted, given, allow_unused=True) if wanted else ()
         self._gather(dict(zip(leaves, found[len(inputs) :], strict=True)))
         self.versions.release(flight.version)
+        if self._keeper is not None:
+            self._keeper.end(minibatch)
         self._note("backward", minibatch, flight.version, begin)
         self._give_back(flight, message, found)
         if self._before is not None:
@@ -257,6 +271,16 @@ class StageActions:
         if self._is_flushed:
             return clipped(gradients, norm_of_stages(norm, self._pipe), limit)
         return clipped(gradients, norm, limit / sqrt(self._pipe.num_stages))
+
+    @contextmanager
+    def _keeping(self, minibatch: int, held: Iterable[torch.Tensor]) -> Iterator[None]:
+        """Have what a forward saves kept by the keeper, if there is one, but for what we hold."""
+        if self._keeper is None:
+            yield
+            return
+        with self._keeper.forward(minibatch):
+            self._keeper.stays(minibatch, held)
+            yield
 
     @contextmanager
     def _randomness(self, minibatch: int) -> Iterator[None]:

@@ -19,6 +19,7 @@ from elbowroom.pipeline.versions import Versions
 from elbowroom.plans.pipeline_actions import PipelineAction
 from elbowroom.plans.pipeline_schedule import ActionStream
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.training.keeping import Keeper
 
 
 class StageWorker:
@@ -27,7 +28,8 @@ class StageWorker:
     It is number ``worker`` of ``pipe`` and needs a process group of all workers. ``module`` takes
     the tensors that the stage before it gives, then its own inputs, and gives a tuple of tensors;
     what the last stage gives goes to ``loss_fn``. ``scheduler`` steps after every update.
-    Minibatches are numbered from ``next_minibatch``; ``depth`` is that of the plan.
+    Minibatches are numbered from ``next_minibatch``; ``depth`` is that of the plan. ``keeper``
+    keeps what minibatches in flight have saved.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class StageWorker:
         scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
         next_minibatch: int = 0,
         depth: int = 1,
+        keeper: Keeper | None = None,
     ) -> None:
         options = options or StageOptions()
         rule = options.schedule_rule(depth)
@@ -48,7 +51,16 @@ class StageWorker:
         self._num_parts = options.microbatches
         self._stream = ActionStream(pipe, worker, rule, next_minibatch)
         self._actions = StageActions(
-            module, pipe, worker, optimizer, loss_fn, options, scheduler, self._stream, depth
+            module,
+            pipe,
+            worker,
+            optimizer,
+            loss_fn,
+            options,
+            scheduler,
+            self._stream,
+            depth,
+            keeper,
         )
 
     @property

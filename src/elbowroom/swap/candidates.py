@@ -24,6 +24,12 @@ class Candidates:
         self.smallest_bytes = smallest_bytes
         self._fixed = set(_storages((*model.parameters(), *model.buffers())))
 
+    def fix(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+        """Have the storages of more tensors stay. Returns their identities."""
+        storages = frozenset(_storages(tensors))
+        self._fixed |= storages
+        return storages
+
     def storage_of(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
         """The storage that may leave with this tensor; None if it must stay."""
         base = tensor._base

@@ -6,6 +6,7 @@ main thread, at the tick that the plan names; the link thread only copies.
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from collections.abc import Iterable
@@ -24,6 +25,9 @@ from elbowroom.swap.handles import Handle, KeptHandle, SavedItem, SwappedHandle,
 from elbowroom.swap.link import Copy, Link, Turns
 
 OnChange = Literal["swap", "raise"]
+
+_NEVER = sys.maxsize
+"""A tick that does not come."""
 
 
 class StepObserver:
@@ -81,6 +85,7 @@ class SwappedStep:
         on_change: what to do when the step does not do what the plan expects.
         verify: compare checksums of what left and what came back.
         observer: whoever measures the step.
+        drops_later: without a plan, copy everything away, and drop nothing before ``drop_all``.
 
     """
 
@@ -90,6 +95,7 @@ class SwappedStep:
     on_change: OnChange = "swap"
     verify: bool = False
     observer: StepObserver | None = None
+    drops_later: bool = False
     counts: StepCounts = field(default_factory=StepCounts)
 
     def __post_init__(self) -> None:
@@ -117,8 +123,24 @@ class SwappedStep:
     def end(self) -> None:
         """Drop what still waits to be dropped. Raises SwapError if the link failed."""
         self._turns.abandon()
-        self._drop_all()
+        self.drop_all()
         self.link.check()
+
+    def drop_all(self) -> None:
+        """Drop all that was saved so far, once it is copied. Raises SwapError."""
+        self._drop([item for items in list(self._drops.values()) for item in items])
+
+    def bring_all(self) -> None:
+        """Begin to bring all that is away, the last that was saved first. Raises SwapError."""
+        for _, item in sorted(self._by_number.items(), reverse=True):
+            if item.is_away:
+                self._bring(item)
+
+    def keep(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Drop none of these tensors' storages, whether they are saved before or later."""
+        fixed = self.candidates.fix(tensors)
+        for items in self._drops.values():
+            items[:] = [item for item in items if item.original.cdata not in fixed]
 
     # Packs.
 
@@ -160,7 +182,8 @@ class SwappedStep:
     def _new_item(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedItem:
         number = self._num_items
         self._num_items += 1
-        choice: Choice | None = Swapped(number, self._clock - 1, None)
+        drop = _NEVER if self.drops_later else self._clock - 1
+        choice: Choice | None = Swapped(number, drop, None)
         if self.plan is not None and self._follows:
             choice = self.plan.choice_of.get(number)
         original = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
@@ -243,9 +266,6 @@ class SwappedStep:
             self._wait(Transfer("out", item.number))
             item.drop()
 
-    def _drop_all(self) -> None:
-        self._drop([item for items in list(self._drops.values()) for item in items])
-
     def _ask(self, transfer: Transfer, copy: Copy) -> None:
         if self.observer is not None:
             self.observer.asked(transfer, copy)
@@ -296,7 +316,7 @@ class SwappedStep:
             )
         self.counts.change, self._follows = change, False
         self._turns.abandon()
-        self._drop_all()
+        self.drop_all()
 
 
 def _named(number: int | None) -> str:
