@@ -96,6 +96,7 @@ class SwapPlan:
         peak_bytes: predicted peak, ``static_bytes`` included.
         compute_seconds: seconds of the step if it never waits for a copy.
         seconds: predicted seconds of the step.
+        swaps_optimizer: whether it was made for an optimizer whose gradients and state are away.
 
     Raises InputError for a plan that could not be carried out.
 
@@ -111,8 +112,11 @@ class SwapPlan:
     peak_bytes: int
     compute_seconds: float
     seconds: float
+    swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.swaps_optimizer, bool):
+            raise InputError(f"swaps_optimizer is {self.swaps_optimizer!r}: give true or false")
         _check_choices(self)
         _check_transfers(self)
 

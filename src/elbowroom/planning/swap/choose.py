@@ -176,6 +176,7 @@ def make_plan(
         peak_bytes=peak_bytes(profile, ordered),
         compute_seconds=profile.compute_seconds,
         seconds=profile.compute_seconds,
+        swaps_optimizer=profile.swaps_optimizer,
     )
 
 
