@@ -294,7 +294,10 @@ class SwappedOptimizer(optim.Optimizer):
             step(inner)
         finally:
             inner.param_groups = groups
-        if any(alone[key] is not value for key, value in turn.group.items() if key != "params"):
+        alone["params"] = turn.group["params"]
+        if alone.keys() != turn.group.keys() or any(
+            alone[key] is not value for key, value in turn.group.items()
+        ):
             raise SwapError(
                 f"{type(inner).__name__} changes its groups as it updates a parameter, so it "
                 "cannot update one after the other: use it plainly"
