@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn, optim
 
-from elbowroom.core.errors import InputError, SwapError
-from elbowroom.swap.away import Coming, Leaving, Place
+from elbowroom.core.errors import InputError
+from elbowroom.swap.away import Place
 from elbowroom.swap.gradients import LeavingGradients
 from elbowroom.swap.link import Link
 from elbowroom.swap.tier import FileTier, Tier
+from elbowroom.swap.updates import Updates
 
 ALONE = frozenset(
     getattr(optim, name)
@@ -37,13 +38,6 @@ _STATE_HOOKS = (
     "_optimizer_load_state_dict_pre_hooks",
     "_optimizer_load_state_dict_post_hooks",
 )
-
-
-class Turn(NamedTuple):
-    """One parameter to be updated, and its group."""
-
-    parameter: nn.Parameter
-    group: dict[str, Any]
 
 
 class SwappedOptimizer(optim.Optimizer):
@@ -95,6 +89,7 @@ class SwappedOptimizer(optim.Optimizer):
         self.last_norm: torch.Tensor | None = None
         self._take_hooks()
         self._link = link or _new_link(tier, link_timeout_seconds)
+        self._updates = Updates(optimizer, self._link)
         self._gradients = LeavingGradients(self._link, takes_norms=clip_norm is not None)
         own_link = self._link if link is None else None
         self._closing = weakref.finalize(self, _close, self._gradients, own_link)
@@ -138,21 +133,7 @@ class SwappedOptimizer(optim.Optimizer):
         self._gradients.settle()
         if self.clip_norm is not None:
             self.last_norm = self._gradients.clip(self._parameters(), self.clip_norm)
-        turns = [
-            Turn(parameter, group)
-            for group in self.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        num_updated = 0
-        try:
-            for number in self._updates(turns):
-                num_updated = number
-        except SwapError as error:
-            raise type(error)(
-                f"{error} (the step updated {num_updated} of {len(turns)} parameters: go on from a "
-                "checkpoint)"
-            ) from error
+        self._updates.run()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -186,9 +167,7 @@ class SwappedOptimizer(optim.Optimizer):
         The state stays here as long as you hold the result; it leaves with the next ``step`` or
         ``send_away`` after that.
         """
-        for parameter in self._parameters():
-            for place in self._state_places(parameter):
-                place.bring()
+        self._updates.bring_state()
         whole = self._inner.state_dict()
         entries = whole["state"].items()
         # Copies of the dictionaries, as placeholders will be put into those of the optimizer.
@@ -217,11 +196,7 @@ class SwappedOptimizer(optim.Optimizer):
         ``step`` does this for what it updates. It is of use after a state was loaded or saved.
         """
         self._gradients.send(self._parameters())
-        leaving: list[Leaving] = []
-        for parameter in self._parameters():
-            _finish(leaving)
-            leaving = _leave(self._state_places(parameter), self._link)
-        _finish(leaving)
+        self._updates.send_state()
 
     def close(self) -> None:
         """Release the tier, with what is in it. Take ``state_dict`` before if it is needed."""
@@ -246,80 +221,9 @@ class SwappedOptimizer(optim.Optimizer):
             setattr(self._inner, name, OrderedDict())
         self._patch_step_function()
 
-    # One parameter at a time.
-
-    def _updates(self, turns: list[Turn]) -> Iterator[int]:
-        """Update one parameter after the other; yields how many were.
-
-        While one is updated the link brings what the next needs. Before that is asked for, what
-        the one before had here has left.
-        """
-        leaving: list[Leaving] = []
-        coming = self._ask_back(turns[0]) if turns else {}
-        for number, turn in enumerate(turns):
-            _finish(leaving)
-            following = self._ask_back(turns[number + 1]) if number + 1 < len(turns) else {}
-            for each in coming.values():
-                each.arrive()
-            self._update(turn)
-            leaving = self._send(turn, coming)
-            coming = following
-            yield number + 1
-        _finish(leaving)
-
-    def _ask_back(self, turn: Turn) -> dict[Any, Coming]:
-        """What is coming back for an update, by key of the state; the gradient by None."""
-        places = {place.key: place for place in self._state_places(turn.parameter)}
-        places = {None: Place(turn.parameter), **places}
-        coming = {key: place.come_back() for key, place in places.items()}
-        return {key: each for key, each in coming.items() if each is not None}
-
-    def _send(self, turn: Turn, coming: dict[Any, Coming]) -> list[Leaving]:
-        """Have a gradient that came back and all state leave; what was only read goes at once."""
-        gradient = coming.pop(None, None)
-        leaving = [gradient.leave(self._link)] if gradient is not None else []
-        for place in self._state_places(turn.parameter):
-            came = coming.pop(place.key, None)
-            leaving.append(place.leave(self._link) if came is None else came.leave(self._link))
-        return [each for each in leaving if each is not None]
-
-    def _update(self, turn: Turn) -> None:
-        """Have the optimizer's own code update one parameter."""
-        inner, groups = self._inner, self._inner.param_groups
-        alone = {**turn.group, "params": [turn.parameter]}
-        # Its step without hooks: those are run once for all parameters, around our own step.
-        step = getattr(type(inner).step, "__wrapped__", type(inner).step)
-        inner.param_groups = [alone]
-        try:
-            step(inner)
-        finally:
-            inner.param_groups = groups
-        alone["params"] = turn.group["params"]
-        if alone.keys() != turn.group.keys() or any(
-            alone[key] is not value for key, value in turn.group.items()
-        ):
-            raise SwapError(
-                f"{type(inner).__name__} changes its groups as it updates a parameter, so it "
-                "cannot update one after the other: use it plainly"
-            )
-
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
             yield from group["params"]
-
-    def _state_places(self, parameter: nn.Parameter) -> list[Place]:
-        state = self.state.get(parameter, {})
-        return [Place(state, key) for key, each in state.items() if isinstance(each, torch.Tensor)]
-
-
-def _leave(places: Iterable[Place], link: Link) -> list[Leaving]:
-    leaving = [place.leave(link) for place in places]
-    return [each for each in leaving if each is not None]
-
-
-def _finish(leaving: list[Leaving]) -> None:
-    for each in leaving:
-        each.finish()
 
 
 def _new_link(tier: Tier | Path | str | None, timeout_seconds: float) -> Link:
