@@ -48,6 +48,10 @@ class Training:
     def __init__(self, kind: Kind, args: argparse.Namespace, *, is_swapped: bool) -> None:
         torch.manual_seed(0)
         layers = [nn.Linear(args.width, args.width) for _ in range(args.layers)]
+        for (
+            layer
+        ) in layers:  # signals keep their size: squares of tiny ones take many times as long
+            nn.init.normal_(layer.weight, std=args.width**-0.5)
         self.model = nn.Sequential(*layers)
         self.batch = torch.randn(2, args.width)
         self.optimizer = kind.make(self.model.parameters())
