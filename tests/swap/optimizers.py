@@ -33,7 +33,7 @@ ADAMW = OPTIMIZERS["adamw"]
 
 
 def model_of(width: int = 24, depth: int = 3) -> nn.Sequential:
-    """Linear layers, of which one takes part in no loss, and one has another type."""
+    """Linear layers, and a weight that takes part in no loss."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
     model.unused = nn.Parameter(torch.randn(width, width))

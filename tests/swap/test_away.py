@@ -55,6 +55,7 @@ READS: dict[str, Callable[[torch.Tensor, nn.Module], Any]] = {
     "item": lambda g, m: g[0, 0].item(),
     "isnan": lambda g, m: g.isnan().any(),
     "copy": lambda g, m: torch.empty(24, 24).copy_(g),
+    "out": lambda g, m: torch.add(torch.ones(24, 24), 1, out=g),
     "clone": lambda g, m: g.detach().clone(),
     "numpy": lambda g, m: g.numpy(),
     "tolist": lambda g, m: g.tolist(),

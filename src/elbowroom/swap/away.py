@@ -69,7 +69,8 @@ class AwayTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> NoReturn:
-        lists = [arg if isinstance(arg, list | tuple) else [arg] for arg in args]
+        given = (*args, *(kwargs or {}).values())
+        lists = [arg if isinstance(arg, list | tuple) else [arg] for arg in given]
         away = next(each for some in lists for each in some if isinstance(each, AwayTensor))
         away.refuse()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import distributed, nn
@@ -33,19 +33,18 @@ class LeavingGradients:
         self._leaving: Leaving | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def watch(self, parameter: nn.Parameter) -> None:
-        """Have its gradients leave from now on, if it has any.
+    def watch(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Have the gradients of parameters leave from now on, if they have any.
 
         Raises InputError if another optimizer has them leave already.
         """
-        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-        if any(isinstance(getattr(hook, "__self__", None), type(self)) for hook in hooks.values()):
-            raise InputError(
-                f"a parameter of shape {tuple(parameter.shape)} belongs to another "
-                "SwappedOptimizer: close that one first, or give each its own parameters"
-            )
-        if not parameter.requires_grad:
-            return
+        for parameter in parameters:
+            _check_unwatched(parameter)
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._watch(parameter)
+
+    def _watch(self, parameter: nn.Parameter) -> None:
         reference = weakref.ref(parameter)
 
         def arriving(_: torch.Tensor) -> None:
@@ -118,6 +117,18 @@ class LeavingGradients:
         norm = _norm(parameter.grad)
         coming.leave(self._link)
         return norm
+
+
+def _check_unwatched(parameter: nn.Parameter) -> None:
+    """Raise InputError if the gradients of a parameter leave already."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    if any(
+        isinstance(getattr(hook, "__self__", None), LeavingGradients) for hook in hooks.values()
+    ):
+        raise InputError(
+            f"a parameter of shape {tuple(parameter.shape)} belongs to another SwappedOptimizer: "
+            "close that one first, or give each its own parameters"
+        )
 
 
 def _norm(gradient: torch.Tensor | None) -> torch.Tensor:

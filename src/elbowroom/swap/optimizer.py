@@ -87,19 +87,18 @@ class SwappedOptimizer(optim.Optimizer):
         self._inner = optimizer
         self.clip_norm = clip_norm
         self.last_norm: torch.Tensor | None = None
-        self._take_hooks()
         self._link = link or _new_link(tier, link_timeout_seconds)
         self._updates = Updates(optimizer, self._link)
         self._gradients = LeavingGradients(self._link, takes_norms=clip_norm is not None)
         own_link = self._link if link is None else None
         self._closing = weakref.finalize(self, _close, self._gradients, own_link)
         try:
-            for parameter in self._parameters():
-                self._gradients.watch(parameter)
+            self._gradients.watch(list(self._parameters()))
             self.send_away()
         except BaseException:
             self.close()
             raise
+        self._take_hooks()
 
     # What is the optimizer's own. Properties: loading a state replaces these objects.
 
@@ -155,8 +154,7 @@ class SwappedOptimizer(optim.Optimizer):
         group = self.param_groups[-1]
         try:
             _check_group(group)
-            for parameter in group["params"]:
-                self._gradients.watch(parameter)
+            self._gradients.watch(group["params"])
         except InputError:
             self.param_groups.pop()
             raise
