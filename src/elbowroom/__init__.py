@@ -3,7 +3,8 @@
 ``run_batch`` answers a batch file, ``iter_batch`` yields rows as they finish. ``profile`` measures
 the layers of a model in training, ``plan_pipeline`` cuts them into stages on a cluster that
 ``read_cluster`` knows, and ``Pipeline`` trains by such a plan, or one that ``read_pipeline_plan``
-finds in a file. ``Swap`` trains under a memory budget.
+finds in a file. ``Swap`` trains under a memory budget, ``SwappedOptimizer`` keeps an optimizer's
+state and gradients away.
 """
 
 import importlib
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
     from elbowroom.planning.pipeline.plan import plan_pipeline
     from elbowroom.plans.pipeline import read_pipeline_plan
     from elbowroom.profiling.layers import profile
+    from elbowroom.swap.optimizer import SwappedOptimizer
 
 __all__ = [
     "Pipeline",
     "StageOptions",
     "Swap",
+    "SwappedOptimizer",
     "iter_batch",
     "plan_pipeline",
     "profile",
@@ -36,6 +39,7 @@ _MODULES = {
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.options",
     "Swap": "elbowroom.app.swap",
+    "SwappedOptimizer": "elbowroom.swap.optimizer",
     "iter_batch": "elbowroom.app.batch",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",
     "profile": "elbowroom.profiling.layers",

@@ -1,4 +1,7 @@
-"""One of two gloo processes that train the same model under DDP or FSDP2, plainly and swapped."""
+"""One of two gloo processes that train the same model under DDP or FSDP2, plainly and swapped.
+
+Activations are swapped under both, optimizers under DDP: FSDP2's parameters are refused.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from elbowroom.app.swap import Swap
+from elbowroom.core.errors import InputError
 from elbowroom.planning.swap.choose import make_plan
 from elbowroom.planning.swap.memory import at_once
+from elbowroom.swap.away import AwayTensor
+from elbowroom.swap.optimizer import SwappedOptimizer
 from elbowroom.swap.tier import MemoryTier
 
 NUM_STEPS = 3
@@ -62,6 +68,44 @@ def check(kind: str, batch: torch.Tensor) -> None:
     assert all(map(torch.equal, plain, swapped))
 
 
+def trained(batch: torch.Tensor, *, is_swapped: bool, **options: bool) -> list[torch.Tensor]:
+    """Weights after some clipped steps of AdamW under DDP."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)]
+    model = nn.parallel.DistributedDataParallel(nn.Sequential(*layers), **options)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    if is_swapped:
+        optimizer = SwappedOptimizer(optimizer, clip_norm=1e-3, tier=MemoryTier(1 << 26))
+    for step in range(NUM_STEPS):
+        # A static graph that begins without a sync fails in PyTorch itself.
+        with nullcontext() if options.get("static_graph") else model.no_sync():
+            model(batch + step).pow(2).mean().backward()
+        model(batch - step).pow(2).mean().backward()
+        if not is_swapped:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+        optimizer.step()
+        optimizer.zero_grad()
+    if is_swapped:
+        away = [state["exp_avg"] for state in optimizer.state.values()]
+        assert sum(isinstance(each, AwayTensor) for each in away) == 3  # the weights'
+        optimizer.close()
+    return list(model.parameters())
+
+
+def check_optimizer(batch: torch.Tensor) -> None:
+    """Raise AssertionError unless swapped optimizers train bitwise as plain ones, under DDP."""
+    for options in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
+        plain = trained(batch, is_swapped=False, **options)
+        assert all(map(torch.equal, plain, trained(batch, is_swapped=True, **options)))
+    sharded = torch.optim.AdamW(model_under("fsdp").parameters())
+    try:
+        SwappedOptimizer(sharded)
+    except InputError as error:
+        assert "DTensor" in str(error)
+    else:
+        raise AssertionError("DTensors were not refused")
+
+
 def main(process: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=process, world_size=2)
@@ -69,6 +113,7 @@ def main(process: int, store: str) -> None:
     batch = torch.randn(32, 64)
     for kind in ("ddp", "fsdp"):
         check(kind, batch)
+    check_optimizer(batch)
     dist.destroy_process_group()
 
 

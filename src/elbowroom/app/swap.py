@@ -23,6 +23,7 @@ from elbowroom.swap.candidates import SMALLEST_BYTES, Candidates
 from elbowroom.swap.hooks import OnChange, SwappedStep
 from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, installed_meter, uncounted_bytes
+from elbowroom.swap.optimizer import SwappedOptimizer
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.tier import FileTier, Tier
 from elbowroom.swap.trace import StepTrace
@@ -41,7 +42,8 @@ class Swap:
     Args:
         model: any module; its parameters and buffers stay where they are.
         plan: what leaves and when, as an earlier ``Swap`` or ``plan_swap`` made it.
-        optimizer: its state counts as held between steps.
+        optimizer: its state counts as held between steps; that of a ``SwappedOptimizer`` is sent
+            away before each.
         budget: most bytes that may be held in a step, as "6GiB" or a number; instead of a plan.
         tier: a folder on disk, or a tier; by default the folder for temporary files.
         enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
@@ -51,8 +53,9 @@ class Swap:
             there, or "raise" StepChangedError.
         planner: makes a plan from a profile and a budget in bytes.
 
-    Raises InputError unless there is either a plan or a budget, and MeterUnavailableError where a
-    budget is to be kept and memory cannot be metered.
+    Raises InputError unless there is either a plan or a budget, and for a plan that was made for a
+    swapped optimizer when this one is plain, or the other way round. Raises MeterUnavailableError
+    where a budget is to be kept and memory cannot be metered.
 
     """
 
@@ -72,6 +75,9 @@ class Swap:
     ) -> None:
         if (plan is None) == (budget is None):
             raise InputError("give Swap a plan, or budget=: one of them")
+        self._swaps_optimizer = isinstance(optimizer, SwappedOptimizer)
+        if plan is not None:
+            _check_optimizer(plan, self._swaps_optimizer)
         self.plan = plan
         self.profile: StepProfile | None = None
         self._model = model
@@ -100,13 +106,17 @@ class Swap:
         Raises MemoryPlanError before the step if it cannot fit, torch.OutOfMemoryError inside if
         it does not, and SwapError if the link or the tier fails.
         """
+        if isinstance(self._optimizer, SwappedOptimizer):
+            self._optimizer.send_away()  # all of it is here after a checkpoint
         static_bytes = self._static_bytes()
         self._prepare(static_bytes)
         plan, meter = self.plan, self._meter
         recorder = trace = None
         if plan is None:
             assert meter is not None
-            recorder = StepRecorder(self._model, meter, static_bytes, self._smallest_bytes)
+            recorder = StepRecorder(
+                self._model, meter, static_bytes, self._smallest_bytes, self._swaps_optimizer
+            )
         elif self._keeps_trace:
             trace = StepTrace(meter)
         observer = recorder or trace
@@ -195,6 +205,20 @@ class Swap:
         if not self._enforce or self._budget_bytes is None:
             return None
         return self._budget_bytes - uncounted_bytes
+
+
+def _check_optimizer(plan: SwapPlan, is_swapped: bool) -> None:
+    """Raise InputError if a plan was made for the other kind of optimizer."""
+    if plan.swaps_optimizer and not is_swapped:
+        raise InputError(
+            "the plan counts on gradients and optimizer state being away: wrap the optimizer in "
+            "SwappedOptimizer and give it as optimizer=, or profile and plan without"
+        )
+    if is_swapped and not plan.swaps_optimizer:
+        raise InputError(
+            "the plan was made for an optimizer whose state and gradients stay: give a plain one, "
+            "or profile and plan with the SwappedOptimizer"
+        )
 
 
 def _meter(*, is_needed: bool) -> Meter | None:

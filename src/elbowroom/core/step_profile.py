@@ -104,6 +104,7 @@ class StepProfile:
         smallest_bytes: storages below this size are no storages of the profile: they are kept.
         storages: saved storages, by number.
         num_threads: PyTorch's threads in the measured step, on which workspaces depend.
+        swaps_optimizer: whether gradients left while they were made, and optimizer state was away.
 
     Raises InputError for facts that contradict each other.
 
@@ -118,8 +119,10 @@ class StepProfile:
     smallest_bytes: int
     storages: tuple[SavedStorage, ...]
     num_threads: int = 1
+    swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
+        _check_flag("swaps_optimizer", self.swaps_optimizer)
         _check_seconds((self.seconds_before, *self.seconds))
         _check_whole("static_bytes", self.static_bytes, MAX_TOTAL_BYTES)
         _check_whole("smallest_bytes", self.smallest_bytes, MAX_TOTAL_BYTES)
@@ -183,6 +186,11 @@ def _is_whole(value: Any) -> bool:
 def _check_whole(what: str, value: Any, most: int) -> None:
     if not _is_whole(value) or not 0 <= value <= most:
         raise InputError(f"{what} is {value!r}: give a whole number from 0 to {most:g}")
+
+
+def _check_flag(what: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{what} is {value!r}: give true or false")
 
 
 def _check_ascending(what: str, values: Sequence[Any]) -> None:

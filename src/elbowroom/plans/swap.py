@@ -99,6 +99,7 @@ class SwapPlan:
         seconds: predicted seconds of the step.
         num_threads: PyTorch's threads in the step that was measured.
         tier: folder of the slow tier whose speed was planned with; empty if that was given.
+        swaps_optimizer: whether it was made for an optimizer whose gradients and state are away.
 
     Raises InputError for a plan that could not be carried out.
 
@@ -116,6 +117,7 @@ class SwapPlan:
     seconds: float
     num_threads: int = 1
     tier: str = ""
+    swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if len(self.tick_peaks) != self.num_ticks + 1:
@@ -123,6 +125,8 @@ class SwapPlan:
                 f"the plan has peaks of {len(self.tick_peaks)} intervals, its {self.num_ticks} "
                 f"ticks divide the step into {self.num_ticks + 1}"
             )
+        if not isinstance(self.swaps_optimizer, bool):
+            raise InputError(f"swaps_optimizer is {self.swaps_optimizer!r}: give true or false")
         _check_choices(self)
         _check_transfers(self)
 

@@ -47,16 +47,23 @@ class StepRecorder(StepObserver):
         meter: the process's meter.
         static_bytes: bytes held when the step begins, those included that the meter does not see.
         smallest_bytes: the step's own limit for what is a candidate.
+        swaps_optimizer: whether gradients leave while they are made.
 
     """
 
     def __init__(
-        self, model: nn.Module, meter: Meter, static_bytes: int, smallest_bytes: int
+        self,
+        model: nn.Module,
+        meter: Meter,
+        static_bytes: int,
+        smallest_bytes: int,
+        swaps_optimizer: bool = False,
     ) -> None:
         self._model = model
         self._meter = meter
         self._static_bytes = static_bytes
         self._smallest_bytes = smallest_bytes
+        self._swaps_optimizer = swaps_optimizer
         self._modules: list[str] = []
         self._seen: dict[int, _Seen] = {}
         self._positions: list[int] = []
@@ -107,6 +114,7 @@ class StepRecorder(StepObserver):
                 _storage(number, seen, releases) for number, seen in sorted(self._seen.items())
             ),
             num_threads=torch.get_num_threads(),
+            swaps_optimizer=self._swaps_optimizer,
         )
 
     # What a StepObserver is told.

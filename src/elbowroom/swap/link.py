@@ -64,6 +64,7 @@ class Link:
         self._bytes_per_second = bytes_per_second
         self._timeout_seconds = timeout_seconds
         self._failure: BaseException | None = None
+        self._is_closed = False
         self._queue: queue.SimpleQueue[Copy | None] = queue.SimpleQueue()
         before = threading.stack_size(_STACK_BYTES)
         try:
@@ -89,6 +90,29 @@ class Link:
                 )
         self.check()
 
+    def fetch(self, copy: Copy) -> None:
+        """Have a copy made and wait for it; once the link has failed, make it in this thread.
+
+        So what left before a failure can still be read. Raises SwapError if that fails, too, or if
+        the link was closed.
+        """
+        storage = copy.storage
+        try:
+            self.ask(copy)
+            self.wait(copy)
+        except SwapError:
+            self._queue.put(None)
+            self._thread.join(_LOOK_SECONDS)
+            if self._is_closed or self._thread.is_alive():
+                raise
+            copy.storage = storage
+            try:
+                self._make(copy)
+            except OSError as error:
+                raise SwapError(f"the slow tier cannot be read: {error!r}") from error
+            copy.storage = None
+            copy.done.set()
+
     def check(self) -> None:
         """Raise SwapError if a copy failed or the thread is gone; the first failure is its cause.
 
@@ -104,6 +128,7 @@ class Link:
 
     def close(self) -> None:
         """Finish the copies asked for, end the thread, and close the tier."""
+        self._is_closed = True
         self._queue.put(None)
         self._thread.join(self._timeout_seconds)
         if not self._thread.is_alive():

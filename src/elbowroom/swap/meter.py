@@ -26,6 +26,7 @@ from torch import nn
 
 from elbowroom.core import host
 from elbowroom.core.errors import MeterUnavailableError, one_line
+from elbowroom.swap.away import AwayTensor
 
 _SOURCE = Path(__file__).with_name("meter.cpp")
 _BUILD_SECONDS = 300
@@ -147,6 +148,8 @@ def uncounted_bytes(
         tensors += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     sizes = {}
     for tensor in tensors:
+        if isinstance(tensor, AwayTensor):
+            continue
         storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
         if storage.device.type == "cpu" and not meter.counts(storage):
             sizes[storage.data_ptr()] = storage.nbytes()
