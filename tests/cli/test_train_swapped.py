@@ -106,6 +106,28 @@ def test_losses_are_those_of_the_plain_loop(folder: Path, clip_norm: float | Non
     assert peak[:2] == peak[2:]  # predicted and measured
 
 
+def test_an_optimizer_that_is_swapped(made: Path, tmp_path: Path) -> None:
+    """Its plan says so; the run's losses are the plain ones, before and after a stop."""
+    script, step = made / "train.py", tmp_path / "step.json"
+    measure = ["train", "profile", str(script), "--step", "--out", str(step), "--threads", "1"]
+    assert (
+        main([*measure, "--seconds", "0.1", "--swap-optimizer", "--clip-norm", "0.1"]) == EXIT_GOOD
+    )
+    profile, plain = read_step_profile(step), read_step_profile(made / "step.json")
+    assert profile.swaps_optimizer and profile.static_bytes < plain.static_bytes
+    plan = plan_swap(profile, floor_bytes(profile))
+    assert plan.swaps_optimizer
+    options = SwapRunOptions(checkpoints=tmp_path / "weights")
+    losses = []
+    for num_steps in (3, 6):
+        said: list[str] = []
+        loop = LoopOptions(num_steps, clip_norm=0.1)
+        losses += train_swapped(script, plan, loop, options, said.append)
+        peak = next(line for line in said if line.startswith("peak")).split()[1:]
+        assert peak[:2] == peak[2:]
+    assert losses == plain_losses(script, LoopOptions(6, clip_norm=0.1))
+
+
 def test_a_run_reports_traces_and_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan = read_swap_plan(folder / "plan.json")
     files = [folder / name for name in ("trace.json", "memory.svg")]

@@ -25,6 +25,7 @@ from elbowroom.core.trace import Count, Span, write_trace
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.swap import SwapPlan
 from elbowroom.swap.meter import installed_meter
+from elbowroom.swap.optimizer import swapped_to
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.trace import StepTrace
 from elbowroom.training.loop import LoopOptions, TrainingLoop, num_samples
@@ -86,7 +87,9 @@ def train_swapped(
         enforce = _can_meter(say)
     if plan.num_threads > 0:
         torch.set_num_threads(plan.num_threads)
-    loop = TrainingLoop(load_script(script), loop_options)
+    tier = options.tier or (Path(plan.tier) if plan.tier else None)
+    swapped = swapped_to(tier) if plan.swaps_optimizer else None
+    loop = TrainingLoop(load_script(script), loop_options, swapped)
     if options.checkpoints is not None:
         loop.restore(options.checkpoints)
         if loop.num_done >= loop_options.num_steps:
@@ -101,7 +104,7 @@ def train_swapped(
         loop.model,
         plan,
         loop.optimizer,
-        tier=options.tier or plan.tier or None,
+        tier=tier,
         enforce=enforce,
         verify=options.verify,
         keeps_trace=keeps_trace,

@@ -14,13 +14,14 @@ from elbowroom.cli.profile_step import profile_step
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable, write_text
-from elbowroom.core.flag_kinds import count, number, seconds
+from elbowroom.core.flag_kinds import count, number, positive, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.flags import AUTOCAST
 
 _TABLE_WIDTH = 120
+_OF_STEPS = ("tier", "autocast", "clip_norm", "swap_optimizer")
 _LONGEST_DESCRIPTION = 48
 _COLUMNS = ("layer", "what", "forward", "backward", "update", "output", "parameters")
 
@@ -64,14 +65,21 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     profile.add_argument(
         "--autocast", choices=AUTOCAST, help="with --step, as the run will have it"
     )
+    profile.add_argument(
+        "--swap-optimizer",
+        action="store_true",
+        help="with --step, keep gradients and optimizer state away between their uses",
+    )
+    profile.add_argument("--clip-norm", type=positive, help="with --step, as the run will have it")
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 
 
 def _profile_model(args: argparse.Namespace, console: Console) -> int:
     if args.step:
         return profile_step(args, console)
-    if args.tier is not None or args.autocast is not None:
-        raise InputError("--tier and --autocast are for --step: leave them out")
+    if any(getattr(args, name) for name in _OF_STEPS):
+        names = ", ".join("--" + name.replace("_", "-") for name in _OF_STEPS)
+        raise InputError(f"{names} are for --step: leave them out, or profile a step")
     begin = time.perf_counter()
     check_writable([args.out, *([args.text] if args.text is not None else [])])
     # Loaded here: torch takes longer to load than most commands to run.

@@ -22,8 +22,16 @@ def profile_step(args: argparse.Namespace, console: Console) -> int:
     from elbowroom.profiling.script_step import profile_script_step
     from elbowroom.training.loop import LoopOptions, dtype_of
 
-    options = LoopOptions(num_steps=1, seed=args.seed, autocast=dtype_of(args.autocast))
-    profile = profile_script_step(args.script, options, args.seconds, args.threads, args.tier)
+    dtype = dtype_of(args.autocast)
+    options = LoopOptions(1, seed=args.seed, clip_norm=args.clip_norm, autocast=dtype)
+    profile = profile_script_step(
+        args.script,
+        options,
+        args.seconds,
+        args.threads,
+        args.tier,
+        swaps_optimizer=args.swap_optimizer,
+    )
     write_step_profile(args.out, profile)
     screen = Console()
     for name, text in _facts(profile):

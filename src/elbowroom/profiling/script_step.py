@@ -19,6 +19,7 @@ from elbowroom.swap.candidates import SMALLEST_BYTES, Candidates
 from elbowroom.swap.hooks import SwappedStep
 from elbowroom.swap.link import Link
 from elbowroom.swap.meter import installed_meter, uncounted_bytes
+from elbowroom.swap.optimizer import SwappedOptimizer, swapped_to
 from elbowroom.swap.tier import FileTier
 from elbowroom.training.loop import LoopOptions, TrainingLoop
 from elbowroom.training.script import load_script
@@ -32,12 +33,15 @@ def profile_script_step(
     seconds: float | None = None,
     num_threads: int | None = None,
     tier: Path | None = None,
+    *,
+    swaps_optimizer: bool = False,
 ) -> StepProfile:
     """Train for ``seconds`` (default 1) with everything swapped, and profile a step.
 
     The first step is not measured: after it, the optimizer has its state. Of the others, the last
     is profiled, with the median seconds of those that are like it. ``num_threads`` sets torch's
-    threads, also after the call; ``tier`` is a folder for what is swapped.
+    threads, also after the call; ``tier`` is a folder for what is swapped. With ``swaps_optimizer``
+    gradients and the optimizer's state are swapped, too.
 
     Raises InputError for a script that cannot be used, MeterUnavailableError where memory cannot be
     metered.
@@ -45,7 +49,8 @@ def profile_script_step(
     installed_meter()  # before the script makes its first tensor
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    loop = TrainingLoop(load_script(path), replace(options, num_steps=_MOST_STEPS))
+    swapped = swapped_to(tier) if swaps_optimizer else None
+    loop = TrainingLoop(load_script(path), replace(options, num_steps=_MOST_STEPS), swapped)
     end = time.perf_counter() + (LEAST_SECONDS if seconds is None else seconds)
     profiles: list[StepProfile] = []
     with closing(Link(FileTier(tier))) as link:
@@ -59,9 +64,13 @@ def profile_script_step(
 def _measured_steps(loop: TrainingLoop, link: Link) -> Iterator[StepProfile]:
     """Train with everything swapped at once, and measure each step."""
     meter = installed_meter()
+    optimizer = loop.optimizer
+    swaps_optimizer = isinstance(optimizer, SwappedOptimizer)
     for batch in loop.batches():
-        static_bytes = meter.held_bytes + uncounted_bytes(meter, loop.model, loop.optimizer)
-        recorder = StepRecorder(loop.model, meter, static_bytes, SMALLEST_BYTES)
+        if isinstance(optimizer, SwappedOptimizer):
+            optimizer.send_away()
+        static_bytes = meter.held_bytes + uncounted_bytes(meter, loop.model, optimizer)
+        recorder = StepRecorder(loop.model, meter, static_bytes, SMALLEST_BYTES, swaps_optimizer)
         candidates = Candidates(loop.model, SMALLEST_BYTES)
         step = SwappedStep(None, link, candidates, observer=recorder)
         with recorder.recording():

@@ -224,6 +224,15 @@ class SwappedOptimizer(optim.Optimizer):
             yield from group["params"]
 
 
+def swapped_to(tier: Path | None) -> Callable[[optim.Optimizer, float | None], SwappedOptimizer]:
+    """Makes of an optimizer and a limit for the norm of gradients one that swaps to a folder."""
+
+    def swapped(optimizer: optim.Optimizer, clip_norm: float | None) -> SwappedOptimizer:
+        return SwappedOptimizer(optimizer, clip_norm=clip_norm, tier=tier)
+
+    return swapped
+
+
 def _new_link(tier: Tier | Path | str | None, timeout_seconds: float) -> Link:
     chosen = tier if isinstance(tier, Tier) else FileTier(Path(tier) if tier else None)
     return Link(chosen, timeout_seconds=timeout_seconds)

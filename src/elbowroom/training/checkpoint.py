@@ -110,8 +110,9 @@ class Checkpoint:
             for parameter in filter(names.__contains__, group["params"]):
                 prefix = f"optimizer.{names[parameter]}."
                 keys = [key for key in self.index.files if key.startswith(prefix)]
+                # Cloned to PyTorch's own memory: files are read into what others manage.
                 optimizer.state[parameter] = {
-                    key.removeprefix(prefix): self._read(key) for key in keys
+                    key.removeprefix(prefix): self._read(key).clone() for key in keys
                 }
 
         if scheduler is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,19 @@ class TrainingLoop:
 
     Take ``batches`` in turn; for each, call ``backward``, which runs forward and backward, and then
     ``update``. What holds memory between them is the model's, the optimizer's and the batch.
-    ``num_done`` counts the updates, those before a ``restore`` included.
+    ``num_done`` counts the updates, those before a ``restore`` included. ``swapped`` makes of the
+    script's optimizer, and a limit for the norm of gradients, one that also clips them.
 
     Raises InputError for a script that fails, or gives something else.
     """
 
-    def __init__(self, script: TrainingScript, options: LoopOptions) -> None:
+    def __init__(
+        self,
+        script: TrainingScript,
+        options: LoopOptions,
+        swapped: Callable[[torch.optim.Optimizer, float | None], torch.optim.Optimizer]
+        | None = None,
+    ) -> None:
         self._script = script
         self._options = options
         self.model = in_training(script.make_model(options.seed))
@@ -57,6 +64,9 @@ class TrainingLoop:
         self.optimizer = script.optimizer_fn(options.lr)(trained)
         check_optimizer(self.optimizer)
         note_made(self.optimizer)
+        self._clip_norm = options.clip_norm
+        if swapped is not None:
+            self.optimizer, self._clip_norm = swapped(self.optimizer, options.clip_norm), None
         self._scheduler = None
         if script.has_scheduler:
             self._scheduler = script.make_scheduler(self.optimizer, options.num_steps)
@@ -84,7 +94,9 @@ class TrainingLoop:
         """Write a checkpoint. Raises OutputError, and InputError for another run's folder."""
         run = {"seed": self._options.seed}
         done = self.num_done
+        whole = self.optimizer.state_dict()  # what is away comes back, and stays until this goes
         save(folder, self.model, 0, self.optimizer, self._scheduler, done, done, True, run)
+        del whole
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """The script's minibatches that no checkpoint has learned from."""
@@ -108,8 +120,8 @@ class TrainingLoop:
 
     def update(self) -> None:
         """Update the weights and forget the gradients."""
-        if self._options.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._options.clip_norm)
+        if self._clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
         self.optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
