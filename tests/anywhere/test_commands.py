@@ -130,3 +130,16 @@ def test_what_needs_an_engine_says_so(tmp_path: Path, command: str) -> None:
     }
     said = elbowroom(command, *files[command], cwd=tmp_path, code=1 if command == "profile" else 2)
     assert "pip install" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("profile", "train.py", "--out", "p.json"),
+        ("profile", "train.py", "--out", "p.json", "--step"),
+        ("run", "train.py", "--plan", "p.json", "--steps", "1"),
+    ],
+)
+def test_what_needs_pytorch_says_so(tmp_path: Path, words: tuple[str, ...]) -> None:
+    said = elbowroom("train", *words, cwd=tmp_path, code=2)
+    assert "pip install 'elbowroom[train]'" in said

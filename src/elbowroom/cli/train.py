@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 from elbowroom.cli.exit_codes import EXIT_FAILURE
@@ -27,10 +28,11 @@ from elbowroom.plans.swap import is_swap_plan
 
 
 def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
-    add_profile_model(add)
+    add_profile_model(partial(_needing_torch, add))
     add_plan_pipeline(add)
     add_plan_swap(add)
-    run = add(
+    run = _needing_torch(
+        add,
         "run",
         _run,
         "train on this machine as a plan says: in a pipeline, or in a memory budget",
@@ -48,9 +50,24 @@ def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     run.set_defaults(parser=run)
 
 
+def _needing_torch(
+    add: Callable[..., argparse.ArgumentParser],
+    name: str,
+    command: Callable[[argparse.Namespace, Console], int],
+    about: str,
+    **more: str,
+) -> argparse.ArgumentParser:
+    """Add a command that says in one line what it needs, where there is no PyTorch."""
+
+    def run(args: argparse.Namespace, console: Console) -> int:
+        if importlib.util.find_spec("torch") is None:
+            raise InputError("training needs PyTorch: pip install 'elbowroom[train]'")
+        return command(args, console)
+
+    return add(name, run, about, **more)
+
+
 def _run(args: argparse.Namespace, console: Console) -> int:
-    if importlib.util.find_spec("torch") is None:
-        raise InputError("training needs PyTorch: pip install 'elbowroom[train]'")
     swaps = is_swap_plan(args.plan)
     refuse_others(args, swaps=swaps)
     return _run_swapped(args, console) if swaps else _run_pipeline(args, console)
