@@ -1,9 +1,11 @@
 """Claim: a swapped step takes what its plan predicts, from hidden transfers to a link that is full.
 
 Compute is emulated by sleeping, and the link by copies in memory that are held back to a rate; so
-what is measured is the mechanism and its model alone. TFLMS's thresholds are run beside.
+what is measured is the mechanism and its model alone. TFLMS's thresholds are run beside. Steps of
+either plan take turns with plain ones, and each is compared with the plain step of its round:
+whatever else runs here delays them alike.
 
-python -m bench.swap_emulated [--repeats 5]
+python -m bench.swap_emulated [--rounds 7]
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from itertools import product
 from typing import Any
 
@@ -31,7 +34,10 @@ from elbowroom.swap.tier import MemoryTier
 FORWARD_SECONDS, BACKWARD_SECONDS = 0.010, 0.020
 """Compute of one layer; a backward takes twice its forward."""
 
-SIZES = {"equal": (4 * MIB,) * 12, "mixed": (8 * MIB, MIB, 4 * MIB, 2 * MIB) * 3}
+SIZES = {
+    "equal": (MIB,) * 12,
+    "mixed": (2 * MIB, MIB // 4, MIB, MIB // 2) * 3,
+}
 MOVES = (0.5, 1.0, 2.0)
 """Steps' compute that the link takes to move everything out and in."""
 
@@ -45,7 +51,8 @@ class Sleeping(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, num_bytes: int) -> torch.Tensor:
         begin = time.perf_counter()
-        y = torch.empty(num_bytes, dtype=torch.uint8).view(torch.float32).fill_(1)
+        y = torch.empty(num_bytes // 4)
+        y[-1] = 1
         ctx.save_for_backward(y)
         ctx.num_before = x.numel()
         sleep_until(begin + FORWARD_SECONDS)
@@ -82,13 +89,13 @@ class Sleepers(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     cases = []
     for name in SIZES:
         profile = profiled(name)
         for moves, part in product(MOVES, BUDGETS):
-            cases.append(measure(name, profile, moves, part, args.repeats))
+            cases.append(measure(name, profile, moves, part, args.rounds))
             print_case(cases[-1])
     ours = [case["ours"] for case in cases]
     hidden = [each["cost"] for each in ours if each["predicted_slowdown"] < 0.001]
@@ -126,7 +133,7 @@ def profiled(name: str) -> StepProfile:
 
 
 def measure(
-    name: str, profile: StepProfile, moves: float, part: float, repeats: int
+    name: str, profile: StepProfile, moves: float, part: float, num_rounds: int
 ) -> dict[str, Any]:
     """One case: the plan and TFLMS's, run and compared with what they predict."""
     floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
@@ -134,38 +141,50 @@ def measure(
     moved_bytes = 2 * sum(storage.num_bytes for storage in profile.storages)
     rate = moved_bytes / (moves * profile.compute_seconds)
     link = SwapLink(rate, rate)
-    plans = {"ours": plan_swap(profile, budget, link)}
-    plans["thresholds"] = plan_thresholds(profile, budget, link)
+    plans = {
+        "ours": plan_swap(profile, budget, link),
+        "thresholds": plan_thresholds(profile, budget, link),
+    }
+    model = Sleepers(SIZES[name])
+    rounds: list[dict[str, float]] = []
+    with ExitStack() as open_swaps:
+        swaps = {
+            key: open_swaps.enter_context(
+                Swap(model, plan, tier=MemoryTier(GIB), bytes_per_second=rate, on_change="raise")
+            )
+            for key, plan in plans.items()
+        }
+        for _ in range(1 + num_rounds):  # in the first, the tiers' pages are made
+            rounds.append({"plain": seconds_of(model, None)})
+            rounds[-1] |= {key: seconds_of(model, swap) for key, swap in swaps.items()}
     return {
         "sizes": name,
         "moves_steps": moves,
         "budget_part": part,
         "bytes_per_second": rate,
-        **{key: ran(name, plan, rate, repeats) for key, plan in plans.items()},
+        **{key: compared(plan, key, rounds[1:]) for key, plan in plans.items()},
     }
 
 
-def ran(name: str, plan: SwapPlan, rate: float, repeats: int) -> dict[str, Any]:
-    """Medians over the steps of a plan, after one in which the tier's pages are made."""
-    model = Sleepers(SIZES[name])
-    seconds, waits = [], []
-    with Swap(
-        model, plan, tier=MemoryTier(GIB), bytes_per_second=rate, enforce=False, on_change="raise"
-    ) as swap:
-        for _ in range(1 + repeats):
-            with swap.step():
-                model().backward()
-            model.zero_grad()
-            seconds.append(swap.report().seconds)
-            waits.append(swap.report().counts.wait_seconds)
-    measured = statistics.median(seconds[1:])
+def seconds_of(model: nn.Module, swap: Swap | None) -> float:
+    """Seconds of one step."""
+    model.zero_grad()
+    begin = time.perf_counter()
+    with swap.step() if swap else nullcontext():
+        model().backward()
+    return time.perf_counter() - begin
+
+
+def compared(plan: SwapPlan, key: str, rounds: list[dict[str, float]]) -> dict[str, Any]:
+    """What a plan costs over the plain steps beside it, and over what it predicts."""
+    predicted = plan.seconds / plan.compute_seconds
+    measured = statistics.median(each[key] / each["plain"] for each in rounds)
     return {
-        "predicted_seconds": plan.seconds,
-        "predicted_slowdown": plan.seconds / plan.compute_seconds - 1,
-        "seconds": seconds[1:],
-        "wait_seconds": statistics.median(waits[1:]),
-        "measured_over_predicted": measured / plan.seconds,
-        "cost": measured / plan.compute_seconds - 1,
+        "predicted_slowdown": predicted - 1,
+        "cost": measured - 1,
+        "measured_over_predicted": measured / predicted,
+        "seconds": [each[key] for each in rounds],
+        "plain_seconds": [each["plain"] for each in rounds],
     }
 
 
