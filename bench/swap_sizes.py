@@ -71,7 +71,7 @@ def texts(batch: int) -> Batch:
 
 
 MODELS = (
-    Model("3-D U-Net", "side", unet3d.UNet3d, volumes, (144, 160, 192, 208), 8, 512),
+    Model("3-D U-Net", "side", unet3d.UNet3d, volumes, (144, 160, 192, 208), 16, 512),
     Model("ResNet-50", "batch", resnet50.make_resnet50, images, (190, 800), 1, 4096),
     Model("GPT-2 medium", "batch", gpt2.Gpt2, texts, (1, 4, 16), 1, 128),
 )

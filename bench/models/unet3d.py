@@ -1,4 +1,4 @@
-"""A 3-D U-Net for whole volumes: the shape of arXiv 1606.06650, with padded convolutions."""
+"""A U-Net for whole volumes: arXiv 1505.04597, figure 1, in three dimensions and padded."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ CHANNELS, CLASSES = 4, 3
 
 
 class UNet3d(nn.Module):
-    """``depth`` levels, the first ``width`` channels wide and each next one twice as wide."""
+    """The first level is ``width`` channels wide, and each of ``depth`` below it twice as wide."""
 
     def __init__(self, width: int = 64, depth: int = 4) -> None:
         super().__init__()
-        widths = [width << level for level in range(depth)]
-        self.down = nn.ModuleList(
-            block(before, after) for before, after in zip([CHANNELS, *widths], widths, strict=False)
-        )
-        self.up = nn.ModuleList(
-            nn.ConvTranspose3d(2 * after, after, 2, stride=2) for after in reversed(widths[:-1])
-        )
-        self.merge = nn.ModuleList(block(2 * after, after) for after in reversed(widths[:-1]))
+        widths = [width << level for level in range(depth + 1)]
+        back = widths[-2::-1]
+        self.down = nn.ModuleList(map(block, [CHANNELS, *widths[:-1]], widths))
+        self.up = nn.ModuleList(nn.ConvTranspose3d(2 * after, after, 2, stride=2) for after in back)
+        self.merge = nn.ModuleList(block(2 * after, after) for after in back)
         self.head = nn.Conv3d(width, CLASSES, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,9 +34,8 @@ class UNet3d(nn.Module):
 
 
 def block(before: int, after: int) -> nn.Sequential:
-    """Two convolutions, each with a norm and a ReLU; the first has half of the channels."""
-    half = max(before, after // 2)
+    """Two convolutions, each with a norm and a ReLU."""
     layers: list[nn.Module] = []
-    for one, other in ((before, half), (half, after)):
-        layers += [nn.Conv3d(one, other, 3, padding=1), nn.BatchNorm3d(other), nn.ReLU(True)]
+    for channels in (before, after):
+        layers += [nn.Conv3d(channels, after, 3, padding=1), nn.BatchNorm3d(after), nn.ReLU(True)]
     return nn.Sequential(*layers)
