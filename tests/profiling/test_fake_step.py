@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.models import unet3d
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -166,3 +167,21 @@ def test_a_model_that_asks_for_values_is_refused(ask: Any) -> None:
             lambda model, batch: ask(model(batch)).sum(),
             RATES,
         )
+
+
+@pytest.mark.parametrize(
+    ("side", "fits_plainly"), [(144, True), (160, False), (192, False), (208, False)]
+)
+def test_lms_volumes_are_planned_in_16_gib(side: int, fits_plainly: bool) -> None:
+    shape = (side, side, side)
+    profile = profile_fake_step(
+        unet3d.UNet3d,
+        lambda: (torch.zeros(1, unet3d.CHANNELS, *shape), torch.zeros(1, *shape, dtype=torch.long)),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]),
+        RATES,
+        optimizer_fn=torch.optim.AdamW,
+    )
+    assert (peak_bytes(profile, ()) <= 16 * GIB) == fits_plainly
+    plan = plan_swap(profile, 16 * GIB)
+    assert plan.peak_bytes <= 16 * GIB
+    assert bool(plan.out_bytes) != fits_plainly
