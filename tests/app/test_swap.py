@@ -239,3 +239,12 @@ with swap.step():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_copies_are_held_back_to_a_rate() -> None:
+    case = make("cnn")
+    run = Run(case, budget="1GiB", bytes_per_second=1e7)
+    run.train(1)
+    counts = run.reports[0].counts
+    assert counts.in_bytes > 0
+    assert run.reports[0].link_seconds >= (counts.out_bytes + counts.in_bytes) / 1e7

@@ -46,6 +46,7 @@ class Swap:
             away before each.
         budget: most bytes that may be held in a step, as "6GiB" or a number; instead of a plan.
         tier: a folder on disk, or a tier; by default the folder for temporary files.
+        bytes_per_second: hold copies back to this rate, as for a disk that others use, too.
         enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
         verify: compare checksums of what left and what came back.
         keeps_trace: keep in each report what the step did and when, and its memory.
@@ -67,6 +68,7 @@ class Swap:
         *,
         budget: str | int | None = None,
         tier: Tier | Path | str | None = None,
+        bytes_per_second: float | None = None,
         enforce: bool = True,
         verify: bool = False,
         keeps_trace: bool = False,
@@ -94,7 +96,8 @@ class Swap:
         self._smallest_bytes = plan.smallest_bytes if plan else SMALLEST_BYTES
         self._meter = _meter(is_needed=self._makes_plans or self._enforce)
         self._link = Link(
-            tier if isinstance(tier, Tier) else FileTier(Path(tier) if tier else None)
+            tier if isinstance(tier, Tier) else FileTier(Path(tier) if tier else None),
+            bytes_per_second,
         )
         self._closing = weakref.finalize(self, self._link.close)
         self._last: StepReport | None = None

@@ -6,10 +6,10 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,27 @@ from elbowroom.core.errors import MeasuringError
 from elbowroom.core.step_profile import SavedStorage, StepProfile
 from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.hooks import StepObserver
-from elbowroom.swap.meter import Meter, MeterLog
+from elbowroom.swap.meter import MeterLog
+
+
+class StepLog(Protocol):
+    """Whoever sees what a step allocates and releases, in order: a ``Meter``, or a stand-in."""
+
+    @property
+    def num_entries(self) -> int:
+        """Length of the log: the position of the next entry."""
+
+    def start_log(self) -> None:
+        """Begin a new log."""
+
+    def stop_log(self) -> MeterLog:
+        """End the log and return it."""
+
+    def mark(self) -> int:
+        """Add an entry of 0 bytes. Returns its position."""
+
+    def address(self, storage: torch.UntypedStorage) -> int:
+        """What the log calls a storage's memory, until that is released."""
 
 
 @dataclass
@@ -44,26 +64,29 @@ class StepRecorder(StepObserver):
 
     Args:
         model: the model whose modules give storages their names.
-        meter: the process's meter.
+        meter: the process's meter, or a stand-in for it.
         static_bytes: bytes held when the step begins, those included that the meter does not see.
         smallest_bytes: the step's own limit for what is a candidate.
         swaps_optimizer: whether gradients leave while they are made.
+        clock: the seconds now.
 
     """
 
     def __init__(
         self,
         model: nn.Module,
-        meter: Meter,
+        meter: StepLog,
         static_bytes: int,
         smallest_bytes: int,
         swaps_optimizer: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
         self._meter = meter
         self._static_bytes = static_bytes
         self._smallest_bytes = smallest_bytes
         self._swaps_optimizer = swaps_optimizer
+        self._now = clock
         self._modules: list[str] = []
         self._seen: dict[int, _Seen] = {}
         self._positions: list[int] = []
@@ -82,10 +105,10 @@ class StepRecorder(StepObserver):
         ]
         gc.collect()  # no garbage of before may go in between
         self._meter.start_log()
-        self._last_end = time.perf_counter()
+        self._last_end = self._now()
         try:
             yield
-            self._seconds.append(time.perf_counter() - self._last_end)
+            self._seconds.append(self._now() - self._last_end)
         finally:
             self._log = self._meter.stop_log()
             for hook in hooks:
@@ -120,17 +143,18 @@ class StepRecorder(StepObserver):
     # What a StepObserver is told.
 
     def ticked(self) -> None:
-        self._seconds.append(time.perf_counter() - self._last_end)
+        self._seconds.append(self._now() - self._last_end)
         self._positions.append(self._meter.mark())
 
     def tick_ended(self) -> None:
-        self._last_end = time.perf_counter()
+        self._last_end = self._now()
 
     def packed(self, item: SavedItem, tick: int, storage: torch.UntypedStorage) -> None:
         seen = self._seen.get(item.number)
         if seen is None:
             made_by = self._modules[-1] if self._modules else ""
-            seen = _Seen(storage.nbytes(), made_by, self._positions[-1], storage.data_ptr())
+            address = self._meter.address(storage)
+            seen = _Seen(storage.nbytes(), made_by, self._positions[-1], address)
             self._seen[item.number] = seen
             weakref.finalize(item, self._forgotten, seen).atexit = False
         seen.pack_ticks.append(tick)
@@ -146,7 +170,7 @@ class StepRecorder(StepObserver):
 
     def brought(self, item: SavedItem) -> None:
         assert item.tensor is not None
-        self._seen[item.number].bring_address = item.tensor.data_ptr()
+        self._seen[item.number].bring_address = self._meter.address(item.tensor.untyped_storage())
 
     def _forgotten(self, seen: _Seen) -> None:
         if self._log is None:

@@ -18,10 +18,22 @@ class Candidates:
     tensors but plain strided ones: sparse ones, conjugates and subclasses have more than a storage.
     The unsharded parameters of FSDP are views of a Parameter whose storage FSDP empties and
     refills; to swap them gives wrong gradients without any error.
+
+    Args:
+        model: the model whose parameters and buffers stay.
+        smallest_bytes: storages below this size stay, too.
+        plain: the type of plain tensors; another one where a whole step is of stand-ins for them.
+
     """
 
-    def __init__(self, model: nn.Module, smallest_bytes: int = SMALLEST_BYTES) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        smallest_bytes: int = SMALLEST_BYTES,
+        plain: type[torch.Tensor] = torch.Tensor,
+    ) -> None:
         self.smallest_bytes = smallest_bytes
+        self._plain = plain
         self._fixed = set(_storages((*model.parameters(), *model.buffers())))
 
     def fix(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
@@ -36,7 +48,7 @@ class Candidates:
         if isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter):
             self._fixed.update(_storages([tensor]))
             return None
-        is_plain = type(tensor) is torch.Tensor and (base is None or type(base) is torch.Tensor)
+        is_plain = type(tensor) is self._plain and (base is None or type(base) is self._plain)
         if not is_plain or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:

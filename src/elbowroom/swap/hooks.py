@@ -22,7 +22,7 @@ from elbowroom.core.errors import StepChangedError
 from elbowroom.plans.swap import Choice, Swapped, SwapPlan, Transfer
 from elbowroom.swap.candidates import Candidates
 from elbowroom.swap.handles import Handle, KeptHandle, SavedItem, SwappedHandle, checksum
-from elbowroom.swap.link import Copy, Link, Turns
+from elbowroom.swap.link import Copy, CopyLink, Turns
 
 OnChange = Literal["swap", "raise"]
 
@@ -90,7 +90,7 @@ class SwappedStep:
     """
 
     plan: SwapPlan | None
-    link: Link
+    link: CopyLink
     candidates: Candidates
     on_change: OnChange = "swap"
     verify: bool = False

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -40,6 +41,23 @@ class Copy:
     done: threading.Event = field(default_factory=threading.Event)
     begin: float = 0.0
     end: float = 0.0
+
+
+class CopyLink(Protocol):
+    """What a step needs of a link: a ``Link``, or a stand-in for one."""
+
+    @property
+    def tier(self) -> Tier:
+        """Where storages go."""
+
+    def ask(self, copy: Copy) -> None:
+        """Have a copy made after those asked for before."""
+
+    def wait(self, copy: Copy) -> None:
+        """Wait until a copy is made."""
+
+    def check(self) -> None:
+        """Raise SwapError if copies are made no longer."""
 
 
 class Link:
@@ -168,7 +186,7 @@ class Turns:
     Belongs to the main thread. A copy that somebody waits for is never held back.
     """
 
-    def __init__(self, link: Link, order: Iterable[Transfer]) -> None:
+    def __init__(self, link: CopyLink, order: Iterable[Transfer]) -> None:
         self._link = link
         self._order = list(reversed(list(order)))
         self._listed = set(self._order)

@@ -100,6 +100,10 @@ class Meter:
         """Whether a storage's memory is among the held bytes."""
         return bool(self._library.meter_block_bytes(storage.data_ptr()))
 
+    def address(self, storage: torch.UntypedStorage) -> int:
+        """The address of a storage's memory, by which the log knows it."""
+        return storage.data_ptr()
+
     def start_log(self) -> None:
         """Begin a new log, and forget the one before."""
         self._library.meter_start_log()
