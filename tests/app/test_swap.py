@@ -217,6 +217,27 @@ def test_gradients_may_come_from_several_batches_in_one_step() -> None:
     assert report.predicted_peak_bytes == report.peak_bytes
 
 
+@pytest.mark.parametrize("name", ["transformer", "lstm"])
+def test_gradients_that_were_there_when_it_was_measured_are_counted_when_they_are_not(
+    name: str,
+) -> None:
+    """The measured step adds to gradients, those after it make them."""
+    case = make(name)
+    case.loss().backward()
+    held = sum(gradient.nbytes for gradient in case.gradients())
+    with Swap(case.model, budget="1GiB", tier=MemoryTier(1 << 28)) as swap:
+        for _ in range(3):
+            with swap.step():
+                case.loss().backward()
+            case.clear()
+        assert swap.profile is not None and swap.profile.held_gradient_bytes == held
+        budget = swap.plan.peak_bytes if swap.plan else 0
+        report = swap.report()
+    assert report.peak_bytes is not None and report.predicted_peak_bytes is not None
+    assert report.predicted_peak_bytes - held <= report.peak_bytes <= report.predicted_peak_bytes
+    assert report.predicted_peak_bytes <= budget
+
+
 @pytest.mark.parametrize("options", [{}, {"plan": "both", "budget": "1GiB"}])
 def test_there_is_either_a_plan_or_a_budget(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="one of them"):

@@ -22,7 +22,7 @@ from elbowroom.profiling.step import StepRecorder
 from elbowroom.swap.candidates import SMALLEST_BYTES, Candidates
 from elbowroom.swap.hooks import OnChange, SwappedStep
 from elbowroom.swap.link import Link
-from elbowroom.swap.meter import Meter, installed_meter, uncounted_bytes
+from elbowroom.swap.meter import Meter, gradient_bytes, installed_meter, uncounted_bytes
 from elbowroom.swap.optimizer import SwappedOptimizer
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.tier import FileTier, Tier
@@ -112,7 +112,8 @@ class Swap:
         if isinstance(self._optimizer, SwappedOptimizer):
             self._optimizer.send_away()  # all of it is here after a checkpoint
         static_bytes = self._static_bytes()
-        self._prepare(static_bytes)
+        held = (static_bytes, gradient_bytes(self._model))
+        self._prepare(*held)
         plan, meter = self.plan, self._meter
         recorder = trace = None
         if plan is None:
@@ -143,7 +144,7 @@ class Swap:
             step.end()
         self._last = StepReport(
             plan=plan,
-            predicted_peak_bytes=plan.peak_bytes_with(static_bytes) if plan else None,
+            predicted_peak_bytes=plan.peak_bytes_with(*held) if plan else None,
             peak_bytes=meter.peak_bytes + uncounted if meter else None,
             seconds=time.perf_counter() - begin,
             counts=step.counts,
@@ -185,17 +186,19 @@ class Swap:
         uncounted = uncounted_bytes(self._meter, self._model, self._optimizer)
         return self._held_bytes_before + uncounted
 
-    def _prepare(self, static_bytes: int) -> None:
+    def _prepare(self, static_bytes: int, gradient_bytes: int) -> None:
         """Have a plan that fits, unless this step is to be measured. Raises MemoryPlanError."""
         budget = self._budget_bytes
         if budget is None or (self.plan is None and self.profile is None):
             return
         plan = self.plan
-        needed = plan.peak_bytes_with(static_bytes) if plan else None
+        needed = plan.peak_bytes_with(static_bytes, gradient_bytes) if plan else None
         if needed is not None and needed <= budget:
             return
         if self.profile is not None:
-            self.plan = self._planner(with_static_bytes(self.profile, static_bytes), budget)
+            missing = max(0, self.profile.held_gradient_bytes - gradient_bytes)
+            profile = with_static_bytes(self.profile, static_bytes + missing)
+            self.plan = self._planner(profile, budget)
         elif self._enforce and plan is not None and needed is not None:
             raise MemoryPlanError(
                 f"the plan's peak is {format_bytes(needed)} with the {format_bytes(static_bytes)} "

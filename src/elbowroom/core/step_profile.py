@@ -104,6 +104,8 @@ class StepProfile:
         smallest_bytes: storages below this size are no storages of the profile: they are kept.
         storages: saved storages, by number.
         num_threads: PyTorch's threads in the measured step, on which workspaces depend.
+        held_gradient_bytes: gradients among ``static_bytes``: a step that begins without them makes
+            them, which this one did not.
         swaps_optimizer: whether gradients left while they were made, and optimizer state was away.
 
     Raises InputError for facts that contradict each other.
@@ -119,6 +121,7 @@ class StepProfile:
     smallest_bytes: int
     storages: tuple[SavedStorage, ...]
     num_threads: int = 1
+    held_gradient_bytes: int = 0
     swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -126,6 +129,7 @@ class StepProfile:
         _check_seconds((self.seconds_before, *self.seconds))
         _check_whole("static_bytes", self.static_bytes, MAX_TOTAL_BYTES)
         _check_whole("smallest_bytes", self.smallest_bytes, MAX_TOTAL_BYTES)
+        _check_whole("held_gradient_bytes", self.held_gradient_bytes, self.static_bytes)
         _check_whole("num_threads", self.num_threads, MAX_ENTRIES)
         _check_whole("num_forward_ticks", self.num_forward_ticks, self.num_ticks)
         _check_log(self)

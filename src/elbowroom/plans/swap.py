@@ -99,6 +99,7 @@ class SwapPlan:
         seconds: predicted seconds of the step.
         num_threads: PyTorch's threads in the step that was measured.
         tier: folder of the slow tier whose speed was planned with; empty if that was given.
+        held_gradient_bytes: gradients among ``static_bytes``.
         swaps_optimizer: whether it was made for an optimizer whose gradients and state are away.
 
     Raises InputError for a plan that could not be carried out.
@@ -117,6 +118,7 @@ class SwapPlan:
     seconds: float
     num_threads: int = 1
     tier: str = ""
+    held_gradient_bytes: int = 0
     swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
@@ -150,9 +152,14 @@ class SwapPlan:
         """Bytes copied back in one step."""
         return self._moved("in")
 
-    def peak_bytes_with(self, static_bytes: int) -> int:
-        """Predicted peak of a step that begins with so many bytes held."""
-        return static_bytes + max(self.tick_peaks)
+    def peak_bytes_with(self, static_bytes: int, gradient_bytes: int | None = None) -> int:
+        """Predicted peak of a step that begins with so many bytes held, of these gradients.
+
+        With fewer gradients than the plan's own (None: as many) it is an upper bound: the step
+        makes those that are missing.
+        """
+        missing = 0 if gradient_bytes is None else self.held_gradient_bytes - gradient_bytes
+        return static_bytes + max(0, missing) + max(self.tick_peaks)
 
     def _moved(self, direction: Direction) -> int:
         return sum(

@@ -18,7 +18,7 @@ from elbowroom.core.errors import MeasuringError
 from elbowroom.core.step_profile import SavedStorage, StepProfile
 from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.hooks import StepObserver
-from elbowroom.swap.meter import MeterLog
+from elbowroom.swap.meter import MeterLog, gradient_bytes
 
 
 class StepLog(Protocol):
@@ -94,6 +94,7 @@ class StepRecorder(StepObserver):
         self._first_unpack: int | None = None
         self._last_end = 0.0
         self._log: MeterLog | None = None
+        self._held_gradient_bytes = 0
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -103,6 +104,7 @@ class StepRecorder(StepObserver):
             for name, module in self._model.named_modules()
             for hook in self._follow(name, module)
         ]
+        self._held_gradient_bytes = gradient_bytes(self._model)
         gc.collect()  # no garbage of before may go in between
         self._meter.start_log()
         self._last_end = self._now()
@@ -137,6 +139,7 @@ class StepRecorder(StepObserver):
                 _storage(number, seen, releases) for number, seen in sorted(self._seen.items())
             ),
             num_threads=torch.get_num_threads(),
+            held_gradient_bytes=self._held_gradient_bytes,
             swaps_optimizer=self._swaps_optimizer,
         )
 

@@ -160,6 +160,17 @@ def uncounted_bytes(
     return sum(sizes.values())
 
 
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients that a model's parameters hold here."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    sizes = {}
+    for gradient in gradients:
+        if not isinstance(gradient, AwayTensor) and gradient.layout is torch.strided:
+            storage = getattr(gradient, "_local_tensor", gradient).untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+    return sum(sizes.values())
+
+
 def build_meter() -> Path:
     """Build the allocator unless the cache has it. Returns the library's path.
 

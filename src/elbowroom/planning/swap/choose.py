@@ -177,6 +177,7 @@ def make_plan(
         compute_seconds=profile.compute_seconds,
         seconds=profile.compute_seconds,
         num_threads=profile.num_threads,
+        held_gradient_bytes=profile.held_gradient_bytes,
         swaps_optimizer=profile.swaps_optimizer,
     )
 
