@@ -14,7 +14,7 @@ import torch
 from elbowroom.core.errors import MeterUnavailableError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.planning.swap.choose import make_plan
-from elbowroom.plans.swap import Swapped, SwapPlan
+from elbowroom.plans.swap import Choice, Recomputed, Swapped, SwapPlan
 from elbowroom.profiling.step import StepRecorder
 from elbowroom.swap.candidates import Candidates
 from elbowroom.swap.hooks import StepCounts, SwappedStep
@@ -91,19 +91,43 @@ def profiled(case: Case, link: Link, body: Callable[[], None] | None = None) -> 
 
 
 def random_plan(profile: StepProfile, rng: random.Random) -> SwapPlan:
-    """Some storages kept, some dropped at once or late, brought on demand or early."""
-    choices = []
+    """Some storages kept, some dropped at once or late, brought on demand or early, some made again.
+
+    What a recipe reads is brought when it is read, or before.
+    """
+    remade = random_recomputed(profile, rng)
+    needs: dict[int, int] = {}
+    for each in remade:
+        use = profile.storages[each.storage].use_tick
+        assert use is not None
+        for number in each.recipe.sources:
+            needs[number] = min(use, needs.get(number, use))
+    choices: list[Choice] = list(remade)
     for storage in profile.storages:
-        if rng.random() < 0.4:
+        if rng.random() < 0.4 or any(each.storage == storage.number for each in remade):
             continue
         pack, use = storage.pack_tick, storage.use_tick
-        last = profile.num_ticks if use is None else use
+        last = profile.num_ticks if use is None else min(use, needs.get(storage.number, use))
         drop = pack if rng.random() < 0.3 else rng.randint(pack, min(last, pack + 12))
-        bring = use
-        if use is not None and rng.random() < 0.7:
-            bring = rng.randint(max(drop, use - 12), use)
+        bring = None if use is None else last
+        if bring is not None and rng.random() < 0.7:
+            bring = rng.randint(max(drop, last - 12), last)
         choices.append(Swapped(storage.number, drop, bring))
     return make_plan(profile, choices)
+
+
+def random_recomputed(profile: StepProfile, rng: random.Random) -> list[Recomputed]:
+    """Some of the storages that can be made again, none of which another is made from."""
+    taken: dict[int, Recomputed] = {}
+    sources: set[int] = set()
+    able = [storage for storage in profile.storages if storage.recipe is not None]
+    for storage in rng.sample(able, rng.randint(0, len(able))):
+        assert storage.recipe is not None
+        reads = storage.recipe.sources
+        if storage.number not in sources and not taken.keys() & set(reads):
+            taken[storage.number] = Recomputed(storage.number, storage.recipe)
+            sources.update(reads)
+    return list(taken.values())
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:

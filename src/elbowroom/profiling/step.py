@@ -6,17 +6,21 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from elbowroom.core.errors import MeasuringError
-from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.core.recipe import Recipe
+from elbowroom.core.step_profile import SavedStorage, StepProfile, can_read
+from elbowroom.profiling.lineage import Lineage
+from elbowroom.profiling.recipes import RecipeProver
 from elbowroom.swap.handles import SavedItem
+from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, MeterLog
 
 
@@ -46,11 +50,20 @@ class StepRecorder:
         meter: the process's meter.
         static_bytes: bytes held when the step begins, those included that the meter does not see.
         smallest_bytes: the step's own limit for what is a candidate.
+        finds_recipes: note how storages are made, and try it before they come back.
+        most_bytes: most that the meter may count while a recipe is tried; None for any number.
 
     """
 
     def __init__(
-        self, model: nn.Module, meter: Meter, static_bytes: int, smallest_bytes: int
+        self,
+        model: nn.Module,
+        meter: Meter,
+        static_bytes: int,
+        smallest_bytes: int,
+        *,
+        finds_recipes: bool = True,
+        most_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._meter = meter
@@ -63,6 +76,9 @@ class StepRecorder:
         self._first_unpack: int | None = None
         self._last_end = 0.0
         self._log: MeterLog | None = None
+        self._lineage = Lineage(model, meter)
+        self._prover = RecipeProver(model, meter, self._lineage, most_bytes)
+        self._finds_recipes = finds_recipes
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -77,7 +93,7 @@ class StepRecorder:
         self._last_end = time.perf_counter()
         try:
             yield
-            self._seconds.append(time.perf_counter() - self._last_end)
+            self._seconds.append(self._seconds_since())
         finally:
             self._log = self._meter.stop_log()
             for hook in hooks:
@@ -89,28 +105,31 @@ class StepRecorder:
             raise MeasuringError(
                 "the step saved no tensor for a backward: run forward and backward inside of it"
             )
+        log, places = self._prover.cut(self._log)
         releases: dict[int, list[int]] = defaultdict(list)
-        for position, address in enumerate(self._log.addresses.tolist()):
-            if self._log.deltas[position] < 0:
+        for position, address in enumerate(log.addresses.tolist()):
+            if log.deltas[position] < 0:
                 releases[address].append(position)
+        storages = [
+            _storage(number, seen, releases, places, self._prover.recipes.get(number))
+            for number, seen in sorted(self._seen.items())
+        ]
         num_ticks = len(self._positions)
         return StepProfile(
             seconds_before=self._seconds[0],
             seconds=tuple(self._seconds[1:]),
             num_forward_ticks=num_ticks if self._first_unpack is None else self._first_unpack,
-            tick_positions=tuple(self._positions),
-            deltas=tuple(self._log.deltas.tolist()),
+            tick_positions=tuple(places[position] for position in self._positions),
+            deltas=tuple(log.deltas.tolist()),
             static_bytes=self._static_bytes,
             smallest_bytes=self._smallest_bytes,
-            storages=tuple(
-                _storage(number, seen, releases) for number, seen in sorted(self._seen.items())
-            ),
+            storages=tuple(_without_lost_sources(each, storages) for each in storages),
         )
 
     # What a StepObserver is told.
 
     def ticked(self) -> None:
-        self._seconds.append(time.perf_counter() - self._last_end)
+        self._seconds.append(self._seconds_since())
         self._positions.append(self._meter.mark())
 
     def tick_ended(self) -> None:
@@ -123,6 +142,8 @@ class StepRecorder:
             seen = _Seen(storage.nbytes(), made_by, self._positions[-1], storage.data_ptr())
             self._seen[item.number] = seen
             weakref.finalize(item, self._forgotten, seen).atexit = False
+            if self._finds_recipes:
+                self._prover.saved(item, storage)
         seen.pack_ticks.append(tick)
 
     def unpacked(self, item: SavedItem | None, tick: int) -> None:
@@ -131,7 +152,8 @@ class StepRecorder:
         if item is not None:
             self._seen[item.number].unpack_ticks.append(tick)
 
-    def bringing(self, item: SavedItem) -> None:
+    def bringing(self, item: SavedItem, link: Link) -> None:
+        self._prover.prove(item, link)
         self._seen[item.number].bring = self._meter.num_entries
 
     def brought(self, item: SavedItem) -> None:
@@ -142,12 +164,20 @@ class StepRecorder:
         if self._log is None:
             seen.gone = self._meter.num_entries
 
+    def _seconds_since(self) -> float:
+        """Seconds since the last hook, without those of noting calls."""
+        return max(0.0, time.perf_counter() - self._last_end - self._lineage.spent_seconds())
+
     def _follow(self, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def enter(*_: Any) -> None:
+            if self._finds_recipes and not self._modules:
+                self._lineage.enter()
             self._modules.append(name)
 
         def leave(*_: Any) -> None:
             self._modules.pop()
+            if self._finds_recipes and not self._modules:
+                self._lineage.leave()
 
         return [
             module.register_forward_pre_hook(enter),
@@ -155,20 +185,38 @@ class StepRecorder:
         ]
 
 
-def _storage(number: int, seen: _Seen, releases: dict[int, list[int]]) -> SavedStorage:
-    release = seen.gone
-    if seen.bring is not None:
-        release = _first_after(releases[seen.bring_address], seen.bring)
+def _storage(
+    number: int,
+    seen: _Seen,
+    releases: dict[int, list[int]],
+    places: Sequence[int],
+    recipe: Recipe | None,
+) -> SavedStorage:
+    """A storage with positions in the log that was cut, by those in the log that was recorded."""
+    release = None if seen.gone is None else places[seen.gone]
+    bring = None if seen.bring is None else places[seen.bring]
+    if bring is not None:
+        release = _first_after(releases[seen.bring_address], bring)
     return SavedStorage(
         number=number,
         num_bytes=seen.num_bytes,
         made_by=seen.made_by,
         pack_ticks=tuple(seen.pack_ticks),
         unpack_ticks=tuple(seen.unpack_ticks),
-        free=_first_after(releases[seen.address], seen.pack_position),
-        bring=seen.bring,
+        free=_first_after(releases[seen.address], places[seen.pack_position]),
+        bring=bring,
         release=release,
+        recipe=recipe,
     )
+
+
+def _without_lost_sources(storage: SavedStorage, storages: list[SavedStorage]) -> SavedStorage:
+    """The storage, without a recipe that reads what is gone by the time of its first use."""
+    if storage.recipe is None:
+        return storage
+    if all(can_read(storage, storages[number]) for number in storage.recipe.sources):
+        return storage
+    return replace(storage, recipe=None)
 
 
 def _first_after(positions: list[int], begin: int) -> int | None:

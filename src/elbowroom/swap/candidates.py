@@ -21,6 +21,7 @@ class Candidates:
     """
 
     def __init__(self, model: nn.Module, smallest_bytes: int = SMALLEST_BYTES) -> None:
+        self.model = model
         self.smallest_bytes = smallest_bytes
         self._fixed = set(_storages((*model.parameters(), *model.buffers())))
 

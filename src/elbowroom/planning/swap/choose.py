@@ -2,28 +2,32 @@
 
 Plans are searched at fixed budgets between the floor and keeping all, from below, each search from
 the result of the one before. A budget gets the best plan of those at or below it, so more memory
-never gives a slower step. It gets TFLMS's own plan if that is faster, which between two of the
-fixed budgets need not be as fast for a little more.
+never gives a slower step. Each search is done without recomputing and, where that waits for copies,
+for some of the sets of storages to recompute. A budget gets TFLMS's own plan if that is faster,
+which between two of the fixed budgets need not be as fast for a little more.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import cached_property
 from math import ceil
+from typing import NamedTuple
 
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.swap.clock import StepClock, Timing
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.recompute import recompute_sets, recomputed, with_recomputed
 from elbowroom.planning.swap.room import StepRoom
 from elbowroom.planning.swap.search import SwapSearch, is_better
 from elbowroom.planning.swap.settle import Settled, Settler
 from elbowroom.planning.swap.thresholds import Autotune, rule_choices
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink
-from elbowroom.plans.swap import Choice, PlannedStorage, Swapped, SwapPlan, default_order
+from elbowroom.plans.swap import Choice, PlannedStorage, Recomputed, SwapPlan, default_order
 
 _MOST_RUNGS, _FEWEST_RUNGS, _STORAGES_SEARCHED = 64, 24, 6000
 """Budgets at which plans are searched; fewer for steps that save many storages, for the time."""
@@ -32,64 +36,140 @@ _DENSITY = 1.5
 """Power by which these budgets lie denser near the floor, where a byte saves the most time."""
 
 
-def plan_swap(profile: StepProfile, budget_bytes: int, link: SwapLink = DISK_LINK) -> SwapPlan:
+def plan_swap(
+    profile: StepProfile,
+    budget_bytes: int,
+    link: SwapLink = DISK_LINK,
+    *,
+    recompute: bool = True,
+) -> SwapPlan:
     """Plan a step that never holds more than ``budget_bytes``, static bytes included.
 
-    Raises MemoryPlanError, by numbers, if nothing fits.
+    ``recompute=False`` makes no storage again. Raises MemoryPlanError, by numbers, if nothing fits.
     """
-    return SwapPlanner(profile, link).plan(budget_bytes)
+    return SwapPlanner(profile, link, recompute=recompute).plan(budget_bytes)
 
 
 class SwapPlanner:
     """Plans for any budgets of one profile and link; what one budget needed serves the next."""
 
-    def __init__(self, profile: StepProfile, link: SwapLink = DISK_LINK) -> None:
+    def __init__(
+        self, profile: StepProfile, link: SwapLink = DISK_LINK, *, recompute: bool = True
+    ) -> None:
+        """``recompute=False`` leaves recipes alone."""
         self._profile = profile
-        self._clock = StepClock(profile, link)
-        room = StepRoom(profile)
-        self._autotune = Autotune(room)
-        self._search = SwapSearch(Settler(room, self._clock))
-        self._rungs = rung_budgets(profile, len(room.movable))
-        self._found: list[tuple[Settled, int]] = []
-        """For each budget searched so far the best plan up to it, and its peak."""
+        sets = recompute_sets(profile) if recompute else [frozenset[int]()]
+        self._variants = [_Variant(profile, numbers, link) for numbers in sets]
+        self._rungs = rung_budgets(profile, len(self._plain.room.movable))
+        self._found: list[_Found] = []
+        """The best plan up to each budget searched so far."""
+
+    @property
+    def _plain(self) -> _Variant:
+        """The step in which nothing is recomputed."""
+        return self._variants[0]
 
     def plan(self, budget_bytes: int) -> SwapPlan:
         """The plan for a budget, as ``plan_swap`` makes it. Raises what it raises."""
         check_budget(self._profile, budget_bytes)
+        plain = self._plain
         if peak_bytes(self._profile, ()) <= budget_bytes:
-            return _plan(self._profile, {}, self._clock.time({}), budget_bytes)
+            return _plan(self._profile, [], plain.clock.time({}), budget_bytes)
         num_rungs = bisect_right(self._rungs, budget_bytes)
         while len(self._found) < num_rungs:
-            self._search_rung(self._rungs[len(self._found)])
-        best, _ = self._found[num_rungs - 1]
-        rule = _by_rule(self._profile, self._clock, self._autotune, budget_bytes)
-        if rule is not None and is_better(rule, best):
-            best = rule
-        return _plan(self._profile, best.choices, best.timing, budget_bytes)
+            self._found.append(self._search_rung(self._rungs[len(self._found)]))
+        best = self._found[num_rungs - 1]
+        rule = plain.by_rule(budget_bytes)
+        if rule is not None and is_better(rule, best.settled):
+            best = self._as_found(plain, rule)
+        choices = best.variant.choices(best.settled)
+        return _plan(self._profile, choices, best.settled.timing, budget_bytes)
 
-    def _search_rung(self, rung: int) -> None:
+    def _search_rung(self, rung: int) -> _Found:
         """Find the best plan up to the next budget.
 
         A plan that is faster than one for less memory, but holds less, is left out: predicted peaks
         rise with the budget, as seconds fall.
         """
-        rule = _by_rule(self._profile, self._clock, self._autotune, rung)
-        most_bytes = rung - self._profile.static_bytes
+        rule = self._plain.by_rule(rung)
+        settled = self._plain.search_for(rung, [] if rule is None else [rule.choices])
+        assert settled is not None, "all at once fits the floor, the first of the budgets"
+        if rule is not None and is_better(rule, settled):
+            settled = rule
+        found = self._as_found(self._plain, settled)
+        if settled.timing.waited:
+            for variant in self._near_variants():
+                other = variant.search_for(rung, [found.settled.choices])
+                if other is not None and is_better(other, found.settled):
+                    found = self._as_found(variant, other)
+        if self._found:
+            best = self._found[-1]
+            if not is_better(found.settled, best.settled) or found.peak_bytes < best.peak_bytes:
+                return best
+        return found
+
+    def _near_variants(self) -> list[_Variant]:
+        """Sets to recompute, at most one size from the last that was best; all at the first."""
+        if not self._found:
+            return self._variants[1:]
+        at = self._variants.index(self._found[-1].variant)
+        return self._variants[max(1, at - 1) : at + 2]
+
+    def _as_found(self, variant: _Variant, settled: Settled) -> _Found:
+        return _Found(variant, settled, peak_bytes(self._profile, variant.choices(settled)))
+
+
+class _Variant:
+    """The step with one set of storages recomputed, in which the others are planned."""
+
+    def __init__(self, profile: StepProfile, numbers: frozenset[int], link: SwapLink) -> None:
+        self._profile = with_recomputed(profile, numbers)
+        self._recomputed = recomputed(profile, numbers)
+        self._link = link
+        self._last: Settled | None = None
+
+    @cached_property
+    def room(self) -> StepRoom:
+        return StepRoom(self._profile)
+
+    @cached_property
+    def clock(self) -> StepClock:
+        return StepClock(self._profile, self._link)
+
+    @cached_property
+    def _search(self) -> SwapSearch:
+        return SwapSearch(Settler(self.room, self.clock))
+
+    @cached_property
+    def _autotune(self) -> Autotune:
+        return Autotune(self.room)
+
+    def by_rule(self, budget_bytes: int) -> Settled | None:
+        """What TFLMS's autotune finds."""
+        return _by_rule(self._profile, self.clock, self._autotune, budget_bytes)
+
+    def search_for(self, budget_bytes: int, begins: Iterable[Collection[int]]) -> Settled | None:
+        """The best found from some sets to swap, and from the last found; None if none fits."""
+        most_bytes = budget_bytes - self._profile.static_bytes
+        sets: list[Collection[int]] = [() if self._last is None else self._last.choices, *begins]
         starts = [self._search.longest_first(most_bytes)]
-        if self._found:
-            starts.append(self._search.longest_first(most_bytes, self._found[-1][0].choices))
-        if rule is not None:
-            starts.append(self._search.longest_first(most_bytes, rule.choices))
-        found = self._search.best(most_bytes, starts)
-        assert found is not None, "all at once fits the floor, the first of the budgets"
-        if rule is not None and is_better(rule, found):
-            found = rule
-        peak = peak_bytes(self._profile, found.choices.values())
-        if self._found:
-            best, best_peak = self._found[-1]
-            if not is_better(found, best) or peak < best_peak:
-                found, peak = best, best_peak
-        self._found.append((found, peak))
+        for begin in sets:
+            there = [number for number in begin if number in self.room.movable]
+            starts.append(self._search.longest_first(most_bytes, there))
+        self._last = self._search.best(most_bytes, starts) or self._last
+        return self._last
+
+    def choices(self, settled: Settled) -> list[Choice]:
+        """The choices of all storages that are not kept."""
+        return [*settled.choices.values(), *self._recomputed]
+
+
+class _Found(NamedTuple):
+    """The best plan up to a budget, and its peak, static bytes included."""
+
+    variant: _Variant
+    settled: Settled
+    peak_bytes: int
 
 
 def plan_thresholds(
@@ -101,7 +181,7 @@ def plan_thresholds(
     best = _by_rule(profile, clock, Autotune(StepRoom(profile)), budget_bytes)
     if best is None:
         raise MemoryPlanError(_too_small(profile, budget_bytes))
-    return _plan(profile, best.choices, best.timing, budget_bytes)
+    return _plan(profile, best.choices.values(), best.timing, budget_bytes)
 
 
 def check_budget(profile: StepProfile, budget_bytes: int) -> None:
@@ -150,9 +230,9 @@ def rung_budgets(profile: StepProfile, num_movable: int) -> list[int]:
 
 
 def _plan(
-    profile: StepProfile, choices: Mapping[int, Swapped], timing: Timing, budget_bytes: int
+    profile: StepProfile, choices: Iterable[Choice], timing: Timing, budget_bytes: int
 ) -> SwapPlan:
-    plan = make_plan(profile, choices.values(), budget_bytes)
+    plan = make_plan(profile, choices, budget_bytes)
     return replace(plan, transfers=timing.transfers, seconds=timing.seconds)
 
 
@@ -164,6 +244,7 @@ def make_plan(
     Its seconds are those of a step that never waits.
     """
     ordered = tuple(sorted(choices, key=lambda choice: choice.storage))
+    remade = sum(choice.recipe.seconds for choice in ordered if isinstance(choice, Recomputed))
     storages = planned_storages(profile)
     return SwapPlan(
         num_ticks=profile.num_ticks,
@@ -175,7 +256,7 @@ def make_plan(
         static_bytes=profile.static_bytes,
         peak_bytes=peak_bytes(profile, ordered),
         compute_seconds=profile.compute_seconds,
-        seconds=profile.compute_seconds,
+        seconds=profile.compute_seconds + remade,
     )
 
 

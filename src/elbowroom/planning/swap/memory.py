@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.core.step_profile import SavedStorage, StepProfile
-from elbowroom.plans.swap import Choice, Swapped
+from elbowroom.plans.swap import Choice, Recomputed, Swapped
 
 
 class Interval(NamedTuple):
@@ -34,11 +34,12 @@ def choice_intervals(
     profile: StepProfile, storage: SavedStorage, choice: Choice | None
 ) -> tuple[Interval, ...]:
     """What a choice holds beyond the profile; None is the choice to keep the storage."""
-    intervals = (
-        kept_intervals(profile, storage)
-        if choice is None
-        else swapped_intervals(profile, storage, choice)
-    )
+    if choice is None:
+        intervals = kept_intervals(profile, storage)
+    elif isinstance(choice, Recomputed):
+        intervals = recomputed_intervals(storage, choice)
+    else:
+        intervals = swapped_intervals(profile, storage, choice)
     return tuple(each for each in intervals if each.first < each.end)
 
 
@@ -73,6 +74,16 @@ def swapped_intervals(
         brought = _state_after(profile, choice.bring)
         intervals.append(Interval(brought, storage.bring + 1, storage.num_bytes))
     return intervals
+
+
+def recomputed_intervals(storage: SavedStorage, choice: Recomputed) -> list[Interval]:
+    """What a replay holds beyond the profile, in which the storage was brought at the same place.
+
+    It is there for the moment in which the storage is made.
+    """
+    if storage.bring is None:
+        return []
+    return [Interval(storage.bring + 1, storage.bring + 2, choice.recipe.extra_bytes)]
 
 
 def _state_after(profile: StepProfile, tick: int) -> int:

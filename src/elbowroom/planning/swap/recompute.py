@@ -1,0 +1,169 @@
+"""Which storages are made again, and the step that is left for the others to be planned in.
+
+A storage that is recomputed is dropped at once and costs a replay at its first use, for which its
+sources must be there. So the rest is planned in a step in which it is no longer to be chosen, its
+replay is compute, and its sources are needed earlier.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from elbowroom.core.recipe import Recipe
+from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.plans.swap import Recomputed
+
+_LEVELS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)
+"""Parts of what can be recomputed, by bytes, that are tried."""
+
+
+class _Inserted(NamedTuple):
+    """A new entry of the log, after the old entry ``after`` (-1: before all)."""
+
+    after: int
+    delta: int
+
+
+def recompute_sets(profile: StepProfile) -> list[frozenset[int]]:
+    """Sets of storages to recompute, each within the next, that cost the fewest seconds per byte.
+
+    No source of one is in the set. The first set is empty.
+    """
+    order = _cheapest_first(profile)
+    sizes = [profile.storages[number].num_bytes for number in order]
+    total, sets = sum(sizes), [frozenset[int]()]
+    for level in _LEVELS:
+        count, held = 0, 0
+        while count < len(order) and held < level * total:
+            held += sizes[count]
+            count += 1
+        if count > len(sets[-1]):
+            sets.append(frozenset(order[:count]))
+    return sets
+
+
+def recomputed(profile: StepProfile, numbers: Collection[int]) -> list[Recomputed]:
+    """The choices to recompute some storages, which have recipes."""
+    return [Recomputed(number, _recipe(profile.storages[number])) for number in sorted(numbers)]
+
+
+def with_recomputed(profile: StepProfile, numbers: Collection[int]) -> StepProfile:
+    """The step in which storages are recomputed: what is to be chosen for the others is the same.
+
+    They stay in it by number, without bytes. Peaks and seconds of other choices in it are those of
+    the same choices beside ``recomputed`` ones in the first profile, as long as sources are back
+    when they are read.
+    """
+    if not numbers:
+        return profile
+    storages = {storage.number: storage for storage in profile.storages}
+    seconds, deltas = list(profile.seconds), list(profile.deltas)
+    inserted: list[_Inserted] = []
+    needs = _needs(profile, numbers)
+    for number in numbers:
+        storage, recipe = storages[number], _recipe(storages[number])
+        assert storage.use_tick is not None and storage.bring is not None
+        seconds[storage.use_tick] += recipe.seconds
+        inserted += [_Inserted(storage.bring, each) for each in _pulse(recipe.extra_bytes)]
+        storages[number] = replace(storage, num_bytes=0, free=None)
+    for number, tick in sorted(needs.items()):
+        source = storages[number]
+        assert source.bring is not None
+        deltas[source.bring] -= source.num_bytes
+        inserted.append(_Inserted(profile.tick_positions[tick], source.num_bytes))
+    return _with_entries(
+        replace(profile, seconds=tuple(seconds), deltas=tuple(deltas)), storages, inserted, needs
+    )
+
+
+def _cheapest_first(profile: StepProfile) -> list[int]:
+    """Storages that may be recomputed together, by seconds per byte."""
+    found = [
+        storage
+        for storage in profile.storages
+        if storage.recipe is not None and not storage.is_held_elsewhere and storage.num_bytes
+    ]
+    found.sort(key=lambda each: (_recipe(each).seconds / each.num_bytes, each.number))
+    taken: dict[int, None] = {}
+    sources: set[int] = set()
+    for storage in found:
+        reads = _recipe(storage).sources
+        if storage.number not in sources and not any(number in taken for number in reads):
+            taken[storage.number] = None
+            sources.update(reads)
+    return list(taken)
+
+
+def _needs(profile: StepProfile, numbers: Collection[int]) -> dict[int, int]:
+    """Tick at which a source is read, for those that the backward needs later only."""
+    needs: dict[int, int] = {}
+    for storage in (profile.storages[number] for number in numbers):
+        for number in _recipe(storage).sources:
+            use, own = storage.use_tick, profile.storages[number].use_tick
+            assert use is not None and own is not None
+            if use < needs.get(number, own):
+                needs[number] = use
+    return needs
+
+
+def _pulse(num_bytes: int) -> Iterator[int]:
+    """Entries of memory that is held for a moment."""
+    if num_bytes:
+        yield from (num_bytes, -num_bytes)
+
+
+def _with_entries(
+    profile: StepProfile,
+    storages: dict[int, SavedStorage],
+    inserted: list[_Inserted],
+    needs: dict[int, int],
+) -> StepProfile:
+    """Add entries to the log; sources of ``needs`` are brought by those after their ticks."""
+    inserted.sort(key=lambda each: each.after)
+    afters = [each.after for each in inserted]
+
+    def moved(place: int | None) -> int | None:
+        return None if place is None else place + bisect_left(afters, place)
+
+    deltas: list[int] = []
+    begin = 0
+    for each in inserted:
+        deltas += [*profile.deltas[begin : each.after + 1], each.delta]
+        begin = each.after + 1
+    deltas += profile.deltas[begin:]
+    ticks = [moved(place) for place in profile.tick_positions]
+    brought: dict[int, int] = {}
+    changed = []
+    for number, storage in sorted(storages.items()):
+        uses, bring = storage.unpack_ticks, moved(storage.bring)
+        if number in needs:
+            tick = needs[number]
+            place = ticks[tick]
+            assert place is not None
+            brought[tick] = brought.get(tick, 0) + 1
+            uses, bring = (tick, *uses), place + brought[tick]
+        free, release = moved(storage.free), moved(storage.release)
+        changed.append(
+            replace(
+                storage,
+                unpack_ticks=uses,
+                free=free,
+                bring=bring,
+                release=release,
+                recipe=None,
+            )
+        )
+    return replace(
+        profile,
+        tick_positions=tuple(place for place in ticks if place is not None),
+        deltas=tuple(deltas),
+        storages=tuple(changed),
+    )
+
+
+def _recipe(storage: SavedStorage) -> Recipe:
+    assert storage.recipe is not None
+    return storage.recipe
