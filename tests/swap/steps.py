@@ -91,7 +91,7 @@ def profiled(case: Case, link: Link, body: Callable[[], None] | None = None) -> 
 
 
 def random_plan(profile: StepProfile, rng: random.Random) -> SwapPlan:
-    """Some storages kept, some dropped at once or late, brought on demand or early, some made again.
+    """Some storages kept, some dropped at once or late and brought on demand or early, some remade.
 
     What a recipe reads is brought when it is read, or before.
     """

@@ -10,7 +10,7 @@ which between two of the fixed budgets need not be as fast for a little more.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from math import ceil
@@ -31,6 +31,10 @@ from elbowroom.plans.swap import Choice, PlannedStorage, Recomputed, SwapPlan, d
 
 _MOST_RUNGS, _FEWEST_RUNGS, _STORAGES_SEARCHED = 64, 24, 6000
 """Budgets at which plans are searched; fewer for steps that save many storages, for the time."""
+
+_STORAGES_RECOMPUTED = 150
+"""Storages from which on only some budgets are searched with recompute, for the time: at twice as
+many every second one."""
 
 _DENSITY = 1.5
 """Power by which these budgets lie denser near the floor, where a byte saves the most time."""
@@ -61,6 +65,7 @@ class SwapPlanner:
         sets = recompute_sets(profile) if recompute else [frozenset[int]()]
         self._variants = [_Variant(profile, numbers, link) for numbers in sets]
         self._rungs = rung_budgets(profile, len(self._plain.room.movable))
+        self._stride = max(1, len(self._plain.room.movable) // _STORAGES_RECOMPUTED)
         self._found: list[_Found] = []
         """The best plan up to each budget searched so far."""
 
@@ -92,21 +97,30 @@ class SwapPlanner:
         rise with the budget, as seconds fall.
         """
         rule = self._plain.by_rule(rung)
-        settled = self._plain.search_for(rung, [] if rule is None else [rule.choices])
+        begins = [self._found[-1].settled.choices] if self._found else []
+        settled = self._plain.best(rung, begins if rule is None else [*begins, rule.choices])
         assert settled is not None, "all at once fits the floor, the first of the budgets"
         if rule is not None and is_better(rule, settled):
             settled = rule
         found = self._as_found(self._plain, settled)
-        if settled.timing.waited:
-            for variant in self._near_variants():
-                other = variant.search_for(rung, [found.settled.choices])
-                if other is not None and is_better(other, found.settled):
-                    found = self._as_found(variant, other)
+        if settled.timing.waited and len(self._found) % self._stride == 0:
+            found = self._with_recompute(rung, found, begins)
         if self._found:
             best = self._found[-1]
             if not is_better(found.settled, best.settled) or found.peak_bytes < best.peak_bytes:
                 return best
         return found
+
+    def _with_recompute(
+        self, rung: int, found: _Found, begins: Sequence[Collection[int]]
+    ) -> _Found:
+        """The best of some variants, if one is better than what was found."""
+        best, settled = None, found.settled
+        for variant in self._near_variants():
+            sketch = variant.sketch(rung, begins)
+            if sketch is not None and is_better(sketch, settled):
+                best, settled = variant, sketch
+        return found if best is None else self._as_found(best, best.improved(rung, settled))
 
     def _near_variants(self) -> list[_Variant]:
         """Sets to recompute, at most one size from the last that was best; all at the first."""
@@ -126,7 +140,6 @@ class _Variant:
         self._profile = with_recomputed(profile, numbers)
         self._recomputed = recomputed(profile, numbers)
         self._link = link
-        self._last: Settled | None = None
 
     @cached_property
     def room(self) -> StepRoom:
@@ -148,16 +161,25 @@ class _Variant:
         """What TFLMS's autotune finds."""
         return _by_rule(self._profile, self.clock, self._autotune, budget_bytes)
 
-    def search_for(self, budget_bytes: int, begins: Iterable[Collection[int]]) -> Settled | None:
-        """The best found from some sets to swap, and from the last found; None if none fits."""
+    def best(self, budget_bytes: int, begins: Sequence[Collection[int]]) -> Settled | None:
+        """The best found from no storage and from some sets to swap; None if none fits."""
         most_bytes = budget_bytes - self._profile.static_bytes
-        sets: list[Collection[int]] = [() if self._last is None else self._last.choices, *begins]
-        starts = [self._search.longest_first(most_bytes)]
-        for begin in sets:
-            there = [number for number in begin if number in self.room.movable]
-            starts.append(self._search.longest_first(most_bytes, there))
-        self._last = self._search.best(most_bytes, starts) or self._last
-        return self._last
+        return self._search.best(most_bytes, self._starts(most_bytes, begins))
+
+    def sketch(self, budget_bytes: int, begins: Sequence[Collection[int]]) -> Settled | None:
+        """The same in a hurry, without local search."""
+        most_bytes = budget_bytes - self._profile.static_bytes
+        return self._search.sketch(most_bytes, self._starts(most_bytes, begins))
+
+    def improved(self, budget_bytes: int, sketch: Settled) -> Settled:
+        """What local search makes of a sketch."""
+        return self._search.improved(budget_bytes - self._profile.static_bytes, sketch)
+
+    def _starts(self, most_bytes: int, begins: Sequence[Collection[int]]) -> list[set[int]]:
+        """Sets to begin with, each with more until the rest fits."""
+        movable = self.room.movable
+        sets = [(), *([number for number in begin if number in movable] for begin in begins)]
+        return [self._search.longest_first(most_bytes, begin) for begin in sets]
 
     def choices(self, settled: Settled) -> list[Choice]:
         """The choices of all storages that are not kept."""

@@ -8,7 +8,7 @@ replay is compute, and its sources are needed earlier.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -60,23 +60,25 @@ def with_recomputed(profile: StepProfile, numbers: Collection[int]) -> StepProfi
     if not numbers:
         return profile
     storages = {storage.number: storage for storage in profile.storages}
-    seconds, deltas = list(profile.seconds), list(profile.deltas)
-    inserted: list[_Inserted] = []
+    seconds = list(profile.seconds)
     needs = _needs(profile, numbers)
-    for number in numbers:
-        storage, recipe = storages[number], _recipe(storages[number])
-        assert storage.use_tick is not None and storage.bring is not None
-        seconds[storage.use_tick] += recipe.seconds
-        inserted += [_Inserted(storage.bring, each) for each in _pulse(recipe.extra_bytes)]
-        storages[number] = replace(storage, num_bytes=0, free=None)
+    brings, others = [], []
     for number, tick in sorted(needs.items()):
         source = storages[number]
         assert source.bring is not None
-        deltas[source.bring] -= source.num_bytes
-        inserted.append(_Inserted(profile.tick_positions[tick], source.num_bytes))
-    return _with_entries(
-        replace(profile, seconds=tuple(seconds), deltas=tuple(deltas)), storages, inserted, needs
-    )
+        brings.append(_Inserted(profile.tick_positions[tick], source.num_bytes))
+        others.append(_Inserted(source.bring - 1, -source.num_bytes))  # it was there already
+    for number in sorted(numbers):
+        storage, recipe = storages[number], _recipe(storages[number])
+        assert storage.use_tick is not None and storage.bring is not None
+        seconds[storage.use_tick] += recipe.seconds
+        if recipe.extra_bytes:
+            others.append(_Inserted(storage.bring, recipe.extra_bytes))
+            others.append(_Inserted(storage.bring, -recipe.extra_bytes))
+        storages[number] = replace(storage, num_bytes=0, free=None)
+    inserted = sorted([*brings, *others], key=lambda each: each.after)
+    timed = replace(profile, seconds=tuple(seconds))
+    return _with_entries(timed, storages, inserted, needs)
 
 
 def _cheapest_first(profile: StepProfile) -> list[int]:
@@ -109,20 +111,13 @@ def _needs(profile: StepProfile, numbers: Collection[int]) -> dict[int, int]:
     return needs
 
 
-def _pulse(num_bytes: int) -> Iterator[int]:
-    """Entries of memory that is held for a moment."""
-    if num_bytes:
-        yield from (num_bytes, -num_bytes)
-
-
 def _with_entries(
     profile: StepProfile,
     storages: dict[int, SavedStorage],
     inserted: list[_Inserted],
     needs: dict[int, int],
 ) -> StepProfile:
-    """Add entries to the log; sources of ``needs`` are brought by those after their ticks."""
-    inserted.sort(key=lambda each: each.after)
+    """Add entries to the log; sources of ``needs`` are brought by the first after their ticks."""
     afters = [each.after for each in inserted]
 
     def moved(place: int | None) -> int | None:
