@@ -17,9 +17,10 @@ from elbowroom.planning.swap.choose import make_plan
 from elbowroom.plans.swap import Choice, Recomputed, Swapped, SwapPlan
 from elbowroom.profiling.step import StepRecorder
 from elbowroom.swap.candidates import Candidates
-from elbowroom.swap.hooks import StepCounts, SwappedStep
+from elbowroom.swap.hooks import SwappedStep
 from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, installed_meter
+from elbowroom.swap.report import StepCounts
 from tests.swap.models import Case
 
 SMALLEST = 256

@@ -45,6 +45,8 @@ class Swap:
         tier: a folder on disk, or a tier; by default the folder for temporary files.
         enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
         verify: compare checksums of what left and what came back.
+        recompute: let plans make storages again instead of moving them, by the calls that wrote
+            them in the measured step. Turn it off if constants of the model change at each step.
         on_change: when a step does not do what the plan expects, "swap" everything at once from
             there, or "raise" StepChangedError.
         planner: makes a plan from a profile and a budget in bytes.
@@ -64,6 +66,7 @@ class Swap:
         tier: Tier | Path | str | None = None,
         enforce: bool = True,
         verify: bool = False,
+        recompute: bool = True,
         on_change: OnChange = "swap",
         planner: Planner = plan_swap,
     ) -> None:
@@ -80,6 +83,7 @@ class Swap:
             self._budget_bytes = plan.budget_bytes
         self._enforce = enforce and self._budget_bytes is not None
         self._verify = verify
+        self._recompute = recompute
         self._on_change = on_change
         self._smallest_bytes = plan.smallest_bytes if plan else SMALLEST_BYTES
         self._meter = _meter(is_needed=self._makes_plans or self._enforce)
@@ -88,6 +92,8 @@ class Swap:
         )
         self._closing = weakref.finalize(self, self._link.close)
         self._last: StepReport | None = None
+        self._is_followed = False
+        """Whether a step has followed its plan to the end."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -99,11 +105,8 @@ class Swap:
         static_bytes = self._static_bytes()
         self._prepare(static_bytes)
         plan, meter = self.plan, self._meter
-        recorder = None
-        if plan is None:
-            assert meter is not None
-            recorder = StepRecorder(self._model, meter, static_bytes, self._smallest_bytes)
         uncounted = static_bytes - self._held_bytes_before
+        recorder = self._recorder(static_bytes, uncounted) if plan is None else None
         step = SwappedStep(
             plan=plan,
             link=self._link,
@@ -133,6 +136,9 @@ class Swap:
             self.profile = recorder.profile()
         elif step.counts.change and self._makes_plans:
             self.plan = self.profile = None  # it is another step now: measure it
+            self._recompute &= self._is_followed  # one that never is may differ by being recorded
+        elif plan is not None:
+            self._is_followed = True
 
     def report(self) -> StepReport:
         """The last step, predicted and measured. Raises InputError before the first."""
@@ -181,6 +187,17 @@ class Swap:
                 f"that are held now ({format_bytes(plan.static_bytes)} when it was made), the "
                 f"budget is {format_bytes(budget)}: plan again"
             )
+
+    def _recorder(self, static_bytes: int, uncounted_bytes: int) -> StepRecorder:
+        assert self._meter is not None and self._budget_bytes is not None
+        return StepRecorder(
+            self._model,
+            self._meter,
+            static_bytes,
+            self._smallest_bytes,
+            finds_recipes=self._recompute,
+            most_bytes=self._budget_bytes - uncounted_bytes,
+        )
 
     def _room_bytes(self, uncounted_bytes: int) -> int | None:
         """What the meter may count: the budget without what it does not see."""

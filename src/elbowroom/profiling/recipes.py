@@ -126,6 +126,14 @@ class RecipeProver:
                 gc.enable()
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile was called on a module: what is noted there is compiled in, too."""
+    return any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
 def _bytes_of(item: SavedItem, link: Link) -> torch.Tensor:
     """A tensor of a storage: what is here, or a copy of what is away."""
     if item.tensor is not None:

@@ -18,7 +18,7 @@ from elbowroom.core.errors import MeasuringError
 from elbowroom.core.recipe import Recipe
 from elbowroom.core.step_profile import SavedStorage, StepProfile, can_read
 from elbowroom.profiling.lineage import Lineage
-from elbowroom.profiling.recipes import RecipeProver
+from elbowroom.profiling.recipes import RecipeProver, is_compiled
 from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, MeterLog
@@ -50,7 +50,8 @@ class StepRecorder:
         meter: the process's meter.
         static_bytes: bytes held when the step begins, those included that the meter does not see.
         smallest_bytes: the step's own limit for what is a candidate.
-        finds_recipes: note how storages are made, and try it before they come back.
+        finds_recipes: note how storages are made, and try it before they come back; not done for
+            compiled models.
         most_bytes: most that the meter may count while a recipe is tried; None for any number.
 
     """
@@ -78,7 +79,7 @@ class StepRecorder:
         self._log: MeterLog | None = None
         self._lineage = Lineage(model, meter)
         self._prover = RecipeProver(model, meter, self._lineage, most_bytes)
-        self._finds_recipes = finds_recipes
+        self._finds_recipes = finds_recipes and not is_compiled(model)
 
     @contextmanager
     def recording(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -29,48 +29,11 @@ from elbowroom.swap.handles import (
     checksum,
 )
 from elbowroom.swap.link import Link, Turns
+from elbowroom.swap.observer import StepObserver
 from elbowroom.swap.recompute import Replay, fixed_tensors
+from elbowroom.swap.report import StepCounts
 
 OnChange = Literal["swap", "raise"]
-
-
-class StepObserver(Protocol):
-    """Whoever measures a step: is told what happens, and changes nothing."""
-
-    def ticked(self) -> None:
-        """A tick begins, before anything is dropped, brought, packed or unpacked."""
-
-    def tick_ended(self) -> None:
-        """The hook of this tick is about to return to PyTorch."""
-
-    def packed(self, item: SavedItem, tick: int, storage: torch.UntypedStorage) -> None:
-        """A tensor of a candidate storage was saved."""
-
-    def unpacked(self, item: SavedItem | None, tick: int) -> None:
-        """A saved tensor was asked for; None for one whose storage is no candidate."""
-
-    def bringing(self, item: SavedItem, link: Link) -> None:
-        """Memory is about to be allocated for a storage that comes back over the link."""
-
-    def brought(self, item: SavedItem) -> None:
-        """That memory was allocated."""
-
-
-@dataclass
-class StepCounts:
-    """What one step moved and how long it waited; ``change`` says where it left its plan."""
-
-    num_packs: int = 0
-    num_unpacks: int = 0
-    num_swapped: int = 0
-    num_recomputed: int = 0
-    recomputed_bytes: int = 0
-    out_bytes: int = 0
-    in_bytes: int = 0
-    num_waits: int = 0
-    wait_seconds: float = 0.0
-    recompute_seconds: float = 0.0
-    change: str = ""
 
 
 @dataclass(eq=False)

@@ -6,7 +6,23 @@ from dataclasses import dataclass
 
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.swap import SwapPlan
-from elbowroom.swap.hooks import StepCounts
+
+
+@dataclass
+class StepCounts:
+    """What one step moved and how long it waited; ``change`` says where it left its plan."""
+
+    num_packs: int = 0
+    num_unpacks: int = 0
+    num_swapped: int = 0
+    num_recomputed: int = 0
+    recomputed_bytes: int = 0
+    out_bytes: int = 0
+    in_bytes: int = 0
+    num_waits: int = 0
+    wait_seconds: float = 0.0
+    recompute_seconds: float = 0.0
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,12 +48,14 @@ class StepReport:
 
     def __str__(self) -> str:
         plan, counts = self.plan, self.counts
+        recomputed = _bytes(counts.recomputed_bytes)
         rows = [
             ("", "predicted", "measured"),
             ("peak", _bytes(self.predicted_peak_bytes), _bytes(self.peak_bytes)),
             ("seconds", f"{plan.seconds:.3f}" if plan else "-", f"{self.seconds:.3f}"),
             ("bytes out", _bytes(plan.out_bytes if plan else None), _bytes(counts.out_bytes)),
             ("bytes in", _bytes(plan.in_bytes if plan else None), _bytes(counts.in_bytes)),
+            ("recomputed", _bytes(plan.recomputed_bytes if plan else None), recomputed),
             ("waits", "", f"{counts.num_waits}, {counts.wait_seconds:.3f} s"),
             ("link busy", "", f"{self.link_seconds:.3f} s"),
         ]
