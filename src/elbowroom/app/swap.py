@@ -13,7 +13,12 @@ from typing import Self
 import torch
 from torch import nn
 
-from elbowroom.core.errors import InputError, MemoryPlanError, MeterUnavailableError
+from elbowroom.core.errors import (
+    InputError,
+    MemoryPlanError,
+    MeterUnavailableError,
+    RecomputeError,
+)
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes, parse_memory
 from elbowroom.planning.swap.choose import plan_swap, with_static_bytes
@@ -92,6 +97,7 @@ class Swap:
         )
         self._closing = weakref.finalize(self, self._link.close)
         self._last: StepReport | None = None
+        self._modes: list[bool] = []
         self._is_followed = False
         """Whether a step has followed its plan to the end."""
 
@@ -100,7 +106,8 @@ class Swap:
         """The context of one step: one or several forwards and their backwards.
 
         Raises MemoryPlanError before the step if it cannot fit, torch.OutOfMemoryError inside if
-        it does not, and SwapError if the link or the tier fails.
+        it does not, SwapError if the link or the tier fails, and RecomputeError if the step
+        computes something else than when it was measured; the next one is measured again then.
         """
         static_bytes = self._static_bytes()
         self._prepare(static_bytes)
@@ -121,7 +128,7 @@ class Swap:
                 meter.reset_peak()
                 inside.enter_context(meter.budget(self._room_bytes(uncounted)))
             inside.enter_context(recorder.recording() if recorder else nullcontext())
-            with step.hooks():
+            with step.hooks(), self._measured_again_if_other():
                 yield
             step.end()
         self._last = StepReport(
@@ -139,6 +146,17 @@ class Swap:
             self._recompute &= self._is_followed  # one that never is may differ by being recorded
         elif plan is not None:
             self._is_followed = True
+
+    @contextmanager
+    def _measured_again_if_other(self) -> Iterator[None]:
+        """Measure the next step, and recompute no more, if this one computes something else."""
+        try:
+            yield
+        except RecomputeError:
+            if self._makes_plans:
+                self.plan = self.profile = None
+                self._recompute = False
+            raise
 
     def report(self) -> StepReport:
         """The last step, predicted and measured. Raises InputError before the first."""
@@ -172,7 +190,10 @@ class Swap:
 
     def _prepare(self, static_bytes: int) -> None:
         """Have a plan that fits, unless this step is to be measured. Raises MemoryPlanError."""
-        budget = self._budget_bytes
+        budget, modes = self._budget_bytes, _modes(self._model)
+        if self._makes_plans and self.plan and self.plan.recomputed and modes != self._modes:
+            self.plan = self.profile = None  # as many tensors, but other ones: nothing would differ
+        self._modes = modes
         if budget is None or (self.plan is None and self.profile is None):
             return
         plan = self.plan
@@ -204,6 +225,11 @@ class Swap:
         if not self._enforce or self._budget_bytes is None:
             return None
         return self._budget_bytes - uncounted_bytes
+
+
+def _modes(model: nn.Module) -> list[bool]:
+    """Which modules are in training mode."""
+    return [module.training for module in model.modules()]
 
 
 def _meter(*, is_needed: bool) -> Meter | None:

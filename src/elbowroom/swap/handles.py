@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from elbowroom.core.errors import SwapError
+from elbowroom.core.errors import RecomputeError, SwapError
 from elbowroom.plans.swap import Choice
 from elbowroom.swap.link import Copy
 from elbowroom.swap.recompute import Replay, viewed
@@ -120,17 +120,20 @@ class SavedItem:
     def make_again(self) -> None:
         """Replay the calls that wrote it, whose sources must be here.
 
-        Raises RuntimeError, in PyTorch's words, if a source was written since, and SwapError if
-        other bytes come out.
+        Raises RuntimeError, in PyTorch's words, if a source was written since, and RecomputeError
+        if other bytes come out.
         """
         assert self.remaking is not None
         remaking = self.remaking
         remaking.check(self.number)
-        made = remaking.replay.run(remaking.tensors())
+        try:
+            made = remaking.replay.run(remaking.tensors())
+        except (TypeError, IndexError) as error:
+            raise RecomputeError(f"storage {self.number}: its recipe fails: {error}") from error
         remaking.check(self.number)  # nor did the replay write into what it read
         storage = made.untyped_storage()
         if storage.nbytes() != self.num_bytes or checksum(storage) != self.checksum:
-            raise SwapError(
+            raise RecomputeError(
                 f"storage {self.number} ({self.num_bytes} bytes) was recomputed to other bytes "
                 "than were saved: the step computes something else than when it was profiled. "
                 "Profile and plan it again, or with recompute=False if its constants change"

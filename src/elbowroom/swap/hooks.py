@@ -143,15 +143,13 @@ class SwappedStep:
         remaking = None
         if self.plan is not None and self._follows:
             planned = self.plan.choice_of.get(number)
-            if isinstance(planned, Recomputed):
-                remaking = self._remaking(planned)
+            remaking = self._remaking(planned) if isinstance(planned, Recomputed) else None
             if remaking is not None or not isinstance(planned, Recomputed):
                 choice = planned
         original = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         item = SavedItem(number, storage.nbytes(), choice, original, tensor._version)
         if remaking is not None:
-            item.remaking = remaking
-            item.checksum = checksum(storage)
+            item.remaking, item.checksum = remaking, checksum(storage)
             self.counts.num_recomputed += 1
         self._items[storage._cdata] = item
         self._by_number[number] = item
@@ -159,12 +157,11 @@ class SwappedStep:
 
     def _remaking(self, choice: Recomputed) -> Remaking | None:
         """How to make a storage again; None if what it is made from is gone: then it is swapped."""
-        replay = self._replays[choice.storage]
-        sources = [self._by_number.get(number) for number in choice.recipe.sources]
-        there = [item for item in sources if item is not None]
-        if len(there) < len(sources):
+        numbers, replay = choice.recipe.sources, self._replays[choice.storage]
+        sources = [self._by_number[number] for number in numbers if number in self._by_number]
+        if len(sources) < len(numbers):
             return None
-        return Remaking(replay, there, replay.versions())
+        return Remaking(replay, sources, replay.versions())
 
     def _send_out(self, item: SavedItem, tensor: torch.Tensor) -> None:
         assert isinstance(item.choice, Swapped)

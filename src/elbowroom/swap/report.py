@@ -48,7 +48,7 @@ class StepReport:
 
     def __str__(self) -> str:
         plan, counts = self.plan, self.counts
-        recomputed = _bytes(counts.recomputed_bytes)
+        recomputed = f"{_bytes(counts.recomputed_bytes)}, {counts.recompute_seconds:.3f} s"
         rows = [
             ("", "predicted", "measured"),
             ("peak", _bytes(self.predicted_peak_bytes), _bytes(self.peak_bytes)),
@@ -59,6 +59,8 @@ class StepReport:
             ("waits", "", f"{counts.num_waits}, {counts.wait_seconds:.3f} s"),
             ("link busy", "", f"{self.link_seconds:.3f} s"),
         ]
+        if not counts.num_recomputed and not (plan and plan.recomputed):
+            rows = [row for row in rows if row[0] != "recomputed"]
         lines = [f"{name:<10} {predicted:>14} {measured:>14}" for name, predicted, measured in rows]
         if counts.change:
             lines.append(f"left its plan: {counts.change}")
