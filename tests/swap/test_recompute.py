@@ -141,6 +141,29 @@ def test_what_random_numbers_made_has_no_recipe(link: Link) -> None:
         assert not any("dropout" in call.function for call in calls)
 
 
+class Secret(nn.Module):
+    """Writes into a tensor past PyTorch, which counts no version then."""
+
+    def __init__(self, is_secret: bool) -> None:
+        super().__init__()
+        self.is_secret = is_secret
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x * 2).sin()
+        if self.is_secret:
+            y.detach().numpy()[7] = 3
+        return y.pow(2)  # saves y
+
+
+@pytest.mark.parametrize("is_secret", [False, True])
+def test_what_was_written_past_pytorch_has_no_recipe(link: Link, is_secret: bool) -> None:
+    model = Secret(is_secret)
+    x = torch.linspace(-1, 1, 400, requires_grad=True)
+    case = Case(model, torch.zeros(1), torch.zeros(1))
+    storages = profiled(case, link, lambda: model(x).sum().backward()).storages
+    assert [bool(each.recipe) for each in storages] == [False, not is_secret]
+
+
 def test_measuring_leaves_the_step_as_it_is(link: Link) -> None:
     """What recipes need is neither in the log nor in the numbers of the step."""
     case = make("unet")

@@ -103,7 +103,8 @@ class Recipe:
     Args:
         calls: in order.
         result: the storage, of all that the calls make.
-        seconds: of a replay, the check of its result included, without bringing what it reads.
+        seconds: of a replay, with the checksums at the save and of the result, and without bringing
+            what it reads.
         extra_bytes: most that a replay holds at a time beyond the storage itself.
 
     Raises InputError for calls that read what is not made yet.
