@@ -10,29 +10,27 @@ which between two of the fixed budgets need not be as fast for a little more.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import cached_property
 from math import ceil
-from typing import NamedTuple
 
 from elbowroom.core.errors import MemoryPlanError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.swap.clock import StepClock, Timing
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
-from elbowroom.planning.swap.recompute import recompute_sets, recomputed, with_recomputed
 from elbowroom.planning.swap.room import StepRoom
-from elbowroom.planning.swap.search import SwapSearch, is_better
-from elbowroom.planning.swap.settle import Settled, Settler
+from elbowroom.planning.swap.search import is_better
+from elbowroom.planning.swap.settle import Settled
 from elbowroom.planning.swap.thresholds import Autotune, rule_choices
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink
+from elbowroom.planning.swap.variants import Candidate, Variant, VariantSearch
 from elbowroom.plans.swap import Choice, PlannedStorage, Recomputed, SwapPlan, default_order
 
 _MOST_RUNGS, _FEWEST_RUNGS, _STORAGES_SEARCHED = 64, 24, 6000
 """Budgets at which plans are searched; fewer for steps that save many storages, for the time."""
 
-_STORAGES_RECOMPUTED = 150
+_STORAGES_RECOMPUTED = 100
 """Storages from which on only some budgets are searched with recompute, for the time: at twice as
 many every second one."""
 
@@ -62,17 +60,14 @@ class SwapPlanner:
     ) -> None:
         """``recompute=False`` leaves recipes alone."""
         self._profile = profile
-        sets = recompute_sets(profile) if recompute else [frozenset[int]()]
-        self._variants = [_Variant(profile, numbers, link) for numbers in sets]
-        self._rungs = rung_budgets(profile, len(self._plain.room.movable))
-        self._stride = max(1, len(self._plain.room.movable) // _STORAGES_RECOMPUTED)
-        self._found: list[_Found] = []
+        self._plain = Variant(profile, frozenset(), link)
+        self._variants = VariantSearch(profile, link) if recompute else None
+        self._autotune = Autotune(self._plain.room)
+        num_movable = len(self._plain.room.movable)
+        self._rungs = rung_budgets(profile, num_movable)
+        self._stride = max(1, num_movable // _STORAGES_RECOMPUTED)
+        self._found: list[Candidate] = []
         """The best plan up to each budget searched so far."""
-
-    @property
-    def _plain(self) -> _Variant:
-        """The step in which nothing is recomputed."""
-        return self._variants[0]
 
     def plan(self, budget_bytes: int) -> SwapPlan:
         """The plan for a budget, as ``plan_swap`` makes it. Raises what it raises."""
@@ -84,114 +79,37 @@ class SwapPlanner:
         while len(self._found) < num_rungs:
             self._found.append(self._search_rung(self._rungs[len(self._found)]))
         best = self._found[num_rungs - 1]
-        rule = plain.by_rule(budget_bytes)
+        rule = _by_rule(self._profile, plain.clock, self._autotune, budget_bytes)
         if rule is not None and is_better(rule, best.settled):
-            best = self._as_found(plain, rule)
+            best = Candidate(plain, rule)
         choices = best.variant.choices(best.settled)
         return _plan(self._profile, choices, best.settled.timing, budget_bytes)
 
-    def _search_rung(self, rung: int) -> _Found:
+    def _search_rung(self, rung: int) -> Candidate:
         """Find the best plan up to the next budget.
 
         A plan that is faster than one for less memory, but holds less, is left out: predicted peaks
         rise with the budget, as seconds fall.
         """
-        rule = self._plain.by_rule(rung)
-        begins = [self._found[-1].settled.choices] if self._found else []
+        last = self._found[-1] if self._found else None
+        begins = [] if last is None else [last.settled.choices]
+        rule = _by_rule(self._profile, self._plain.clock, self._autotune, rung)
         settled = self._plain.best(rung, begins if rule is None else [*begins, rule.choices])
         assert settled is not None, "all at once fits the floor, the first of the budgets"
         if rule is not None and is_better(rule, settled):
             settled = rule
-        found = self._as_found(self._plain, settled)
-        if settled.timing.waited and len(self._found) % self._stride == 0:
-            found = self._with_recompute(rung, found, begins)
-        if self._found:
-            best = self._found[-1]
-            if not is_better(found.settled, best.settled) or found.peak_bytes < best.peak_bytes:
-                return best
+        found = Candidate(self._plain, settled)
+        is_due = len(self._found) % self._stride == 0
+        if self._variants is not None and is_due and settled.timing.waited:
+            found = self._variants.better(rung, found, last) or found
+        if last is not None:
+            is_slower = not is_better(found.settled, last.settled)
+            if is_slower or self._peak(found) < self._peak(last):
+                return last
         return found
 
-    def _with_recompute(
-        self, rung: int, found: _Found, begins: Sequence[Collection[int]]
-    ) -> _Found:
-        """The best of some variants, if one is better than what was found."""
-        best, settled = None, found.settled
-        for variant in self._near_variants():
-            sketch = variant.sketch(rung, begins)
-            if sketch is not None and is_better(sketch, settled):
-                best, settled = variant, sketch
-        return found if best is None else self._as_found(best, best.improved(rung, settled))
-
-    def _near_variants(self) -> list[_Variant]:
-        """Sets to recompute, at most one size from the last that was best; all at the first."""
-        if not self._found:
-            return self._variants[1:]
-        at = self._variants.index(self._found[-1].variant)
-        return self._variants[max(1, at - 1) : at + 2]
-
-    def _as_found(self, variant: _Variant, settled: Settled) -> _Found:
-        return _Found(variant, settled, peak_bytes(self._profile, variant.choices(settled)))
-
-
-class _Variant:
-    """The step with one set of storages recomputed, in which the others are planned."""
-
-    def __init__(self, profile: StepProfile, numbers: frozenset[int], link: SwapLink) -> None:
-        self._profile = with_recomputed(profile, numbers)
-        self._recomputed = recomputed(profile, numbers)
-        self._link = link
-
-    @cached_property
-    def room(self) -> StepRoom:
-        return StepRoom(self._profile)
-
-    @cached_property
-    def clock(self) -> StepClock:
-        return StepClock(self._profile, self._link)
-
-    @cached_property
-    def _search(self) -> SwapSearch:
-        return SwapSearch(Settler(self.room, self.clock))
-
-    @cached_property
-    def _autotune(self) -> Autotune:
-        return Autotune(self.room)
-
-    def by_rule(self, budget_bytes: int) -> Settled | None:
-        """What TFLMS's autotune finds."""
-        return _by_rule(self._profile, self.clock, self._autotune, budget_bytes)
-
-    def best(self, budget_bytes: int, begins: Sequence[Collection[int]]) -> Settled | None:
-        """The best found from no storage and from some sets to swap; None if none fits."""
-        most_bytes = budget_bytes - self._profile.static_bytes
-        return self._search.best(most_bytes, self._starts(most_bytes, begins))
-
-    def sketch(self, budget_bytes: int, begins: Sequence[Collection[int]]) -> Settled | None:
-        """The same in a hurry, without local search."""
-        most_bytes = budget_bytes - self._profile.static_bytes
-        return self._search.sketch(most_bytes, self._starts(most_bytes, begins))
-
-    def improved(self, budget_bytes: int, sketch: Settled) -> Settled:
-        """What local search makes of a sketch."""
-        return self._search.improved(budget_bytes - self._profile.static_bytes, sketch)
-
-    def _starts(self, most_bytes: int, begins: Sequence[Collection[int]]) -> list[set[int]]:
-        """Sets to begin with, each with more until the rest fits."""
-        movable = self.room.movable
-        sets = [(), *([number for number in begin if number in movable] for begin in begins)]
-        return [self._search.longest_first(most_bytes, begin) for begin in sets]
-
-    def choices(self, settled: Settled) -> list[Choice]:
-        """The choices of all storages that are not kept."""
-        return [*settled.choices.values(), *self._recomputed]
-
-
-class _Found(NamedTuple):
-    """The best plan up to a budget, and its peak, static bytes included."""
-
-    variant: _Variant
-    settled: Settled
-    peak_bytes: int
+    def _peak(self, found: Candidate) -> int:
+        return peak_bytes(self._profile, found.variant.choices(found.settled))
 
 
 def plan_thresholds(

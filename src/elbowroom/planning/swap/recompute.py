@@ -8,7 +8,7 @@ replay is compute, and its sources are needed earlier.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,6 +43,26 @@ def recompute_sets(profile: StepProfile) -> list[frozenset[int]]:
         if count > len(sets[-1]):
             sets.append(frozenset(order[:count]))
     return sets
+
+
+def neighbour_sets(
+    profile: StepProfile, numbers: frozenset[int], others: Iterable[int]
+) -> Iterator[frozenset[int]]:
+    """Sets with one more of ``others``, instead of those it cannot go with, or with one less."""
+    for number in others:
+        storage = profile.storages[number]
+        if storage.recipe is not None and number not in numbers:
+            reads = {number, *storage.recipe.sources}
+            kept = {one for one in numbers if one not in reads and not _reads(profile, one, number)}
+            yield frozenset({number, *kept})
+    by_cost = sorted(numbers, key=lambda one: (-_recipe(profile.storages[one]).seconds, one))
+    for number in by_cost:
+        if len(numbers) > 1:
+            yield numbers - {number}
+
+
+def _reads(profile: StepProfile, number: int, source: int) -> bool:
+    return source in _recipe(profile.storages[number]).sources
 
 
 def recomputed(profile: StepProfile, numbers: Collection[int]) -> list[Recomputed]:
