@@ -141,6 +141,24 @@ def test_what_random_numbers_made_has_no_recipe(link: Link) -> None:
         assert not any("dropout" in call.function for call in calls)
 
 
+class Long(nn.Module):
+    """Saves what three calls made before, and what they take."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 0.5
+        return y.pow(2) + ((y + 1) * 2 - 3).exp()
+
+
+def test_what_a_replay_makes_on_the_way_goes_when_it_was_read(link: Link) -> None:
+    model, x = Long(), torch.linspace(-1, 1, 400, requires_grad=True)
+    case = Case(model, torch.zeros(1), torch.zeros(1))
+    storages = profiled(case, link, lambda: model(x).sum().backward()).storages
+    recipe = storages[-1].recipe
+    assert recipe is not None
+    assert [last_name(call) for call in recipe.calls] == ["add", "mul", "sub", "exp"]
+    assert recipe.extra_bytes // 1600 == 1  # one beside the result at any time
+
+
 class Secret(nn.Module):
     """Writes into a tensor past PyTorch, which counts no version then."""
 
@@ -188,8 +206,8 @@ def test_measuring_leaves_the_step_as_it_is(link: Link) -> None:
 
 @pytest.mark.parametrize("room_bytes", [0, 20_000, 60_000])
 def test_recipes_are_tried_where_there_is_room(link: Link, room_bytes: int) -> None:
-    """The measured step holds no more than its floor, or what it may."""
-    case = make("unet")
+    """The measured step holds no more than its floor, or what it may; nothing is refused."""
+    case = make("cnn")
     plain_step(case)
     plan = make_plan(profiled(case, link), ())
     floor = make_plan(profiled(case, link), floor_choices(profiled(case, link))).peak_bytes
@@ -210,6 +228,18 @@ def test_recipes_are_tried_where_there_is_room(link: Link, room_bytes: int) -> N
     profile = recorder.profile()
     assert make_plan(profile, ()).peak_bytes == plan.peak_bytes
     assert any(storage.recipe for storage in profile.storages)
+
+
+def test_without_room_no_recipe_is_tried(link: Link) -> None:
+    case = make("cnn")
+    plain_step(case)
+    meter = needed_meter()
+    recorder = StepRecorder(case.model, meter, 0, SMALLEST, most_bytes=meter.held_bytes)
+    step = SwappedStep(None, link, Candidates(case.model, SMALLEST), observer=recorder)
+    with recorder.recording(), step.hooks():
+        case.loss().backward()
+    step.end()
+    assert not any(storage.recipe for storage in recorder.profile().storages)
 
 
 def test_a_parameter_written_after_the_save_raises(link: Link) -> None:
@@ -420,7 +450,7 @@ def test_a_backward_under_autocast_replays_without_it(link: Link) -> None:
 
     plain = gradients()
     profile = profiled(Case(model, inputs, torch.zeros(1)), link, lambda: (gradients(), None)[1])
-    step = SwappedStep(plan_with(profile, "gelu"), link, Candidates(model, SMALLEST))
+    step = SwappedStep(plan_with(profile, "linear"), link, Candidates(model, SMALLEST))
     with step.hooks():
         found = gradients()
     step.end()

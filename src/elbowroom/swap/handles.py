@@ -125,12 +125,11 @@ class SavedItem:
         """
         assert self.remaking is not None
         remaking = self.remaking
-        remaking.check(self.number)
         try:
             made = remaking.replay.run(remaking.tensors())
         except (TypeError, IndexError) as error:
             raise RecomputeError(f"storage {self.number}: its recipe fails: {error}") from error
-        remaking.check(self.number)  # nor did the replay write into what it read
+        remaking.check(self.number)  # afterwards: nor may the replay write into what it reads
         storage = made.untyped_storage()
         if storage.nbytes() != self.num_bytes or checksum(storage) != self.checksum:
             raise RecomputeError(
