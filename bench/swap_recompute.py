@@ -4,7 +4,7 @@ Measured: which part of a step's saved bytes has recipes, and what their replays
 U-Net, a CNN and a transformer. Then steps of the U-Net at one budget, planned with and without
 recompute, in alternating pairs, over a link in memory that is held to a rate.
 
-python -m bench.swap_recompute [--rate 200] [--pairs 5]
+python -m bench.swap_recompute [--rate 50] [--pairs 5]
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ BUDGET_PART = 0.4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rate", type=float, default=200, help="MB/s of the link, each way")
+    parser.add_argument("--rate", type=float, default=50, help="MB/s of the link, each way")
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -487,6 +487,8 @@ def _with_call(plan: SwapPlan, change: Callable[[Call], Call]) -> SwapPlan:
         lambda call: replace(call, function="torch.nn.functional.dropout"),
         lambda call: replace(call, function="os.system"),
         lambda call: replace(call, function="torch.load"),
+        lambda call: Call("torch.Tensor.mul_", (call.args[0], 2.0)),
+        lambda call: Call("torch.nn.functional.relu", call.args[:1], {"inplace": True}),
         lambda call: replace(
             call, args=(TensorArgument("absent.weight", "float32", (1,), (1,), 0), *call.args[1:])
         ),
@@ -507,7 +509,7 @@ def test_a_recipe_that_cannot_be_replayed_is_refused_at_the_start(
 def test_a_recipe_that_writes_into_its_source_raises(link: Link) -> None:
     case = chain()
     plan = plan_with(profiled(case, link), "exp")
-    plan = _with_call(plan, lambda call: Call("torch.Tensor.mul_", (call.args[0], 2.0)))
+    plan = _with_call(plan, lambda call: Call("torch.nn.functional.relu", (call.args[0], True)))
     with pytest.raises(RuntimeError, match=IN_PLACE):
         swapped_step(case, link, plan)
 

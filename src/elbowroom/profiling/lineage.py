@@ -90,7 +90,7 @@ class Draft(NamedTuple):
 
 
 class _NotReplayableError(Exception):
-    """An argument that no recipe can hold."""
+    """A call that no recipe can hold."""
 
 
 class Lineage(TorchFunctionMode):
@@ -129,14 +129,6 @@ class Lineage(TorchFunctionMode):
         self._spent_seconds += time.perf_counter() - returned + called - begin
         return result
 
-    def enter(self) -> None:
-        """Begin to note."""
-        self.__enter__()  # type: ignore[no-untyped-call]
-
-    def leave(self) -> None:
-        """End to note."""
-        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
     def spent_seconds(self) -> float:
         """Seconds that noting took since this was last asked."""
         spent, self._spent_seconds = self._spent_seconds, 0.0
@@ -171,32 +163,36 @@ class Lineage(TorchFunctionMode):
                 if read.state not in visited and not is_there:
                     visited.add(read.state)
                     waiting.append(read.state)
-        return self._drafted(sorted(needed, key=lambda call: call.place), target, saved)
+        try:
+            return self._drafted(sorted(needed, key=lambda call: call.place), target, saved)
+        except _NotReplayableError:
+            return None
 
-    def _drafted(
-        self, calls: list[_Noted], target: State, saved: Mapping[State, int]
-    ) -> Draft | None:
+    def _drafted(self, calls: list[_Noted], target: State, saved: Mapping[State, int]) -> Draft:
+        """Write calls down, in order. Raises _NotReplayableError if they take what is not there."""
         made: dict[int, Made] = {}
         sources: set[int] = set()
 
         def source(state: State) -> int | str | Made:
             if state.storage in made:
                 return made[state.storage]
-            if state not in saved:
+            if state in saved:
+                sources.add(saved[state])
+                return saved[state]
+            if state.storage in self._name_of:
                 return self._name_of[state.storage]
-            sources.add(saved[state])
-            return saved[state]
+            raise _NotReplayableError
 
         drafted = []
         for number, call in enumerate(calls):
             if not call.written <= made.keys():
-                return None  # it writes into what it may only read
+                raise _NotReplayableError  # it writes into what it may only read
             args = tuple(_filled(each, source) for each in call.args)
             kwargs = {key: _filled(each, source) for key, each in call.kwargs.items()}
             drafted.append(Call(call.function, args, kwargs))
             made |= {storage: Made(number, output) for storage, output in call.made.items()}
         if target.storage not in made:
-            return None
+            raise _NotReplayableError
         windows = tuple((call.begin, call.end) for call in calls)
         return Draft(tuple(drafted), made[target.storage], frozenset(sources), windows)
 

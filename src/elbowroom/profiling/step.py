@@ -172,13 +172,13 @@ class StepRecorder:
     def _follow(self, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def enter(*_: Any) -> None:
             if self._finds_recipes and not self._modules:
-                self._lineage.enter()
+                self._lineage.__enter__()  # type: ignore[no-untyped-call]
             self._modules.append(name)
 
         def leave(*_: Any) -> None:
             self._modules.pop()
             if self._finds_recipes and not self._modules:
-                self._lineage.leave()
+                self._lineage.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         return [
             module.register_forward_pre_hook(enter),

@@ -117,8 +117,8 @@ class SavedItem:
         self.back = Copy("in", self.tensor.untyped_storage(), self.slot)
         return self.back
 
-    def make_again(self) -> None:
-        """Replay the calls that wrote it, whose sources must be here.
+    def make_again(self) -> torch.UntypedStorage:
+        """Replay the calls that wrote it, whose sources must be here. Returns the new storage.
 
         Raises RuntimeError, in PyTorch's words, if a source was written since, and RecomputeError
         if other bytes come out.
@@ -138,6 +138,7 @@ class SavedItem:
                 "Profile and plan it again, or with recompute=False if its constants change"
             )
         self.tensor, self.is_back, self.remaking = made, True, None
+        return storage
 
     def check(self) -> None:
         """Raise RuntimeError, in PyTorch's words, if its bytes are no longer those saved."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import get_overridable_functions, resolve_name
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.recipe import Argument, Made, Recipe, Setting, TensorArgument
+from elbowroom.core.recipe import Argument, Call, Made, Recipe, Setting, TensorArgument
 
 _MODULES = ("torch", "torch.Tensor", "torch.nn.functional")
 
@@ -64,7 +64,8 @@ class Replay:
         recipe: what to call.
         fixed: the model's parameters and buffers, by qualified name.
 
-    Raises InputError for a function that is not replayed, or a tensor that the model lacks.
+    Raises InputError for a function that is not replayed, a tensor that the model lacks, and a call
+    that writes into what is not its own.
 
     """
 
@@ -76,6 +77,7 @@ class Replay:
                     f"a recipe calls '{call.function}', which is not replayed: profile the step "
                     "and plan it again"
                 )
+            _check_written(call)
             _check_settings(call.args)
             _check_settings(tuple(call.kwargs.values()))
         for name in recipe.names:
@@ -175,6 +177,18 @@ def _last_reads(recipe: Recipe) -> dict[Made, int]:
                 last[tensor.source] = number
     last[recipe.result] = len(recipe.calls)
     return dict(last)
+
+
+def _check_written(call: Call) -> None:
+    """Raise InputError for a call that says that it writes into what is not the recipe's own.
+
+    One that does so and does not say it is noticed by versions, after the replay.
+    """
+    is_in_place = call.function.endswith("_") or call.kwargs.get("inplace") is True
+    first = call.args[0] if call.args else None
+    is_own = isinstance(first, TensorArgument) and isinstance(first.source, Made)
+    if "out" in call.kwargs or (is_in_place and not is_own):
+        raise InputError(f"a recipe's '{call.function}' writes into what it may only read")
 
 
 def _check_settings(arguments: tuple[Argument, ...]) -> None:
