@@ -182,6 +182,25 @@ def test_what_was_written_past_pytorch_has_no_recipe(link: Link, is_secret: bool
     assert [bool(each.recipe) for each in storages] == [False, not is_secret]
 
 
+class Out(nn.Module):
+    """Has a result written where it says."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        with torch.no_grad():
+            z = y.clone()
+            torch.mul(y, 3, out=z)
+        return y.pow(2) + y * z  # saves both
+
+
+def test_what_was_written_by_out_is_swapped(link: Link) -> None:
+    model, x = Out(), torch.linspace(-1, 1, 400, requires_grad=True)
+    case = Case(model, torch.zeros(1), torch.zeros(1))
+    storages = profiled(case, link, lambda: model(x).sum().backward()).storages
+    assert [storage.num_bytes for storage in storages] == [1600, 1600]
+    assert not storages[1].recipe
+
+
 def test_measuring_leaves_the_step_as_it_is(link: Link) -> None:
     """What recipes need is neither in the log nor in the numbers of the step."""
     case = make("unet")

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from elbowroom.core.errors import InputError
 from elbowroom.core.recipe import Recipe
 from elbowroom.profiling.lineage import Draft, Lineage, State
 from elbowroom.swap.handles import SavedItem, checksum
@@ -74,8 +75,8 @@ class RecipeProver:
         with self._outside_of_log():
             try:
                 recipe = self._try(item, draft, sources, link)
-            except RuntimeError:  # no memory for it, or a source that was written since
-                return
+            except (InputError, RuntimeError, TypeError):
+                return  # not to be replayed, no memory for it, or a source was written since
         if recipe is not None:
             self.recipes[item.number] = recipe
 
