@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +18,11 @@ import torch
 from torch import nn
 
 from elbowroom.app.swap import Swap
-from elbowroom.core.errors import InputError, MemoryPlanError, StepChangedError
+from elbowroom.core.errors import InputError, MemoryPlanError, RecomputeError, StepChangedError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.planning.swap.choose import make_plan, plan_swap, with_static_bytes
 from elbowroom.planning.swap.memory import floor_bytes
+from elbowroom.planning.swap.timeline import SwapLink
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.tier import MemoryTier
 from tests.swap.models import MAKERS, Case, make
@@ -236,6 +238,59 @@ def test_gradients_that_were_there_when_it_was_measured_are_counted_when_they_ar
     assert report.peak_bytes is not None and report.predicted_peak_bytes is not None
     assert report.predicted_peak_bytes - held <= report.peak_bytes <= report.predicted_peak_bytes
     assert report.predicted_peak_bytes <= budget
+
+
+def run_at(name: str, part: float, **options: Any) -> Run:
+    """A run with a budget between the floor and keeping all, over a link of 1 MB/s."""
+    profile, static_bytes = measured(name)
+    floor, most = floor_bytes(profile), make_plan(profile, ()).peak_bytes
+    gc.collect()
+    held = needed_meter().held_bytes - profile.static_bytes + static_bytes
+    budget = held + floor + int((most - floor) * part)
+    slow = partial(plan_swap, link=SwapLink(1e6, 1e6))
+    return Run(make(name), budget=budget, planner=slow, **options)
+
+
+@pytest.mark.parametrize("name", ["unet", "transformer"])
+def test_what_is_cheaper_made_again_than_moved_is_made_again(name: str) -> None:
+    expected = Run(make(name)).train(3)
+    run = run_at(name, 0.4)
+    assert run.train(3) == expected
+    last = run.reports[-1]
+    assert last.plan is not None and last.plan.recomputed
+    assert last.counts.num_recomputed == len(last.plan.recomputed)
+    assert last.predicted_peak_bytes == last.peak_bytes
+    assert "recomputed" in str(last)
+    without = run_at(name, 0.4, recompute=False)
+    assert without.train(3) == expected
+    plan = without.reports[-1].plan
+    assert plan is not None and not plan.recomputed and plan.seconds > last.plan.seconds
+
+
+def test_a_model_that_changes_its_mode_is_measured_again() -> None:
+    plain = Run(make("unet"))
+    expected = plain.train(2)
+    plain.case.model.train(False)
+    expected += plain.train(2)
+    run = run_at("unet", 0.4)
+    losses = run.train(2, is_last=False)
+    run.case.model.train(False)
+    assert losses + run.train(2) == expected
+    assert [report.plan is None for report in run.reports] == [True, False, True, False]
+
+
+def test_constants_that_change_are_found_once_and_then_never_recomputed() -> None:
+    run = run_at("unet", 0.4)
+    losses = run.train(2, is_last=False)
+    norms = [each for each in run.case.model.modules() if isinstance(each, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.eps *= 2
+    with pytest.raises(RecomputeError):
+        run.train(1, is_last=False)
+    run.optimizer.zero_grad()
+    run.train(3)
+    assert len(losses) == 2 and run.swap is not None and run.swap.profile is not None
+    assert run.reports[-1].plan is not None and not run.reports[-1].plan.recomputed
 
 
 @pytest.mark.parametrize("options", [{}, {"plan": "both", "budget": "1GiB"}])

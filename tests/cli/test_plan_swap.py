@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import re
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from elbowroom.planning.swap.choose import plan_swap
 from elbowroom.planning.swap.memory import floor_bytes
 from elbowroom.planning.swap.timeline import SwapLink, simulate_swap
 from elbowroom.plans.swap import read_swap_plan
-from tests.planning.swap.made_models import gpt_like, unet_like
+from tests.planning.swap.made_models import gpt_like, unet_like, with_recipes
 
 SLOW = SwapLink(2e8, 2e8)
 
@@ -91,6 +92,22 @@ def test_a_narrow_terminal_has_room() -> None:
     lines = [line.rstrip() for line in shown.splitlines()]
     assert max(map(len, lines)) <= 50
     assert any(line.endswith("waited") for line in lines)
+
+
+def test_what_is_made_again_is_shown_and_may_be_forbidden(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.json"
+    path = str(written(with_recipes(unet_like(), random.Random(1)), tmp_path))
+    flags = ["--budget", "70MiB", "--link", "20MB/s", "--all", "--json", str(out)]
+    for extra in ([], ["--no-recompute"]):
+        assert main(["train", "plan-swap", path, *flags, *extra]) == EXIT_GOOD
+        plan = read_swap_plan(out)
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        does = [number for number in plan.choice_of if " recompute " in lines[str(number)]]
+        assert does == [choice.storage for choice in plan.recomputed]
+        assert bool(does) == (not extra)
+        assert lines["recomputed"].split()[1].rstrip(",") == str(len(does))
 
 
 def test_a_budget_below_the_floor_is_refused_by_numbers(

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 
 from elbowroom.core.errors import InputError
+from elbowroom.core.recipe import Call, Made, Recipe, TensorArgument
 from elbowroom.plans.swap import (
+    Choice,
     PlannedStorage,
+    Recomputed,
     Swapped,
     SwapPlan,
     Transfer,
@@ -111,3 +114,40 @@ def test_a_file_that_is_no_plan_is_named(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(InputError, match=r"other\.json"):
         read_swap_plan(path)
+
+
+def recipe(*sources: int) -> Recipe:
+    read = tuple(TensorArgument(source, "uint8", (1,), (1,), 0) for source in sources)
+    return Recipe((Call("torch.cat", (read,)),), Made(0, 0), 0.125, 10)
+
+
+def test_recomputed_storages_are_not_moved(tmp_path: Path) -> None:
+    choices = (Swapped(0, 4, 8), Recomputed(1, recipe(0)), Swapped(2, 5, None))
+    made = plan(choices=choices, transfers=default_order(STORAGES, choices))
+    assert " ".join(map(str, made.transfers)) == "O0 O2 I0"
+    assert (made.out_bytes, made.in_bytes, made.recomputed_bytes) == (130, 100, 60)
+    assert (len(made.swapped), len(made.recomputed), made.sources) == (2, 1, {0})
+    assert made.need_ticks[0] == 8  # the replay is before its own use at 9
+    assert "2 of 3" in str(made) and "1 recomputed" in str(made)
+    path = tmp_path / "plan.json"
+    write_swap_plan(path, made)
+    assert read_swap_plan(path) == made
+
+
+@pytest.mark.parametrize(
+    ("choices", "problem"),
+    [
+        ((Recomputed(2, recipe(0)),), "never asked for"),
+        ((Recomputed(1, recipe(3)),), "storage 3 of 3"),
+        ((Recomputed(1, recipe(2)),), "saved before"),
+        ((Recomputed(0, recipe(1)),), "saved before"),
+        ((Recomputed(0, recipe()), Recomputed(1, recipe(0))), "recomputed itself"),
+        ((Swapped(0, 4, 9), Recomputed(1, recipe(0))), "brought at tick 9"),
+        ((Swapped(0, 9, 9), Recomputed(1, recipe(0))), "brought at tick 9"),
+    ],
+)
+def test_recomputing_from_what_is_not_there_is_refused(
+    choices: tuple[Choice, ...], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        plan(choices=choices, transfers=default_order(STORAGES, choices))

@@ -14,12 +14,14 @@ import torch
 from elbowroom.core.errors import MeterUnavailableError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.planning.swap.choose import make_plan
-from elbowroom.plans.swap import Swapped, SwapPlan
+from elbowroom.plans.swap import Choice, Recomputed, Swapped, SwapPlan
+from elbowroom.profiling.recipes import recipe_prover
 from elbowroom.profiling.step import StepRecorder
 from elbowroom.swap.candidates import Candidates
-from elbowroom.swap.hooks import StepCounts, SwappedStep
+from elbowroom.swap.hooks import SwappedStep
 from elbowroom.swap.link import Link
 from elbowroom.swap.meter import Meter, installed_meter
+from elbowroom.swap.report import StepCounts
 from tests.swap.models import Case
 
 SMALLEST = 256
@@ -76,7 +78,9 @@ def profiled(case: Case, link: Link, body: Callable[[], None] | None = None) -> 
     """Profile of the case's step, or of ``body`` on the case's model."""
     case.clear()
     before = copy.deepcopy(case.model.state_dict())
-    recorder = StepRecorder(case.model, needed_meter(), 0, SMALLEST)
+    meter = needed_meter()
+    prover = recipe_prover(case.model, meter)
+    recorder = StepRecorder(case.model, meter, 0, SMALLEST, prover=prover)
     step = SwappedStep(None, link, Candidates(case.model, SMALLEST), observer=recorder)
     with recorder.recording():
         with step.hooks():
@@ -91,19 +95,43 @@ def profiled(case: Case, link: Link, body: Callable[[], None] | None = None) -> 
 
 
 def random_plan(profile: StepProfile, rng: random.Random) -> SwapPlan:
-    """Some storages kept, some dropped at once or late, brought on demand or early."""
-    choices = []
+    """Some storages kept, some dropped at once or late and brought on demand or early, some remade.
+
+    What a recipe reads is brought when it is read, or before.
+    """
+    remade = random_recomputed(profile, rng)
+    needs: dict[int, int] = {}
+    for each in remade:
+        use = profile.storages[each.storage].use_tick
+        assert use is not None
+        for number in each.recipe.sources:
+            needs[number] = min(use, needs.get(number, use))
+    choices: list[Choice] = list(remade)
     for storage in profile.storages:
-        if rng.random() < 0.4:
+        if rng.random() < 0.4 or any(each.storage == storage.number for each in remade):
             continue
         pack, use = storage.pack_tick, storage.use_tick
-        last = profile.num_ticks if use is None else use
+        last = profile.num_ticks if use is None else min(use, needs.get(storage.number, use))
         drop = pack if rng.random() < 0.3 else rng.randint(pack, min(last, pack + 12))
-        bring = use
-        if use is not None and rng.random() < 0.7:
-            bring = rng.randint(max(drop, use - 12), use)
+        bring = None if use is None else last
+        if bring is not None and rng.random() < 0.7:
+            bring = rng.randint(max(drop, last - 12), last)
         choices.append(Swapped(storage.number, drop, bring))
     return make_plan(profile, choices)
+
+
+def random_recomputed(profile: StepProfile, rng: random.Random) -> list[Recomputed]:
+    """Some of the storages that can be made again, none of which another is made from."""
+    taken: dict[int, Recomputed] = {}
+    sources: set[int] = set()
+    able = [storage for storage in profile.storages if storage.recipe is not None]
+    for storage in rng.sample(able, rng.randint(0, len(able))):
+        assert storage.recipe is not None
+        reads = storage.recipe.sources
+        if storage.number not in sources and not taken.keys() & set(reads):
+            taken[storage.number] = Recomputed(storage.number, storage.recipe)
+            sources.update(reads)
+    return list(taken.values())
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:

@@ -34,7 +34,9 @@ def check_plans(name: str, link: Link, num_plans: int, *, verify: bool) -> tuple
         assert_same(plain, outcome)
         moved = (outcome.counts.out_bytes, outcome.counts.in_bytes)
         assert moved == (plan.out_bytes, plan.in_bytes)
+        assert outcome.counts.recomputed_bytes == plan.recomputed_bytes
         misses.append(outcome.peak_bytes - plan.peak_bytes)
+    assert any(plan.recomputed for plan in plans) == (name != "lstm")
     assert plans[1].peak_bytes == floor_bytes(profile) < plans[0].peak_bytes
     return len(plans), misses
 

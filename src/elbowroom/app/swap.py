@@ -13,11 +13,17 @@ from typing import Self
 import torch
 from torch import nn
 
-from elbowroom.core.errors import InputError, MemoryPlanError, MeterUnavailableError
+from elbowroom.core.errors import (
+    InputError,
+    MemoryPlanError,
+    MeterUnavailableError,
+    RecomputeError,
+)
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes, parse_memory
 from elbowroom.planning.swap.choose import plan_swap, with_static_bytes
 from elbowroom.plans.swap import SwapPlan
+from elbowroom.profiling.recipes import recipe_prover
 from elbowroom.profiling.step import StepRecorder
 from elbowroom.swap.candidates import SMALLEST_BYTES, Candidates
 from elbowroom.swap.hooks import OnChange, SwappedStep
@@ -50,6 +56,8 @@ class Swap:
         enforce: refuse an allocation beyond the budget with torch.OutOfMemoryError, inside steps.
         verify: compare checksums of what left and what came back.
         keeps_trace: keep in each report what the step did and when, and its memory.
+        recompute: let plans make storages again instead of moving them, by the calls that wrote
+            them in the measured step. Turn it off if constants of the model change at each step.
         on_change: when a step does not do what the plan expects, "swap" everything at once from
             there, or "raise" StepChangedError.
         planner: makes a plan from a profile and a budget in bytes.
@@ -72,6 +80,7 @@ class Swap:
         enforce: bool = True,
         verify: bool = False,
         keeps_trace: bool = False,
+        recompute: bool = True,
         on_change: OnChange = "swap",
         planner: Planner = plan_swap,
     ) -> None:
@@ -92,6 +101,7 @@ class Swap:
         self._enforce = enforce and self._budget_bytes is not None
         self._verify = verify
         self._keeps_trace = keeps_trace
+        self._recompute = recompute
         self._on_change = on_change
         self._smallest_bytes = plan.smallest_bytes if plan else SMALLEST_BYTES
         self._meter = _meter(is_needed=self._makes_plans or self._enforce)
@@ -101,13 +111,17 @@ class Swap:
         )
         self._closing = weakref.finalize(self, self._link.close)
         self._last: StepReport | None = None
+        self._modes: list[bool] = []
+        self._is_followed = False
+        """Whether a step has followed its plan to the end."""
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """The context of one step: one or several forwards and their backwards.
 
         Raises MemoryPlanError before the step if it cannot fit, torch.OutOfMemoryError inside if
-        it does not, and SwapError if the link or the tier fails.
+        it does not, SwapError if the link or the tier fails, and RecomputeError if the step
+        computes something else than when it was measured; the next one is measured again then.
         """
         if isinstance(self._optimizer, SwappedOptimizer):
             self._optimizer.send_away()  # all of it is here after a checkpoint
@@ -116,15 +130,12 @@ class Swap:
         self._prepare(*held)
         plan, meter = self.plan, self._meter
         recorder = trace = None
+        uncounted = static_bytes - self._held_bytes_before
         if plan is None:
-            assert meter is not None
-            recorder = StepRecorder(
-                self._model, meter, static_bytes, self._smallest_bytes, self._swaps_optimizer
-            )
+            recorder = self._recorder(static_bytes, uncounted)
         elif self._keeps_trace:
             trace = StepTrace(meter)
         observer = recorder or trace
-        uncounted = static_bytes - self._held_bytes_before
         step = SwappedStep(
             plan=plan,
             link=self._link,
@@ -139,7 +150,7 @@ class Swap:
                 meter.reset_peak()
                 inside.enter_context(meter.budget(self._room_bytes(uncounted)))
             inside.enter_context(observer.recording() if observer else nullcontext())
-            with step.hooks():
+            with step.hooks(), self._measured_again_if_other():
                 yield
             step.end()
         self._last = StepReport(
@@ -155,6 +166,20 @@ class Swap:
             self.profile = recorder.profile()
         elif step.counts.change and self._makes_plans:
             self.plan = self.profile = None  # it is another step now: measure it
+            self._recompute &= self._is_followed  # one that never is may differ by being recorded
+        elif plan is not None:
+            self._is_followed = True
+
+    @contextmanager
+    def _measured_again_if_other(self) -> Iterator[None]:
+        """Measure the next step, and recompute no more, if this one computes something else."""
+        try:
+            yield
+        except RecomputeError:
+            if self._makes_plans:
+                self.plan = self.profile = None
+                self._recompute = False
+            raise
 
     def report(self) -> StepReport:
         """The last step, predicted and measured. Raises InputError before the first."""
@@ -188,7 +213,10 @@ class Swap:
 
     def _prepare(self, static_bytes: int, gradient_bytes: int) -> None:
         """Have a plan that fits, unless this step is to be measured. Raises MemoryPlanError."""
-        budget = self._budget_bytes
+        budget, modes = self._budget_bytes, _modes(self._model)
+        if self._makes_plans and self.plan and self.plan.recomputed and modes != self._modes:
+            self.plan = self.profile = None  # as many tensors, but other ones: nothing would differ
+        self._modes = modes
         if budget is None or (self.plan is None and self.profile is None):
             return
         plan = self.plan
@@ -205,6 +233,20 @@ class Swap:
                 f"that are held now ({format_bytes(plan.static_bytes)} when it was made), the "
                 f"budget is {format_bytes(budget)}: plan again"
             )
+
+    def _recorder(self, static_bytes: int, uncounted_bytes: int) -> StepRecorder:
+        assert self._meter is not None and self._budget_bytes is not None
+        prover = None
+        if self._recompute:
+            prover = recipe_prover(self._model, self._meter, self._budget_bytes - uncounted_bytes)
+        return StepRecorder(
+            self._model,
+            self._meter,
+            static_bytes,
+            self._smallest_bytes,
+            swaps_optimizer=self._swaps_optimizer,
+            prover=prover,
+        )
 
     def _room_bytes(self, uncounted_bytes: int) -> int | None:
         """What the meter may count: the budget without what it does not see."""
@@ -225,6 +267,11 @@ def _check_optimizer(plan: SwapPlan, is_swapped: bool) -> None:
             "the plan was made for an optimizer whose state and gradients stay: give a plain one, "
             "or profile and plan with the SwappedOptimizer"
         )
+
+
+def _modes(model: nn.Module) -> list[bool]:
+    """Which modules are in training mode."""
+    return [module.training for module in model.modules()]
 
 
 def _meter(*, is_needed: bool) -> Meter | None:

@@ -20,12 +20,13 @@ from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.planning.swap.choose import plan_swap, plan_thresholds
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink, SwapTimeline, simulate_swap
-from elbowroom.plans.swap import SwapPlan, write_swap_plan
+from elbowroom.plans.swap import Recomputed, Swapped, SwapPlan, write_swap_plan
 from elbowroom.profiling.tier_speed import tier_speed
 
 _MOST_ROWS = 40
 _COLUMNS = ("storage", "made by", "size", "gap", "does", "copies")
 _NARROW = ("made by", "size", "does", "copies")
+_DOES = {Swapped: "swap", Recomputed: "recompute"}
 _FULL_WIDTH = 80
 """Columns of a screen that has room for all of the table's."""
 
@@ -57,6 +58,12 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
     plan.add_argument(
         "--duplex", action="store_true", help="the link copies both ways at once (default: in turn)"
     )
+    plan.add_argument(
+        "--no-recompute",
+        dest="recompute",
+        action="store_false",
+        help="make no tensor again instead of moving it",
+    )
     plan.add_argument("--all", action="store_true", help=f"show more than {_MOST_ROWS} tensors")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
     plan.add_argument(
@@ -68,7 +75,7 @@ def _plan_swap(args: argparse.Namespace, console: Console) -> int:
     check_writable([path for path in (args.json, args.trace) if path is not None])
     profile = read_step_profile(args.profile)
     link = _link(args)
-    plan = plan_swap(profile, args.budget, link)
+    plan = plan_swap(profile, args.budget, link, recompute=args.recompute)
     if args.tier is not None:
         plan = replace(plan, tier=str(args.tier.resolve()))
     timeline = simulate_swap(profile, plan, link)
@@ -140,9 +147,11 @@ def _link(args: argparse.Namespace) -> SwapLink:
 def _row(
     profile: StepProfile, plan: SwapPlan, timeline: SwapTimeline, storage: SavedStorage
 ) -> dict[str, str]:
-    is_swapped = storage.number in plan.choice_of
+    choice = plan.choice_of.get(storage.number)
     copies = "held elsewhere" if storage.is_held_elsewhere else ""
-    if is_swapped:
+    if isinstance(choice, Recomputed):
+        copies = f"{_time(choice.recipe.seconds)} again"
+    elif choice is not None:
         waited = timeline.waited_seconds(storage.number)
         copies = f"{_time(waited)} waited" if waited > 0 else "hidden"
     last = profile.num_ticks if storage.use_tick is None else storage.use_tick
@@ -151,7 +160,7 @@ def _row(
         "made by": storage.made_by or "-",
         "size": format_bytes(storage.num_bytes),
         "gap": _time(sum(profile.seconds[storage.pack_tick : last])),
-        "does": "swap" if is_swapped else "keep",
+        "does": "keep" if choice is None else _DOES[type(choice)],
         "copies": copies,
     }
 
@@ -159,7 +168,8 @@ def _row(
 def _totals(profile: StepProfile, plan: SwapPlan) -> list[tuple[str, str]]:
     assert plan.budget_bytes is not None
     return [
-        ("swapped", f"{len(plan.choices)} of {len(plan.storages)} saved tensors"),
+        ("swapped", f"{len(plan.swapped)} of {len(plan.storages)} saved tensors"),
+        ("recomputed", _recomputed(plan)),
         ("moved", f"{format_bytes(plan.out_bytes)} out, {format_bytes(plan.in_bytes)} in"),
         ("static", format_bytes(plan.static_bytes)),
         ("peak", f"{format_bytes(plan.peak_bytes)} of {format_bytes(plan.budget_bytes)}"),
@@ -167,6 +177,12 @@ def _totals(profile: StepProfile, plan: SwapPlan) -> list[tuple[str, str]]:
         ("keep all", format_bytes(peak_bytes(profile, ()))),
         ("seconds", _seconds(plan)),
     ]
+
+
+def _recomputed(plan: SwapPlan) -> str:
+    seconds = sum(choice.recipe.seconds for choice in plan.recomputed)
+    made = f"{format_bytes(plan.recomputed_bytes)} in {_time(seconds)}"
+    return f"{len(plan.recomputed)}" + (f", {made}" if plan.recomputed else "")
 
 
 def _thresholds(profile: StepProfile, budget_bytes: int, link: SwapLink) -> str:

@@ -81,6 +81,10 @@ class StepChangedError(SwapError):
     """A training step does not do what its swap plan was made for."""
 
 
+class RecomputeError(StepChangedError):
+    """A saved storage was not recomputed to the bytes that were saved."""
+
+
 class MeterUnavailableError(ElbowroomError):
     """Memory cannot be metered here: no compiler, or headers that do not fit."""
 

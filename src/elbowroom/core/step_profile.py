@@ -19,6 +19,7 @@ from typing import Any
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import read_as, unversioned, versioned, write_text
+from elbowroom.core.recipe import Recipe
 
 MAX_ENTRIES = 10_000_000
 MAX_TOTAL_BYTES = 10**15
@@ -45,6 +46,7 @@ class SavedStorage:
         bring: position at which memory was allocated to bring it back; None if it never was.
         release: position at which autograd needed it no longer: the copy that was brought back
             went, or would have gone; None if that was after the step.
+        recipe: how to make it again from what is there at its first unpack; None if it cannot be.
 
     Raises InputError for facts that contradict each other.
 
@@ -58,6 +60,7 @@ class SavedStorage:
     free: int | None
     bring: int | None
     release: int | None
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         what = f"storage {self.number}"
@@ -137,6 +140,8 @@ class StepProfile:
             if storage.number != number:
                 raise InputError(f"storage {storage.number} stands in place {number}: sort them")
             _check_places(storage, self.num_ticks, len(self.deltas))
+        for storage in self.storages:
+            _check_recipe(storage, self.storages)
 
     @property
     def num_ticks(self) -> int:
@@ -180,7 +185,9 @@ def write_step_profile(path: Path, profile: StepProfile) -> None:
 
 def _storage(data: dict[str, Any]) -> SavedStorage:
     ticks = {key: tuple(data[key]) for key in ("pack_ticks", "unpack_ticks")}
-    return SavedStorage(**{**data, **ticks})
+    recipe = data.get("recipe")
+    recipe = None if recipe is None else Recipe.from_json(recipe)
+    return SavedStorage(**{**data, **ticks, "recipe": recipe})
 
 
 def _is_whole(value: Any) -> bool:
@@ -240,3 +247,32 @@ def _check_places(storage: SavedStorage, num_ticks: int, num_entries: int) -> No
         position = getattr(storage, key)
         if position is not None:
             _check_whole(f"storage {storage.number}: {key}", position, num_entries)
+
+
+def _check_recipe(storage: SavedStorage, storages: Sequence[SavedStorage]) -> None:
+    """Raise InputError for a recipe that reads what is not there when it is replayed."""
+    if storage.recipe is None:
+        return
+    for number in storage.recipe.sources:
+        if not 0 <= number < len(storages):
+            raise InputError(
+                f"storage {storage.number} is made from storage {number} of {len(storages)}"
+            )
+        if not can_read(storage, storages[number]):
+            raise InputError(
+                f"storage {storage.number} is made from storage {number}, which is not there from "
+                "its save to its first use: profile the step again"
+            )
+
+
+def can_read(storage: SavedStorage, source: SavedStorage) -> bool:
+    """Whether a storage's recipe may read a source: saved before it, and there when it is used."""
+    is_before = source.pack_tick < storage.pack_tick
+    is_used = storage.bring is not None and source.bring is not None
+    return (
+        is_before
+        and is_used
+        and (
+            source.release is None or (storage.bring is not None and source.release > storage.bring)
+        )
+    )

@@ -1,8 +1,9 @@
 """Plans of a swapped training step: frozen, printable, with a JSON round trip.
 
 Whatever a run needs to know is in its plan: which saved storages leave the device, at which tick
-each is dropped and brought back, and in which order the link moves them. Ticks are those of
-``core.step_profile``: autograd's packs and unpacks, counted from the begin of the step.
+each is dropped and brought back, in which order the link moves them, and how those that are not
+moved are made again. Ticks are those of ``core.step_profile``: autograd's packs and unpacks,
+counted from the begin of the step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from typing import Any, Literal
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import is_of_format, read_as, unversioned, versioned, write_json
+from elbowroom.core.recipe import Recipe
 from elbowroom.core.units import format_bytes
+from elbowroom.plans.swap_check import check_choices, check_transfers
 
 Direction = Literal["out", "in"]
 
@@ -77,8 +80,19 @@ class Swapped:
     bring: int | None
 
 
-Choice = Swapped
-"""What becomes of a storage that is not kept. Recomputed storages will join here."""
+@dataclass(frozen=True)
+class Recomputed:
+    """Choice to drop a storage at its first pack, and to make it again at its first unpack.
+
+    The storages that its recipe reads are kept, or swapped and back by then.
+    """
+
+    storage: int
+    recipe: Recipe
+
+
+Choice = Swapped | Recomputed
+"""What becomes of a storage that is not kept."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +143,38 @@ class SwapPlan:
             )
         if not isinstance(self.swaps_optimizer, bool):
             raise InputError(f"swaps_optimizer is {self.swaps_optimizer!r}: give true or false")
-        _check_choices(self)
-        _check_transfers(self)
+        check_choices(self)
+        check_transfers(self, default_order(self.storages, self.choices))
 
     @cached_property
     def choice_of(self) -> dict[int, Choice]:
         """Choice by storage number; a storage that is kept is missing."""
         return {choice.storage: choice for choice in self.choices}
+
+    @cached_property
+    def swapped(self) -> tuple[Swapped, ...]:
+        """Choices of the storages that are copied away and back."""
+        return tuple(choice for choice in self.choices if isinstance(choice, Swapped))
+
+    @cached_property
+    def recomputed(self) -> tuple[Recomputed, ...]:
+        """Choices of the storages that are made again."""
+        return tuple(choice for choice in self.choices if isinstance(choice, Recomputed))
+
+    @cached_property
+    def sources(self) -> frozenset[int]:
+        """Storages from which others are made."""
+        return frozenset(number for each in self.recomputed for number in each.recipe.sources)
+
+    @cached_property
+    def need_ticks(self) -> dict[int, int]:
+        """Tick at which a storage that is swapped is first needed, by a recipe or the backward."""
+        return _need_ticks(self.storages, self.choices)
+
+    @property
+    def recomputed_bytes(self) -> int:
+        """Bytes that are made again in one step."""
+        return sum(self.storages[choice.storage].num_bytes for choice in self.recomputed)
 
     @property
     def peak_bytes(self) -> int:
@@ -169,8 +208,9 @@ class SwapPlan:
         )
 
     def __str__(self) -> str:
+        recomputed = f", {len(self.recomputed)} recomputed" if self.recomputed else ""
         return (
-            f"{len(self.choices)} of {len(self.storages)} saved storages swapped, "
+            f"{len(self.swapped)} of {len(self.storages)} saved storages swapped{recomputed}, "
             f"{format_bytes(self.out_bytes)} out and {format_bytes(self.in_bytes)} in, "
             f"peak {format_bytes(self.peak_bytes)}, {self.seconds:.3g} s"
         )
@@ -191,8 +231,8 @@ class SwapPlan:
                 PlannedStorage(**{**storage, "pack_ticks": tuple(storage["pack_ticks"])})
                 for storage in rest["storages"]
             )
-            rest["choices"] = tuple(Swapped(**choice) for choice in rest["choices"])
             rest["tick_peaks"] = tuple(rest["tick_peaks"])
+            rest["choices"] = tuple(_choice(choice) for choice in rest["choices"])
             rest["transfers"] = tuple(Transfer.parse(text) for text in rest["transfers"])
             return SwapPlan(**rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -204,13 +244,16 @@ def default_order(
 ) -> tuple[Transfer, ...]:
     """Transfers in the order in which they are asked for: outs at packs, ins at brings."""
     asked: list[tuple[int, int, int, Transfer]] = []
+    needs = _need_ticks(storages, choices)
     for choice in choices:
+        if not isinstance(choice, Swapped):
+            continue
         storage = storages[choice.storage]
         # At one tick, brings are asked for before the pack; of several, the earliest needed first.
         out = Transfer("out", choice.storage)
         asked.append((storage.pack_tick, 1, choice.storage, out))
         if choice.bring is not None:
-            use = storage.use_tick if storage.use_tick is not None else choice.bring
+            use = needs.get(choice.storage, choice.bring)
             asked.append((choice.bring, 0, use, Transfer("in", choice.storage)))
     return tuple(each[-1] for each in sorted(asked, key=lambda each: each[:3]))
 
@@ -230,57 +273,19 @@ def write_swap_plan(path: Path, plan: SwapPlan) -> None:
     write_json(path, plan.to_json())
 
 
-def _check_choices(plan: SwapPlan) -> None:
-    """Raise InputError unless each choice drops after the pack and brings before the use."""
-    numbers = [choice.storage for choice in plan.choices]
-    if numbers != sorted(set(numbers)):
-        raise InputError("the plan's choices must ascend by storage, one for each")
-    for choice in plan.choices:
-        if not 0 <= choice.storage < len(plan.storages):
-            raise InputError(f"the plan swaps storage {choice.storage} of {len(plan.storages)}")
-        storage = plan.storages[choice.storage]
-        last = storage.use_tick if storage.use_tick is not None else plan.num_ticks
-        if not storage.pack_tick <= choice.drop <= last:
-            raise InputError(
-                f"storage {choice.storage} is dropped at tick {choice.drop}: it is saved at "
-                f"{storage.pack_tick} and used at {last}"
-            )
-        if (choice.bring is None) != (storage.use_tick is None):
-            raise InputError(
-                f"storage {choice.storage} is brought at {choice.bring}, used at {storage.use_tick}"
-            )
-        if choice.bring is not None and not choice.drop <= choice.bring <= last:
-            raise InputError(
-                f"storage {choice.storage} is brought at tick {choice.bring}: it is dropped at "
-                f"{choice.drop} and used at {last}"
-            )
+def _choice(data: dict[str, Any]) -> Choice:
+    if "recipe" in data:
+        return Recomputed(**{**data, "recipe": Recipe.from_json(data["recipe"])})
+    return Swapped(**data)
 
 
-def _check_transfers(plan: SwapPlan) -> None:
-    """Raise InputError for a transfer too many or too few, or in an order that cannot be kept.
-
-    The link must never wait for a transfer that the main thread has yet to ask for, while the main
-    thread waits for one that stands behind it.
-    """
-    wanted = set(default_order(plan.storages, plan.choices))
-    if len(plan.transfers) != len(wanted) or set(plan.transfers) != wanted:
-        odd = wanted.symmetric_difference(plan.transfers)
-        names = ", ".join(sorted(map(str, odd))[:6]) or "one is listed twice"
-        raise InputError(f"the plan's transfers do not fit its choices: {names}")
-    latest, behind = (-1, -1), ""
-    for transfer in plan.transfers:
-        choice, storage = plan.choice_of[transfer.storage], plan.storages[transfer.storage]
-        if transfer.direction == "out":
-            asked = (storage.pack_tick, 2)
-            at_once = choice.drop == storage.pack_tick
-            awaited = (choice.drop, 3 if at_once else 0)
-        else:
-            assert choice.bring is not None and storage.use_tick is not None
-            asked, awaited = (choice.bring, 1), (storage.use_tick, 3)
-        if asked > latest:
-            latest, behind = asked, str(transfer)
-        if latest > awaited:
-            raise InputError(
-                f"{transfer} stands behind {behind}, which is asked for at tick {latest[0]}, but "
-                f"it is waited for at tick {awaited[0]}: list it earlier"
-            )
+def _need_ticks(storages: Sequence[PlannedStorage], choices: Sequence[Choice]) -> dict[int, int]:
+    needs: dict[int, int] = {}
+    for choice in choices:
+        use = storages[choice.storage].use_tick
+        if use is None:
+            continue
+        read = (choice.storage,) if isinstance(choice, Swapped) else choice.recipe.sources
+        for number in read:
+            needs[number] = min(use, needs.get(number, use))
+    return needs

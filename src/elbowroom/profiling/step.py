@@ -6,19 +6,22 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from elbowroom.core.errors import MeasuringError
-from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.core.recipe import Recipe
+from elbowroom.core.step_profile import SavedStorage, StepProfile, can_read
+from elbowroom.profiling.recipes import RecipeProver
 from elbowroom.swap.handles import SavedItem
-from elbowroom.swap.hooks import StepObserver
+from elbowroom.swap.link import CopyLink
 from elbowroom.swap.meter import MeterLog, gradient_bytes
+from elbowroom.swap.observer import StepObserver
 
 
 class StepLog(Protocol):
@@ -68,6 +71,8 @@ class StepRecorder(StepObserver):
         static_bytes: bytes held when the step begins, those included that the meter does not see.
         smallest_bytes: the step's own limit for what is a candidate.
         swaps_optimizer: whether gradients leave while they are made.
+        prover: notes how storages are made, and tries it before they come back; None for no
+            recipes.
         clock: the seconds now.
 
     """
@@ -78,7 +83,9 @@ class StepRecorder(StepObserver):
         meter: StepLog,
         static_bytes: int,
         smallest_bytes: int,
+        *,
         swaps_optimizer: bool = False,
+        prover: RecipeProver | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._model = model
@@ -95,6 +102,7 @@ class StepRecorder(StepObserver):
         self._last_end = 0.0
         self._log: MeterLog | None = None
         self._held_gradient_bytes = 0
+        self._prover = prover
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -110,7 +118,7 @@ class StepRecorder(StepObserver):
         self._last_end = self._now()
         try:
             yield
-            self._seconds.append(self._now() - self._last_end)
+            self._seconds.append(self._seconds_since())
         finally:
             self._log = self._meter.stop_log()
             for hook in hooks:
@@ -122,22 +130,29 @@ class StepRecorder(StepObserver):
             raise MeasuringError(
                 "the step saved no tensor for a backward: run forward and backward inside of it"
             )
+        log, places = self._log, list(range(len(self._log.deltas) + 1))
+        recipes: Mapping[int, Recipe] = {}
+        if self._prover is not None:
+            log, places = self._prover.cut(log)
+            recipes = self._prover.recipes
         releases: dict[int, list[int]] = defaultdict(list)
-        for position, address in enumerate(self._log.addresses.tolist()):
-            if self._log.deltas[position] < 0:
+        for position, address in enumerate(log.addresses.tolist()):
+            if log.deltas[position] < 0:
                 releases[address].append(position)
+        storages = [
+            _storage(number, seen, releases, places, recipes.get(number))
+            for number, seen in sorted(self._seen.items())
+        ]
         num_ticks = len(self._positions)
         return StepProfile(
             seconds_before=self._seconds[0],
             seconds=tuple(self._seconds[1:]),
             num_forward_ticks=num_ticks if self._first_unpack is None else self._first_unpack,
-            tick_positions=tuple(self._positions),
-            deltas=tuple(self._log.deltas.tolist()),
+            tick_positions=tuple(places[position] for position in self._positions),
+            deltas=tuple(log.deltas.tolist()),
             static_bytes=self._static_bytes,
             smallest_bytes=self._smallest_bytes,
-            storages=tuple(
-                _storage(number, seen, releases) for number, seen in sorted(self._seen.items())
-            ),
+            storages=tuple(_without_lost_sources(each, storages) for each in storages),
             num_threads=torch.get_num_threads(),
             held_gradient_bytes=self._held_gradient_bytes,
             swaps_optimizer=self._swaps_optimizer,
@@ -146,7 +161,7 @@ class StepRecorder(StepObserver):
     # What a StepObserver is told.
 
     def ticked(self) -> None:
-        self._seconds.append(self._now() - self._last_end)
+        self._seconds.append(self._seconds_since())
         self._positions.append(self._meter.mark())
 
     def tick_ended(self) -> None:
@@ -160,6 +175,8 @@ class StepRecorder(StepObserver):
             seen = _Seen(storage.nbytes(), made_by, self._positions[-1], address)
             self._seen[item.number] = seen
             weakref.finalize(item, self._forgotten, seen).atexit = False
+            if self._prover is not None:
+                self._prover.saved(item, storage)
         seen.pack_ticks.append(tick)
 
     def unpacked(self, item: SavedItem | None, tick: int) -> None:
@@ -168,7 +185,9 @@ class StepRecorder(StepObserver):
         if item is not None:
             self._seen[item.number].unpack_ticks.append(tick)
 
-    def bringing(self, item: SavedItem) -> None:
+    def bringing(self, item: SavedItem, link: CopyLink) -> None:
+        if self._prover is not None:
+            self._prover.prove(item, link)
         self._seen[item.number].bring = self._meter.num_entries
 
     def brought(self, item: SavedItem) -> None:
@@ -179,12 +198,21 @@ class StepRecorder(StepObserver):
         if self._log is None:
             seen.gone = self._meter.num_entries
 
+    def _seconds_since(self) -> float:
+        """Seconds since the last hook, without those of noting calls."""
+        noting = 0.0 if self._prover is None else self._prover.lineage.spent_seconds()
+        return max(0.0, self._now() - self._last_end - noting)
+
     def _follow(self, name: str, module: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         def enter(*_: Any) -> None:
+            if self._prover is not None and not self._modules:
+                self._prover.lineage.__enter__()  # type: ignore[no-untyped-call]
             self._modules.append(name)
 
         def leave(*_: Any) -> None:
             self._modules.pop()
+            if self._prover is not None and not self._modules:
+                self._prover.lineage.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
         return [
             module.register_forward_pre_hook(enter),
@@ -192,20 +220,38 @@ class StepRecorder(StepObserver):
         ]
 
 
-def _storage(number: int, seen: _Seen, releases: dict[int, list[int]]) -> SavedStorage:
-    release = seen.gone
-    if seen.bring is not None:
-        release = _first_after(releases[seen.bring_address], seen.bring)
+def _storage(
+    number: int,
+    seen: _Seen,
+    releases: dict[int, list[int]],
+    places: Sequence[int],
+    recipe: Recipe | None,
+) -> SavedStorage:
+    """A storage with positions in the log that was cut, by those in the log that was recorded."""
+    release = None if seen.gone is None else places[seen.gone]
+    bring = None if seen.bring is None else places[seen.bring]
+    if bring is not None:
+        release = _first_after(releases[seen.bring_address], bring)
     return SavedStorage(
         number=number,
         num_bytes=seen.num_bytes,
         made_by=seen.made_by,
         pack_ticks=tuple(seen.pack_ticks),
         unpack_ticks=tuple(seen.unpack_ticks),
-        free=_first_after(releases[seen.address], seen.pack_position),
-        bring=seen.bring,
+        free=_first_after(releases[seen.address], places[seen.pack_position]),
+        bring=bring,
         release=release,
+        recipe=recipe,
     )
+
+
+def _without_lost_sources(storage: SavedStorage, storages: list[SavedStorage]) -> SavedStorage:
+    """The storage, without a recipe that reads what is gone by the time of its first use."""
+    if storage.recipe is None:
+        return storage
+    if all(can_read(storage, storages[number]) for number in storage.recipe.sources):
+        return storage
+    return replace(storage, recipe=None)
 
 
 def _first_after(positions: list[int], begin: int) -> int | None:

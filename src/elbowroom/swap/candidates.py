@@ -32,6 +32,7 @@ class Candidates:
         smallest_bytes: int = SMALLEST_BYTES,
         plain: type[torch.Tensor] = torch.Tensor,
     ) -> None:
+        self.model = model
         self.smallest_bytes = smallest_bytes
         self._plain = plain
         self._fixed = set(_storages((*model.parameters(), *model.buffers())))

@@ -14,10 +14,38 @@ from dataclasses import dataclass
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from elbowroom.core.errors import SwapError
+from elbowroom.core.errors import RecomputeError, SwapError
 from elbowroom.plans.swap import Choice
 from elbowroom.swap.link import Copy
+from elbowroom.swap.recompute import Replay, viewed
 from elbowroom.swap.tier import Slot, Tier
+
+
+@dataclass(eq=False)
+class Remaking:
+    """How a storage that was dropped is made again: what it reads lasts until then.
+
+    ``versions`` are those of the parameters and buffers, when the storage was saved.
+    """
+
+    replay: Replay
+    sources: list[SavedItem]
+    versions: list[int]
+
+    def tensors(self) -> dict[int, torch.Tensor]:
+        """A tensor of each storage that is read, all of which must be here."""
+        here = {item.number: item.tensor for item in self.sources}
+        return {number: tensor for number, tensor in here.items() if tensor is not None}
+
+    def check(self, number: int) -> None:
+        """Raise RuntimeError, in PyTorch's words, if what is read was written since the save."""
+        if name := self.replay.changed(self.versions):
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: '{name}', from which storage {number} is made again"
+            )
+        for source in self.sources:
+            source.check()
 
 
 @dataclass(eq=False)
@@ -32,8 +60,9 @@ class SavedItem:
         version: of the tensor that was saved, when it was saved.
         tensor: a tensor with the storage that is here: the saved one until the drop, bytes from the
             bring on, and None while the storage is away. What autograd gets are views of it, which
-            share its version counter.
-        checksum: of what left, if it is to be verified.
+            share its version counter. A kept storage has one if others are made from it.
+        remaking: how it is made again, if it is to be.
+        checksum: of what left, if it is to be verified; always of what is made again.
         problem: why it can be used no longer; empty if it can.
 
     """
@@ -47,13 +76,14 @@ class SavedItem:
     slot: Slot | None = None
     out: Copy | None = None
     back: Copy | None = None
+    remaking: Remaking | None = None
     is_back: bool = False
     checksum: int | None = None
     problem: str = ""
 
     @property
     def is_away(self) -> bool:
-        """Whether its bytes are in the tier alone."""
+        """Whether its bytes are nowhere but in the tier, or are to be made again."""
         return self.tensor is None and self.choice is not None
 
     def has(self, tensor: torch.Tensor) -> bool:
@@ -86,6 +116,29 @@ class SavedItem:
         self.is_back = True
         self.back = Copy("in", self.tensor.untyped_storage(), self.slot)
         return self.back
+
+    def make_again(self) -> torch.UntypedStorage:
+        """Replay the calls that wrote it, whose sources must be here. Returns the new storage.
+
+        Raises RuntimeError, in PyTorch's words, if a source was written since, and RecomputeError
+        if other bytes come out.
+        """
+        assert self.remaking is not None
+        remaking = self.remaking
+        try:
+            made = remaking.replay.run(remaking.tensors())
+        except (TypeError, IndexError) as error:
+            raise RecomputeError(f"storage {self.number}: its recipe fails: {error}") from error
+        remaking.check(self.number)  # afterwards: nor may the replay write into what it reads
+        storage = made.untyped_storage()
+        if storage.nbytes() != self.num_bytes or checksum(storage) != self.checksum:
+            raise RecomputeError(
+                f"storage {self.number} ({self.num_bytes} bytes) was recomputed to other bytes "
+                "than were saved: the step computes something else than when it was profiled. "
+                "Profile and plan it again, or with recompute=False if its constants change"
+            )
+        self.tensor, self.is_back, self.remaking = made, True, None
+        return storage
 
     def check(self) -> None:
         """Raise RuntimeError, in PyTorch's words, if its bytes are no longer those saved."""
@@ -121,11 +174,7 @@ class SwappedHandle:
         """The saved tensor, as a view of what is here now."""
         here = self.item.tensor
         assert here is not None
-        size = max(here.dtype.itemsize, self.dtype.itemsize)
-        num_elements = self.item.num_bytes // size * size // here.dtype.itemsize
-        flat = here.as_strided((num_elements,), (1,), 0)
-        typed = flat if flat.dtype == self.dtype else flat.view(self.dtype)
-        return typed.as_strided(self.shape, self.stride, self.offset)
+        return viewed(here, self.dtype, self.shape, self.stride, self.offset)
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

@@ -19,57 +19,25 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from elbowroom.core.errors import StepChangedError
-from elbowroom.plans.swap import Choice, Swapped, SwapPlan, Transfer
+from elbowroom.plans.swap import Choice, Recomputed, Swapped, SwapPlan, Transfer
 from elbowroom.swap.candidates import Candidates
-from elbowroom.swap.handles import Handle, KeptHandle, SavedItem, SwappedHandle, checksum
+from elbowroom.swap.handles import (
+    Handle,
+    KeptHandle,
+    Remaking,
+    SavedItem,
+    SwappedHandle,
+    checksum,
+)
 from elbowroom.swap.link import Copy, CopyLink, Turns
+from elbowroom.swap.observer import StepObserver
+from elbowroom.swap.recompute import Replay, fixed_tensors
+from elbowroom.swap.report import StepCounts
 
 OnChange = Literal["swap", "raise"]
 
 _NEVER = sys.maxsize
 """A tick that does not come."""
-
-
-class StepObserver:
-    """Whoever measures a step: is told what happens, and changes nothing. This one does nothing."""
-
-    def ticked(self) -> None:
-        """A tick begins, before anything is dropped, brought, packed or unpacked."""
-
-    def tick_ended(self) -> None:
-        """The hook of this tick is about to return to PyTorch."""
-
-    def packed(self, item: SavedItem, tick: int, storage: torch.UntypedStorage) -> None:
-        """A tensor of a candidate storage was saved."""
-
-    def unpacked(self, item: SavedItem | None, tick: int) -> None:
-        """A saved tensor was asked for; None for one whose storage is no candidate."""
-
-    def bringing(self, item: SavedItem) -> None:
-        """Memory is about to be allocated for a storage that comes back."""
-
-    def brought(self, item: SavedItem) -> None:
-        """That memory was allocated."""
-
-    def asked(self, transfer: Transfer, copy: Copy) -> None:
-        """A copy was asked for."""
-
-    def waited(self, transfer: Transfer, begin: float, end: float) -> None:
-        """The main thread waited for a copy, by ``time.perf_counter``."""
-
-
-@dataclass
-class StepCounts:
-    """What one step moved and how long it waited; ``change`` says where it left its plan."""
-
-    num_packs: int = 0
-    num_unpacks: int = 0
-    num_swapped: int = 0
-    out_bytes: int = 0
-    in_bytes: int = 0
-    num_waits: int = 0
-    wait_seconds: float = 0.0
-    change: str = ""
 
 
 @dataclass(eq=False)
@@ -108,13 +76,19 @@ class SwappedStep:
         self._follows = self.plan is not None
         self._expected: dict[int, int] = {}
         self._brings: dict[int, list[int]] = {}
+        self._replays: dict[int, Replay] = {}
         if self.plan is not None:
             for number, storage in enumerate(self.plan.storages):
                 self._expected.update(dict.fromkeys(storage.pack_ticks, number))
             for transfer in self.plan.transfers:
-                bring = self.plan.choice_of[transfer.storage].bring
-                if transfer.direction == "in" and bring is not None:
-                    self._brings.setdefault(bring, []).append(transfer.storage)
+                choice = self.plan.choice_of[transfer.storage]
+                assert isinstance(choice, Swapped)
+                if transfer.direction == "in" and choice.bring is not None:
+                    self._brings.setdefault(choice.bring, []).append(transfer.storage)
+            if self.plan.recomputed:
+                fixed = fixed_tensors(self.candidates.model)
+                for each in self.plan.recomputed:
+                    self._replays[each.storage] = Replay(each.recipe, fixed)
 
     def hooks(self) -> AbstractContextManager[None]:
         """The context in which tensors are saved by this step's rules, in this thread only."""
@@ -133,7 +107,7 @@ class SwappedStep:
     def bring_all(self) -> None:
         """Begin to bring all that is away, the last that was saved first. Raises SwapError."""
         for _, item in sorted(self._by_number.items(), reverse=True):
-            if item.is_away:
+            if item.is_away and item.remaking is None:
                 self._bring(item)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -170,30 +144,50 @@ class SwappedStep:
         if self.observer is not None:
             self.observer.packed(item, tick, storage)
         if item.choice is None:
-            return KeptHandle(item, tensor.detach(), tensor._version)
-        if is_new:
+            return self._kept(item, tensor)
+        if is_new and item.remaking is None:
             self._send_out(item, tensor)
         offset = int(tensor.storage_offset())
         handle = SwappedHandle(item, offset, tensor.shape, tensor.stride(), tensor.dtype)
-        if is_new and item.choice.drop <= tick:
+        if is_new and isinstance(item.choice, Swapped) and item.choice.drop <= tick:
             self._drop([item])
         return handle
+
+    def _kept(self, item: SavedItem, tensor: torch.Tensor) -> KeptHandle:
+        if self.plan is not None and item.number in self.plan.sources and item.tensor is None:
+            item.tensor = tensor.detach()
+        return KeptHandle(item, tensor.detach(), tensor._version)
 
     def _new_item(self, tensor: torch.Tensor, storage: torch.UntypedStorage) -> SavedItem:
         number = self._num_items
         self._num_items += 1
         drop = _NEVER if self.drops_later else self._clock - 1
         choice: Choice | None = Swapped(number, drop, None)
+        remaking = None
         if self.plan is not None and self._follows:
-            choice = self.plan.choice_of.get(number)
+            planned = self.plan.choice_of.get(number)
+            remaking = self._remaking(planned) if isinstance(planned, Recomputed) else None
+            if remaking is not None or not isinstance(planned, Recomputed):
+                choice = planned
         original = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         item = SavedItem(number, storage.nbytes(), choice, original, tensor._version)
+        if remaking is not None:
+            item.remaking, item.checksum = remaking, checksum(storage)
+            self.counts.num_recomputed += 1
         self._items[storage._cdata] = item
         self._by_number[number] = item
         return item
 
+    def _remaking(self, choice: Recomputed) -> Remaking | None:
+        """How to make a storage again; None if what it is made from is gone: then it is swapped."""
+        numbers, replay = choice.recipe.sources, self._replays[choice.storage]
+        sources = [self._by_number[number] for number in numbers if number in self._by_number]
+        if len(sources) < len(numbers):
+            return None
+        return Remaking(replay, sources, replay.versions())
+
     def _send_out(self, item: SavedItem, tensor: torch.Tensor) -> None:
-        assert item.choice is not None
+        assert isinstance(item.choice, Swapped)
         if self.verify:
             item.checksum = checksum(tensor.untyped_storage())
         copy = item.leave(self.link.tier, tensor)
@@ -218,19 +212,32 @@ class SwappedStep:
         return tensor
 
     def _tensor_of(self, handle: SwappedHandle) -> torch.Tensor:
-        item = handle.item
-        if item.is_away:
+        self._have(handle.item)
+        handle.item.check()
+        return handle.made_again()
+
+    def _have(self, item: SavedItem) -> None:
+        """Have the bytes of a storage that may be away, or on its way back."""
+        if item.remaking is not None:
+            self._recompute(item, item.remaking)
+        elif item.is_away:
             self._bring(item)
         if item.back is not None:
             self._wait(Transfer("in", item.number))
             item.back = None
             item.verify()
-        item.check()
-        return handle.made_again()
+
+    def _recompute(self, item: SavedItem, remaking: Remaking) -> None:
+        for source in remaking.sources:
+            self._have(source)
+        begin = time.perf_counter()
+        self._items[item.make_again()._cdata] = item  # a double backward saves it again
+        self.counts.recompute_seconds += time.perf_counter() - begin
+        self.counts.recomputed_bytes += item.num_bytes
 
     def _bring(self, item: SavedItem) -> None:
         if self.observer is not None:
-            self.observer.bringing(item)
+            self.observer.bringing(item, self.link)
         copy = item.come_back()
         assert copy.storage is not None
         self._items[copy.storage._cdata] = item  # a double backward saves it again
@@ -252,13 +259,13 @@ class SwappedStep:
         if self._follows:
             for number in self._brings.get(tick, ()):
                 item = self._by_number.get(number)
-                if item is not None and item.is_away:
+                if item is not None and item.is_away and item.remaking is None:
                     self._bring(item)
         return tick
 
     def _drop(self, items: Iterable[SavedItem]) -> None:
         for item in items:
-            assert item.choice is not None
+            assert isinstance(item.choice, Swapped)
             due = self._drops[item.choice.drop]
             due.remove(item)
             if not due:

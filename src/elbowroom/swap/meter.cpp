@@ -144,12 +144,12 @@ int64_t meter_num_entries() {
   return static_cast<int64_t>(entries.size());
 }
 
-// Writes bytes and address of the first `count` entries, in turn.
-void meter_read_log(int64_t* out, int64_t count) {
+// Writes bytes and address of `count` entries from `begin` on, in turn.
+void meter_read_log(int64_t* out, int64_t begin, int64_t count) {
   std::lock_guard<std::mutex> guard(log_lock);
   for (int64_t k = 0; k < count; k++) {
-    out[2 * k] = entries[k].bytes;
-    out[2 * k + 1] = entries[k].address;
+    out[2 * k] = entries[begin + k].bytes;
+    out[2 * k + 1] = entries[begin + k].address;
   }
 }
 }

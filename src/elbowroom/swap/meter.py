@@ -42,7 +42,7 @@ _FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "meter_stop_log": ([], None),
     "meter_mark": ([], ctypes.c_int64),
     "meter_num_entries": ([], ctypes.c_int64),
-    "meter_read_log": ([ctypes.c_void_p, ctypes.c_int64], None),
+    "meter_read_log": ([ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64], None),
 }
 
 
@@ -120,8 +120,12 @@ class Meter:
     def stop_log(self) -> MeterLog:
         """End the log and return it. It is kept until the next one begins."""
         self._library.meter_stop_log()
-        entries = np.zeros((self.num_entries, 2), dtype=np.int64)
-        self._library.meter_read_log(entries.ctypes.data, len(entries))
+        return self.log_between(0, self.num_entries)
+
+    def log_between(self, begin: int, end: int) -> MeterLog:
+        """The entries from ``begin`` to ``end`` - 1, which may be read while the log goes on."""
+        entries = np.zeros((end - begin, 2), dtype=np.int64)
+        self._library.meter_read_log(entries.ctypes.data, begin, len(entries))
         return MeterLog(entries[:, 0].copy(), entries[:, 1].copy())
 
 

@@ -6,8 +6,24 @@ from dataclasses import dataclass
 
 from elbowroom.core.units import format_bytes
 from elbowroom.plans.swap import SwapPlan
-from elbowroom.swap.hooks import StepCounts
 from elbowroom.swap.trace import StepTrace
+
+
+@dataclass
+class StepCounts:
+    """What one step moved and how long it waited; ``change`` says where it left its plan."""
+
+    num_packs: int = 0
+    num_unpacks: int = 0
+    num_swapped: int = 0
+    num_recomputed: int = 0
+    recomputed_bytes: int = 0
+    out_bytes: int = 0
+    in_bytes: int = 0
+    num_waits: int = 0
+    wait_seconds: float = 0.0
+    recompute_seconds: float = 0.0
+    change: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,15 +51,19 @@ class StepReport:
 
     def __str__(self) -> str:
         plan, counts = self.plan, self.counts
+        recomputed = f"{_bytes(counts.recomputed_bytes)}, {counts.recompute_seconds:.3f} s"
         rows = [
             ("", "predicted", "measured"),
             ("peak", _bytes(self.predicted_peak_bytes), _bytes(self.peak_bytes)),
             ("seconds", f"{plan.seconds:.3f}" if plan else "-", f"{self.seconds:.3f}"),
             ("bytes out", _bytes(plan.out_bytes if plan else None), _bytes(counts.out_bytes)),
             ("bytes in", _bytes(plan.in_bytes if plan else None), _bytes(counts.in_bytes)),
+            ("recomputed", _bytes(plan.recomputed_bytes if plan else None), recomputed),
             ("waits", "", f"{counts.num_waits}, {counts.wait_seconds:.3f} s"),
             ("link busy", "", f"{self.link_seconds:.3f} s"),
         ]
+        if not counts.num_recomputed and not (plan and plan.recomputed):
+            rows = [row for row in rows if row[0] != "recomputed"]
         lines = [f"{name:<10} {predicted:>14} {measured:>14}" for name, predicted, measured in rows]
         if counts.change:
             lines.append(f"left its plan: {counts.change}")

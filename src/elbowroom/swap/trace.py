@@ -11,9 +11,9 @@ import numpy as np
 
 from elbowroom.core.trace import Span
 from elbowroom.plans.swap import Transfer
-from elbowroom.swap.hooks import StepObserver
 from elbowroom.swap.link import Copy
 from elbowroom.swap.meter import Meter, MeterLog
+from elbowroom.swap.observer import StepObserver
 
 _PROCESS = "step"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.core.recipe import Call, Made, Recipe, TensorArgument
+from elbowroom.core.step_profile import SavedStorage, StepProfile, can_read
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.planning.swap.timeline import SwapLink
 
@@ -208,6 +209,27 @@ def random_profile(draw: random.Random, num_layers: int) -> StepProfile:
             )
         )
     return made_profile(layers)
+
+
+def recipe_of(*sources: int, seconds: float = 0.0, extra_bytes: int = 0) -> Recipe:
+    """A recipe that reads some storages."""
+    arguments = tuple(TensorArgument(source, "uint8", (1,), (1,), 0) for source in sources)
+    return Recipe((Call("torch.cat", (arguments,)),), Made(0, 0), seconds, extra_bytes)
+
+
+def with_recipes(profile: StepProfile, draw: random.Random, part: float = 0.7) -> StepProfile:
+    """The profile with recipes of any cost for a part of its storages, from any they may read."""
+    storages = []
+    for storage in profile.storages:
+        able = [each.number for each in profile.storages if can_read(storage, each)]
+        if storage.bring is not None and draw.random() < part:
+            sources = draw.sample(able, min(len(able), draw.choice((0, 1, 1, 2))))
+            seconds = draw.choice((0.01, 0.1, 1)) * storage.num_bytes / 1e9
+            extra_bytes = draw.choice((0, 100, storage.num_bytes // 2))
+            recipe = recipe_of(*sources, seconds=seconds, extra_bytes=extra_bytes)
+            storage = replace(storage, recipe=recipe)
+        storages.append(storage)
+    return replace(profile, storages=tuple(storages))
 
 
 def gap_bandwidth(profile: StepProfile, steps: float) -> float:

@@ -2,14 +2,15 @@
 
 Plans are searched at fixed budgets between the floor and keeping all, from below, each search from
 the result of the one before. A budget gets the best plan of those at or below it, so more memory
-never gives a slower step. It gets TFLMS's own plan if that is faster, which between two of the
-fixed budgets need not be as fast for a little more.
+never gives a slower step. Each search is done without recomputing and, where that waits for copies,
+for some of the sets of storages to recompute. A budget gets TFLMS's own plan if that is faster,
+which between two of the fixed budgets need not be as fast for a little more.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from math import ceil
 
@@ -19,77 +20,96 @@ from elbowroom.core.units import format_bytes
 from elbowroom.planning.swap.clock import StepClock, Timing
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes, tick_peaks
 from elbowroom.planning.swap.room import StepRoom
-from elbowroom.planning.swap.search import SwapSearch, is_better
-from elbowroom.planning.swap.settle import Settled, Settler
+from elbowroom.planning.swap.search import is_better
+from elbowroom.planning.swap.settle import Settled
 from elbowroom.planning.swap.thresholds import Autotune, rule_choices
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink
-from elbowroom.plans.swap import Choice, PlannedStorage, Swapped, SwapPlan, default_order
+from elbowroom.planning.swap.variants import Candidate, Variant, VariantSearch
+from elbowroom.plans.swap import Choice, PlannedStorage, Recomputed, SwapPlan, default_order
 
 _MOST_RUNGS, _FEWEST_RUNGS, _STORAGES_SEARCHED = 64, 24, 6000
 """Budgets at which plans are searched; fewer for steps that save many storages, for the time."""
+
+_STORAGES_RECOMPUTED = 100
+"""Storages from which on only some budgets are searched with recompute, for the time: at twice as
+many every second one."""
 
 _DENSITY = 1.5
 """Power by which these budgets lie denser near the floor, where a byte saves the most time."""
 
 
-def plan_swap(profile: StepProfile, budget_bytes: int, link: SwapLink = DISK_LINK) -> SwapPlan:
+def plan_swap(
+    profile: StepProfile,
+    budget_bytes: int,
+    link: SwapLink = DISK_LINK,
+    *,
+    recompute: bool = True,
+) -> SwapPlan:
     """Plan a step that never holds more than ``budget_bytes``, static bytes included.
 
-    Raises MemoryPlanError, by numbers, if nothing fits.
+    ``recompute=False`` makes no storage again. Raises MemoryPlanError, by numbers, if nothing fits.
     """
-    return SwapPlanner(profile, link).plan(budget_bytes)
+    return SwapPlanner(profile, link, recompute=recompute).plan(budget_bytes)
 
 
 class SwapPlanner:
     """Plans for any budgets of one profile and link; what one budget needed serves the next."""
 
-    def __init__(self, profile: StepProfile, link: SwapLink = DISK_LINK) -> None:
+    def __init__(
+        self, profile: StepProfile, link: SwapLink = DISK_LINK, *, recompute: bool = True
+    ) -> None:
+        """``recompute=False`` leaves recipes alone."""
         self._profile = profile
-        self._clock = StepClock(profile, link)
-        room = StepRoom(profile)
-        self._autotune = Autotune(room)
-        self._search = SwapSearch(Settler(room, self._clock))
-        self._rungs = rung_budgets(profile, len(room.movable))
-        self._found: list[tuple[Settled, int]] = []
-        """For each budget searched so far the best plan up to it, and its peak."""
+        self._plain = Variant(profile, frozenset(), link)
+        self._variants = VariantSearch(profile, link) if recompute else None
+        self._autotune = Autotune(self._plain.room)
+        num_movable = len(self._plain.room.movable)
+        self._rungs = rung_budgets(profile, num_movable)
+        self._stride = max(1, num_movable // _STORAGES_RECOMPUTED)
+        self._found: list[Candidate] = []
+        """The best plan up to each budget searched so far."""
 
     def plan(self, budget_bytes: int) -> SwapPlan:
         """The plan for a budget, as ``plan_swap`` makes it. Raises what it raises."""
         check_budget(self._profile, budget_bytes)
+        plain = self._plain
         if peak_bytes(self._profile, ()) <= budget_bytes:
-            return _plan(self._profile, {}, self._clock.time({}), budget_bytes)
+            return _plan(self._profile, [], plain.clock.time({}), budget_bytes)
         num_rungs = bisect_right(self._rungs, budget_bytes)
         while len(self._found) < num_rungs:
-            self._search_rung(self._rungs[len(self._found)])
-        best, _ = self._found[num_rungs - 1]
-        rule = _by_rule(self._profile, self._clock, self._autotune, budget_bytes)
-        if rule is not None and is_better(rule, best):
-            best = rule
-        return _plan(self._profile, best.choices, best.timing, budget_bytes)
+            self._found.append(self._search_rung(self._rungs[len(self._found)]))
+        best = self._found[num_rungs - 1]
+        rule = _by_rule(self._profile, plain.clock, self._autotune, budget_bytes)
+        if rule is not None and is_better(rule, best.settled):
+            best = Candidate(plain, rule)
+        choices = best.variant.choices(best.settled)
+        return _plan(self._profile, choices, best.settled.timing, budget_bytes)
 
-    def _search_rung(self, rung: int) -> None:
+    def _search_rung(self, rung: int) -> Candidate:
         """Find the best plan up to the next budget.
 
         A plan that is faster than one for less memory, but holds less, is left out: predicted peaks
         rise with the budget, as seconds fall.
         """
-        rule = _by_rule(self._profile, self._clock, self._autotune, rung)
-        most_bytes = rung - self._profile.static_bytes
-        starts = [self._search.longest_first(most_bytes)]
-        if self._found:
-            starts.append(self._search.longest_first(most_bytes, self._found[-1][0].choices))
-        if rule is not None:
-            starts.append(self._search.longest_first(most_bytes, rule.choices))
-        found = self._search.best(most_bytes, starts)
-        assert found is not None, "all at once fits the floor, the first of the budgets"
-        if rule is not None and is_better(rule, found):
-            found = rule
-        peak = peak_bytes(self._profile, found.choices.values())
-        if self._found:
-            best, best_peak = self._found[-1]
-            if not is_better(found, best) or peak < best_peak:
-                found, peak = best, best_peak
-        self._found.append((found, peak))
+        last = self._found[-1] if self._found else None
+        begins = [] if last is None else [last.settled.choices]
+        rule = _by_rule(self._profile, self._plain.clock, self._autotune, rung)
+        settled = self._plain.best(rung, begins if rule is None else [*begins, rule.choices])
+        assert settled is not None, "all at once fits the floor, the first of the budgets"
+        if rule is not None and is_better(rule, settled):
+            settled = rule
+        found = Candidate(self._plain, settled)
+        is_due = len(self._found) % self._stride == 0
+        if self._variants is not None and is_due and settled.timing.waited:
+            found = self._variants.better(rung, found, last) or found
+        if last is not None:
+            is_slower = not is_better(found.settled, last.settled)
+            if is_slower or self._peak(found) < self._peak(last):
+                return last
+        return found
+
+    def _peak(self, found: Candidate) -> int:
+        return peak_bytes(self._profile, found.variant.choices(found.settled))
 
 
 def plan_thresholds(
@@ -101,7 +121,7 @@ def plan_thresholds(
     best = _by_rule(profile, clock, Autotune(StepRoom(profile)), budget_bytes)
     if best is None:
         raise MemoryPlanError(_too_small(profile, budget_bytes))
-    return _plan(profile, best.choices, best.timing, budget_bytes)
+    return _plan(profile, best.choices.values(), best.timing, budget_bytes)
 
 
 def check_budget(profile: StepProfile, budget_bytes: int) -> None:
@@ -121,6 +141,7 @@ def _too_small(profile: StepProfile, budget_bytes: int) -> str:
         return (
             f"{missed}, less than the {format_bytes(static)} held before the step begins (weights, "
             "optimizer state, batch): take an optimizer with less state, or a smaller model"
+            + ("" if profile.swaps_optimizer else ", or profile with --swap-optimizer")
         )
     times = max(1.1, ceil(10 * (floor - static) / (budget_bytes - static)) / 10)
     return (
@@ -150,9 +171,9 @@ def rung_budgets(profile: StepProfile, num_movable: int) -> list[int]:
 
 
 def _plan(
-    profile: StepProfile, choices: Mapping[int, Swapped], timing: Timing, budget_bytes: int
+    profile: StepProfile, choices: Iterable[Choice], timing: Timing, budget_bytes: int
 ) -> SwapPlan:
-    plan = make_plan(profile, choices.values(), budget_bytes)
+    plan = make_plan(profile, choices, budget_bytes)
     return replace(plan, transfers=timing.transfers, seconds=timing.seconds)
 
 
@@ -164,6 +185,7 @@ def make_plan(
     Its seconds are those of a step that never waits.
     """
     ordered = tuple(sorted(choices, key=lambda choice: choice.storage))
+    remade = sum(choice.recipe.seconds for choice in ordered if isinstance(choice, Recomputed))
     storages = planned_storages(profile)
     return SwapPlan(
         num_ticks=profile.num_ticks,
@@ -175,7 +197,7 @@ def make_plan(
         static_bytes=profile.static_bytes,
         tick_peaks=tick_peaks(profile, ordered),
         compute_seconds=profile.compute_seconds,
-        seconds=profile.compute_seconds,
+        seconds=profile.compute_seconds + remade,
         num_threads=profile.num_threads,
         held_gradient_bytes=profile.held_gradient_bytes,
         swaps_optimizer=profile.swaps_optimizer,

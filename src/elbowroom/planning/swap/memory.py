@@ -7,6 +7,7 @@ numbered as in ``core.step_profile``: state p is what is held after p entries of
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elbowroom.core.step_profile import SavedStorage, StepProfile
-from elbowroom.plans.swap import Choice, Swapped
+from elbowroom.plans.swap import Choice, Recomputed, Swapped
 
 
 class Interval(NamedTuple):
@@ -34,11 +35,12 @@ def choice_intervals(
     profile: StepProfile, storage: SavedStorage, choice: Choice | None
 ) -> tuple[Interval, ...]:
     """What a choice holds beyond the profile; None is the choice to keep the storage."""
-    intervals = (
-        kept_intervals(profile, storage)
-        if choice is None
-        else swapped_intervals(profile, storage, choice)
-    )
+    if choice is None:
+        intervals = kept_intervals(profile, storage)
+    elif isinstance(choice, Recomputed):
+        intervals = recomputed_intervals(storage, choice)
+    else:
+        intervals = swapped_intervals(profile, storage, choice)
     return tuple(each for each in intervals if each.first < each.end)
 
 
@@ -73,6 +75,16 @@ def swapped_intervals(
         brought = _state_after(profile, choice.bring)
         intervals.append(Interval(brought, storage.bring + 1, storage.num_bytes))
     return intervals
+
+
+def recomputed_intervals(storage: SavedStorage, choice: Recomputed) -> list[Interval]:
+    """What a replay holds beyond the profile, in which the storage was brought at the same place.
+
+    It is there for the moment in which the storage is made.
+    """
+    if storage.bring is None:
+        return []
+    return [Interval(storage.bring + 1, storage.bring + 2, choice.recipe.extra_bytes)]
 
 
 def _state_after(profile: StepProfile, tick: int) -> int:
@@ -133,12 +145,25 @@ def peak_bytes(profile: StepProfile, choices: Iterable[Choice]) -> int:
 def tick_peaks(profile: StepProfile, choices: Iterable[Choice]) -> tuple[int, ...]:
     """Most bytes held before the first tick and after each, without the static ones.
 
-    What a tick drops is still counted in the interval that it begins.
+    What a tick drops is still counted in the interval that it begins; what a replay holds is over
+    before the next.
     """
-    held = StepMemory(profile, {choice.storage: choice for choice in choices}).held
-    ticks = profile.tick_positions
+    choice_of = {choice.storage: choice for choice in choices}
+    memory, ticks = StepMemory(profile, choice_of), profile.tick_positions
+    replays = [
+        interval
+        for choice in choice_of.values()
+        if isinstance(choice, Recomputed)
+        for interval in recomputed_intervals(profile.storages[choice.storage], choice)
+    ]
+    most_held = [int(memory.held[replay.first]) for replay in replays]
+    memory.take(replays)
     places = zip((0, *ticks), (*ticks, profile.num_states - 1), strict=True)
-    return tuple(int(held[first : last + 1].max()) for first, last in places)
+    peaks = [int(memory.held[first : last + 1].max()) for first, last in places]
+    for replay, most in zip(replays, most_held, strict=True):
+        place = bisect_left(ticks, replay.first - 1)  # of the entry that brings its storage
+        peaks[place] = max(peaks[place], most)
+    return tuple(peaks)
 
 
 def floor_choices(profile: StepProfile) -> tuple[Choice, ...]:

@@ -66,6 +66,19 @@ class SwapSearch:
             preferences = (preference,)
         return None if best is None else self._improve(best, most_bytes, preference)
 
+    def sketch(self, most_bytes: int, starts: Collection[Collection[int]]) -> Settled | None:
+        """The best of some sets in a hurry, not improved. None if none of them fits."""
+        best: Settled | None = None
+        for swapped in {frozenset(each): None for each in starts}:
+            settled = self._settler.settle(swapped, most_bytes, PREFERENCES[0])
+            if settled is not None and (best is None or is_better(settled, best)):
+                best = settled
+        return best
+
+    def improved(self, most_bytes: int, sketch: Settled) -> Settled:
+        """What local search makes of a sketch."""
+        return self._improve(sketch, most_bytes, PREFERENCES[0])
+
     def _improve(self, best: Settled, most_bytes: int, preference: Preference) -> Settled:
         """Local search: take the first better neighbour until there is none, or trials run out."""
         left = self._num_trials

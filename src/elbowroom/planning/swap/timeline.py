@@ -2,7 +2,8 @@
 
 The main thread computes, waits for a copy out before it drops a storage, and for a copy in before
 it uses one. The link makes the plan's transfers one after the other, in one queue (a disk), or in
-one for each direction (a duplex link such as PCIe or NVLink). ``clock`` has the same times, faster.
+one for each direction (a duplex link such as PCIe or NVLink). Recomputing is compute, at the use,
+after what it reads is there. ``clock`` has the same times, faster.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.trace import Span
 from elbowroom.planning.events import Task, Timeline, simulate
-from elbowroom.plans.swap import Direction, Swapped, SwapPlan, Transfer
+from elbowroom.plans.swap import Direction, Recomputed, Swapped, SwapPlan, Transfer
 
 _COMPUTE = 0
 _RESOURCES = ("compute", "out", "in")
@@ -134,6 +135,9 @@ class _Lowering:
 
     def add_step(self) -> None:
         drops, brings, packs, uses = self._by_tick()
+        recomputed = defaultdict[int | None, list[Recomputed]](list)
+        for made in self._plan.recomputed:
+            recomputed[self._plan.storages[made.storage].use_tick].append(made)
         self._compute("begin", self._profile.seconds_before)
         for tick in range(self._profile.num_ticks + 1):
             for choice in drops[tick]:
@@ -148,19 +152,21 @@ class _Lowering:
                     self._wait(Transfer("out", choice.storage))
             for choice in uses[tick]:
                 self._wait(Transfer("in", choice.storage))
+            for made in recomputed[tick]:
+                self._compute(f"recompute {made.storage}", made.recipe.seconds)
             if tick < self._profile.num_ticks:
                 self._compute(f"tick {tick}", self._profile.seconds[tick])
 
     def _by_tick(self) -> tuple[dict[int, list[Swapped]], ...]:
-        """Choices by the tick of their drop, bring, pack and use."""
+        """Choices by the tick of their drop, bring, pack and first need."""
         drops, brings, packs, uses = (defaultdict[int, list[Swapped]](list) for _ in range(4))
-        for choice in self._plan.choices:
+        for choice in self._plan.swapped:
             storage = self._plan.storages[choice.storage]
             drops[choice.drop].append(choice)
             packs[storage.pack_tick].append(choice)
-            if choice.bring is not None and storage.use_tick is not None:
+            if choice.bring is not None:
                 brings[choice.bring].append(choice)
-                uses[storage.use_tick].append(choice)
+                uses[self._plan.need_ticks[choice.storage]].append(choice)
         return drops, brings, packs, uses
 
     def _compute(self, name: str, seconds: float) -> None:

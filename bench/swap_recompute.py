@@ -1,0 +1,149 @@
+"""Claim: what norms and activations made is cheaper made again than moved over a slow link.
+
+Measured: which part of a step's saved bytes has recipes, and what their replays cost, on a 3-D
+U-Net, a CNN and a transformer. Then steps of the U-Net at one budget, planned with and without
+recompute, in alternating pairs, over a link in memory that is held to a rate.
+
+python -m bench.swap_recompute [--rate 50] [--pairs 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from tests.swap.models import Case, ConvBlock, Transformer, UNet3d
+from tests.swap.steps import plain_step, profiled
+from torch import nn
+
+from bench.common import write_result
+from elbowroom.core.recipe import Call
+from elbowroom.core.step_profile import StepProfile
+from elbowroom.planning.swap.choose import plan_swap
+from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.timeline import SwapLink
+from elbowroom.plans.swap import SwapPlan
+from elbowroom.swap.candidates import Candidates
+from elbowroom.swap.hooks import SwappedStep
+from elbowroom.swap.link import Link
+from elbowroom.swap.tier import MemoryTier
+
+HEAVY = {"conv2d", "conv3d", "conv_transpose3d", "linear", "max_pool3d"}
+
+BUDGET_PART = 0.4
+"""The budget, from the floor (0) to keeping all (1)."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rate", type=float, default=50, help="MB/s of the link, each way")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = {name: shares(make()) for name, make in CASES.items()}
+    result = {"shares": rows, "pairs": compare(unet(), args.rate * 1e6, args.pairs)}
+    write_result("swap_recompute", result)
+
+
+def unet(width: int = 16, batch: int = 2) -> Case:
+    size = (32, 32, 32)
+    return Case(UNet3d(width), torch.randn(batch, 1, *size), torch.randint(2, (batch, *size)))
+
+
+def cnn() -> Case:
+    widths = [3, 32, 32, 32, 64, 64]
+    blocks = [ConvBlock(*pair) for pair in pairwise(widths)]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4)]
+    return Case(nn.Sequential(*blocks, *head), torch.randn(8, 3, 64, 64), torch.arange(8) % 4)
+
+
+def transformer() -> Case:
+    tokens = torch.randint(50, (8, 128))
+    return Case(Transformer(128, 4), tokens, torch.randint(50, (8, 128)))
+
+
+CASES = {
+    "unet": unet,
+    "wide unet": lambda: unet(64, 1),
+    "cnn": cnn,
+    "transformer": transformer,
+}
+
+
+def shares(case: Case) -> dict[str, Any]:
+    """Parts of the saved bytes that can be made again, and of the forward's seconds for it.
+
+    Those of convolutions and products are counted apart: they cost as much as in the forward.
+    """
+    link = Link(MemoryTier(1 << 30))
+    for _ in range(2):
+        plain_step(case)
+    profile = profiled(case, link)
+    link.close()
+    saved = sum(storage.num_bytes for storage in profile.storages)
+    forward = profile.seconds_before + sum(profile.seconds[: profile.num_forward_ticks])
+    able = [(storage, storage.recipe) for storage in profile.storages if storage.recipe is not None]
+    light = [each for each in able if not HEAVY & {name(call) for call in each[1].calls}]
+    return {
+        "saved_bytes": saved,
+        "forward_seconds": forward,
+        "part": sum(storage.num_bytes for storage, _ in able) / saved,
+        "part_without_heavy": sum(storage.num_bytes for storage, _ in light) / saved,
+        "seconds_of_forward_without_heavy": sum(each.seconds for _, each in light) / forward,
+    }
+
+
+def name(call: Call) -> str:
+    return call.function.rpartition(".")[2]
+
+
+def compare(case: Case, bytes_per_second: float, num_pairs: int) -> dict[str, Any]:
+    """Steps at one budget with and without recompute, in turns."""
+    for _ in range(2):
+        plain_step(case)
+    link = Link(MemoryTier(1 << 30), bytes_per_second=bytes_per_second)
+    profile = profiled(case, link)
+    planned_for = SwapLink(bytes_per_second, bytes_per_second)
+    floor, keep_all = floor_bytes(profile), peak_bytes(profile, ())
+    budget = floor + int((keep_all - floor) * BUDGET_PART)
+    plans = [plan_swap(profile, budget, planned_for, recompute=each) for each in (False, True)]
+    for plan in plans:
+        step_seconds(case, link, plan)
+    pairs = [[step_seconds(case, link, plan) for plan in plans] for _ in range(num_pairs)]
+    link.close()
+    return {
+        "rate": bytes_per_second,
+        "budget_bytes": budget,
+        "keep_all_bytes": keep_all,
+        "plans": [about(profile, plan) for plan in plans],
+        "seconds": pairs,
+        "median_ratio": statistics.median(other / one for one, other in pairs),
+    }
+
+
+def about(profile: StepProfile, plan: SwapPlan) -> dict[str, Any]:
+    return {
+        "swapped": len(plan.swapped),
+        "recomputed": len(plan.recomputed),
+        "moved_bytes": plan.out_bytes + plan.in_bytes,
+        "recomputed_bytes": plan.recomputed_bytes,
+        "predicted_slowdown": plan.seconds / profile.compute_seconds - 1,
+    }
+
+
+def step_seconds(case: Case, link: Link, plan: SwapPlan) -> float:
+    case.clear()
+    step = SwappedStep(plan, link, Candidates(case.model, plan.smallest_bytes), on_change="raise")
+    begin = time.perf_counter()
+    with step.hooks():
+        case.loss().backward()
+    step.end()
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Checks of swap plans: what could not be carried out is refused when a plan is made or read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from elbowroom.core.errors import InputError
+
+if TYPE_CHECKING:
+    from elbowroom.plans.swap import Recomputed, SwapPlan, Transfer
+
+
+def check_choices(plan: SwapPlan) -> None:
+    """Raise InputError unless each choice drops after the pack and brings before the use."""
+    numbers = [choice.storage for choice in plan.choices]
+    if numbers != sorted(set(numbers)):
+        raise InputError("the plan's choices must ascend by storage, one for each")
+    if outside := [number for number in numbers if not 0 <= number < len(plan.storages)]:
+        raise InputError(f"the plan swaps storage {outside[0]} of {len(plan.storages)}")
+    for recomputed in plan.recomputed:
+        _check_recomputed(plan, recomputed)
+    for choice in plan.swapped:
+        storage = plan.storages[choice.storage]
+        last = storage.use_tick if storage.use_tick is not None else plan.num_ticks
+        if not storage.pack_tick <= choice.drop <= last:
+            raise InputError(
+                f"storage {choice.storage} is dropped at tick {choice.drop}: it is saved at "
+                f"{storage.pack_tick} and used at {last}"
+            )
+        if (choice.bring is None) != (storage.use_tick is None):
+            raise InputError(
+                f"storage {choice.storage} is brought at {choice.bring}, used at {storage.use_tick}"
+            )
+        last = plan.need_ticks.get(choice.storage, last)
+        if choice.bring is not None and not choice.drop <= choice.bring <= last:
+            raise InputError(
+                f"storage {choice.storage} is brought at tick {choice.bring}: it is dropped at "
+                f"{choice.drop} and used at {last}"
+            )
+
+
+def _check_recomputed(plan: SwapPlan, choice: Recomputed) -> None:
+    """Raise InputError unless all that a recipe reads is there when it is replayed."""
+    made, remade = plan.storages[choice.storage], {each.storage for each in plan.recomputed}
+    if made.use_tick is None:
+        raise InputError(f"storage {choice.storage} is recomputed, but it is never asked for")
+    for number in choice.recipe.sources:
+        if not 0 <= number < len(plan.storages):
+            raise InputError(
+                f"storage {choice.storage} is made from storage {number} of {len(plan.storages)}"
+            )
+        source = plan.storages[number]
+        if number in remade:
+            raise InputError(
+                f"storage {choice.storage} is made from storage {number}, which is recomputed "
+                "itself: keep that one, or swap it"
+            )
+        if source.pack_tick >= made.pack_tick or source.use_tick is None:
+            raise InputError(
+                f"storage {choice.storage} is made from storage {number}, which must be saved "
+                "before it and used by the backward"
+            )
+
+
+def check_transfers(plan: SwapPlan, expected: Iterable[Transfer]) -> None:
+    """Raise InputError for a transfer too many or too few, or in an order that cannot be kept.
+
+    The link must never wait for a transfer that the main thread has yet to ask for, while the main
+    thread waits for one that stands behind it. ``expected`` are the transfers of its choices.
+    """
+    wanted = set(expected)
+    swapped = {choice.storage: choice for choice in plan.swapped}
+    if len(plan.transfers) != len(wanted) or set(plan.transfers) != wanted:
+        odd = wanted.symmetric_difference(plan.transfers)
+        names = ", ".join(sorted(map(str, odd))[:6]) or "one is listed twice"
+        raise InputError(f"the plan's transfers do not fit its choices: {names}")
+    latest, behind = (-1, -1), ""
+    for transfer in plan.transfers:
+        choice, storage = swapped[transfer.storage], plan.storages[transfer.storage]
+        if transfer.direction == "out":
+            asked = (storage.pack_tick, 2)
+            at_once = choice.drop == storage.pack_tick
+            awaited = (choice.drop, 3 if at_once else 0)
+        else:
+            assert choice.bring is not None
+            asked, awaited = (choice.bring, 1), (plan.need_ticks[transfer.storage], 3)
+        if asked > latest:
+            latest, behind = asked, str(transfer)
+        if latest > awaited:
+            raise InputError(
+                f"{transfer} stands behind {behind}, which is asked for at tick {latest[0]}, but "
+                f"it is waited for at tick {awaited[0]}: list it earlier"
+            )
