@@ -18,7 +18,7 @@ from torch import distributed
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.plans.pipeline import read_pipeline_plan
-from elbowroom.swap.handles import checksum
+from elbowroom.swap.checksum import checksum
 from elbowroom.swap.link import Link
 from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import MemoryTier

@@ -16,7 +16,8 @@ from torch import nn
 from elbowroom.core.errors import InputError
 from elbowroom.core.recipe import Recipe
 from elbowroom.profiling.lineage import Draft, Lineage, State
-from elbowroom.swap.handles import SavedItem, checksum
+from elbowroom.swap.checksum import checksum
+from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.link import Copy, CopyLink
 from elbowroom.swap.meter import Meter, MeterLog
 from elbowroom.swap.recompute import Replay, fixed_tensors

@@ -6,9 +6,7 @@ for long: when the last handle of a storage goes, its memory and its slot in the
 
 from __future__ import annotations
 
-import ctypes
 import weakref
-import zlib
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from elbowroom.core.errors import RecomputeError, SwapError
 from elbowroom.plans.swap import Choice
+from elbowroom.swap.checksum import checksum
 from elbowroom.swap.link import Copy
 from elbowroom.swap.recompute import Replay, viewed
 from elbowroom.swap.tier import Slot, Tier
@@ -155,7 +154,7 @@ class SavedItem:
         if found != self.checksum:
             raise SwapError(
                 f"storage {self.number} ({self.num_bytes} bytes) came back changed: checksum "
-                f"{found:08x}, it left with {self.checksum:08x}: check the slow tier's memory or "
+                f"{found:016x}, it left with {self.checksum:016x}: check the slow tier's memory or "
                 "disk, and report this if they are sound"
             )
 
@@ -211,9 +210,3 @@ def changed_in_place(tensor: torch.Tensor, expected: int) -> str:
         f"operation: [{tensor.type()} {list(tensor.shape)}] is at version {version}; expected "
         f"version {expected} instead."
     )
-
-
-def checksum(storage: torch.UntypedStorage) -> int:
-    """CRC-32 of all bytes of a storage."""
-    size = storage.nbytes()
-    return zlib.crc32((ctypes.c_char * size).from_address(storage.data_ptr()))

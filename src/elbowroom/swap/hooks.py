@@ -21,13 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from elbowroom.core.errors import StepChangedError
 from elbowroom.plans.swap import Choice, Recomputed, Swapped, SwapPlan, Transfer
 from elbowroom.swap.candidates import Candidates
+from elbowroom.swap.checksum import checksum
 from elbowroom.swap.handles import (
     Handle,
     KeptHandle,
     Remaking,
     SavedItem,
     SwappedHandle,
-    checksum,
 )
 from elbowroom.swap.link import Copy, CopyLink, Turns
 from elbowroom.swap.observer import StepObserver
