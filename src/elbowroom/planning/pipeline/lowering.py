@@ -1,8 +1,8 @@
 """Lowering of a pipeline's actions to tasks of the simulator.
 
-Every worker has a stream for compute; transfers have one for each direction between two workers,
-and begin when what they send is computed. Each action has one handler;
-``planning.pipeline.action_cost`` has its costs.
+Every worker has a stream for compute, and one for what it swaps; transfers have one for each
+direction between two workers, and begin when what they send is computed. Each action has one
+handler; ``planning.pipeline.action_cost`` has its costs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from elbowroom.planning.events import Task
-from elbowroom.planning.pipeline.action_cost import PipelineCosts
+from elbowroom.planning.pipeline.action_cost import PipelineCosts, StageCosts
 from elbowroom.planning.pipeline.placement import Placement
 from elbowroom.plans.pipeline_actions import (
     Backward,
+    Compute,
     Forward,
     Message,
     PipelineAction,
@@ -28,12 +29,22 @@ from elbowroom.plans.pipeline_actions import (
     message_of,
 )
 
+COMPUTE = "compute"
+"""Trace track of a worker's compute."""
+
 
 class Track(NamedTuple):
-    """The worker that computes or sends, or the first that reduces, and its track in a trace."""
+    """The worker that computes, sends or swaps, or the first that reduces, and its trace track."""
 
     worker: int
     name: str
+
+
+class _Leaving(NamedTuple):
+    """The minibatch of a worker's last forward, and the task that copies out what it saved."""
+
+    minibatch: int
+    task: int
 
 
 @dataclass
@@ -41,7 +52,8 @@ class Lowering:
     """Translation of actions into tasks; actions come after those that they wait for.
 
     ``_last`` is the newest task of each compute stream, ``_before_backward`` the one before the
-    newest backward. ``resources`` numbers compute by worker, and links by level and unit.
+    newest backward, ``_leaving`` the newest copy out. ``resources`` numbers compute by worker, and
+    links by level and unit.
     """
 
     schedule: Schedule
@@ -60,15 +72,16 @@ class Lowering:
     _before_backward: dict[int, tuple[int, ...]] = field(default_factory=dict)
     _sent: dict[Message, int] = field(default_factory=dict)
     _reduces: dict[Reduce, int] = field(default_factory=dict)
-    _streams: dict[tuple[int, int], int] = field(default_factory=dict)
+    _streams: dict[Track, int] = field(default_factory=dict)
+    _leaving: dict[int, _Leaving] = field(default_factory=dict)
 
     def add(self, worker: int, action: PipelineAction) -> None:
         stage = self.costs.stages[action.stage]
         if isinstance(action, Forward):
-            self._compute(worker, action, stage.forward_seconds)
+            self._forward(worker, action, stage)
         elif isinstance(action, Backward):
             self._before_backward[worker] = self._newest(worker)
-            self._compute(worker, action, stage.backward_seconds)
+            self._backward(worker, action, stage)
         elif isinstance(action, Update):
             self._compute(worker, action, stage.update_seconds)
             if action.stage == 0:
@@ -80,11 +93,43 @@ class Lowering:
         else:
             self._send(worker, action)
 
+    def _forward(self, worker: int, action: Forward, stage: StageCosts) -> None:
+        """Add a forward, and beside it the copy out of what it saves."""
+        before = self._newest(worker)
+        if worker in self._leaving:
+            before = (*before, self._leaving[worker].task)
+        self._compute(worker, action, stage.forward_seconds, before)
+        if stage.swapped_bytes:
+            copy = self._swap(worker, "O", action, stage, before)
+            self._leaving[worker] = _Leaving(action.minibatch, copy)
+
+    def _backward(self, worker: int, action: Backward, stage: StageCosts) -> None:
+        """Add a backward, and beside it the copy in of what it uses; its end waits for both.
+
+        If no forward followed the minibatch's own, nothing of it was dropped.
+        """
+        before = self._newest(worker)
+        self._compute(worker, action, stage.backward_seconds)
+        if stage.swapped_bytes and self._leaving[worker].minibatch != action.minibatch:
+            copy = self._swap(worker, "I", action, stage, before)
+            self._compute(worker, action, 0.0, (copy,))
+
+    def _swap(
+        self, worker: int, letter: str, action: Compute, stage: StageCosts, after: tuple[int, ...]
+    ) -> int:
+        bandwidth = self.costs.options.swap_bandwidth
+        assert bandwidth is not None, "costs without it are refused"
+        uses = () if self.costs.overlap_compute else self._uses([("compute", 0, worker)])
+        track = Track(worker, "swap")
+        name = f"{letter}{action.stage}.{action.minibatch}"
+        seconds = stage.swapped_bytes / bandwidth
+        return self._add(track, name, self._stream(track), seconds, uses, after)
+
     def _compute(
         self, worker: int, action: PipelineAction, seconds: float, after: tuple[int, ...] = ()
     ) -> None:
         uses = self._uses([("compute", 0, worker)])
-        track = Track(worker, "compute")
+        track = Track(worker, COMPUTE)
         self._last[worker] = self._add(track, str(action), worker, seconds, uses, after)
 
     def _send(self, worker: int, action: Send) -> None:
@@ -99,7 +144,6 @@ class Lowering:
         self.link_bytes[pair] += num_bytes
         self.cut_bytes[cut] += num_bytes
         self.level_bytes[level] += num_bytes
-        stream = self._streams.setdefault(pair, self.schedule.num_workers + len(self._streams))
         used = self._ways(pair[:1], level, "out") + self._ways(pair[1:], level, "in")
         if self.costs.links == "cut":
             used = [(f"cut {cut}", level, self.placement.unit(worker, level + 1))]
@@ -108,7 +152,8 @@ class Lowering:
         seconds = num_bytes / self.costs.levels[level].bandwidth
         uses, after = self._uses(used), self._newest(worker)
         track = Track(worker, f"to worker {action.worker}")
-        self._sent[message] = self._add(track, str(action), stream, seconds, uses, after)
+        sent = self._add(track, str(action), self._stream(track), seconds, uses, after)
+        self._sent[message] = sent
 
     def _reduce(self, worker: int, action: Reduce) -> None:
         """Add one task per level for all replicas, with the first of them; each waits for these."""
@@ -152,6 +197,10 @@ class Lowering:
     def _uses(self, used: Sequence[tuple[str, int, int]]) -> tuple[tuple[int, float], ...]:
         numbers = (self.resources.setdefault(name, len(self.resources)) for name in used)
         return tuple((number, 1.0) for number in numbers)
+
+    def _stream(self, track: Track) -> int:
+        """Stream of a link, which is none of the workers' compute streams."""
+        return self._streams.setdefault(track, self.schedule.num_workers + len(self._streams))
 
     def _gradients(self, worker: int) -> tuple[int, ...]:
         """Tasks that a worker's part of a reduce waits for: see ``action_cost`` on overlap."""

@@ -16,7 +16,7 @@ from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.trace import Span
 from elbowroom.planning.events import Timeline, simulate
 from elbowroom.planning.pipeline.action_cost import LinkModel, PipelineCosts, plan_costs
-from elbowroom.planning.pipeline.lowering import Lowering, Track
+from elbowroom.planning.pipeline.lowering import COMPUTE, Lowering, Track
 from elbowroom.planning.pipeline.placement import place_workers
 from elbowroom.planning.pipeline.schedule_check import execution_order
 from elbowroom.planning.pipeline.weight_versions import (
@@ -25,7 +25,7 @@ from elbowroom.planning.pipeline.weight_versions import (
     forward_versions,
     held_over_time,
 )
-from elbowroom.plans.pipeline import PipelinePlan
+from elbowroom.plans.pipeline import RESIDENT, PipelinePlan
 from elbowroom.plans.pipeline_actions import (
     Backward,
     Forward,
@@ -53,8 +53,8 @@ class PipelineTimeline:
         cut_bytes: activations and gradients over the cut behind each stage, of all minibatches.
         sync_bytes: moved to synchronise the replicas of each stage.
         level_bytes: all of these over links of each level, the lowest first.
-        peak_bytes: peak memory of each worker: weight versions, what minibatches in flight keep,
-            and the plan's fixed bytes.
+        peak_bytes: peak memory of each worker: weight versions, what minibatches in flight keep
+            and have not swapped, and the plan's fixed bytes.
 
     """
 
@@ -92,12 +92,16 @@ class PipelineTimeline:
         return tuple(1 - seconds / self.seconds if self.seconds else 0.0 for seconds in busy)
 
     def spans(self) -> Iterator[Span]:
-        """Compute, sends and reduces of every worker, for a trace; passes are named as in a run."""
+        """Compute, sends, reduces and swapping of every worker, for a trace.
+
+        Passes are named as in a run, copies as in a swapped step: ``O1.5`` out, ``I1.5`` in.
+        """
         timeline = self.timeline
         for number, (worker, track) in enumerate(self.tracks):
             start, end = timeline.starts[number], timeline.ends[number]
             if end > start:
-                name = _shown(timeline.tasks[number].name)
+                name = timeline.tasks[number].name
+                name = _shown(name) if track == COMPUTE else name
                 yield Span(f"worker {worker}", track, name, start, end)
 
 
@@ -175,7 +179,12 @@ def _peak_bytes(
 ) -> int:
     stage = costs.stages[schedule.stages[worker]]
     held = held_over_time(schedule, worker, rule, used)
-    most = max(x.versions * stage.parameter_bytes + x.in_flight * stage.kept_bytes for x in held)
+    most = max(
+        x.versions * stage.parameter_bytes
+        + x.in_flight * stage.kept_bytes
+        - max(0, x.in_flight - RESIDENT) * stage.swapped_bytes
+        for x in held
+    )
     done = Counter(type(action) for action in schedule.actions[worker])
     is_summed = costs.options.optimizer is not None and done[Backward] > done[Update]
     sums = stage.parameter_bytes if is_summed else 0  # of gradients, beside those of the newest
