@@ -154,7 +154,7 @@ def _nothing_fits(search: StageSearch) -> InputError | MemoryPlanError:
     return MemoryPlanError(
         f"no plan on {num_workers} workers fits in {format_bytes(limit)} of a worker: the least "
         f"that one needs{swaps} is {format_bytes(least)} ({least} bytes): "
-        f"{_swapping_instead(search, limit)}raise the limit to that, or lower the batch"
+        f"raise the limit to that{_swapping_instead(search, limit)}, or lower the batch"
     )
 
 
@@ -167,8 +167,8 @@ def _swapping_instead(search: StageSearch, limit: int) -> str:
     if least is None or least > limit:
         return ""
     return (
-        f"give a swap bandwidth (--swap-bandwidth), with which {format_bytes(least)} ({least} "
-        "bytes) are enough, "
+        f", give a swap bandwidth (--swap-bandwidth), with which {format_bytes(least)} ({least} "
+        "bytes) are enough"
     )
 
 
