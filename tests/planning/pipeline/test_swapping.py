@@ -60,16 +60,20 @@ def too_little(
 
 
 @pytest.mark.parametrize("sizes", [(3,), (4,), (2, 2)])
-@given(chains, st.sampled_from([1e9, 1e10]), option_sets, st.floats(0.3, 0.99))
+@given(chains, st.sampled_from([1e9, 1e10]), option_sets, st.floats(0.3, 0.99), st.booleans())
 def test_chains_against_all_plans(
     sizes: tuple[int, ...],
     layers: LayerGraph,
     bandwidth: float,
     options: PipelineOptions,
     share: float,
+    swaps: bool,
 ) -> None:
+    """Also without a bandwidth to swap, for what a refusal advises."""
     levels = tuple(Level(size, bandwidth) for size in sizes)
-    check_against_all_plans(layers, levels, too_little(layers, levels, options, share))
+    limited = too_little(layers, levels, options, share)
+    swapping = limited if swaps else replace(limited, swap_bandwidth=None)
+    check_against_all_plans(layers, levels, swapping)
 
 
 @examples(200)

@@ -173,18 +173,16 @@ class StageCost:
     def worker_memory(
         self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
     ) -> WorkerMemory:
-        """Memory of a worker, where a stage that would exceed the limit swaps if it can.
+        """Memory of a worker, where a stage that would exceed the limit swaps.
 
-        It can if there is a bandwidth for it, and if some minibatch in flight can be away.
+        Without a bandwidth none does.
         """
         held = self.memory_bytes(start, stops, in_flight, num_units)
         limit = self.options.memory_limit_bytes
         if limit is None or self.options.swap_bandwidth is None:
             return WorkerMemory(held, 0)
-        away = self._away(in_flight)
-        swaps = (held > limit) & (away > 0)
-        swapped = np.where(swaps, self.swappable_bytes(start, stops), 0)
-        return WorkerMemory(held - away * swapped, swapped)
+        swapped = np.where(held > limit, self.swappable_bytes(start, stops), 0)
+        return WorkerMemory(held - self._away(in_flight) * swapped, swapped)
 
     @staticmethod
     def _away(in_flight: Integers | int) -> Integers:
