@@ -80,6 +80,47 @@ def test_what_is_simulated(small: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert sum(event["name"] == "forward 1" for event in events) == 2
 
 
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """Four equal stages of 40 MB a minibatch, between which little passes."""
+    path = tmp_path / "deep.txt"
+    path.write_text(write_pipedream(chain([(0.2, 4 * 10**7, 1000), (0.1, 1000, 1000)] * 4)))
+    return path
+
+
+def test_swapping_makes_it_fit(
+    deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, trace = tmp_path / "plan.json", tmp_path / "trace.json"
+    command = ["train", "plan-pipeline", str(deep), "--workers", "4", "--bandwidth", "1Gbit/s"]
+    command += ["--straight", "--optimizer", "none", "--memory", "90MB"]
+    assert main(command) == EXIT_BAD_INPUT
+    refused = " ".join(capsys.readouterr().err.split())
+    assert "--swap-bandwidth" in refused
+    command += ["--swap-bandwidth", "1GB/s", "--json", str(out), "--trace", str(trace)]
+    assert main(command) == EXIT_GOOD
+    plan, shown = read_pipeline_plan(out), " ".join(capsys.readouterr().out.split())
+    assert plan.options.swap_bandwidth == 1e9
+    own = 4 * 10**7 + 1000
+    assert [stage.swapped_bytes for stage in plan.stages] == [own, own, 0, 0]
+    without = max(stage.memory_bytes + stage.spared_bytes for stage in plan.stages)
+    assert f"{own / 2**20:.4g} MiB in stage 0, {own / 2**20:.4g} MiB in stage 1, " in shown
+    assert f"without swapping {without / 2**20:.4g} MiB" in shown
+    assert "bytes swapped" in shown
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"O0.0", "I0.0", "O1.3", "I1.3"} <= names
+
+
+def test_what_fits_shows_no_swapping(deep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["train", "plan-pipeline", str(deep), "--workers", "4", "--bandwidth", "1Gbit/s"]
+    command += ["--straight", "--optimizer", "none", "--memory", "900MB"]
+    assert main(command) == EXIT_GOOD
+    plain = capsys.readouterr().out
+    assert main([*command, "--swap-bandwidth", "1GB/s"]) == EXIT_GOOD
+    assert capsys.readouterr().out == plain
+    assert "swap" not in plain
+
+
 def test_the_fastest_simulated(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

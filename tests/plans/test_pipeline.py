@@ -47,6 +47,37 @@ def test_older_plans_are_read() -> None:
     assert PLAN.options.depth == 1
 
 
+SWAPS = replace(FRONT, in_flight=5, memory_bytes=5 * (40 + 10) - 3 * 6 + 7, fixed_bytes=7)
+SWAPS = replace(SWAPS, swapped_bytes=6)
+
+
+def test_a_stage_that_swaps() -> None:
+    assert (SWAPS.kept_bytes, SWAPS.spared_bytes) == (10, 3 * 6)
+    assert (FRONT.kept_bytes, FRONT.spared_bytes) == (10, 0)
+    plan = replace(PLAN, stages=(SWAPS, BACK), options=PipelineOptions(swap_bandwidth=1.5e9))
+    data = json.loads(json.dumps(plan.to_json()))
+    assert PipelinePlan.from_json(data) == plan
+    del data["options"]["swap_bandwidth"]
+    for stage in data["stages"]:
+        del stage["swapped_bytes"]
+    before = PipelinePlan.from_json(data)
+    assert before.options.swap_bandwidth is None
+    assert [stage.swapped_bytes for stage in before.stages] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        (FRONT, {"swapped_bytes": 1}),
+        (SWAPS, {"swapped_bytes": -1}),
+        (SWAPS, {"swapped_bytes": 17}),
+    ],
+)
+def test_swapping_that_cannot_be(stage: StagePlan, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        replace(stage, **changes)
+
+
 def test_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     with pytest.raises(InputError, match="cannot read the plan"):
@@ -96,5 +127,8 @@ def test_impossible_values() -> None:
             Level(2, bandwidth)
     with pytest.raises(InputError, match="holds nothing"):
         PipelineOptions(memory_limit_bytes=0)
+    for bandwidth in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(InputError, match="bandwidth above 0"):
+            PipelineOptions(swap_bandwidth=bandwidth)
     with pytest.raises(InputError, match="overlap 'half'"):
         PipelineOptions(overlap="half")  # type: ignore[arg-type]

@@ -73,6 +73,12 @@ def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
     )
     plan.add_argument("--memory", type=memory, help="of one worker (default: the cluster's)")
     plan.add_argument(
+        "--swap-bandwidth",
+        type=bandwidth,
+        help="between a worker and where it may swap, such as 12GB/s: what minibatches in flight "
+        "have saved leaves in stages that exceed the memory otherwise",
+    )
+    plan.add_argument(
         "--depth",
         type=count,
         default=1,
@@ -118,6 +124,7 @@ def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
         depth=args.depth,
         optimizer=None if args.optimizer == "none" else args.optimizer,
         semantics=args.semantics,
+        swap_bandwidth=args.swap_bandwidth,
     )
     graph = read_layer_graph(args.profile)
     if args.bandwidth is not None:
@@ -171,12 +178,12 @@ def _print_plan(
         f"{plan}",
     )
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in _COLUMNS:
+    swaps = any(stage.swapped_bytes for stage in plan.stages)
+    for column in (*_COLUMNS, *(("swapped",) if swaps else ())):
         table.add_column(column, justify="left" if column == "layers" else "right", no_wrap=True)
     for number, stage in enumerate(plan.stages):
-        table.add_row(
-            *_row(number, stage, f"{max(0.0, prediction.idle[number]):.1%}" if prediction else "?")
-        )
+        idle = f"{max(0.0, prediction.idle[number]):.1%}" if prediction else "?"
+        table.add_row(*_row(number, stage, idle), *_swapped(stage, swaps))
     screen.print(table)
     _say(screen, _times(plan))
     for level in plan.traffic:
@@ -191,6 +198,8 @@ def _print_plan(
         f"memory of one worker: up to {format_bytes(most)}; data parallel "
         f"{format_bytes(plan.data_parallel.memory_bytes)}",
     )
+    if swaps:
+        _say(screen, _swapping(plan))
     if not plan.is_exact:
         _say(
             screen,
@@ -209,6 +218,27 @@ def _times(plan: PipelinePlan) -> str:
     return (
         f"{planned}\nsimulated: {plan.simulated_seconds:.6f} s a minibatch while the pipe is full"
     )
+
+
+def _swapping(plan: PipelinePlan) -> str:
+    """What leaves in which stages, and what the plan would need otherwise."""
+    limit, rate = plan.options.memory_limit_bytes, plan.options.swap_bandwidth
+    swapped = ", ".join(
+        f"{format_bytes(stage.swapped_bytes)} in stage {number}"
+        for number, stage in enumerate(plan.stages)
+        if stage.swapped_bytes
+    )
+    without = max(stage.memory_bytes + stage.spared_bytes for stage in plan.stages)
+    return (
+        f"fits {format_bytes(limit or 0)} as each minibatch swaps {swapped}, at "
+        f"{format_bandwidth(rate or 0)}; without swapping {format_bytes(without)}"
+    )
+
+
+def _swapped(stage: StagePlan, is_shown: bool) -> tuple[str, ...]:
+    if not is_shown:
+        return ()
+    return (format_bytes(stage.swapped_bytes) if stage.swapped_bytes else "-",)
 
 
 def _row(number: int, stage: StagePlan, idle: str) -> tuple[str, ...]:

@@ -33,6 +33,10 @@ OVERLAPS: tuple[Overlap, ...] = get_args(Overlap)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 SEMANTICS: tuple[Semantics, ...] = get_args(Semantics)
 PLANNED_SEMANTICS: tuple[PlannedSemantics, ...] = get_args(PlannedSemantics)
+RESIDENT = 2
+"""Minibatches of a swapping stage whose saved tensors are on the worker: the one that computes, and
+one that leaves or comes."""
+
 _WHAT, _VERSION = "pipeline plan", 1
 
 
@@ -77,6 +81,9 @@ class PipelineOptions:
             weight versions and what minibatches in flight keep.
         semantics: weight semantics that a run uses unless told otherwise. ``predict`` takes one
             weight version more on stages with more than one minibatch in flight.
+        swap_bandwidth: bytes/s between a worker and where it swaps, out and in after each other.
+            Stages that exceed the memory limit may then swap what minibatches in flight have saved
+            (``StagePlan.swapped_bytes``). None: no stage swaps.
 
     Raises InputError for values that are none of these.
 
@@ -90,6 +97,7 @@ class PipelineOptions:
     depth: int = 1
     optimizer: Optimizer | None = None
     semantics: PlannedSemantics = "stash"
+    swap_bandwidth: float | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -104,6 +112,8 @@ class PipelineOptions:
             raise InputError(f"a worker of {self.memory_limit_bytes} bytes holds nothing")
         if self.depth < 1:
             raise InputError(f"a pipe of depth {self.depth} never runs: give at least 1")
+        if self.swap_bandwidth is not None and not 0 < self.swap_bandwidth < float("inf"):
+            raise InputError(f"swapping at {self.swap_bandwidth} bytes/s: give a bandwidth above 0")
 
     @property
     def sync_factor(self) -> int:
@@ -127,13 +137,19 @@ class StagePlan:
             versions.
         warmup_forwards: forwards before the first backward.
         memory_bytes: of one worker: ``in_flight`` times (its weights + what a minibatch keeps),
-            plus ``fixed_bytes``.
+            less ``spared_bytes``, plus ``fixed_bytes``.
         parameter_bytes: weights of the stage.
         sync_bytes: moved to synchronise the replicas.
         transfer_bytes: moved over the cut behind this stage, forward and backward.
         fixed_bytes: memory that does not scale with ``in_flight``
             (``planning.pipeline.stage_cost``).
         returned_bytes: the gradients among ``transfer_bytes`` (None: half of them).
+        swapped_bytes: of each minibatch, bytes that leave the worker after its forward and come
+            back for its backward; 0 for a stage that does not swap. Those of two minibatches at
+            most are on the worker at any time: of the one that computes, and of one that leaves.
+
+    Raises InputError for more swapped bytes than a minibatch keeps, and for swapping with so few
+    minibatches in flight that none would ever be away.
 
     """
 
@@ -150,6 +166,19 @@ class StagePlan:
     transfer_bytes: int
     fixed_bytes: int = 0
     returned_bytes: int | None = None
+    swapped_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.swapped_bytes and self.in_flight <= RESIDENT:
+            raise InputError(
+                f"a stage with {self.in_flight} minibatches in flight swaps nothing: "
+                f"{RESIDENT} stay on the worker"
+            )
+        if self.swapped_bytes and not 0 < self.swapped_bytes <= self.kept_bytes:
+            raise InputError(
+                f"{self.swapped_bytes} swapped bytes of a minibatch that keeps {self.kept_bytes}: "
+                "give at most what it keeps"
+            )
 
     @property
     def activation_bytes(self) -> int:
@@ -160,8 +189,14 @@ class StagePlan:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes that each minibatch in flight keeps on a worker, weights not counted."""
-        return (self.memory_bytes - self.fixed_bytes) // self.in_flight - self.parameter_bytes
+        """Bytes that each minibatch in flight keeps, swapped ones too, weights not counted."""
+        scaled = self.memory_bytes + self.spared_bytes - self.fixed_bytes
+        return scaled // self.in_flight - self.parameter_bytes
+
+    @property
+    def spared_bytes(self) -> int:
+        """Memory of a worker that swapping saves: without it, the stage needs so much more."""
+        return (self.in_flight - RESIDENT) * self.swapped_bytes
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,8 @@ class NaiveMemory(NamedTuple):
     """By minibatch in flight."""
 
     once: int
+    swappable: int
+    """Part of ``each`` that can be away, of all but two."""
 
 
 def naive_memory(
@@ -100,9 +102,10 @@ def naive_memory(
     received = crossing_bytes(graph, start)
     if optimizer is None:
         outputs = sum(layers[index].activation_bytes for index in inside)
-        return NaiveMemory(weights + received + outputs, 0)
+        return NaiveMemory(weights + received + outputs, 0, outputs)
     loose = sum(layers[index].memory_or_output.loose_bytes for index in _crossing(graph, stop))
-    kept = sum(layers[index].memory_or_output.kept_bytes for index in inside) + loose
+    swappable = sum(layers[index].memory_or_output.kept_bytes for index in inside)
+    kept = swappable + loose
     moments = []
     for done in cuts:
         if start < done <= stop:
@@ -120,7 +123,8 @@ def naive_memory(
         state += weights + min(weights, max(BUCKET_BYTES, largest))
     messages = options.depth * (received + returned_bytes(graph, start))
     messages += (options.depth + 1) * returned_bytes(graph, stop)
-    return NaiveMemory(weights + received + kept, state + max(moments) - kept + messages)
+    once = state + max(moments) - kept + messages
+    return NaiveMemory(weights + received + kept, once, swappable)
 
 
 class NaiveStage(NamedTuple):
@@ -128,6 +132,7 @@ class NaiveStage(NamedTuple):
     replicas: int
     in_flight: int
     memory_bytes: int
+    swapped_bytes: int
 
 
 class NaivePlan(NamedTuple):
@@ -220,16 +225,22 @@ class _Naive:
         # One of its own, and for the workers behind, shared by its replicas, rounded up.
         in_flight = 1 + options.depth * ((behind + replicas - 1) // replicas)
         is_replicated = replicas > 1 or len(levels) > 1
-        each, once = naive_memory(graph, cuts, cuts[first], cuts[last], is_replicated, options)
-        held = in_flight * each + once
+        each, once, swappable = naive_memory(
+            graph, cuts, cuts[first], cuts[last], is_replicated, options
+        )
+        held, swapped = in_flight * each + once, 0
         if options.semantics == "predict" and in_flight > 1:
             held += sum(graph.layers[index].parameter_bytes for index in inside)
-        limit = options.memory_limit_bytes
+        limit, swap_bandwidth = options.memory_limit_bytes, options.swap_bandwidth
+        seconds = sum(graph.layers[index].seconds for index in inside)
+        if limit is not None and held > limit and swap_bandwidth is not None and in_flight >= 3:
+            swapped = swappable
+            held -= (in_flight - 2) * swapped
+            seconds = max(seconds, (swapped + swapped) / swap_bandwidth)
         if limit is not None and held > limit:
             return None
         names = frozenset(graph.layers[index].name for index in inside)
-        seconds = sum(graph.layers[index].seconds for index in inside)
-        return NaivePlan(seconds, 0, (NaiveStage(names, replicas, in_flight, held),))
+        return NaivePlan(seconds, 0, (NaiveStage(names, replicas, in_flight, held, swapped),))
 
 
 def _paths(

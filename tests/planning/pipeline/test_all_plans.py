@@ -16,6 +16,7 @@ from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 from tests.examples import examples
 from tests.planning.pipeline.pipelines import (
     NaivePlan,
+    NaiveStage,
     chain,
     downsets,
     flat,
@@ -41,6 +42,7 @@ option_sets = st.builds(
     depth=st.integers(1, 3),
     optimizer=st.sampled_from([None, "sgd", "momentum", "adamw"]),
     semantics=st.sampled_from(["stash", "predict"]),
+    swap_bandwidth=st.sampled_from([None, None, 1e9]),
 )
 bandwidths = st.sampled_from([1e8, 1e9, 4e9, 1e12])
 
@@ -139,9 +141,15 @@ def check_against_all_plans(
     assert PipelinePlan.from_json(plan.to_json()) == plan
 
 
-def described(plan: PipelinePlan) -> list[tuple[frozenset[str], int, int, int]]:
+def described(plan: PipelinePlan) -> list[NaiveStage]:
     return [
-        (frozenset(stage.layers), stage.replicas, stage.in_flight, stage.memory_bytes)
+        NaiveStage(
+            frozenset(stage.layers),
+            stage.replicas,
+            stage.in_flight,
+            stage.memory_bytes,
+            stage.swapped_bytes,
+        )
         for stage in plan.stages
     ]
 
@@ -159,6 +167,15 @@ def check_refused(layers: LayerGraph, levels: tuple[Level, ...], options: Pipeli
     enough = int(found[1])
     assert naive_plan(layers, levels, replace(options, memory_limit_bytes=enough)) is not None
     assert naive_plan(layers, levels, replace(options, memory_limit_bytes=enough - 1)) is None
+    swapping = replace(options, swap_bandwidth=options.swap_bandwidth or 1.0)
+    advised = re.findall(r"--swap-bandwidth.*\((\d+) bytes\)", str(caught.value))
+    helps = naive_plan(layers, levels, swapping) is not None
+    assert bool(advised) == helps
+    for text in advised:
+        least = replace(swapping, memory_limit_bytes=int(text))
+        assert naive_plan(layers, levels, least) is not None
+        less = replace(swapping, memory_limit_bytes=int(text) - 1)
+        assert naive_plan(layers, levels, less) is None
 
 
 @examples(50)

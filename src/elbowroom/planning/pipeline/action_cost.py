@@ -10,6 +10,10 @@ Replicas synchronise their weights in the seconds of ``planning.pipeline.stage_c
 level. With overlap ``max`` the synchronisation starts together with the last backward before it,
 because gradients become ready layer by layer; with ``sum`` it starts when that backward has ended.
 The planner's formula for ``max`` hides it behind the forward of the round too.
+
+Workers that swap each have a link of their own for it, with one queue. Copies out run beside the
+forward that makes what they copy, and the worker's next forward waits for them. Copies in are asked
+for when the backward begins, which ends no earlier than they do.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ class StageCosts:
     ``kept_bytes`` is what a minibatch keeps between forward and backward, ``crossing_bytes`` the
     activations over the cut behind the stage, and ``returned_bytes`` the gradients that come back
     over it (None: the same number). ``fixed_bytes`` is memory that does not scale with minibatches
-    in flight.
+    in flight. A minibatch swaps ``swapped_bytes`` of what it keeps: out beside its forward, and in
+    beside its backward.
     """
 
     forward_seconds: float
@@ -44,6 +49,7 @@ class StageCosts:
     update_seconds: float = 0.0
     returned_bytes: int | None = None
     fixed_bytes: int = 0
+    swapped_bytes: int = 0
 
     @property
     def gradient_bytes(self) -> int:
@@ -56,9 +62,10 @@ class PipelineCosts:
     """Costs of stages, and the ``levels`` of links that join them, the lowest first.
 
     ``level_replicas`` has each stage's replicas at each level, the outermost level first; it may be
-    left out if there is one level. Of ``options``, only ``sync`` and ``overlap`` count, and whether
-    ``optimizer`` is None. Without ``overlap_compute``, transfers take the compute of both ends as
-    well. Raises InputError for an unknown model of links.
+    left out if there is one level. Of ``options``, only ``sync``, ``overlap`` and
+    ``swap_bandwidth`` count, and whether ``optimizer`` is None. Without ``overlap_compute``,
+    transfers take the compute of both ends as well, swapping that of its worker. Raises InputError
+    for an unknown model of links, and for stages that swap without a bandwidth.
     """
 
     stages: tuple[StageCosts, ...]
@@ -71,6 +78,8 @@ class PipelineCosts:
     def __post_init__(self) -> None:
         if self.links not in LINK_MODELS:
             raise InputError(f"links '{self.links}' is not one of {', '.join(LINK_MODELS)}")
+        if self.options.swap_bandwidth is None and any(x.swapped_bytes for x in self.stages):
+            raise InputError("a stage that swaps takes time by swap_bandwidth: give one")
 
 
 def plan_costs(
@@ -101,6 +110,7 @@ def plan_costs(
                 crossing_bytes=stage.activation_bytes,
                 returned_bytes=stage.returned_bytes,
                 fixed_bytes=stage.fixed_bytes,
+                swapped_bytes=stage.swapped_bytes,
             )
         )
     level_replicas = tuple(stage.level_replicas for stage in plan.stages)

@@ -55,7 +55,8 @@ class Cuts:
     of forward, backward and update, ``parameter_bytes``, and ``output_bytes``, which a minibatch in
     flight keeps. ``crossing_bytes`` of activations cross the cut, and ``returned_bytes`` of
     gradients come back. ``holds`` is bool [num_cuts, num_cuts]: [i, j] says that cut j holds cut i
-    and more, so that a stage may lie between. ``memory`` is None unless it was asked for.
+    and more, so that a stage may lie between. ``input_bytes`` of the model's inputs count as kept
+    before every cut but the first. ``memory`` is None unless it was asked for.
     """
 
     graph: LayerGraph
@@ -68,6 +69,7 @@ class Cuts:
     returned_bytes: Integers
     holds: NDArray[np.bool_]
     is_exact: bool
+    input_bytes: int
     memory: CutMemory | None = None
 
     @property
@@ -253,25 +255,26 @@ def _measure(
     # exact in float32.
     present = inside.astype(np.float32)
     holds = (present @ (1 - present).T == 0) & ~np.eye(len(cuts), dtype=bool)
-    whole = inside.astype(np.int64)
+    whole, input_bytes = inside.astype(np.int64), _input_bytes(graph, segments)
     memory = None
     if with_memory:
         of_segments = [
             SegmentMemory(layer.memory_or_output, layer.parameter_bytes) for layer in first
         ]
         loose = _crossing_sums(crossings, [layer.memory_or_output.loose_bytes for layer in first])
-        memory = find_cut_memory(of_segments, whole, holds, loose, _input_bytes(graph, segments))
+        memory = find_cut_memory(of_segments, whole, holds, loose, input_bytes)
     return Cuts(
         graph=graph,
         segments=segments,
         masks=tuple(cut.mask for cut in cuts),
         seconds=whole @ np.array([layer.seconds for layer in first]),
         parameter_bytes=whole @ np.array([layer.parameter_bytes for layer in first], np.int64),
-        output_bytes=whole @ activations + is_open * _input_bytes(graph, segments),
+        output_bytes=whole @ activations + is_open * input_bytes,
         crossing_bytes=np.array([cut.crossing_bytes for cut in cuts], np.int64),
         returned_bytes=_crossing_sums(crossings, returned),
         holds=holds,
         is_exact=is_exact,
+        input_bytes=input_bytes,
         memory=memory,
     )
 

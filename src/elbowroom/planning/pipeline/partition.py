@@ -205,7 +205,7 @@ class StageSearch(StageCost):
         if limit is None or len(self.levels) > 1:
             return holds
         in_flight = self.in_flight(self.unit_behind(0, 0, units, units_behind))
-        return np.asarray(holds & (self.memory_bytes(row, columns, in_flight, units) <= limit))
+        return np.asarray(holds & (self.least_bytes(row, columns, in_flight, units) <= limit))
 
     def _fewest_bytes(
         self, level: int, behind: int, start: int, stop: int, limit: float, best: Floats
@@ -289,13 +289,13 @@ class StageSearch(StageCost):
         holds = self.cuts.holds[row, columns]
         units_behind = np.arange(span.rests.start, span.rests.stop)[:, None]
         in_flight = self.in_flight(-(-(behind + units_behind) // span.units))
-        held = self.memory_bytes(row, columns, in_flight, span.units)
         if is_memory:
-            return np.where(holds, held, np.inf)
-        work = np.where(holds, self.cuts.seconds[columns] - self.cuts.seconds[row], np.inf)
-        seconds = self._of_stage(level, span, row, work)[None]
+            return np.where(holds, self.least_bytes(row, columns, in_flight, span.units), np.inf)
+        held, swapped = self.worker_memory(row, columns, in_flight, span.units)
+        work = np.where(holds, self.unit_seconds(row, columns, swapped), np.inf)
+        seconds = self._of_stage(level, span, row, work)
         if limit is None:
-            return seconds
+            return seconds[None]
         return np.where(held <= limit, seconds, np.inf)
 
     def _of_stage(self, level: int, span: _Span, row: int, unit_seconds: Floats) -> Floats:

@@ -150,19 +150,38 @@ def _nothing_fits(search: StageSearch) -> InputError | MemoryPlanError:
             f"{search.cuts.num_cuts} cuts of the graph{where} do not give: allow fewer workers or "
             "replicas"
         )
+    swaps = ", with swapping," if search.options.swap_bandwidth is not None else ""
     return MemoryPlanError(
         f"no plan on {num_workers} workers fits in {format_bytes(limit)} of a worker: the least "
-        f"that one needs is {format_bytes(least)} ({least} bytes): raise the limit to that, or "
-        "lower the batch"
+        f"that one needs{swaps} is {format_bytes(least)} ({least} bytes): "
+        f"raise the limit to that{_swapping_instead(search, limit)}, or lower the batch"
     )
 
 
-def _least_memory(search: StageSearch) -> int | None:
-    """The smallest memory limit, in bytes, with which some plan fits; None if there is none."""
+def _swapping_instead(search: StageSearch, limit: int) -> str:
+    """The advice to let stages swap; empty where they do already, or where it does not help."""
+    if search.options.swap_bandwidth is not None:
+        return ""
+    swapping = replace(search.options, swap_bandwidth=1.0)  # memory is the same with any
+    least = _least_memory(replace(search, options=swapping), limit)
+    if least is None or least > limit:
+        return ""
+    return (
+        f", give a swap bandwidth (--swap-bandwidth), with which {format_bytes(least)} ({least} "
+        "bytes) are enough"
+    )
+
+
+def _least_memory(search: StageSearch, bound: float = np.inf) -> int | None:
+    """The smallest memory limit, in bytes, with which some plan fits; None if there is none.
+
+    One above ``bound`` need not be found.
+    """
     free = replace(search.options, memory_limit_bytes=None)
     wide = replace(search, options=free, minimised="memory", most_seconds=np.inf)
-    coarse = replace(wide, cuts=search.cuts.spread(_COARSE))
-    bound = coarse.least_seconds(_allowed_units(coarse))
+    if bound == np.inf:
+        coarse = replace(wide, cuts=search.cuts.spread(_COARSE))
+        bound = coarse.least_seconds(_allowed_units(coarse))
     if bound < np.inf:
         bounded = replace(free, memory_limit_bytes=int(bound))
         wide = replace(wide, options=bounded)
@@ -209,19 +228,21 @@ def _one_worker(search: StageSearch, group: Group, level_replicas: tuple[int, ..
     """A stage as one worker has it, before replicas share its minibatches."""
     cuts, start, stop = search.cuts, group.start, group.stop
     in_flight = search.in_flight(group.unit_behind)
+    memory = search.worker_memory(start, stop, in_flight, group.num_units)
     return StagePlan(
         layers=cuts.layers_between(start, stop),
         level_replicas=level_replicas,
         replicas=prod(level_replicas),
-        seconds=float(cuts.seconds[stop] - cuts.seconds[start]),
+        seconds=float(search.unit_seconds(start, stop, memory.swapped_bytes)),
         transfer_seconds=0.0,
         in_flight=in_flight,
         warmup_forwards=in_flight - 1,
-        memory_bytes=int(search.memory_bytes(start, stop, in_flight, group.num_units)),
+        memory_bytes=int(memory.num_bytes),
         parameter_bytes=int(cuts.parameter_bytes[stop] - cuts.parameter_bytes[start]),
         sync_bytes=0,
         transfer_bytes=0,
         fixed_bytes=int(search.fixed_bytes(start, stop, in_flight, group.num_units)),
+        swapped_bytes=int(memory.swapped_bytes),
     )
 
 

@@ -11,18 +11,21 @@ B passes, activations one way and gradients back, undivided however often the st
 B is the bandwidth of the level; latencies are left out. (The authors' results would follow as well
 if a transfer were shared out among the replicas that receive it, but not among those that send it;
 undivided is what the papers write.)
+
+Ours, not the papers': a worker of a stage that swaps moves what a minibatch has saved out and in
+beside its compute, so that U is the larger of the two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from elbowroom.planning.pipeline.cuts import Cuts, Floats, Integers
-from elbowroom.plans.pipeline import Level, Optimizer, PipelineOptions
+from elbowroom.plans.pipeline import RESIDENT, Level, Optimizer, PipelineOptions
 from elbowroom.plans.pipeline_shape import BUCKET_BYTES
 
 Counts = TypeVar("Counts", int, Integers)
@@ -36,6 +39,13 @@ _OF_LARGEST: dict[Optimizer, int] = {"sgd": 0, "momentum": 0, "adamw": 2}
 This is what torch.optim (2.13) does on a CPU. On CUDA it takes all weights at once (foreach), which
 needs more.
 """
+
+
+class WorkerMemory(NamedTuple):
+    """Memory of a worker in bytes, and the bytes that each minibatch swaps to make it that."""
+
+    num_bytes: Integers
+    swapped_bytes: Integers | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +132,63 @@ class StageCost:
         )
         return fixed
 
+    def swappable_bytes(self, start: int, stops: slice | int) -> Integers:
+        """Bytes that each minibatch can swap: what the stage's own layers keep for their backward.
+
+        Inputs, what is received (it lies in memory of messages), outputs that are kept only because
+        they cross the cut, and weights stay.
+        """
+        cuts, memory = self.cuts, self.cuts.memory
+        kept = cuts.output_bytes if memory is None else memory.kept_bytes
+        inputs = cuts.input_bytes if start == 0 else 0
+        swappable: Integers = kept[stops] - kept[start] - inputs
+        return swappable
+
+    def unit_seconds(self, start: int, stops: slice | int, swapped_bytes: Integers | int) -> Floats:
+        """Seconds of a minibatch on one worker: of compute, or of swapping beside it, if longer."""
+        seconds: Floats = self.cuts.seconds[stops] - self.cuts.seconds[start]
+        if self.options.swap_bandwidth is None:
+            return seconds
+        return np.maximum(seconds, 2 * swapped_bytes / self.options.swap_bandwidth)
+
     def memory_bytes(
         self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
     ) -> Integers:
-        """Memory of a worker of a stage on ``num_units`` units with ``in_flight`` minibatches."""
+        """Memory of a worker of a stage on ``num_units`` units with ``in_flight`` minibatches.
+
+        Without swapping.
+        """
         held: Integers = in_flight * self.minibatch_bytes(start, stops)
         return held + self.fixed_bytes(start, stops, in_flight, num_units)
+
+    def least_bytes(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> Integers:
+        """``memory_bytes``, less what swapping saves where there is a bandwidth for it."""
+        held = self.memory_bytes(start, stops, in_flight, num_units)
+        if self.options.swap_bandwidth is None:
+            return held
+        return held - self._away(in_flight) * self.swappable_bytes(start, stops)
+
+    def worker_memory(
+        self, start: int, stops: slice | int, in_flight: Integers | int, num_units: int
+    ) -> WorkerMemory:
+        """Memory of a worker, where a stage that would exceed the limit swaps.
+
+        Without a bandwidth none does.
+        """
+        held = self.memory_bytes(start, stops, in_flight, num_units)
+        limit = self.options.memory_limit_bytes
+        if limit is None or self.options.swap_bandwidth is None:
+            return WorkerMemory(held, 0)
+        swapped = np.where(held > limit, self.swappable_bytes(start, stops), 0)
+        return WorkerMemory(held - self._away(in_flight) * swapped, swapped)
+
+    @staticmethod
+    def _away(in_flight: Integers | int) -> Integers:
+        """Minibatches in flight whose swapped tensors are not on the worker."""
+        away: Integers = np.maximum(np.subtract(in_flight, RESIDENT), 0)
+        return away
 
     def _weights(self, start: int, stops: slice | int) -> Integers:
         weights: Integers = self.cuts.parameter_bytes[stops] - self.cuts.parameter_bytes[start]
