@@ -18,6 +18,7 @@ from torch import distributed
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.plans.pipeline import read_pipeline_plan
+from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.swap.checksum import checksum
 from elbowroom.swap.link import Link
 from elbowroom.swap.minibatches import SwappedMinibatches
@@ -41,7 +42,9 @@ def main(case: Case, folder: Path, number: int) -> None:
         torch.manual_seed(1)
         model, make_batch, loss_fn = MODELS[case.model]()
         options = StageOptions(case.semantics, case.microbatches)
-        keeper = SwappedMinibatches(Link(MemoryTier(1 << 30))) if case.swaps else None
+        stage = plan.stages[Pipe(plan.replicas).stages[number]]
+        swaps = case.swaps or stage.swapped_bytes
+        keeper = SwappedMinibatches(Link(MemoryTier(1 << 30))) if swaps else None
         pipeline = Pipeline(model, plan, make_optimizer(case), loss_fn, options, keeper=keeper)
         for step in range(NUM_MINIBATCHES):
             if step == WARM_UP:

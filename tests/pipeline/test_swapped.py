@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from elbowroom.planning.pipeline.plan import plan_on_levels
 from tests.pipeline.members import Members
 from tests.pipeline.memory_cases import Case
-from tests.pipeline.test_memory import make_plan, measure
+from tests.pipeline.test_memory import make_plan, measure, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,3 +50,16 @@ def test_swapped_stages_train_the_same_weights(
         assert one["moved"] == [0, 0] and other["moved"][0] > 0
         if plan.stages[number].in_flight > 2:
             assert other["peak"] < one["peak"]
+
+
+def test_a_plan_that_swaps_says_what_its_workers_hold(members: Members, tmp_path: Path) -> None:
+    """Where the limit of a worker's memory is below what it would hold without."""
+    case = Case("conv", (1, 1, 1), "momentum")
+    graph = measure(case)
+    without = make_plan(case, graph)
+    limit = max(stage.memory_bytes for stage in without.stages) - 1
+    options = replace(without.options, memory_limit_bytes=limit, swap_bandwidth=1e12)
+    plan = plan_on_levels(graph, without.levels, options)
+    assert plan.stages[0].swapped_bytes
+    held = run(members, case, plan, tmp_path)
+    assert held == [pytest.approx(stage.memory_bytes, rel=0.05) for stage in plan.stages]

@@ -20,7 +20,7 @@ from torch import distributed
 
 import elbowroom
 from elbowroom.cli.main import main
-from elbowroom.plans.pipeline import PipelineOptions
+from elbowroom.plans.pipeline import PipelineOptions, read_pipeline_plan
 from elbowroom.training.checkpoint import newest_checkpoint
 from elbowroom.training.script import load_script
 
@@ -48,7 +48,7 @@ def loss_fn(outputs, targets):
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A script, its profile, and straight plans for 2 and 3 workers, of depths 1 and 2.
 
-    The first is for predicted weights.
+    The first is for predicted weights; the second has too little memory, and swaps.
     """
     folder = tmp_path_factory.mktemp("training")
     script, profile = folder / "train.py", folder / "profile.json"
@@ -60,6 +60,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         plan += ["--semantics", semantics]
         out = ["--bandwidth", "10Gbit/s", "--straight", "--json", f"{folder}/plan{workers}.json"]
         assert main([*plan, *out]) == 0
+    stages = read_pipeline_plan(folder / "plan3.json").stages
+    limit = max(stage.memory_bytes for stage in stages) - 1
+    assert main([*plan, *out, "--memory", f"{limit}", "--swap-bandwidth", "10GB/s"]) == 0
+    assert read_pipeline_plan(folder / "plan3.json").stages[0].swapped_bytes
     return folder
 
 

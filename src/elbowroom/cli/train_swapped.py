@@ -11,7 +11,7 @@ from elbowroom.core.files import check_writable
 from elbowroom.plans.swap import read_swap_plan
 
 _PIPELINE_ONLY = ("semantics", "microbatches", "timeout", "max_restarts")
-_SWAP_ONLY = ("enforce", "verify", "tier", "picture")
+_SWAP_ONLY = ("enforce", "verify", "picture")
 
 
 def add_swap_flags(run: argparse.ArgumentParser) -> None:
@@ -24,7 +24,6 @@ def add_swap_flags(run: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--verify", action="store_true", help="compare checksums of what left and what came back"
     )
-    flags.add_argument("--tier", type=Path, help="folder for what is swapped (default: the plan's)")
     flags.add_argument(
         "--picture", type=Path, help="write the last step's memory over time, as SVG"
     )

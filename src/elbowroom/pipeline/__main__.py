@@ -28,6 +28,9 @@ from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
 from elbowroom.plans.pipeline import PipelinePlan, read_pipeline_plan
 from elbowroom.plans.pipeline_shape import Pipe
+from elbowroom.swap.link import Link
+from elbowroom.swap.minibatches import SwappedMinibatches
+from elbowroom.swap.tier import FileTier
 from elbowroom.training.loop import dtype_of
 from elbowroom.training.script import TrainingScript, load_script
 
@@ -93,6 +96,8 @@ def _written(args: argparse.Namespace) -> list[Path]:
 def _make_pipeline(
     script: TrainingScript, plan: PipelinePlan, args: argparse.Namespace
 ) -> Pipeline:
+    stage = plan.stages[Pipe(plan.replicas).stages[distributed.get_rank()]]
+    keeper = SwappedMinibatches(Link(FileTier(args.tier))) if stage.swapped_bytes else None
     return Pipeline(
         script.make_model(args.seed),
         plan,
@@ -107,6 +112,7 @@ def _make_pipeline(
             clip_norm=args.clip_norm,
         ),
         _scheduler_fn(script, args, plan),
+        keeper,
     )
 
 

@@ -36,6 +36,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="for weights, data and dropout (default 0)"
     )
     parser.add_argument("--trace", type=Path, help="write what was done and when, for Perfetto")
+    parser.add_argument(
+        "--tier",
+        type=Path,
+        help="folder for what the plan swaps (default: the plan's, or for temporary files)",
+    )
     parser.add_argument("--checkpoints", type=Path, help="folder; a run resumes from the newest")
     parser.add_argument(
         "--every", type=count, default=100, help="minibatches to a checkpoint (default 100)"

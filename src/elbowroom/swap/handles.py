@@ -56,6 +56,8 @@ class SavedItem:
         num_bytes: size of the storage.
         choice: what becomes of it; None if it is kept: then its handles hold tensors.
         original: identity of the storage that was saved, which lasts as long as the item.
+        root: what the saved tensor is a view of, or itself. Its views share one version counter;
+            other tensors of the storage, such as those of ``unsafe_chunk``, have their own.
         version: of the tensor that was saved, when it was saved.
         tensor: a tensor with the storage that is here: the saved one until the drop, bytes from the
             bring on, and None while the storage is away. What autograd gets are views of it, which
@@ -70,6 +72,7 @@ class SavedItem:
     num_bytes: int
     choice: Choice | None
     original: StorageWeakRef
+    root: weakref.ref[torch.Tensor]
     version: int
     tensor: torch.Tensor | None = None
     slot: Slot | None = None
@@ -87,8 +90,9 @@ class SavedItem:
 
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, in its old or new storage, still has the bytes that were saved."""
-        is_original = tensor.untyped_storage()._cdata == self.original.cdata
-        return tensor._version == (self.version if is_original else 0)
+        if tensor.untyped_storage()._cdata != self.original.cdata:
+            return tensor._version == 0
+        return tensor._version == self.version and self.root() is root_of(tensor)
 
     def leave(self, tier: Tier, saved: torch.Tensor) -> Copy:
         """Take a slot, which lasts as long as the item. Returns the copy to be asked for.
@@ -198,6 +202,17 @@ class KeptHandle:
 
 
 Handle = SwappedHandle | KeptHandle
+
+
+def root_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that this one is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
+
+
+def covers_storage(tensor: torch.Tensor) -> bool:
+    """Whether writes into any part of a tensor's storage count in its version."""
+    root = root_of(tensor)
+    return root.numel() * root.element_size() >= root.untyped_storage().nbytes()
 
 
 def changed_in_place(tensor: torch.Tensor, expected: int) -> str:

@@ -28,6 +28,8 @@ from elbowroom.swap.handles import (
     Remaking,
     SavedItem,
     SwappedHandle,
+    covers_storage,
+    root_of,
 )
 from elbowroom.swap.link import Copy, CopyLink, Turns
 from elbowroom.swap.observer import StepObserver
@@ -170,7 +172,8 @@ class SwappedStep:
             if remaking is not None or not isinstance(planned, Recomputed):
                 choice = planned
         original = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-        item = SavedItem(number, storage.nbytes(), choice, original, tensor._version)
+        root = weakref.ref(root_of(tensor))
+        item = SavedItem(number, storage.nbytes(), choice, original, root, tensor._version)
         if remaking is not None:
             item.remaking, item.checksum = remaking, checksum(storage)
             self.counts.num_recomputed += 1
@@ -192,6 +195,8 @@ class SwappedStep:
             item.checksum = checksum(tensor.untyped_storage())
         copy = item.leave(self.link.tier, tensor)
         self._ask(Transfer("out", item.number), copy)
+        if self.verify and not covers_storage(tensor):
+            self._wait(Transfer("out", item.number))  # before others write into their parts
         self._drops.setdefault(item.choice.drop, []).append(item)
         self.counts.num_swapped += 1
         self.counts.out_bytes += item.num_bytes
