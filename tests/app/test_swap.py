@@ -143,8 +143,9 @@ def test_a_plan_whose_step_begins_with_more_than_it_was_made_for_is_refused() ->
 def test_the_meter_refuses_what_the_budget_does_not_have() -> None:
     gc.collect()
     run = Run(make("cnn"), budget=needed_meter().held_bytes + 60_000)
-    with pytest.raises(torch.OutOfMemoryError, match="memory budget"):
+    with pytest.raises(MemoryPlanError, match="memory budget") as refused:
         run.train(1)
+    assert isinstance(refused.value.__cause__, torch.OutOfMemoryError)
     unbound = Run(make("cnn"), budget=needed_meter().held_bytes + 60_000, enforce=False)
     unbound.train(1)
     assert unbound.reports[0].peak_bytes > needed_meter().held_bytes + 60_000
@@ -324,3 +325,80 @@ def test_copies_are_held_back_to_a_rate() -> None:
     counts = run.reports[0].counts
     assert counts.in_bytes > 0
     assert run.reports[0].link_seconds >= (counts.out_bytes + counts.in_bytes) / 1e7
+
+
+def test_the_measured_step_needs_no_more_than_the_floor() -> None:
+    """Although the caller holds the batch. Less is refused by what it needs."""
+    case = make("transformer")
+    embedded = Case(case.model.head, torch.randn(64, 64, 32), torch.randint(50, (64, 50)))
+    held = needed_meter().held_bytes
+    peaks = []
+    for budget in (1 << 30, 0, -1):
+        most = budget if budget > 0 else held + max(peaks) + budget
+        with Swap(embedded.model, budget=most, tier=MemoryTier(1 << 28)) as swap:
+            embedded.clear()
+            if budget < 0:
+                with pytest.raises(MemoryPlanError), swap.step():
+                    embedded.loss().backward()
+                continue
+            with swap.step():
+                embedded.loss().backward()
+            embedded.clear()
+            assert swap.profile is not None
+            floor = floor_bytes(swap.profile)
+            assert swap.report().peak_bytes == floor
+            peaks.append(floor - held)
+
+
+class Reassigning(nn.Module):
+    """Has a buffer that each forward replaces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("mean", torch.zeros(64, 64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x).relu()
+        self.mean = hidden.detach() * 0.5 + self.mean * 0.5
+        return self.second(hidden * self.mean).relu()
+
+
+def test_a_buffer_that_is_replaced_in_a_step_leaves_its_name_to_nobody() -> None:
+    torch.manual_seed(2)
+    model, x = Reassigning(), torch.randn(64, 64)
+    with Swap(model, budget="1GiB", tier=MemoryTier(1 << 28)) as swap:
+        for step in range(12):
+            with swap.step():
+                model(x).sum().backward()
+            assert not swap.report().counts.change, step
+            model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"budget": budget} for budget in (0, -1, True, 1.5e9, float("nan"), "0", [1])),
+        {"budget": "1GiB", "bytes_per_second": 0},
+        {"budget": "1GiB", "bytes_per_second": -1.0},
+        {"budget": "1GiB", "on_change": "explode"},
+        {"budget": "1GiB", "optimizer": "adam"},
+        {"budget": "1GiB", "tier": 5},
+    ],
+    ids=str,
+)
+def test_arguments_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        Swap(make("cnn").model, **options)
+
+
+def test_the_state_of_sparse_gradients_is_counted() -> None:
+    model = nn.EmbeddingBag(50, 64, sparse=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with Swap(model, optimizer=optimizer, budget="1GiB", tier=MemoryTier(1 << 28)) as swap:
+        for _ in range(3):
+            with swap.step():
+                model(torch.randint(50, (8, 4))).relu().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert swap.report().peak_bytes

@@ -151,3 +151,31 @@ def test_recomputing_from_what_is_not_there_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=problem):
         plan(choices=choices, transfers=default_order(STORAGES, choices))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_threads": "two"},
+        {"num_threads": 10**9},
+        {"num_threads": 0},
+        {"seconds": None},
+        {"seconds": float("nan")},
+        {"compute_seconds": "abc"},
+        {"tier": 5},
+        {"budget_bytes": "24MiB"},
+        {"budget_bytes": True},
+        {"budget_bytes": -1},
+        {"held_gradient_bytes": "x"},
+        {"swaps_optimizer": 1},
+        {"tick_peaks": (100,) * 6 + ("x",) + (50,) * 6},
+        {"storages": (PlannedStorage(100, (), 9), *STORAGES[1:])},
+        {"storages": (PlannedStorage(100, (2, 0), 9), *STORAGES[1:])},
+        {"storages": (PlannedStorage(1.5, (0, 2), 9), *STORAGES[1:])},  # type: ignore[arg-type]
+        {"choices": (Swapped(0, "4", 8), *CHOICES[1:])},  # type: ignore[arg-type]
+    ],
+    ids=str,
+)
+def test_values_of_another_kind(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        plan(**changes)

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from elbowroom.swap.candidates import Candidates
+from elbowroom.swap.hooks import SwappedStep
 from elbowroom.swap.link import Link
 from tests.swap.small import SIZE, at_once, gradient, leaf
 
@@ -180,3 +182,81 @@ def test_a_compiled_model_is_swapped(link: Link) -> None:
         step.end()
     assert step.counts.num_swapped
     assert all(map(torch.equal, plain, [parameter.grad for parameter in model.parameters()]))
+
+
+class Cells(nn.Module):
+    """A cell that is called for each row."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = None
+        for row in x:
+            state = self.cell(row, state)
+        return state[0] if isinstance(state, tuple) else state
+
+
+class Chunks(nn.Module):
+    """Writes into chunks of one storage, each of which has a version counter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = self.linear(x).unsafe_chunk(2, -1)
+        return one.sigmoid_() * other.tanh_()
+
+
+RECURRENT: dict[str, Callable[[], nn.Module]] = {
+    "gru": lambda: nn.GRU(32, 32, 2, bidirectional=True),
+    "lstm64": lambda: nn.LSTM(32, 32).double(),
+    "projected": lambda: nn.LSTM(32, 32, proj_size=16),
+    "rnn": lambda: nn.RNN(32, 32),
+    "gru cell": lambda: Cells(nn.GRUCell(32, 32)),
+    "lstm cell": lambda: Cells(nn.LSTMCell(32, 32)),
+    "chunks": Chunks,
+}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_parts_of_a_storage_may_be_written_after_others_left(
+    link: Link, name: str, verify: bool
+) -> None:
+    torch.manual_seed(3)
+    model = RECURRENT[name]()
+    x = torch.randn(6, 8, 32, dtype=next(model.parameters()).dtype)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        out = model(x)
+        (out[0] if isinstance(out, tuple) else out).pow(2).mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    plain = gradients()
+    step = SwappedStep(None, link, Candidates(model, 256), verify=verify)
+    with step.hooks():
+        found = gradients()
+    step.end()
+    assert step.counts.num_swapped
+    assert all(map(torch.equal, plain, found))
+
+
+def test_what_function_transforms_save_inside_stays(link: Link) -> None:
+    model = nn.Linear(32, 32)
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        _, tangent = torch.func.jvp(lambda v: model(v).tanh(), (x,), (torch.ones_like(x),))
+        return tangent.pow(2).sum()
+
+    x = torch.randn(16, 32)
+    (plain,) = torch.autograd.grad(body(x), [model.weight])
+    step = at_once(link, model)
+    with step.hooks():
+        loss = body(x)
+    (found,) = torch.autograd.grad(loss, [model.weight])
+    step.end()
+    assert torch.equal(plain, found)

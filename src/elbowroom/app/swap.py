@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, get_args
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from elbowroom.core.errors import (
     MemoryPlanError,
     MeterUnavailableError,
     RecomputeError,
+    first_line,
 )
 from elbowroom.core.step_profile import StepProfile
 from elbowroom.core.units import format_bytes, parse_memory
@@ -86,6 +87,7 @@ class Swap:
     ) -> None:
         if (plan is None) == (budget is None):
             raise InputError("give Swap a plan, or budget=: one of them")
+        _check_arguments(optimizer, tier, on_change)
         self._swaps_optimizer = isinstance(optimizer, SwappedOptimizer)
         if plan is not None:
             _check_optimizer(plan, self._swaps_optimizer)
@@ -95,7 +97,7 @@ class Swap:
         self._optimizer = optimizer
         self._planner = planner
         self._makes_plans = plan is None
-        self._budget_bytes = parse_memory(budget) if isinstance(budget, str) else budget
+        self._budget_bytes = None if budget is None else _bytes_of(budget)
         if plan is not None:
             self._budget_bytes = plan.budget_bytes
         self._enforce = enforce and self._budget_bytes is not None
@@ -119,9 +121,10 @@ class Swap:
     def step(self) -> Iterator[None]:
         """The context of one step: one or several forwards and their backwards.
 
-        Raises MemoryPlanError before the step if it cannot fit, torch.OutOfMemoryError inside if
-        it does not, SwapError if the link or the tier fails, and RecomputeError if the step
-        computes something else than when it was measured; the next one is measured again then.
+        Raises MemoryPlanError before the step if it cannot fit, or inside of the measured one,
+        torch.OutOfMemoryError inside of another that does not, SwapError if the link or the tier
+        fails, and RecomputeError if the step computes something else than when it was measured; the
+        next one is measured again then.
         """
         if isinstance(self._optimizer, SwappedOptimizer):
             self._optimizer.send_away()  # all of it is here after a checkpoint
@@ -143,6 +146,7 @@ class Swap:
             on_change=self._on_change,
             verify=self._verify,
             observer=observer,
+            stays=meter.older() if meter is not None else None,
         )
         busy_before, begin = self._link.busy_seconds, time.perf_counter()
         with ExitStack() as inside:
@@ -150,7 +154,7 @@ class Swap:
                 meter.reset_peak()
                 inside.enter_context(meter.budget(self._room_bytes(uncounted)))
             inside.enter_context(observer.recording() if observer else nullcontext())
-            with step.hooks(), self._measured_again_if_other():
+            with step.hooks(), self._explained(is_measured=recorder is not None):
                 yield
             step.end()
         self._last = StepReport(
@@ -171,10 +175,21 @@ class Swap:
             self._is_followed = True
 
     @contextmanager
-    def _measured_again_if_other(self) -> Iterator[None]:
-        """Measure the next step, and recompute no more, if this one computes something else."""
+    def _explained(self, *, is_measured: bool) -> Iterator[None]:
+        """Say what does not fit, if it is measured.
+
+        Measure the next step, and recompute no more, if this one computes something else.
+        """
         try:
             yield
+        except torch.OutOfMemoryError as error:
+            if not is_measured or self._budget_bytes is None:
+                raise
+            raise MemoryPlanError(
+                f"a step needs more than the budget of {format_bytes(self._budget_bytes)} with all "
+                f"that it saves swapped at once: {first_line(error)}. Raise the budget, make the "
+                "batch smaller, or wrap the optimizer in SwappedOptimizer"
+            ) from error
         except RecomputeError:
             if self._makes_plans:
                 self.plan = self.profile = None
@@ -253,6 +268,25 @@ class Swap:
         if not self._enforce or self._budget_bytes is None:
             return None
         return self._budget_bytes - uncounted_bytes
+
+
+def _bytes_of(budget: object) -> int:
+    """Bytes of a budget. Raises InputError unless it is a size, or a whole number above 0."""
+    if isinstance(budget, str):
+        budget = parse_memory(budget)
+    if not isinstance(budget, int) or isinstance(budget, bool) or not 0 < budget < 2**62:
+        raise InputError(f"budget is {budget!r}: give a size such as '6GiB', or a number of bytes")
+    return budget
+
+
+def _check_arguments(optimizer: object, tier: object, on_change: object) -> None:
+    """Raise InputError for arguments of other types, or with no such meaning."""
+    if not isinstance(optimizer, torch.optim.Optimizer | None):
+        raise InputError(f"optimizer is {optimizer!r}: give a torch.optim.Optimizer")
+    if not isinstance(tier, Tier | Path | str | None):
+        raise InputError(f"tier is {tier!r}: give a folder, or a Tier")
+    if on_change not in get_args(OnChange):
+        raise InputError(f"on_change is {on_change!r}: give one of {', '.join(get_args(OnChange))}")
 
 
 def _check_optimizer(plan: SwapPlan, is_swapped: bool) -> None:

@@ -13,7 +13,7 @@ from elbowroom.cli.flags import add_cluster
 from elbowroom.cli.screen import Console
 from elbowroom.core import host
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import write_json
+from elbowroom.core.files import check_apart, check_writable, write_json
 from elbowroom.core.flag_kinds import bandwidth, count, memory
 from elbowroom.core.layer_graph import LayerGraph
 from elbowroom.core.layer_graph_file import read_layer_graph
@@ -115,6 +115,8 @@ def add_plan_pipeline(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _plan_pipeline(args: argparse.Namespace, console: Console) -> int:
+    check_apart([("the profile", args.profile), ("--json", args.json), ("--trace", args.trace)])
+    check_writable([path for path in (args.json, args.trace) if path is not None])
     options = PipelineOptions(
         sync=args.sync,
         overlap=args.overlap,

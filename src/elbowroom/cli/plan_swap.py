@@ -12,7 +12,7 @@ from rich.table import Table
 
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import MemoryPlanError
-from elbowroom.core.files import check_writable
+from elbowroom.core.files import check_apart, check_writable
 from elbowroom.core.flag_kinds import bandwidth, memory
 from elbowroom.core.step_profile import SavedStorage, StepProfile, read_step_profile
 from elbowroom.core.trace import write_trace
@@ -72,6 +72,7 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _plan_swap(args: argparse.Namespace, console: Console) -> int:
+    check_apart([("the profile", args.profile), ("--json", args.json), ("--trace", args.trace)])
     check_writable([path for path in (args.json, args.trace) if path is not None])
     profile = read_step_profile(args.profile)
     link = _link(args)

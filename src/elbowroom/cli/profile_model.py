@@ -13,7 +13,7 @@ from rich.table import Table
 from elbowroom.cli.profile_step import profile_step
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import check_writable, write_text
+from elbowroom.core.files import check_apart, check_writable, write_text
 from elbowroom.core.flag_kinds import count, number, positive, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
@@ -81,6 +81,7 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
         names = ", ".join("--" + name.replace("_", "-") for name in _OF_STEPS)
         raise InputError(f"{names} are for --step: leave them out, or profile a step")
     begin = time.perf_counter()
+    check_apart([("the script", args.script), ("--out", args.out), ("--text", args.text)])
     check_writable([args.out, *([args.text] if args.text is not None else [])])
     # Loaded here: torch takes longer to load than most commands to run.
     from elbowroom.profiling.script import profile_script

@@ -7,7 +7,7 @@ import time
 
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import check_writable
+from elbowroom.core.files import check_apart, check_writable
 from elbowroom.core.step_profile import StepProfile, write_step_profile
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
@@ -17,6 +17,7 @@ def profile_step(args: argparse.Namespace, console: Console) -> int:
     if args.text is not None or args.workers != 1:
         raise InputError("--text and --workers are for layers' profiles: leave them out of --step")
     begin = time.perf_counter()
+    check_apart([("the script", args.script), ("--out", args.out)])
     check_writable([args.out])
     # Loaded here: torch takes longer to load than most commands to run.
     from elbowroom.profiling.script_step import profile_script_step

@@ -21,9 +21,10 @@ from elbowroom.cli.screen import Console
 from elbowroom.cli.signals import heard
 from elbowroom.cli.train_swapped import add_swap_flags, refuse_others, run_swapped
 from elbowroom.core.errors import InputError
+from elbowroom.core.files import check_apart
 from elbowroom.core.flag_kinds import number
 from elbowroom.pipeline.flags import add_run_flags
-from elbowroom.plans.pipeline import read_pipeline_plan
+from elbowroom.plans.pipeline import is_pipeline_plan, read_pipeline_plan
 from elbowroom.plans.swap import is_swap_plan
 
 
@@ -68,7 +69,14 @@ def _needing_torch(
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
+    inputs = [("the script", args.script), ("--plan", args.plan)]
+    check_apart([*inputs, ("--trace", args.trace), ("--picture", args.picture)])
     swaps = is_swap_plan(args.plan)
+    if not swaps and not is_pipeline_plan(args.plan):
+        raise InputError(
+            f"{args.plan} is no plan: make one with train plan-pipeline or train plan-swap, and "
+            "give what --json wrote"
+        )
     refuse_others(args, swaps=swaps)
     return _run_swapped(args, console) if swaps else _run_pipeline(args, console)
 

@@ -140,6 +140,28 @@ def check_writable(paths: Iterable[Path]) -> None:
             pass
 
 
+def check_apart(named: Iterable[tuple[str, Path | None]]) -> None:
+    """Raise OutputError if two of these files, each with what it is for, are one. None is none."""
+    files = [(name, path) for name, path in named if path is not None]
+    for at, (name, path) in enumerate(files):
+        for other_name, other in files[at + 1 :]:
+            if _is_same(path, other):
+                raise OutputError(
+                    f"{name} and {other_name} are the same file ({path}): give each its own"
+                )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file, also through links.
+
+    For files that do not exist yet, through linked folders.
+    """
+    try:
+        return one.samefile(other)
+    except OSError:
+        return real_path(one) == real_path(other)
+
+
 def check_names(paths: Iterable[Path]) -> None:
     """Raise OutputError if one of ``paths`` could be no file. Looks, and touches nothing."""
     for path in paths:

@@ -11,6 +11,7 @@ from typing import Any
 
 from elbowroom.core.errors import OutputError
 from elbowroom.core.files import (
+    check_apart,
     check_names,
     check_writable,
     explained_writes,
@@ -88,13 +89,7 @@ def check_paths(
         load_arrow(path)
     written = [("--output", output), ("--errors", errors), ("--report", report)]
     check_names(path for _, path in written)
-    named = [*(("input", path) for path in inputs), *written]
-    for at, (name, path) in enumerate(named):
-        for other_name, other in named[at + 1 :]:
-            if _is_same(path, other):
-                raise OutputError(
-                    f"{name} and {other_name} are the same file ({path}): give each its own"
-                )
+    check_apart([*(("input", path) for path in inputs), *written])
     check_writable((output, errors, report))
     own = written_files(output)
     for _, path in written:
@@ -103,17 +98,6 @@ def check_paths(
                 f"{path} is there, and no run of this job wrote it: name another file, remove it, "
                 f"or give --overwrite"
             )
-
-
-def _is_same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file, also through links.
-
-    For files that do not exist yet, through linked folders.
-    """
-    try:
-        return one.samefile(other)
-    except OSError:
-        return real_path(one) == real_path(other)
 
 
 def _line(custom_id: str, response: Any, error: Any) -> bytes:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.files import unversioned, versioned
+from elbowroom.core.files import is_of_format, unversioned, versioned
 from elbowroom.core.units import format_bandwidth
 
 Sync = Literal["ps", "allreduce"]
@@ -293,6 +293,11 @@ class PipelinePlan:
         if not plan.stages:
             raise InputError("a pipeline plan needs at least one stage")
         return plan
+
+
+def is_pipeline_plan(path: Path) -> bool:
+    """Whether a file says that it is a pipeline plan. Raises InputError if it cannot be read."""
+    return is_of_format(path, _WHAT)
 
 
 def read_pipeline_plan(path: str | Path) -> PipelinePlan:

@@ -19,7 +19,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import is_of_format, read_as, unversioned, versioned, write_json
 from elbowroom.core.recipe import Recipe
 from elbowroom.core.units import format_bytes
-from elbowroom.plans.swap_check import check_choices, check_transfers
+from elbowroom.plans.swap_check import check_choices, check_numbers, check_transfers
 
 Direction = Literal["out", "in"]
 
@@ -136,13 +136,12 @@ class SwapPlan:
     swaps_optimizer: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if len(self.tick_peaks) != self.num_ticks + 1:
             raise InputError(
                 f"the plan has peaks of {len(self.tick_peaks)} intervals, its {self.num_ticks} "
                 f"ticks divide the step into {self.num_ticks + 1}"
             )
-        if not isinstance(self.swaps_optimizer, bool):
-            raise InputError(f"swaps_optimizer is {self.swaps_optimizer!r}: give true or false")
         check_choices(self)
         check_transfers(self, default_order(self.storages, self.choices))
 

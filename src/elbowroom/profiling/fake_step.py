@@ -85,7 +85,7 @@ def profile_fake_step(
             model, batch = make_model(), make_batch()
             state = _optimizer_state(model, optimizer_fn) if optimizer_fn else []
             held = [*model.parameters(), *model.buffers(), *state, *_tensors(batch)]
-            return _profile(model, batch, loss_fn, rates, _num_bytes(held), smallest_bytes)
+            return _profile(model, batch, loss_fn, rates, held, smallest_bytes)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise MeasuringError(
             f"the step asks for the values of a tensor ({error}): without data there are none, so "
@@ -98,13 +98,20 @@ def _profile(
     batch: Batch,
     loss_fn: Callable[[Model, Batch], torch.Tensor],
     rates: FakeRates,
-    static_bytes: int,
+    held: Sequence[torch.Tensor],
     smallest_bytes: int,
 ) -> StepProfile:
     log = _FakeLog(rates)
+    static_bytes, held_before = _num_bytes(held), {t.untyped_storage()._cdata for t in held}
     recorder = StepRecorder(model, log, static_bytes, smallest_bytes, clock=lambda: log.seconds)
     candidates = Candidates(model, smallest_bytes, plain=FakeTensor)
-    step = SwappedStep(None, _NoLink(), candidates, observer=recorder)
+    step = SwappedStep(
+        None,
+        _NoLink(),
+        candidates,
+        observer=recorder,
+        stays=lambda storage: storage._cdata in held_before,
+    )
     with recorder.recording():
         with log, step.hooks():
             loss_fn(model, batch).backward()  # type: ignore[no-untyped-call]

@@ -95,7 +95,7 @@ class _MeasuredSteps:
             prover=None if most_bytes is None else recipe_prover(model, meter, most_bytes),
         )
         candidates = Candidates(model, SMALLEST_BYTES)
-        step = SwappedStep(None, self._link, candidates, observer=recorder)
+        step = SwappedStep(None, self._link, candidates, observer=recorder, stays=meter.older())
         meter.reset_peak()
         with recorder.recording():
             with step.hooks():

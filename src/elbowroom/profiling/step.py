@@ -57,6 +57,8 @@ class _Seen:
     bring: int | None = None
     bring_address: int = 0
     gone: int | None = None
+    stayed: bool = False
+    """Whether it was kept, as it was there before the step: somebody else holds it."""
 
 
 class StepRecorder(StepObserver):
@@ -183,7 +185,10 @@ class StepRecorder(StepObserver):
         if self._first_unpack is None:
             self._first_unpack = tick
         if item is not None:
-            self._seen[item.number].unpack_ticks.append(tick)
+            seen = self._seen[item.number]
+            seen.unpack_ticks.append(tick)
+            if item.choice is None and seen.bring is None:
+                seen.bring, seen.stayed = self._meter.num_entries, True
 
     def bringing(self, item: SavedItem, link: CopyLink) -> None:
         if self._prover is not None:
@@ -230,7 +235,10 @@ def _storage(
     """A storage with positions in the log that was cut, by those in the log that was recorded."""
     release = None if seen.gone is None else places[seen.gone]
     bring = None if seen.bring is None else places[seen.bring]
-    if bring is not None:
+    free = _first_after(releases[seen.address], places[seen.pack_position])
+    if seen.stayed:
+        free, release = None, bring  # there is no second copy
+    elif bring is not None:
         release = _first_after(releases[seen.bring_address], bring)
     return SavedStorage(
         number=number,
@@ -238,7 +246,7 @@ def _storage(
         made_by=seen.made_by,
         pack_ticks=tuple(seen.pack_ticks),
         unpack_ticks=tuple(seen.unpack_ticks),
-        free=_first_after(releases[seen.address], places[seen.pack_position]),
+        free=free,
         bring=bring,
         release=release,
         recipe=recipe,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 SMALLEST_BYTES = 1024
 """Storages below this size are kept: to move them costs more than they take."""
@@ -15,7 +16,8 @@ class Candidates:
     """Tells storages that may leave from those that must stay.
 
     Parameters and buffers stay, whatever tensors of their storages are saved, and so do all
-    tensors but plain strided ones: sparse ones, conjugates and subclasses have more than a storage.
+    tensors but plain strided ones: sparse ones, conjugates and subclasses have more than a storage,
+    those inside of ``torch.func`` none of their own.
     The unsharded parameters of FSDP are views of a Parameter whose storage FSDP empties and
     refills; to swap them gives wrong gradients without any error.
 
@@ -35,35 +37,41 @@ class Candidates:
         self.model = model
         self.smallest_bytes = smallest_bytes
         self._plain = plain
-        self._fixed = set(_storages((*model.parameters(), *model.buffers())))
+        # Weak references: an identity is not given to another storage as long as they live.
+        self._fixed: dict[int, StorageWeakRef] = {}
+        self.fix((*model.parameters(), *model.buffers()))
 
     def fix(self, tensors: Iterable[torch.Tensor]) -> frozenset[int]:
         """Have the storages of more tensors stay. Returns their identities."""
-        storages = frozenset(_storages(tensors))
-        self._fixed |= storages
-        return storages
+        storages = {storage._cdata: storage for storage in _storages(tensors)}
+        for identity in storages.keys() - self._fixed.keys():
+            reference = StorageWeakRef(storages[identity])  # type: ignore[no-untyped-call]
+            self._fixed[identity] = reference
+        return frozenset(storages)
 
     def storage_of(self, tensor: torch.Tensor) -> torch.UntypedStorage | None:
         """The storage that may leave with this tensor; None if it must stay."""
         base = tensor._base
         if isinstance(tensor, nn.Parameter) or isinstance(base, nn.Parameter):
-            self._fixed.update(_storages([tensor]))
+            self.fix([tensor])
             return None
         is_plain = type(tensor) is self._plain and (base is None or type(base) is self._plain)
         if not is_plain or tensor.layout is not torch.strided or tensor.device.type != "cpu":
             return None
         if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
             return None
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # of torch.func: no memory
+            return None
         storage = tensor.untyped_storage()
         is_small = storage.nbytes() < max(1, self.smallest_bytes)
         return None if is_small or storage._cdata in self._fixed else storage
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> Iterable[int]:
-    """Identities of the storages of tensors; those of a DTensor's own part."""
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterable[torch.UntypedStorage]:
+    """Storages of tensors; those of a DTensor's own part."""
     for tensor in tensors:
         local = getattr(tensor, "_local_tensor", tensor)
         try:
-            yield local.untyped_storage()._cdata
+            yield local.untyped_storage()
         except (RuntimeError, NotImplementedError):  # sparse, or a subclass without a storage
             continue

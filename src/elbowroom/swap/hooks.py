@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -55,6 +55,7 @@ class SwappedStep:
         on_change: what to do when the step does not do what the plan expects.
         verify: compare checksums of what left and what came back.
         observer: whoever measures the step.
+        stays: without a plan, which storages are kept; None for none.
         drops_later: without a plan, copy everything away, and drop nothing before ``drop_all``.
 
     """
@@ -65,6 +66,7 @@ class SwappedStep:
     on_change: OnChange = "swap"
     verify: bool = False
     observer: StepObserver | None = None
+    stays: Callable[[torch.UntypedStorage], bool] | None = None
     drops_later: bool = False
     counts: StepCounts = field(default_factory=StepCounts)
 
@@ -156,7 +158,8 @@ class SwappedStep:
         return handle
 
     def _kept(self, item: SavedItem, tensor: torch.Tensor) -> KeptHandle:
-        if self.plan is not None and item.number in self.plan.sources and item.tensor is None:
+        is_source = self.plan is None or item.number in self.plan.sources
+        if is_source and item.tensor is None:
             item.tensor = tensor.detach()
         return KeptHandle(item, tensor.detach(), tensor._version)
 
@@ -165,6 +168,8 @@ class SwappedStep:
         self._num_items += 1
         drop = _NEVER if self.drops_later else self._clock - 1
         choice: Choice | None = Swapped(number, drop, None)
+        if self.plan is None and self.stays is not None and self.stays(storage):
+            choice = None
         remaking = None
         if self.plan is not None and self._follows:
             planned = self.plan.choice_of.get(number)

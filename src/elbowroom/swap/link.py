@@ -16,7 +16,7 @@ from typing import Protocol
 
 import torch
 
-from elbowroom.core.errors import SwapError
+from elbowroom.core.errors import InputError, SwapError
 from elbowroom.plans.swap import Direction, Transfer
 from elbowroom.swap.tier import Slot, Tier
 
@@ -75,6 +75,8 @@ class Link:
     def __init__(
         self, tier: Tier, bytes_per_second: float | None = None, timeout_seconds: float = 120.0
     ) -> None:
+        if bytes_per_second is not None and not bytes_per_second > 0:
+            raise InputError(f"a link of {bytes_per_second} bytes/s: give a rate above 0")
         self.tier = tier
         self.busy_seconds = 0.0
         self.out_bytes = 0

@@ -27,8 +27,14 @@ std::atomic<bool> is_logging{false};
 std::mutex log_lock;
 std::vector<Entry> entries;
 
-std::mutex sizes_lock;
-std::unordered_map<void*, int64_t> sizes;
+struct Block {
+  int64_t bytes;
+  int64_t number;  // in the order of allocations, from 1
+};
+
+std::mutex blocks_lock;
+std::unordered_map<void*, Block> blocks;
+int64_t num_allocated = 0;
 
 const c10::Device cpu(c10::DeviceType::CPU);
 
@@ -42,11 +48,11 @@ void release(void* block) {
   if (block == nullptr) return;
   int64_t bytes = 0;
   {
-    std::lock_guard<std::mutex> guard(sizes_lock);
-    auto found = sizes.find(block);
-    if (found != sizes.end()) {
-      bytes = found->second;
-      sizes.erase(found);
+    std::lock_guard<std::mutex> guard(blocks_lock);
+    auto found = blocks.find(block);
+    if (found != blocks.end()) {
+      bytes = found->second.bytes;
+      blocks.erase(found);
     }
   }
   if (bytes > 0) {
@@ -87,8 +93,8 @@ struct Meter final : c10::Allocator {
       throw;
     }
     {
-      std::lock_guard<std::mutex> guard(sizes_lock);
-      sizes[block] = bytes;
+      std::lock_guard<std::mutex> guard(blocks_lock);
+      blocks[block] = {bytes, ++num_allocated};
     }
     note(bytes, block);
     c10::reportMemoryUsageToProfiler(block, bytes, now, 0, cpu);
@@ -119,9 +125,21 @@ int64_t meter_num_refused() { return num_refused; }
 
 // Bytes of the block at this address; 0 if another allocator made it.
 int64_t meter_block_bytes(int64_t address) {
-  std::lock_guard<std::mutex> guard(sizes_lock);
-  auto found = sizes.find(reinterpret_cast<void*>(address));
-  return found == sizes.end() ? 0 : found->second;
+  std::lock_guard<std::mutex> guard(blocks_lock);
+  auto found = blocks.find(reinterpret_cast<void*>(address));
+  return found == blocks.end() ? 0 : found->second.bytes;
+}
+
+// Number of the block at this address, in the order of allocations; 0 as above.
+int64_t meter_block_number(int64_t address) {
+  std::lock_guard<std::mutex> guard(blocks_lock);
+  auto found = blocks.find(reinterpret_cast<void*>(address));
+  return found == blocks.end() ? 0 : found->second.number;
+}
+
+int64_t meter_num_allocated() {
+  std::lock_guard<std::mutex> guard(blocks_lock);
+  return num_allocated;
 }
 
 void meter_start_log() {

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,8 @@ _FUNCTIONS: dict[str, tuple[list[type], type | None]] = {
     "meter_set_budget": ([ctypes.c_int64], None),
     "meter_num_refused": ([], ctypes.c_int64),
     "meter_block_bytes": ([ctypes.c_int64], ctypes.c_int64),
+    "meter_block_number": ([ctypes.c_int64], ctypes.c_int64),
+    "meter_num_allocated": ([], ctypes.c_int64),
     "meter_start_log": ([], None),
     "meter_stop_log": ([], None),
     "meter_mark": ([], ctypes.c_int64),
@@ -100,6 +102,16 @@ class Meter:
         """Whether a storage's memory is among the held bytes."""
         return bool(self._library.meter_block_bytes(storage.data_ptr()))
 
+    def older(self) -> Callable[[torch.UntypedStorage], bool]:
+        """Tells storages that are there now from those that are made later."""
+        num_allocated = int(self._library.meter_num_allocated())
+
+        def is_older(storage: torch.UntypedStorage) -> bool:
+            number = int(self._library.meter_block_number(storage.data_ptr()))
+            return number <= num_allocated  # 0 for what others have allocated
+
+        return is_older
+
     def address(self, storage: torch.UntypedStorage) -> int:
         """The address of a storage's memory, by which the log knows it."""
         return storage.data_ptr()
@@ -155,10 +167,7 @@ def uncounted_bytes(
         leaves = [leaf for state in optimizer.state.values() for leaf in state.values()]
         tensors += [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     sizes = {}
-    for tensor in tensors:
-        if isinstance(tensor, AwayTensor):
-            continue
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    for storage in _storages(tensors):
         if storage.device.type == "cpu" and not meter.counts(storage):
             sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
@@ -167,12 +176,22 @@ def uncounted_bytes(
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of the gradients that a model's parameters hold here."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    sizes = {}
-    for gradient in gradients:
-        if not isinstance(gradient, AwayTensor) and gradient.layout is torch.strided:
-            storage = getattr(gradient, "_local_tensor", gradient).untyped_storage()
-            sizes[storage._cdata] = storage.nbytes()
-    return sum(sizes.values())
+    return sum({each._cdata: each.nbytes() for each in _storages(gradients)}.values())
+
+
+def _storages(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
+    """Storages of what is here, those of the parts of sparse tensors too."""
+    for tensor in tensors:
+        if isinstance(tensor, AwayTensor):
+            continue
+        local = getattr(tensor, "_local_tensor", tensor)
+        parts = [local]
+        if local.layout is torch.sparse_coo:
+            parts = [local._indices(), local._values()]
+        elif local.layout is not torch.strided:  # compressed: only what it holds most of
+            parts = [local.values()]
+        for part in parts:
+            yield part.untyped_storage()
 
 
 def build_meter() -> Path:

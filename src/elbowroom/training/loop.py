@@ -27,7 +27,8 @@ class LoopOptions:
         num_steps: steps to come, which a script's scheduler is told.
         seed: for weights, data and dropout.
         lr: rate of AdamW, for a script that makes no optimizer.
-        clip_norm: the largest norm of all gradients, as in ``torch.nn.utils.clip_grad_norm_``.
+        clip_norm: the largest norm of all gradients that the optimizer is given, as in
+            ``torch.nn.utils.clip_grad_norm_``.
         autocast: type to compute in where that is done; None for none.
 
     """
@@ -121,7 +122,9 @@ class TrainingLoop:
     def update(self) -> None:
         """Update the weights and forget the gradients."""
         if self._clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self._clip_norm)
+            groups = self.optimizer.param_groups
+            updated = [parameter for group in groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(updated, self._clip_norm)
         self.optimizer.step()
         if self._scheduler is not None:
             self._scheduler.step()
