@@ -10,6 +10,7 @@ python -m bench.swap_recompute [--rate 50] [--pairs 5]
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 from itertools import pairwise
@@ -21,8 +22,8 @@ from tests.swap.steps import plain_step, profiled
 from torch import nn
 
 from bench.common import write_result
-from elbowroom.core.recipe import Call
-from elbowroom.core.step_profile import StepProfile
+from elbowroom.core.recipe import Call, Recipe
+from elbowroom.core.step_profile import SavedStorage, StepProfile
 from elbowroom.planning.swap.choose import plan_swap
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
 from elbowroom.planning.swap.timeline import SwapLink
@@ -94,7 +95,21 @@ def shares(case: Case) -> dict[str, Any]:
         "part": sum(storage.num_bytes for storage, _ in able) / saved,
         "part_without_heavy": sum(storage.num_bytes for storage, _ in light) / saved,
         "seconds_of_forward_without_heavy": sum(each.seconds for _, each in light) / forward,
+        "seconds_of_forward_for_30_percent": cheapest_seconds(able, 0.3 * saved) / forward,
     }
+
+
+def cheapest_seconds(able: list[tuple[SavedStorage, Recipe]], num_bytes: float) -> float:
+    """Seconds of the replays of so many bytes, those with the least for a byte first.
+
+    Infinite if there are not so many.
+    """
+    seconds = 0.0
+    for storage, recipe in sorted(able, key=lambda each: each[1].seconds / each[0].num_bytes):
+        if num_bytes <= 0:
+            return seconds
+        seconds, num_bytes = seconds + recipe.seconds, num_bytes - storage.num_bytes
+    return seconds if num_bytes <= 0 else math.inf
 
 
 def name(call: Call) -> str:
