@@ -90,6 +90,21 @@ class SavedStorage:
 
 
 @dataclass(frozen=True)
+class ReadyGradient:
+    """Gradient of one parameter, complete during the compute that follows ``tick``.
+
+    Raises InputError for a number of bytes that cannot be.
+
+    """
+
+    tick: int
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_whole("a gradient: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
+
+
+@dataclass(frozen=True)
 class StepProfile:
     """One step's ticks, its memory with everything swapped at once, and the storages it saves.
 
@@ -105,6 +120,8 @@ class StepProfile:
         storages: saved storages, by number.
         num_threads: PyTorch's threads in the measured step, on which workspaces depend.
         swaps_optimizer: whether gradients left while they were made, and optimizer state was away.
+        gradients: of plain parameters, in the order in which they were complete; empty in
+            profiles of before, which do not know.
 
     Raises InputError for facts that contradict each other.
 
@@ -120,6 +137,7 @@ class StepProfile:
     storages: tuple[SavedStorage, ...]
     num_threads: int = 1
     swaps_optimizer: bool = False
+    gradients: tuple[ReadyGradient, ...] = ()
 
     def __post_init__(self) -> None:
         _check_flag("swaps_optimizer", self.swaps_optimizer)
@@ -133,6 +151,7 @@ class StepProfile:
             if storage.number != number:
                 raise InputError(f"storage {storage.number} stands in place {number}: sort them")
             _check_places(storage, self.num_ticks, len(self.deltas))
+        _check_gradients(self)
 
     @property
     def num_ticks(self) -> int:
@@ -159,6 +178,8 @@ class StepProfile:
             for key in ("seconds", "tick_positions", "deltas"):
                 rest[key] = tuple(rest[key])
             rest["storages"] = tuple(_storage(storage) for storage in rest["storages"])
+            gradients = rest.pop("gradients", ())
+            rest["gradients"] = tuple(ReadyGradient(**gradient) for gradient in gradients)
             return StepProfile(**rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"no step profile: {error}") from error
@@ -236,3 +257,11 @@ def _check_places(storage: SavedStorage, num_ticks: int, num_entries: int) -> No
         position = getattr(storage, key)
         if position is not None:
             _check_whole(f"storage {storage.number}: {key}", position, num_entries)
+
+
+def _check_gradients(profile: StepProfile) -> None:
+    """Raise InputError unless gradients are of the step's ticks, in their order."""
+    for gradient in profile.gradients:
+        _check_whole("a gradient: tick", gradient.tick, profile.num_ticks - 1)
+    if any(one.tick > other.tick for one, other in pairwise(profile.gradients)):
+        raise InputError("gradients must be listed in the order in which they are complete")

@@ -6,7 +6,7 @@ import gc
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import MeasuringError
-from elbowroom.core.step_profile import SavedStorage, StepProfile
+from elbowroom.core.step_profile import ReadyGradient, SavedStorage, StepProfile
 from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.hooks import StepObserver
 from elbowroom.swap.meter import Meter, MeterLog
@@ -71,6 +71,7 @@ class StepRecorder(StepObserver):
         self._first_unpack: int | None = None
         self._last_end = 0.0
         self._log: MeterLog | None = None
+        self._ready: dict[str, ReadyGradient] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -79,6 +80,12 @@ class StepRecorder(StepObserver):
             hook
             for name, module in self._model.named_modules()
             for hook in self._follow(name, module)
+        ]
+        hooks += [
+            parameter.register_post_accumulate_grad_hook(self._gradient_of(name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._model.named_parameters()
+            # Gradients of FSDP2's DTensors are its own to reduce, and hooks change how it does.
+            if parameter.requires_grad and not hasattr(parameter, "_local_tensor")
         ]
         gc.collect()  # no garbage of before may go in between
         self._meter.start_log()
@@ -115,6 +122,7 @@ class StepRecorder(StepObserver):
             ),
             num_threads=torch.get_num_threads(),
             swaps_optimizer=self._swaps_optimizer,
+            gradients=tuple(self._ready.values()),
         )
 
     # What a StepObserver is told.
@@ -147,6 +155,14 @@ class StepRecorder(StepObserver):
     def brought(self, item: SavedItem) -> None:
         assert item.tensor is not None
         self._seen[item.number].bring_address = item.tensor.data_ptr()
+
+    def _gradient_of(self, name: str) -> Callable[[torch.Tensor], None]:
+        def ready(parameter: torch.Tensor) -> None:
+            self._ready.pop(name, None)  # several backwards: the last completes it
+            tick = max(0, len(self._positions) - 1)
+            self._ready[name] = ReadyGradient(tick, parameter.numel() * parameter.element_size())
+
+        return ready
 
     def _forgotten(self, seen: _Seen) -> None:
         if self._log is None:
