@@ -95,7 +95,7 @@ class Averaging:
         self._chunk_bytes = self._network.chunk_bytes
         if about.shares_link:
             self._wires[wire] = 2
-            self._chunk_bytes = min(self._chunk_bytes, wire.chunk_bytes / 2)
+            self._chunk_bytes = wire.chunk_bytes / 2  # turns are fair if chunks are as large
         self._filling, self._limit = 0, about.first_bucket_bytes
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._hooks = [
