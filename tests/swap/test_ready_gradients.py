@@ -75,6 +75,21 @@ def test_of_several_backwards_the_last_completes_a_gradient(link: Link) -> None:
     ]
 
 
+def test_what_a_later_backward_adds_to_comes_later(link: Link) -> None:
+    case = make("cnn")
+    plain_step(case)
+    *_, head = case.model.children()
+
+    def body() -> None:
+        case.loss().backward()
+        head(torch.ones(4, 16)).pow(2).sum().backward()
+
+    profile = profiled(case, link, body)
+    sizes = [gradient.num_bytes for gradient in profile.gradients]
+    assert sorted(sizes[-2:]) == sorted(parameter.nbytes for parameter in head.parameters())
+    assert profile.gradients[-1].tick > profile.gradients[0].tick
+
+
 def test_what_is_frozen_has_no_gradient(link: Link) -> None:
     case = make("cnn")
     first, *_ = case.model.parameters()

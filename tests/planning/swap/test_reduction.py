@@ -107,10 +107,29 @@ def test_a_slow_network_leaves_the_rest_of_the_link_to_copies() -> None:
     assert half.waited_seconds(0) == pytest.approx(1.4)
 
 
+def test_shares_are_of_bytes_and_not_of_speeds() -> None:
+    # The all-reduce could send 60 bytes/s of the 100 and outlasts the copy: both have 50.
+    link = SwapLink(1000, 100, is_duplex=True)
+    profile = two_gradients(200, 0)
+    plan = make_plan(profile, [Swapped(0, 2, 3)])
+    timeline = simulate_swap(profile, plan, link, GradientReduction(2, 60, 1, 1, shares_link=True))
+    assert timeline.waited_seconds(0) == pytest.approx(100 / 50)
+    # The other 100 bytes have the link for themselves from 2.7 s on.
+    assert timeline.seconds == pytest.approx(2.7 + 100 / 60)
+
+
 def test_on_one_queue_an_all_reduce_crosses_twice() -> None:
     # 60 bytes out and 60 back at 100 and 200 bytes/s are 0.9 s, from 0.7 s on.
     timeline = reduced(two_gradients(60, 0), SwapLink(100, 200), shares_link=True)
     assert timeline.seconds == pytest.approx(1.6)
+
+
+def test_on_one_queue_copies_have_half_of_what_crosses() -> None:
+    # A copy of c bytes/s beside c / 2 out and c / 2 back: c (1 + 1/2) / 100 + c / 2 / 1000 = 1.
+    timeline = reduced(
+        two_gradients(200, 0), SwapLink(1000, 100), Swapped(0, 2, 3), shares_link=True
+    )
+    assert timeline.waited_seconds(0) == pytest.approx(100 * (1.5 / 100 + 0.5 / 1000))
 
 
 @pytest.mark.parametrize("seed", range(30))
