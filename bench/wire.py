@@ -9,11 +9,15 @@ from collections import deque
 
 from elbowroom.swap.tier import MemoryTier, Slot
 
-CHUNK_SECONDS = 0.004
+CHUNK_SECONDS = 0.002
 """How long a chunk holds a wire: short beside a copy."""
 
 WINDOW = 4
-"""Chunks that each flow asks for ahead, so that the wire is not idle while a thread wakes up."""
+"""Chunks that each flow asks for ahead, so that the wire is not idle while a thread wakes up.
+
+A flow on two wires is ahead on the faster one by as much: of copies of 0.2 s beside it, 2 % are
+hidden that way, and twice as much with chunks that are twice as long.
+"""
 
 
 class Wire:
