@@ -6,6 +6,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from elbowroom.cli.exit_codes import EXIT_GOOD
 from elbowroom.cli.main import main
 from elbowroom.cli.plan_swap import print_swap_plan
 from elbowroom.cli.screen import Console
-from elbowroom.core.step_profile import StepProfile, write_step_profile
+from elbowroom.core.step_profile import ReadyGradient, StepProfile, write_step_profile
 from elbowroom.core.units import MIB
 from elbowroom.planning.swap.choose import plan_swap
 from elbowroom.planning.swap.memory import floor_bytes
+from elbowroom.planning.swap.reduction import GradientReduction
 from elbowroom.planning.swap.timeline import SwapLink, simulate_swap
 from elbowroom.plans.swap import read_swap_plan
 from tests.planning.swap.made_models import gpt_like, unet_like, with_recipes
@@ -66,8 +68,36 @@ def test_a_duplex_link_is_no_slower(tmp_path: Path) -> None:
 def test_the_trace_has_compute_and_copies(tmp_path: Path) -> None:
     path, trace = str(written(unet_like(), tmp_path)), tmp_path / "trace.json"
     assert main(["train", "plan-swap", path, "--budget", "70MiB", "--trace", str(trace)]) == 0
-    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    events = json.loads(trace.read_text())["traceEvents"]
+    names = {event["name"] for event in events}
+    curve = [event["args"]["predicted bytes"] for event in events if event["ph"] == "C"]
+    assert max(curve) == plan_swap(unet_like(), 70 * MIB).peak_bytes
+    assert len(curve) == unet_like().num_ticks + 1
     assert {"tick 3", "O0", "I0"} <= names
+
+
+def test_a_step_of_several_replicas_is_shown_beside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = unet_like()
+    gradients = (ReadyGradient(made.num_ticks - 9, 30 * MIB), ReadyGradient(made.num_ticks - 1, 9))
+    profile, trace = replace(made, gradients=gradients), tmp_path / "trace.json"
+    flags = [str(written(profile, tmp_path)), "--budget", "70MiB", "--link", "200MB/s"]
+    replicas = ["--replicas", "4", "--network", "1GB/s", "--trace", str(trace)]
+    plan = plan_swap(profile, 70 * MIB, SLOW)
+    for extra in ([], ["--shared-link"]):
+        assert main(["train", "plan-swap", *flags, *replicas, *extra]) == EXIT_GOOD
+        shown = capsys.readouterr().out
+        lines = {line.split()[0]: line for line in shown.splitlines()}
+        reduction = GradientReduction(4, 1e9, shares_link=bool(extra))
+        seconds = simulate_swap(profile, plan, SLOW, reduction).seconds
+        assert f" {seconds:.6f}, " in lines["all-reduce"]
+        assert f" {plan.seconds:.6f}, " in lines["seconds"]
+        named = [event.get("args") for event in json.loads(trace.read_text())["traceEvents"]]
+        assert {"name": "reduce"} in named
+    assert main(["train", "plan-swap", *flags, "--replicas", "4"]) != EXIT_GOOD
+    old = [str(written(made, tmp_path)), *flags[1:]]
+    assert main(["train", "plan-swap", *old, *replicas]) != EXIT_GOOD
 
 
 def test_of_many_tensors_the_largest_are_shown(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elbowroom.core.errors import InputError
-from elbowroom.core.step_profile import StepProfile, read_step_profile, write_step_profile
+from elbowroom.core.step_profile import (
+    ReadyGradient,
+    StepProfile,
+    read_step_profile,
+    write_step_profile,
+)
 from tests.planning.swap.profiles import two_storages
 
 
@@ -17,6 +23,19 @@ def test_a_profile_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "step.json"
     write_step_profile(path, two_storages())
     assert read_step_profile(path) == two_storages()
+
+
+def test_gradients_round_trip(tmp_path: Path) -> None:
+    path, gradients = tmp_path / "step.json", (ReadyGradient(2, 10), ReadyGradient(3, 0))
+    profile = replace(two_storages(), gradients=gradients)
+    write_step_profile(path, profile)
+    assert read_step_profile(path) == profile
+
+
+def test_a_profile_of_before_knows_no_gradients() -> None:
+    data = two_storages().to_json()
+    del data["gradients"]
+    assert StepProfile.from_json(data).gradients == ()
 
 
 def test_what_follows_from_the_facts() -> None:
@@ -65,6 +84,12 @@ def changed(path: str, value: Any) -> dict[str, Any]:
         ("storages.0.bring", None),
         ("storages.0.free", 99),
         ("storages.0.release", -1),
+        ("gradients", 1),
+        ("gradients", [{"tick": 4, "num_bytes": 1}]),
+        ("gradients", [{"tick": -1, "num_bytes": 1}]),
+        ("gradients", [{"tick": 0, "num_bytes": -1}]),
+        ("gradients", [{"tick": 0}]),
+        ("gradients", [{"tick": 3, "num_bytes": 1}, {"tick": 2, "num_bytes": 1}]),
     ],
 )
 def test_facts_that_cannot_be_are_refused(path: str, value: Any) -> None:

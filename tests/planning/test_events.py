@@ -54,36 +54,45 @@ def test_laws(tasks: list[Task]) -> None:
     assert timeline.seconds >= critical_path_seconds(tasks) - slack
 
 
-@examples(300)
-@given(
-    st.lists(
-        st.dictionaries(st.integers(0, NUM_RESOURCES - 1), PARTS, max_size=3).map(
-            lambda uses: tuple(uses.items())
-        ),
-        max_size=10,
-    )
+FLOWS = st.tuples(
+    st.dictionaries(st.integers(0, NUM_RESOURCES - 1), PARTS, max_size=3).map(
+        lambda uses: tuple(uses.items())
+    ),
+    st.just(1.0) | st.floats(0.01, 100),
 )
-def test_rates_are_max_min_fair(uses: list[tuple[tuple[int, float], ...]]) -> None:
+
+
+@examples(300)
+@given(st.lists(FLOWS, max_size=10))
+def test_rates_are_max_min_fair(flows: list[tuple[tuple[tuple[int, float], ...], float]]) -> None:
     """Nobody can have more without taking from one who has no more: each is held by a full one."""
-    rates = fair_rates(uses)
+    uses, weights = [uses for uses, _ in flows], [weight for _, weight in flows]
+    rates = fair_rates(uses, weights)
     used = [0.0] * NUM_RESOURCES
     for rate, of_flow in zip(rates, uses, strict=True):
         for resource, part in of_flow:
             used[resource] += rate * part
     assert all(total <= 1 + 1e-9 for total in used)
-    for rate, of_flow in zip(rates, uses, strict=True):
+    for rate, of_flow, weight in zip(rates, uses, weights, strict=True):
         assert 0 < rate <= 1
         held = [
             resource
             for resource, _ in of_flow
             if used[resource] > 1 - 1e-9
             and all(
-                other <= rate + 1e-9
-                for other, theirs in zip(rates, uses, strict=True)
+                other / its <= rate / weight + 1e-9
+                for other, theirs, its in zip(rates, uses, weights, strict=True)
                 if any(r == resource for r, _ in theirs)
             )
         ]
         assert rate == 1 or held
+
+
+def test_by_weight_a_slow_flow_keeps_what_equal_shares_would_give_it() -> None:
+    fast, slow = ((0, 1.0),), ((0, 0.25),)
+    assert fair_rates([fast, slow]) == pytest.approx([0.8, 0.8])
+    assert fair_rates([fast, slow], [1, 4]) == pytest.approx([0.75, 1])
+    assert fair_rates([fast, fast, slow], [1, 1, 4]) == pytest.approx([0.375, 0.375, 1])
 
 
 def test_two_readers_of_one_link_take_twice_as_long() -> None:

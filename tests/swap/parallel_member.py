@@ -1,6 +1,7 @@
 """One of two gloo processes that train the same model under DDP or FSDP2, plainly and swapped.
 
-Activations are swapped under both, optimizers under DDP: FSDP2's parameters are refused.
+Activations are swapped under both, optimizers under DDP: FSDP2's parameters are refused. Under DDP
+both together also train what one process does with the batches of both.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ from elbowroom.swap.optimizer import SwappedOptimizer
 from elbowroom.swap.tier import MemoryTier
 
 NUM_STEPS = 3
+MOST_DIFFERENT = 1e-6
+"""Of two sums in single precision that were taken in another order, relative to their norm."""
 
 
 def model_under(kind: str) -> nn.Module:
-    """The same model in each process, in either kind of parallel training."""
+    """The same model in each process, in either kind of parallel training, or in none (alone)."""
     torch.manual_seed(0)
     blocks = [nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(3)]
     model = nn.Sequential(*blocks, nn.Linear(64, 8))
+    if kind == "alone":
+        return model
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -64,8 +69,26 @@ def check(kind: str, batch: torch.Tensor) -> None:
         swapped = numbers(model, batch, swap)
         # Linear layers save their inputs, GELUs theirs, and the loss one: no weights.
         assert swap.report().counts.num_swapped == len(profile.storages) == 11
+    # DDP's gradients are whole ones; FSDP2 reduces its parts itself.
+    has_gradients = len(profile.gradients) == len(list(model.parameters()))
+    assert has_gradients if kind == "ddp" else not profile.gradients
     assert all(map(torch.equal, plain, measured))
     assert all(map(torch.equal, plain, swapped))
+    if kind == "ddp":
+        check_whole(batch, swapped)
+
+
+def check_whole(batch: torch.Tensor, swapped: list[torch.Tensor]) -> None:
+    """Raise AssertionError unless two processes have the numbers of one with the whole batch."""
+    batches = [torch.empty_like(batch) for _ in range(dist.get_world_size())]
+    dist.all_gather(batches, batch)
+    loss, *gradients = swapped
+    dist.all_reduce(loss)
+    averaged = [loss / dist.get_world_size(), *gradients]
+    whole = numbers(model_under("alone"), torch.cat(batches))
+    for one, other in zip(whole, averaged, strict=True):
+        assert not torch.equal(one, torch.zeros_like(one))
+        assert (one - other).norm() <= MOST_DIFFERENT * one.norm()
 
 
 def trained(batch: torch.Tensor, *, is_swapped: bool, **options: bool) -> list[torch.Tensor]:

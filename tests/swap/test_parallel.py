@@ -1,4 +1,7 @@
-"""Under DDP and FSDP2 as they are, two processes train swapped what they train plainly."""
+"""Under DDP and FSDP2 as they are, two processes train swapped what they train plainly.
+
+Under DDP that is also what one process trains, with the batches of both.
+"""
 
 from __future__ import annotations
 

@@ -11,14 +11,15 @@ from typing import Literal
 from rich.table import Table
 
 from elbowroom.cli.screen import Console
-from elbowroom.core.errors import MemoryPlanError
+from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.files import check_apart, check_writable
-from elbowroom.core.flag_kinds import bandwidth, memory
+from elbowroom.core.flag_kinds import bandwidth, count, memory
 from elbowroom.core.step_profile import SavedStorage, StepProfile, read_step_profile
 from elbowroom.core.trace import write_trace
 from elbowroom.core.units import format_bandwidth, format_bytes
 from elbowroom.planning.swap.choose import plan_swap, plan_thresholds
 from elbowroom.planning.swap.memory import floor_bytes, peak_bytes
+from elbowroom.planning.swap.reduction import GradientReduction
 from elbowroom.planning.swap.timeline import DISK_LINK, SwapLink, SwapTimeline, simulate_swap
 from elbowroom.plans.swap import Recomputed, Swapped, SwapPlan, write_swap_plan
 from elbowroom.profiling.tier_speed import tier_speed
@@ -64,6 +65,17 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
         action="store_false",
         help="make no tensor again instead of moving it",
     )
+    plan.add_argument(
+        "--replicas",
+        type=count,
+        help="also predict the step of so many replicas, whose gradients DDP averages",
+    )
+    plan.add_argument("--network", type=bandwidth, help="bandwidth between replicas, each way")
+    plan.add_argument(
+        "--shared-link",
+        action="store_true",
+        help="what replicas send and receive crosses the link too (default: it does not)",
+    )
     plan.add_argument("--all", action="store_true", help=f"show more than {_MOST_ROWS} tensors")
     plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan")
     plan.add_argument(
@@ -73,6 +85,7 @@ def add_plan_swap(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _plan_swap(args: argparse.Namespace, console: Console) -> int:
     check_apart([("the profile", args.profile), ("--json", args.json), ("--trace", args.trace)])
+    reduction = _reduction(args)
     check_writable([path for path in (args.json, args.trace) if path is not None])
     profile = read_step_profile(args.profile)
     link = _link(args)
@@ -85,8 +98,11 @@ def _plan_swap(args: argparse.Namespace, console: Console) -> int:
     rates = [format_bandwidth(rate) for rate in (link.out_bandwidth, link.in_bandwidth)]
     say(screen, f"link        {rates[0]} out, {rates[1]} back")
     say(screen, f"thresholds  {_thresholds(profile, args.budget, link)}")
+    if reduction is not None:
+        alone, timeline = timeline, simulate_swap(profile, plan, link, reduction)
+        say(screen, f"all-reduce  {_reduced(reduction, alone, timeline)}")
     if args.trace is not None:
-        write_trace(args.trace, timeline.spans())
+        write_trace(args.trace, [*timeline.spans(), *timeline.memory(plan)])
     if args.json is not None:
         write_swap_plan(args.json, plan)
     return 0
@@ -143,6 +159,25 @@ def _link(args: argparse.Namespace) -> SwapLink:
     if args.link is None and args.tier is None:
         return replace(DISK_LINK, is_duplex=args.duplex)
     return SwapLink(*tier_speed(args.tier), args.duplex)
+
+
+def _reduction(args: argparse.Namespace) -> GradientReduction | None:
+    """The all-reduce that was asked for. Raises InputError if a part of it is missing."""
+    if args.replicas is None and args.network is None and not args.shared_link:
+        return None
+    if args.replicas is None or args.network is None:
+        raise InputError("an all-reduce needs --replicas and --network: give both, or neither")
+    return GradientReduction(args.replicas, args.network, shares_link=args.shared_link)
+
+
+def _reduced(reduction: GradientReduction, alone: SwapTimeline, reduced: SwapTimeline) -> str:
+    """The step with its gradients averaged, beside the one without."""
+    longer = f", {reduced.seconds / alone.seconds - 1:.1%} longer" if alone.seconds else ""
+    crossing = ", over the link too" if reduction.shares_link else ""
+    return (
+        f"{reduced.seconds:.6f}{longer}: {reduction.num_workers} replicas at "
+        f"{format_bandwidth(reduction.bandwidth)}{crossing}"
+    )
 
 
 def _row(

@@ -93,6 +93,21 @@ class SavedStorage:
 
 
 @dataclass(frozen=True)
+class ReadyGradient:
+    """Gradient of one parameter, complete during the compute that follows ``tick``.
+
+    Raises InputError for a number of bytes that cannot be.
+
+    """
+
+    tick: int
+    num_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_whole("a gradient: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
+
+
+@dataclass(frozen=True)
 class StepProfile:
     """One step's ticks, its memory with everything swapped at once, and the storages it saves.
 
@@ -110,6 +125,8 @@ class StepProfile:
         held_gradient_bytes: gradients among ``static_bytes``: a step that begins without them makes
             them, which this one did not.
         swaps_optimizer: whether gradients left while they were made, and optimizer state was away.
+        gradients: of plain parameters, in the order in which they were complete; empty in
+            profiles of before, which do not know.
 
     Raises InputError for facts that contradict each other.
 
@@ -126,6 +143,7 @@ class StepProfile:
     num_threads: int = 1
     held_gradient_bytes: int = 0
     swaps_optimizer: bool = False
+    gradients: tuple[ReadyGradient, ...] = ()
 
     def __post_init__(self) -> None:
         _check_flag("swaps_optimizer", self.swaps_optimizer)
@@ -142,6 +160,7 @@ class StepProfile:
             _check_places(storage, self.num_ticks, len(self.deltas))
         for storage in self.storages:
             _check_recipe(storage, self.storages)
+        _check_gradients(self)
 
     @property
     def num_ticks(self) -> int:
@@ -168,6 +187,8 @@ class StepProfile:
             for key in ("seconds", "tick_positions", "deltas"):
                 rest[key] = tuple(rest[key])
             rest["storages"] = tuple(_storage(storage) for storage in rest["storages"])
+            gradients = rest.pop("gradients", ())
+            rest["gradients"] = tuple(ReadyGradient(**gradient) for gradient in gradients)
             return StepProfile(**rest)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"no step profile: {error}") from error
@@ -267,12 +288,14 @@ def _check_recipe(storage: SavedStorage, storages: Sequence[SavedStorage]) -> No
 
 def can_read(storage: SavedStorage, source: SavedStorage) -> bool:
     """Whether a storage's recipe may read a source: saved before it, and there when it is used."""
-    is_before = source.pack_tick < storage.pack_tick
-    is_used = storage.bring is not None and source.bring is not None
-    return (
-        is_before
-        and is_used
-        and (
-            source.release is None or (storage.bring is not None and source.release > storage.bring)
-        )
-    )
+    if storage.bring is None or source.bring is None or source.pack_tick >= storage.pack_tick:
+        return False
+    return source.release is None or source.release > storage.bring
+
+
+def _check_gradients(profile: StepProfile) -> None:
+    """Raise InputError unless gradients are of the step's ticks, in their order."""
+    for gradient in profile.gradients:
+        _check_whole("a gradient: tick", gradient.tick, profile.num_ticks - 1)
+    if any(one.tick > other.tick for one, other in pairwise(profile.gradients)):
+        raise InputError("gradients must be listed in the order in which they are complete")

@@ -25,6 +25,8 @@ class Task(NamedTuple):
         uses: resources, each with the fraction of it that the task takes when alone.
         after: numbers of earlier tasks that must have ended.
         latency: seconds that pass before the work begins, on no resource.
+        weight: how fast its rate grows beside that of others where they share a resource. Flows of
+            different speeds share a link byte by byte if each has 1 / its bytes per second.
 
     """
 
@@ -34,6 +36,7 @@ class Task(NamedTuple):
     uses: tuple[tuple[int, float], ...] = ()
     after: tuple[int, ...] = ()
     latency: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,10 @@ def _end_instant(state: _State) -> list[int]:
 
 def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
     """Let time pass until a task or a latency ends. Returns the tasks that ended."""
-    rates = fair_rates([tasks[number].uses for number in state.working])
+    rates = fair_rates(
+        [tasks[number].uses for number in state.working],
+        [tasks[number].weight for number in state.working],
+    )
     step = min((at - state.now for at, _ in state.delayed), default=float("inf"))
     for number, rate in zip(state.working, rates, strict=True):
         step = min(step, state.remaining[number] / rate)
@@ -178,39 +184,49 @@ def _advance(tasks: Sequence[Task], state: _State) -> list[int]:
     return done
 
 
-def fair_rates(uses: Sequence[tuple[tuple[int, float], ...]]) -> list[float]:
+def fair_rates(
+    uses: Sequence[tuple[tuple[int, float], ...]], weights: Sequence[float] | None = None
+) -> list[float]:
     """Max-min fair rates, each at most 1, by progressive filling (Bertsekas and Gallager).
 
-    All rates grow together; when a resource is full, the tasks that use it keep their rate.
+    All rates grow together, or in the ratio of their weights; when a resource is full, the tasks
+    that use it keep their rate.
     """
+    weights = [1.0] * len(uses) if weights is None else weights
     rates = [1.0] * len(uses)
-    demand = _demand(uses)
+    demand = _demand(uses, [1.0] * len(uses))
     room = {resource: 1.0 for resource in sorted(demand) if demand[resource] > 1 + _EPSILON}
     """Capacity left of resources that are too small for all tasks; other resources limit nobody."""
     free = [n for n, used in enumerate(uses) if any(resource in room for resource, _ in used)]
     while free:
-        demand = _demand([uses[number] for number in free])
-        level, tightest = 1.0, -1
+        demand = _demand([uses[number] for number in free], [weights[number] for number in free])
+        most = min(1 / weights[number] for number in free)
+        level, tightest = most, -1
         for resource, left in room.items():
             wanted = demand.get(resource, 0.0)
-            if wanted > left + _EPSILON and left / wanted < level:
+            if wanted * most > left + _EPSILON and left / wanted < level:
                 level, tightest = left / wanted, resource
-        if tightest < 0:
-            break
-        slowed = [n for n in free if any(resource == tightest for resource, _ in uses[n])]
-        for number in slowed:
-            rates[number] = level
+        if tightest < 0:  # those that grow fastest are at full speed
+            held = [number for number in free if 1 / weights[number] <= level]
+        else:
+            held = [n for n in free if any(resource == tightest for resource, _ in uses[n])]
+        for number in held:
+            if tightest >= 0:
+                rates[number] = min(1.0, level * weights[number])
             for resource, part in uses[number]:
                 if resource in room:
-                    room[resource] = max(0.0, room[resource] - part * level)
-        free = [number for number in free if rates[number] == 1.0]
+                    room[resource] = max(0.0, room[resource] - part * rates[number])
+        done = set(held)
+        free = [number for number in free if number not in done]
     return rates
 
 
-def _demand(uses: Sequence[tuple[tuple[int, float], ...]]) -> dict[int, float]:
-    """Total demand for each resource, if every task ran at its full rate."""
+def _demand(
+    uses: Sequence[tuple[tuple[int, float], ...]], rates: Sequence[float]
+) -> dict[int, float]:
+    """Total demand for each resource, if every task ran at its rate."""
     demand: dict[int, float] = {}
-    for used in uses:
+    for used, rate in zip(uses, rates, strict=True):
         for resource, part in used:
-            demand[resource] = demand.get(resource, 0.0) + part
+            demand[resource] = demand.get(resource, 0.0) + part * rate
     return demand

@@ -16,7 +16,7 @@ from torch import nn
 
 from elbowroom.core.errors import MeasuringError
 from elbowroom.core.recipe import Recipe
-from elbowroom.core.step_profile import SavedStorage, StepProfile, can_read
+from elbowroom.core.step_profile import ReadyGradient, SavedStorage, StepProfile, can_read
 from elbowroom.profiling.recipes import RecipeProver
 from elbowroom.swap.handles import SavedItem
 from elbowroom.swap.link import CopyLink
@@ -105,6 +105,7 @@ class StepRecorder(StepObserver):
         self._log: MeterLog | None = None
         self._held_gradient_bytes = 0
         self._prover = prover
+        self._ready: dict[str, ReadyGradient] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -115,6 +116,12 @@ class StepRecorder(StepObserver):
             for hook in self._follow(name, module)
         ]
         self._held_gradient_bytes = gradient_bytes(self._model)
+        hooks += [
+            parameter.register_post_accumulate_grad_hook(self._gradient_of(name))  # type: ignore[no-untyped-call]
+            for name, parameter in self._model.named_parameters()
+            # Gradients of FSDP2's DTensors are its own to reduce, and hooks change how it does.
+            if parameter.requires_grad and not hasattr(parameter, "_local_tensor")
+        ]
         gc.collect()  # no garbage of before may go in between
         self._meter.start_log()
         self._last_end = self._now()
@@ -158,6 +165,7 @@ class StepRecorder(StepObserver):
             num_threads=torch.get_num_threads(),
             held_gradient_bytes=self._held_gradient_bytes,
             swaps_optimizer=self._swaps_optimizer,
+            gradients=tuple(self._ready.values()),
         )
 
     # What a StepObserver is told.
@@ -198,6 +206,14 @@ class StepRecorder(StepObserver):
     def brought(self, item: SavedItem) -> None:
         assert item.tensor is not None
         self._seen[item.number].bring_address = self._meter.address(item.tensor.untyped_storage())
+
+    def _gradient_of(self, name: str) -> Callable[[torch.Tensor], None]:
+        def ready(parameter: torch.Tensor) -> None:
+            self._ready.pop(name, None)  # several backwards: the last completes it
+            tick = max(0, len(self._positions) - 1)
+            self._ready[name] = ReadyGradient(tick, parameter.numel() * parameter.element_size())
+
+        return ready
 
     def _forgotten(self, seen: _Seen) -> None:
         if self._log is None:
