@@ -14,14 +14,14 @@ from elbowroom.cli.profile_step import profile_step
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_apart, check_writable, write_text
-from elbowroom.core.flag_kinds import count, number, positive, seconds
+from elbowroom.core.flag_kinds import count, memory, number, positive, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
 from elbowroom.pipeline.flags import AUTOCAST
 
 _TABLE_WIDTH = 120
-_OF_STEPS = ("tier", "autocast", "clip_norm", "swap_optimizer")
+_OF_STEPS = ("tier", "autocast", "clip_norm", "memory", "swap_optimizer")
 _LONGEST_DESCRIPTION = 48
 _COLUMNS = ("layer", "what", "forward", "backward", "update", "output", "parameters")
 
@@ -71,6 +71,12 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="with --step, keep gradients and optimizer state away between their uses",
     )
     profile.add_argument("--clip-norm", type=positive, help="with --step, as the run will have it")
+    profile.add_argument(
+        "--memory",
+        type=memory,
+        help="with --step, what it may hold beyond the smallest budget: more room tries more of "
+        "what could be recomputed",
+    )
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 
 

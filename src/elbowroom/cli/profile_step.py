@@ -32,6 +32,7 @@ def profile_step(args: argparse.Namespace, console: Console) -> int:
         args.threads,
         args.tier,
         swaps_optimizer=args.swap_optimizer,
+        most_bytes=args.memory or 0,
     )
     write_step_profile(args.out, profile)
     screen = Console()
@@ -50,10 +51,12 @@ def _facts(profile: StepProfile) -> list[tuple[str, str]]:
     storages = profile.storages
     saved = format_bytes(sum(storage.num_bytes for storage in storages))
     floor, threads = floor_bytes(profile), profile.num_threads
+    able = sum(storage.recipe is not None for storage in storages)
     return [
         ("saved", f"{len(storages)} tensors for the backward, {saved}"),
         ("static", f"{format_bytes(profile.static_bytes)} held between steps"),
         ("keep all", format_bytes(peak_bytes(profile, ()))),
         ("floor", f"{format_bytes(floor)}, the smallest feasible budget ({floor} bytes)"),
+        ("recompute", f"{able} of the tensors can be made again instead of moved"),
         ("seconds", f"{profile.compute_seconds:.6f} of compute, torch's threads: {threads}"),
     ]

@@ -42,7 +42,7 @@ def profile_script_step(
 
     The first step is not measured: after it, the optimizer has its state. The last is profiled,
     with the median seconds of those between that are like it. How its storages could be recomputed
-    is tried in it where there is room: up to what the other steps held, or ``most_bytes``.
+    is tried in it where there is room: up to what the other steps held, or ``most_bytes`` in all.
     ``num_threads`` sets torch's threads, also after the call; ``tier`` is a folder for what is
     swapped. With ``swaps_optimizer`` gradients and the optimizer's state are swapped, too.
 
