@@ -8,6 +8,7 @@ minibatches in flight, any other worker holds one batch that it does not use.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -76,6 +77,7 @@ def test_what_was_planned(case: Case, members: Members, tmp_path: Path) -> None:
 
 def measure(case: Case) -> LayerGraph:
     """Profile of a microbatch, all layers equally slow, so that cuts are always the same."""
+    gc.collect()  # what other tests have left must not go while memory is watched
     torch.manual_seed(1)
     model, make_batch, loss_fn = MODELS[case.model]()
     inputs, targets = (part[: len(part) // case.microbatches] for part in make_batch())

@@ -74,8 +74,8 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     profile.add_argument(
         "--memory",
         type=memory,
-        help="with --step, what it may hold: more than the smallest budget tries more of what could "
-        "be recomputed",
+        help="with --step, what it may hold: more than the smallest budget tries more of what "
+        "could be recomputed",
     )
     profile.add_argument("--seed", type=number, default=0, help="of weights and batch (default 0)")
 

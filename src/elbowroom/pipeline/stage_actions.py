@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call
 
 from elbowroom.pipeline.clipping import clipped, norm_of, norm_of_stages
@@ -67,7 +68,8 @@ class _Flight:
     version: int
     leaves: Leaves
     inputs: Tensors
-    outputs: Tensors
+    outputs: Tensors | tuple[GradientEdge, ...]
+    """Tensors until they are sent; then, with a keeper, their places in the graph alone."""
     message: TensorMessage | None
 
 
@@ -143,8 +145,6 @@ class StageActions:
             outputs = functional_call(self._module, dict(leaves), inputs)
             if self._behind is None:
                 outputs = (self._loss_fn(outputs, batch.targets),)
-        if self._keeper is not None:
-            self._keeper.stays(minibatch, outputs)
         self._flights[minibatch] = _Flight(version, leaves, inputs, outputs, message)
         self._note("forward", minibatch, version, begin)
         if self._behind is None:
@@ -153,7 +153,12 @@ class StageActions:
     def send_activation(self, action: SendActivation) -> None:
         """Begin to send the outputs to the next stage."""
         assert self._behind is not None, "the last stage sends no activations"
-        self._behind.send(action.minibatch, self._flights[action.minibatch].outputs)
+        flight = self._flights[action.minibatch]
+        outputs = tuple(one for one in flight.outputs if isinstance(one, torch.Tensor))
+        self._behind.send(action.minibatch, outputs)
+        if self._keeper is not None:
+            edges = tuple(get_gradient_edge(one) for one in outputs if one.requires_grad)
+            self._flights[action.minibatch] = replace(flight, outputs=edges)
 
     def recv_gradient(self, action: RecvGradient) -> None:
         """Wait for the gradients of the outputs."""
@@ -169,7 +174,7 @@ class StageActions:
         """
         minibatch = action.minibatch
         flight, message = self._flights.pop(minibatch), self._received.pop(minibatch, None)
-        outputs = [tensor for tensor in flight.outputs if tensor.requires_grad]
+        outputs: list[Any] = [one for one in flight.outputs if _has_gradient(one)]
         if message is not None:
             given = list(message.tensors)
         else:
@@ -316,6 +321,10 @@ HANDLERS: Mapping[type[PipelineAction], Callable[[StageActions, Any], None]] = {
 def _memory(tensor: torch.Tensor) -> int:
     """The address of what holds a tensor's numbers, also of a sparse one."""
     return (tensor._values() if tensor.is_sparse else tensor).untyped_storage().data_ptr()
+
+
+def _has_gradient(output: torch.Tensor | GradientEdge) -> bool:
+    return not isinstance(output, torch.Tensor) or output.requires_grad
 
 
 def _as_leaf(tensor: torch.Tensor, needs_grad: bool) -> torch.Tensor:
