@@ -82,9 +82,7 @@ def train_swapped(
     Sets torch's threads to the plan's. Raises InputError for a script that fails, MemoryPlanError
     for a step that needs more than the budget, OutputError.
     """
-    enforce = options.enforce
-    if enforce is None:
-        enforce = _can_meter(say)
+    enforce = _is_enforced(options.enforce, say)
     if plan.num_threads > 0:
         torch.set_num_threads(plan.num_threads)
     tier = options.tier or (Path(plan.tier) if plan.tier else None)
@@ -124,13 +122,19 @@ def train_swapped(
     return losses
 
 
-def _can_meter(say: Callable[[str], None]) -> bool:
+def _is_enforced(wanted: bool | None, say: Callable[[str], None]) -> bool:
+    """Install the meter before the script makes its first tensor; whether it is to refuse.
+
+    Raises MeterUnavailableError if it must and cannot be had.
+    """
     try:
         installed_meter()
     except MeterUnavailableError as error:
+        if wanted:
+            raise
         say(f"the budget is not enforced, and peaks are not measured: {first_line(error)}")
         return False
-    return True
+    return wanted is not False
 
 
 def _steps(
