@@ -71,6 +71,7 @@ def transformer() -> Case:
 
 CASES = {
     "unet": unet,
+    "narrow unet, batch 1": lambda: unet(8, 1),  # no oneDNN there, in torch 2.13: slow_conv3d
     "wide unet": lambda: unet(64),
     "cnn": cnn,
     "transformer": transformer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import threading
@@ -58,6 +59,7 @@ def _compute_for(
         except Exception as error:
             failures.append(f"rank {rank}: {error!r}")
 
+    gc.collect()  # files that other tests have left must not be closed meanwhile
     process = psutil.Process()
     held: list[tuple[int, int]] = []
 
