@@ -29,11 +29,10 @@ from elbowroom.swap.optimizer import swapped_to
 from elbowroom.swap.report import StepReport
 from elbowroom.swap.trace import StepTrace
 from elbowroom.training.loop import LoopOptions, TrainingLoop, num_samples
+from elbowroom.training.losses import LossLog
 from elbowroom.training.script import load_script
 from elbowroom.training.user_code import where
 
-_EVERY_SECONDS = 5.0
-_MEAN_OF = 20
 _STEPS_TRACED = 10
 
 
@@ -62,11 +61,11 @@ class SwapRunOptions:
 
 
 class _Done(NamedTuple):
-    """One step that was taken."""
+    """One step that was taken, the ``number``-th of the whole run."""
 
+    number: int
     loss: float
     num_samples: int
-    seconds: float
     report: StepReport
 
 
@@ -83,8 +82,7 @@ def train_swapped(
     for a step that needs more than the budget, OutputError.
     """
     enforce = _is_enforced(options.enforce, say)
-    if plan.num_threads > 0:
-        torch.set_num_threads(plan.num_threads)
+    torch.set_num_threads(plan.num_threads)
     tier = options.tier or (Path(plan.tier) if plan.tier else None)
     swapped = swapped_to(tier) if plan.swaps_optimizer else None
     loop = TrainingLoop(load_script(script), loop_options, swapped)
@@ -95,7 +93,6 @@ def train_swapped(
                 f"{options.checkpoints} has learned from {loop.num_done} already: raise --steps"
             )
     keeps_trace = options.trace is not None or options.picture is not None
-    losses: list[float] = []
     last: deque[_Done] = deque(maxlen=_STEPS_TRACED)
     summary = _Summary()
     with Swap(
@@ -108,18 +105,16 @@ def train_swapped(
         keeps_trace=keeps_trace,
     ) as swap:
         for done in _steps(loop, swap, script, options):
-            losses.append(done.loss)
             last.append(done)
-            summary.add(done)
-            if line := summary.progress(losses):
+            if line := summary.add(done):
                 say(line)
-    for line in (*summary.lines(losses), *str(last[-1].report).splitlines()):
+    for line in (*summary.lines(), *str(last[-1].report).splitlines()):
         say(line)
     if options.trace is not None:
         write_trace(options.trace, _events(last))
     if options.picture is not None:
         write_text(options.picture, _picture(last[-1].report))
-    return losses
+    return summary.log.losses
 
 
 def _is_enforced(wanted: bool | None, say: Callable[[str], None]) -> bool:
@@ -142,7 +137,6 @@ def _steps(
 ) -> Iterator[_Done]:
     for batch in loop.batches():
         number = loop.num_done + 1
-        begin = time.perf_counter()
         try:
             with swap.step():
                 loss = loop.backward(batch)
@@ -159,45 +153,33 @@ def _steps(
         rows = num_samples(batch[0])
         del batch
         loop.update()
-        yield _Done(loss, rows, time.perf_counter() - begin, swap.report())
+        yield _Done(number, loss, rows, swap.report())
         is_due = number % options.every == 0 or number == loop.num_steps
         if options.checkpoints is not None and is_due:
             loop.save(options.checkpoints)
 
 
 class _Summary:
-    """What all steps so far have in common: pace, highest peak, changes of plan."""
+    """What all steps so far have in common: losses and pace, highest peak, changes of plan."""
 
     def __init__(self) -> None:
-        self._begin = self._last = time.perf_counter()
-        self._num_steps = self._num_samples = self._num_changed = 0
+        self.log = LossLog()
+        self._begin = time.perf_counter()
+        self._num_changed = 0
         self._peak_bytes = 0
         self._first_change = ""
 
-    def add(self, done: _Done) -> None:
-        self._num_steps += 1
-        self._num_samples += done.num_samples
+    def add(self, done: _Done) -> str:
+        """Note a step. Returns a line to print now and then; an empty one in between."""
         self._peak_bytes = max(self._peak_bytes, done.report.peak_bytes or 0)
         if change := done.report.counts.change:
             self._num_changed += 1
             self._first_change = self._first_change or change
+        return self.log.note(done.number, done.loss, done.num_samples)
 
-    def progress(self, losses: list[float]) -> str:
-        """A line now and then; empty in between."""
-        now = time.perf_counter()
-        if now - self._last < _EVERY_SECONDS:
-            return ""
-        self._last = now
-        rate = self._num_samples / (now - self._begin)
-        return f"step {len(losses)}: loss {_mean(losses[-_MEAN_OF:])}, {rate:.1f} samples/s"
-
-    def lines(self, losses: list[float]) -> list[str]:
+    def lines(self) -> list[str]:
         seconds = time.perf_counter() - self._begin
-        first, last = _mean(losses[:_MEAN_OF]), _mean(losses[-_MEAN_OF:])
-        lines = [
-            f"loss: {first} at first, {last} at last",
-            f"{self._num_steps} steps in {seconds:.1f} s",
-        ]
+        lines = [self.log.ends, f"{len(self.log.losses)} steps in {seconds:.1f} s"]
         if self._peak_bytes:
             lines.append(f"highest peak: {format_bytes(self._peak_bytes)}; of the last step:")
         if self._num_changed:
@@ -206,10 +188,6 @@ class _Summary:
                 f"{self._first_change}. Profile with this run's settings, and plan again"
             )
         return lines
-
-
-def _mean(losses: list[float]) -> str:
-    return f"{sum(losses) / len(losses):.4f} (mean of {len(losses)})"
 
 
 def _traced(report: StepReport) -> tuple[SwapPlan, StepTrace]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -16,9 +15,8 @@ from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.stage_actions import DoneKind
 from elbowroom.plans.pipeline_pace import steady_seconds
 from elbowroom.training.loop import num_samples
+from elbowroom.training.losses import LossLog
 
-_EVERY_SECONDS = 5.0
-_MEAN_OF = 20
 _MOST_PACED = 1000
 _KINDS: tuple[DoneKind, ...] = get_args(DoneKind)
 
@@ -31,27 +29,17 @@ class Progress:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._losses: list[float] = []
-        self._samples = self._steps = 0
+        self._log = LossLog()
+        self._steps = 0
         self._fed = 0
         self._paced: deque[tuple[int, float]] = deque(maxlen=_MOST_PACED)
         self._longest: tuple[tuple[int, float], ...] = ()
-        self._begin = self._last = time.perf_counter()
 
     def note(self, step: int, loss: float | None, inputs: Any) -> None:
         """Note that a minibatch was fed; ``loss`` is None where it is not known."""
-        self._samples += num_samples(inputs)
-        now = time.perf_counter()
-        self._note_pace(now)
-        if loss is None:
-            return
-        self._losses.append(loss)
-        if now - self._last < _EVERY_SECONDS:
-            return
-        self._last = now
-        rate = self._samples / (now - self._begin)
-        recent = _mean(self._losses[-_MEAN_OF:])
-        print(f"step {step + 1}: loss {recent}, {rate:.1f} samples/s", flush=True)
+        self._note_pace(time.perf_counter())
+        if line := self._log.note(step + 1, loss, num_samples(inputs)):
+            print(line, flush=True)
 
     def drained(self) -> None:
         """Note that the pipe is empty, and fills again with the next minibatch."""
@@ -70,7 +58,7 @@ class Progress:
 
     @property
     def samples_per_step(self) -> float:
-        return self._samples / max(1, self._steps)
+        return self._log.num_samples / max(1, self._steps)
 
     def _longest_fill(self) -> tuple[tuple[int, float], ...]:
         return max(self._longest, tuple(self._paced), key=len)
@@ -86,13 +74,8 @@ class Progress:
 
     def end(self) -> None:
         """Print the first and the last losses, where losses are."""
-        if self._losses:
-            first, last = self._losses[:_MEAN_OF], self._losses[-_MEAN_OF:]
-            print(f"loss: {_mean(first)} at first, {_mean(last)} at last", flush=True)
-
-
-def _mean(losses: Sequence[float]) -> str:
-    return f"{sum(losses) / len(losses):.4f} (mean of {len(losses)})"
+        if line := self._log.ends:
+            print(line, flush=True)
 
 
 def summary(pipeline: Pipeline, progress: Progress, seconds: float, num_steps: int) -> list[str]:
