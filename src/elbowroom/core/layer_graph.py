@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import unversioned, versioned
+from elbowroom.core.values import check_whole
 
 MAX_LAYERS = 10_000
 MAX_EDGES = 100_000
@@ -61,7 +62,7 @@ class LayerMemory:
 
     def __post_init__(self) -> None:
         for key, value in asdict(self).items():
-            _check_bytes(f"memory: {key}", value)
+            check_whole(f"memory: {key}", value, MAX_TOTAL_BYTES)
 
     def times(self, factor: float) -> LayerMemory:
         """The same layer with minibatches ``factor`` times as large; weights keep their size."""
@@ -103,8 +104,8 @@ class Layer:
                     f"{MAX_TOTAL_SECONDS:g}"
                 )
         for key in ("activation_bytes", "parameter_bytes"):
-            _check_bytes(f"layer '{self.name}': {key}", getattr(self, key))
-        _check_bytes(f"layer '{self.name}': gradient_bytes", self.returned_bytes)
+            check_whole(f"layer '{self.name}': {key}", getattr(self, key), MAX_TOTAL_BYTES)
+        check_whole(f"layer '{self.name}': gradient_bytes", self.returned_bytes, MAX_TOTAL_BYTES)
 
     @property
     def seconds(self) -> float:
@@ -236,12 +237,6 @@ def _layer(data: dict[str, Any]) -> Layer:
 
 def _times(num_bytes: int | None, factor: float) -> int | None:
     return None if num_bytes is None else round(num_bytes * factor)
-
-
-def _check_bytes(what: str, value: Any) -> None:
-    is_whole = isinstance(value, int) and not isinstance(value, bool)
-    if not is_whole or not 0 <= value <= MAX_TOTAL_BYTES:
-        raise InputError(f"{what} is {value!r}: give a whole number from 0 to {MAX_TOTAL_BYTES:g}")
 
 
 def parse_layer_graph(text: str) -> LayerGraph:

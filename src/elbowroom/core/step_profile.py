@@ -20,6 +20,7 @@ from typing import Any
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import read_as, unversioned, versioned, write_text
 from elbowroom.core.recipe import Recipe
+from elbowroom.core.values import check_flag, check_whole, is_whole
 
 MAX_ENTRIES = 10_000_000
 MAX_TOTAL_BYTES = 10**15
@@ -64,7 +65,7 @@ class SavedStorage:
 
     def __post_init__(self) -> None:
         what = f"storage {self.number}"
-        _check_whole(f"{what}: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
+        check_whole(f"{what}: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
         if not isinstance(self.made_by, str):
             raise InputError(f"{what}: made_by is {self.made_by!r}: give a module's name")
         if not self.pack_ticks:
@@ -104,7 +105,7 @@ class ReadyGradient:
     num_bytes: int
 
     def __post_init__(self) -> None:
-        _check_whole("a gradient: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
+        check_whole("a gradient: num_bytes", self.num_bytes, MAX_TOTAL_BYTES)
 
 
 @dataclass(frozen=True)
@@ -146,13 +147,13 @@ class StepProfile:
     gradients: tuple[ReadyGradient, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_flag("swaps_optimizer", self.swaps_optimizer)
+        check_flag("swaps_optimizer", self.swaps_optimizer)
         _check_seconds((self.seconds_before, *self.seconds))
-        _check_whole("static_bytes", self.static_bytes, MAX_TOTAL_BYTES)
-        _check_whole("smallest_bytes", self.smallest_bytes, MAX_TOTAL_BYTES)
-        _check_whole("held_gradient_bytes", self.held_gradient_bytes, self.static_bytes)
-        _check_whole("num_threads", self.num_threads, MAX_ENTRIES)
-        _check_whole("num_forward_ticks", self.num_forward_ticks, self.num_ticks)
+        check_whole("static_bytes", self.static_bytes, MAX_TOTAL_BYTES)
+        check_whole("smallest_bytes", self.smallest_bytes, MAX_TOTAL_BYTES)
+        check_whole("held_gradient_bytes", self.held_gradient_bytes, self.static_bytes)
+        check_whole("num_threads", self.num_threads, MAX_ENTRIES)
+        check_whole("num_forward_ticks", self.num_forward_ticks, self.num_ticks)
         _check_log(self)
         for number, storage in enumerate(self.storages):
             if storage.number != number:
@@ -211,22 +212,8 @@ def _storage(data: dict[str, Any]) -> SavedStorage:
     return SavedStorage(**{**data, **ticks, "recipe": recipe})
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _check_whole(what: str, value: Any, most: int) -> None:
-    if not _is_whole(value) or not 0 <= value <= most:
-        raise InputError(f"{what} is {value!r}: give a whole number from 0 to {most:g}")
-
-
-def _check_flag(what: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise InputError(f"{what} is {value!r}: give true or false")
-
-
 def _check_ascending(what: str, values: Sequence[Any]) -> None:
-    numbers = all(_is_whole(value) and value >= 0 for value in values)
+    numbers = all(is_whole(value) and value >= 0 for value in values)
     if not numbers or any(one >= other for one, other in pairwise(values)):
         raise InputError(f"{what} must be whole numbers that ascend, not {str(values)[:60]}")
 
@@ -250,7 +237,7 @@ def _check_log(profile: StepProfile) -> None:
     _check_ascending("tick_positions", profile.tick_positions)
     total = 0
     for delta in profile.deltas:
-        if not _is_whole(delta):
+        if not is_whole(delta):
             raise InputError(f"the log has {delta!r}: give whole numbers of bytes")
         total += abs(delta)
     if total > MAX_TOTAL_BYTES:
@@ -263,11 +250,11 @@ def _check_log(profile: StepProfile) -> None:
 def _check_places(storage: SavedStorage, num_ticks: int, num_entries: int) -> None:
     """Raise InputError if a storage points outside of the ticks or the log."""
     for tick in (*storage.pack_ticks, *storage.unpack_ticks):
-        _check_whole(f"storage {storage.number}: a tick", tick, num_ticks - 1)
+        check_whole(f"storage {storage.number}: a tick", tick, num_ticks - 1)
     for key in ("free", "bring", "release"):
         position = getattr(storage, key)
         if position is not None:
-            _check_whole(f"storage {storage.number}: {key}", position, num_entries)
+            check_whole(f"storage {storage.number}: {key}", position, num_entries)
 
 
 def _check_recipe(storage: SavedStorage, storages: Sequence[SavedStorage]) -> None:
@@ -296,6 +283,6 @@ def can_read(storage: SavedStorage, source: SavedStorage) -> bool:
 def _check_gradients(profile: StepProfile) -> None:
     """Raise InputError unless gradients are of the step's ticks, in their order."""
     for gradient in profile.gradients:
-        _check_whole("a gradient: tick", gradient.tick, profile.num_ticks - 1)
+        check_whole("a gradient: tick", gradient.tick, profile.num_ticks - 1)
     if any(one.tick > other.tick for one, other in pairwise(profile.gradients)):
         raise InputError("gradients must be listed in the order in which they are complete")

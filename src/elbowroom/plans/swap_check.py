@@ -7,6 +7,7 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from elbowroom.core.errors import InputError, shown
+from elbowroom.core.values import check_flag, check_whole
 
 if TYPE_CHECKING:
     from elbowroom.plans.swap import Recomputed, SwapPlan, Transfer
@@ -19,39 +20,33 @@ _MOST_THREADS = 4096
 def check_numbers(plan: SwapPlan) -> None:
     """Raise InputError for values of another type, or out of range."""
     for name in ("num_ticks", "smallest_bytes", "static_bytes", "held_gradient_bytes"):
-        _check_whole(name, getattr(plan, name))
-    _check_whole("num_threads", plan.num_threads, 1, _MOST_THREADS)
+        check_whole(name, getattr(plan, name), _MOST)
+    check_whole("num_threads", plan.num_threads, _MOST_THREADS, 1)
     if plan.budget_bytes is not None:
-        _check_whole("budget_bytes", plan.budget_bytes, 1)
+        check_whole("budget_bytes", plan.budget_bytes, _MOST, 1)
     for name in ("compute_seconds", "seconds"):
         value = getattr(plan, name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if not is_number or not 0 <= value < inf:
             raise InputError(f"{name} is {shown(value)}: give a number that is not negative")
     for peak in plan.tick_peaks:
-        _check_whole("a number of tick_peaks", peak, -_MOST)
+        check_whole("a number of tick_peaks", peak, _MOST, -_MOST)
     for number, storage in enumerate(plan.storages):
-        _check_whole(f"num_bytes of storage {number}", storage.num_bytes)
+        check_whole(f"num_bytes of storage {number}", storage.num_bytes, _MOST)
         ticks = (*storage.pack_ticks, *(() if storage.use_tick is None else (storage.use_tick,)))
         for tick in ticks:
-            _check_whole(f"a tick of storage {number}", tick, 0, plan.num_ticks)
+            check_whole(f"a tick of storage {number}", tick, plan.num_ticks)
         if not storage.pack_ticks or list(storage.pack_ticks) != sorted(set(storage.pack_ticks)):
             raise InputError(f"pack_ticks of storage {number} must ascend, and not be empty")
     for choice in plan.choices:
-        _check_whole("a choice's storage", choice.storage)
+        check_whole("a choice's storage", choice.storage, _MOST)
     for swapped in plan.swapped:
-        _check_whole(f"drop of storage {swapped.storage}", swapped.drop)
+        check_whole(f"drop of storage {swapped.storage}", swapped.drop, _MOST)
         if swapped.bring is not None:
-            _check_whole(f"bring of storage {swapped.storage}", swapped.bring)
+            check_whole(f"bring of storage {swapped.storage}", swapped.bring, _MOST)
     if not isinstance(plan.tier, str):
         raise InputError(f"tier is {shown(plan.tier)}: give a folder's name, or an empty one")
-    if not isinstance(plan.swaps_optimizer, bool):
-        raise InputError(f"swaps_optimizer is {shown(plan.swaps_optimizer)}: give true or false")
-
-
-def _check_whole(what: str, value: object, least: int = 0, most: int = _MOST) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise InputError(f"{what} is {shown(value)}: give a whole number from {least} to {most}")
+    check_flag("swaps_optimizer", plan.swaps_optimizer)
 
 
 def check_choices(plan: SwapPlan) -> None:
