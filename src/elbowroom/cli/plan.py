@@ -93,13 +93,10 @@ def add_plan_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _plan(args: argparse.Namespace, console: Console) -> int:
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     settings = planned_of(args, (*DECIDED, WHAT_IF))
-    model = model_facts(settings, say)
+    model = model_facts(settings, console.say)
     rows, about_rows = read_workload(args.lengths, args.input, settings.model, settings.limits)
-    planned = plan_job(settings, model, rows.longest_first(), about_rows, say)
+    planned = plan_job(settings, model, rows.longest_first(), about_rows, console.say)
     screen = Console()
     _print_plan(screen, planned)
     best = check_possible(planned)

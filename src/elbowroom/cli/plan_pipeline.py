@@ -161,12 +161,8 @@ def _rank(screen: Console, plans: tuple[PipelinePlan, ...], graph: LayerGraph) -
         shown = "not simulated"
         if plan.simulated_seconds is not None:
             shown = f"{plan.simulated_seconds:.6f} s simulated"
-        _say(screen, f"{plan}, depth {plan.options.depth}: {plan.seconds:.6f} s planned, {shown}")
+        screen.say(f"{plan}, depth {plan.options.depth}: {plan.seconds:.6f} s planned, {shown}")
     return fastest(simulated)
-
-
-def _say(screen: Console, text: str) -> None:
-    screen.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_plan(
@@ -174,8 +170,7 @@ def _print_plan(
 ) -> None:
     topology = ", ".join(f"{x.name} {format_bandwidth(x.bandwidth)}" for x in plan.levels)
     depth = f", depth {plan.options.depth}" if plan.options.depth > 1 else ""
-    _say(
-        screen,
+    screen.say(
         f"{name} on {plan.num_workers} workers ({topology}), sync {plan.options.sync}{depth}: "
         f"{plan}",
     )
@@ -187,24 +182,21 @@ def _print_plan(
         idle = f"{max(0.0, prediction.idle[number]):.1%}" if prediction else "?"
         table.add_row(*_row(number, stage, idle), *_swapped(stage, swaps))
     screen.print(table)
-    _say(screen, _times(plan))
+    screen.say(_times(plan))
     for level in plan.traffic:
-        _say(
-            screen,
+        screen.say(
             f"{level.name}: {format_bytes(level.num_bytes)} a minibatch; data parallel "
             f"{format_bytes(level.data_parallel_bytes)}: {level.saved:.1%} less",
         )
     most = max(stage.memory_bytes for stage in plan.stages)
-    _say(
-        screen,
+    screen.say(
         f"memory of one worker: up to {format_bytes(most)}; data parallel "
         f"{format_bytes(plan.data_parallel.memory_bytes)}",
     )
     if swaps:
-        _say(screen, _swapping(plan))
+        screen.say(_swapping(plan))
     if not plan.is_exact:
-        _say(
-            screen,
+        screen.say(
             f"the graph has more cuts than can be searched: the best of {plan.num_cuts} was taken",
         )
 

@@ -96,11 +96,11 @@ def _plan_swap(args: argparse.Namespace, console: Console) -> int:
     screen = Console()
     print_swap_plan(screen, profile, plan, timeline, None if args.all else _MOST_ROWS)
     rates = [format_bandwidth(rate) for rate in (link.out_bandwidth, link.in_bandwidth)]
-    say(screen, f"link        {rates[0]} out, {rates[1]} back")
-    say(screen, f"thresholds  {_thresholds(profile, args.budget, link)}")
+    screen.say(f"link        {rates[0]} out, {rates[1]} back")
+    screen.say(f"thresholds  {_thresholds(profile, args.budget, link)}")
     if reduction is not None:
         alone, timeline = timeline, simulate_swap(profile, plan, link, reduction)
-        say(screen, f"all-reduce  {_reduced(reduction, alone, timeline)}")
+        screen.say(f"all-reduce  {_reduced(reduction, alone, timeline)}")
     if args.trace is not None:
         write_trace(args.trace, [*timeline.spans(), *timeline.memory(plan)])
     if args.json is not None:
@@ -139,13 +139,9 @@ def print_swap_plan(
     screen.print(table, markup=False, highlight=False)
     screen.width = before
     if hidden := len(profile.storages) - len(by_size):
-        say(screen, f"and {hidden} smaller ones: --all shows them")
+        screen.say(f"and {hidden} smaller ones: --all shows them")
     for name, text in _totals(profile, plan):
-        say(screen, f"{name:<11} {text}")
-
-
-def say(screen: Console, text: str) -> None:
-    screen.print(text, highlight=False, markup=False, soft_wrap=True)
+        screen.say(f"{name:<11} {text}")
 
 
 def _rate(text: str) -> float | Literal["measured"]:

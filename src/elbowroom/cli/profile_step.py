@@ -37,7 +37,7 @@ def profile_step(args: argparse.Namespace, console: Console) -> int:
     write_step_profile(args.out, profile)
     screen = Console()
     for name, text in _facts(profile):
-        screen.print(f"{name:<11} {text}", highlight=False, markup=False, soft_wrap=True)
+        screen.say(f"{name:<11} {text}")
     taken = time.perf_counter() - begin
     console.print(
         f"{taken:.1f} s taken: plan with `elbowroom train plan-swap {args.out} --budget ...`",

@@ -17,6 +17,10 @@ class Console(rich.console.Console):
         discard_rest(self.file)
         raise BrokenPipeError
 
+    def say(self, text: str) -> None:
+        """Print a line as it is: no markup, as names may have brackets, no colours, no folding."""
+        self.print(text, highlight=False, markup=False, soft_wrap=True)
+
 
 def discard_rest(stream: IO[str]) -> None:
     """Send what ``stream`` still holds nowhere: its reader is gone.
