@@ -166,6 +166,26 @@ class SwapPlan:
         return frozenset(number for each in self.recomputed for number in each.recipe.sources)
 
     @cached_property
+    def storage_of_tick(self) -> dict[int, int]:
+        """Storage that is saved at a tick; a tick that saves none that could leave is missing."""
+        return {
+            tick: number
+            for number, storage in enumerate(self.storages)
+            for tick in storage.pack_ticks
+        }
+
+    @cached_property
+    def brings(self) -> dict[int, tuple[int, ...]]:
+        """Storages that are brought at a tick, in the order of their transfers."""
+        bring_of = {choice.storage: choice.bring for choice in self.swapped}
+        brings: dict[int, tuple[int, ...]] = {}
+        for transfer in self.transfers:
+            tick = bring_of[transfer.storage]
+            if transfer.direction == "in" and tick is not None:
+                brings[tick] = (*brings.get(tick, ()), transfer.storage)
+        return brings
+
+    @cached_property
     def need_ticks(self) -> dict[int, int]:
         """Tick at which a storage that is swapped is first needed, by a recipe or the backward."""
         return _need_ticks(self.storages, self.choices)

@@ -88,6 +88,11 @@ class SavedItem:
         """Whether its bytes are nowhere but in the tier, or are to be made again."""
         return self.tensor is None and self.choice is not None
 
+    @property
+    def is_in_tier(self) -> bool:
+        """Whether its bytes are in the tier alone."""
+        return self.is_away and self.remaking is None
+
     def has(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor, in its old or new storage, still has the bytes that were saved."""
         if tensor.untyped_storage()._cdata != self.original.cdata:

@@ -78,21 +78,11 @@ class SwappedStep:
         self._drops: dict[int, list[SavedItem]] = {}
         self._turns = Turns(self.link, self.plan.transfers if self.plan else ())
         self._follows = self.plan is not None
-        self._expected: dict[int, int] = {}
-        self._brings: dict[int, list[int]] = {}
         self._replays: dict[int, Replay] = {}
-        if self.plan is not None:
-            for number, storage in enumerate(self.plan.storages):
-                self._expected.update(dict.fromkeys(storage.pack_ticks, number))
-            for transfer in self.plan.transfers:
-                choice = self.plan.choice_of[transfer.storage]
-                assert isinstance(choice, Swapped)
-                if transfer.direction == "in" and choice.bring is not None:
-                    self._brings.setdefault(choice.bring, []).append(transfer.storage)
-            if self.plan.recomputed:
-                fixed = fixed_tensors(self.candidates.model)
-                for each in self.plan.recomputed:
-                    self._replays[each.storage] = Replay(each.recipe, fixed)
+        if self.plan is not None and self.plan.recomputed:
+            fixed = fixed_tensors(self.candidates.model)
+            for each in self.plan.recomputed:
+                self._replays[each.storage] = Replay(each.recipe, fixed)
 
     def hooks(self) -> AbstractContextManager[None]:
         """The context in which tensors are saved by this step's rules, in this thread only."""
@@ -111,7 +101,7 @@ class SwappedStep:
     def bring_all(self) -> None:
         """Begin to bring all that is away, the last that was saved first. Raises SwapError."""
         for _, item in sorted(self._by_number.items(), reverse=True):
-            if item.is_away and item.remaking is None:
+            if item.is_in_tier:
                 self._bring(item)
 
     def keep(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -230,7 +220,7 @@ class SwappedStep:
         """Have the bytes of a storage that may be away, or on its way back."""
         if item.remaking is not None:
             self._recompute(item, item.remaking)
-        elif item.is_away:
+        elif item.is_in_tier:
             self._bring(item)
         if item.back is not None:
             self._wait(Transfer("in", item.number))
@@ -266,10 +256,10 @@ class SwappedStep:
             self.observer.ticked()
         if tick in self._drops:
             self._drop(list(self._drops[tick]))
-        if self._follows:
-            for number in self._brings.get(tick, ()):
+        if self.plan is not None and self._follows:
+            for number in self.plan.brings.get(tick, ()):
                 item = self._by_number.get(number)
-                if item is not None and item.is_away and item.remaking is None:
+                if item is not None and item.is_in_tier:
                     self._bring(item)
         return tick
 
@@ -307,7 +297,7 @@ class SwappedStep:
     def _check_pack(self, tick: int, number: int | None, num_bytes: int) -> None:
         if self.plan is None or not self._follows:
             return
-        expected = self._expected.get(tick)
+        expected = self.plan.storage_of_tick.get(tick)
         if expected != number:
             self._change(f"tick {tick} saves {_named(number)}, the plan expects {_named(expected)}")
         elif number is not None and num_bytes != self.plan.storages[number].num_bytes:
