@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from elbowroom.core.recipe import Argument, Call, Made, Setting, TensorArgument
+from elbowroom.swap.candidates import is_as_stored
 from elbowroom.swap.meter import Meter
 from elbowroom.swap.recompute import fixed_tensors, replayable_functions
 
@@ -287,10 +288,8 @@ def _tensors(values: Any) -> Iterator[torch.Tensor]:
 
 def _is_plain(value: Any) -> bool:
     """Whether a value is a tensor that its storage and strides describe."""
-    if type(value) not in (torch.Tensor, nn.Parameter) or value.layout is not torch.strided:
-        return False
-    is_odd = value.is_conj() or value.is_neg() or value.is_quantized or value.is_inference()
-    return value.device.type == "cpu" and not is_odd
+    is_tensor = type(value) in (torch.Tensor, nn.Parameter)
+    return is_tensor and is_as_stored(value) and not value.is_inference()
 
 
 def _cdata(tensor: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from elbowroom.core.errors import SwapError
 from elbowroom.core.units import format_bytes
-from elbowroom.swap.candidates import SMALLEST_BYTES
+from elbowroom.swap.candidates import SMALLEST_BYTES, is_as_stored
 from elbowroom.swap.link import Copy, Link
 from elbowroom.swap.tier import Slot
 
@@ -238,11 +238,9 @@ class Coming:
 
 def _may_leave(tensor: Any) -> bool:
     """Whether it is a plain tensor on the CPU, all of its storage, and worth moving."""
-    if type(tensor) is not torch.Tensor or tensor.layout is not torch.strided:
+    if type(tensor) is not torch.Tensor or not is_as_stored(tensor):
         return False
-    if tensor.device.type != "cpu" or tensor.requires_grad or tensor.is_quantized:
-        return False
-    if tensor._base is not None or tensor.is_conj() or tensor.is_neg():
+    if tensor.requires_grad or tensor._base is not None:
         return False
     num_bytes = tensor.untyped_storage().nbytes()
     return num_bytes >= SMALLEST_BYTES and num_bytes == tensor.nbytes

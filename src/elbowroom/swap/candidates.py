@@ -56,15 +56,20 @@ class Candidates:
             self.fix([tensor])
             return None
         is_plain = type(tensor) is self._plain and (base is None or type(base) is self._plain)
-        if not is_plain or tensor.layout is not torch.strided or tensor.device.type != "cpu":
-            return None
-        if tensor.is_conj() or tensor.is_neg() or tensor.is_quantized:
+        if not is_plain or not is_as_stored(tensor):
             return None
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # of torch.func: no memory
             return None
         storage = tensor.untyped_storage()
         is_small = storage.nbytes() < max(1, self.smallest_bytes)
         return None if is_small or storage._cdata in self._fixed else storage
+
+
+def is_as_stored(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the CPU, and nothing but what its storage and strides say."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu":
+        return False
+    return not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> Iterable[torch.UntypedStorage]:
