@@ -209,7 +209,7 @@ class Exchange:
 
     def positions(self, part: int) -> tuple[int, ...]:
         """For each row that a part reads its place among those it wanted; PADDING stays."""
-        place = {}
+        place: dict[int, int] = {}
         for each in self.wanted[part]:
             for row in range(*each):
                 place[row] = len(place)

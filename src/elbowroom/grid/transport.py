@@ -1,0 +1,243 @@
+"""Messages between the workers of a grid, point to point, counted by layer and direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import distributed
+
+from elbowroom.core.errors import PeerLostError
+from elbowroom.core.windows import bounds
+
+Direction = Literal["forward", "backward", "update"]
+
+
+class Pending(Protocol):
+    """Messages on their way."""
+
+    def wait(self) -> None:
+        """Return when all of one's own have come. Raises PeerLostError."""
+
+
+class Transport(Protocol):
+    """Messages of one worker, from 0 to ``num_workers - 1``.
+
+    ``start`` sends tensors and receives into others, both by the other worker's number. Messages
+    between two workers with the same ``key`` arrive in their order. What is sent must stay as it is
+    until ``drain`` has returned.
+    """
+
+    worker: int
+    num_workers: int
+
+    def start(
+        self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], key: int
+    ) -> Pending: ...
+
+    def drain(self) -> None:
+        """Return when all that was sent has left. Raises PeerLostError."""
+
+
+class ProcessTransport:
+    """Transport of a worker that is a process of torch's default process group."""
+
+    def __init__(self) -> None:
+        self.worker = distributed.get_rank()
+        self.num_workers = distributed.get_world_size()
+        self._sending: list[tuple[int, distributed.Work, torch.Tensor]] = []
+
+    def start(
+        self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], key: int
+    ) -> Pending:
+        receiving = [
+            (peer, _posted(distributed.irecv(tensor, peer, tag=key), peer))
+            for peer, tensor in receives.items()
+        ]
+        for peer, tensor in sends.items():
+            work = _posted(distributed.isend(tensor, peer, tag=key), peer)
+            self._sending.append((peer, work, tensor))
+        return _Receiving(receiving)
+
+    def drain(self) -> None:
+        for peer, work, _ in self._sending:
+            _wait(work, peer)
+        self._sending.clear()
+
+
+class _Receiving:
+    def __init__(self, receiving: list[tuple[int, distributed.Work]]) -> None:
+        self._receiving = receiving
+
+    def wait(self) -> None:
+        for peer, work in self._receiving:
+            _wait(work, peer)
+
+
+def _posted(work: distributed.Work | None, peer: int) -> distributed.Work:
+    assert work is not None, f"this process and {peer} are in the group"
+    return work
+
+
+def _wait(work: distributed.Work, peer: int) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"worker {peer} of the grid is gone, or said nothing in time: what ended it is told "
+            f"by that worker ({error})"
+        ) from error
+
+
+class Counted(NamedTuple):
+    """What one worker has sent in one layer and direction."""
+
+    messages: int = 0
+    num_bytes: int = 0
+
+
+class Channel:
+    """What the layers of one worker send and receive, with a count of it.
+
+    ``at`` says which layer sends from now on; its messages are counted in ``counts``, and have keys
+    of their own, so that layers may send in another order on another worker.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.worker = transport.worker
+        self.num_workers = transport.num_workers
+        self.counts: dict[tuple[str, Direction], Counted] = {}
+        self._layer = ""
+        self._next_key = 0
+
+    def begin_step(self) -> None:
+        """Begin a step: every worker must have sent all of the one before."""
+        self.transport.drain()
+        self._next_key = 0
+
+    def at(self, layer: str) -> None:
+        self._layer = layer
+
+    def route(self) -> Route:
+        """Where an operation of the present layer sends, forward and backward."""
+        self._next_key += 2
+        return Route(self._layer, self._next_key - 2)
+
+    def start(
+        self,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+        route: Route,
+        direction: Direction,
+    ) -> Pending:
+        """Begin to send and receive; tensors without elements are no messages."""
+        sent = {peer: tensor.contiguous() for peer, tensor in sends.items() if tensor.numel()}
+        expected = {peer: tensor for peer, tensor in receives.items() if tensor.numel()}
+        before = self.counts.get((route.layer, direction), Counted())
+        num_bytes = sum(tensor.nbytes for tensor in sent.values())
+        self.counts[route.layer, direction] = Counted(
+            before.messages + len(sent), before.num_bytes + num_bytes
+        )
+        return self.transport.start(sent, expected, route.key + (direction != "forward"))
+
+    def swap(
+        self,
+        sends: Mapping[int, torch.Tensor],
+        receives: Mapping[int, torch.Tensor],
+        route: Route,
+        direction: Direction,
+    ) -> None:
+        """Send and receive; returns when all has come."""
+        self.start(sends, receives, route, direction).wait()
+
+
+class Route(NamedTuple):
+    """A layer, by which messages are counted, and the key of its forward ones; +1: backward."""
+
+    layer: str
+    key: int
+
+
+SMALL_SUM = 4096
+"""Up to so many elements are summed in one round: each worker sends all of its own to all."""
+
+
+class Sum:
+    """A sum over some workers of a tensor as large on each, the same bits on all of them.
+
+    Summands are added in the order of ``workers``. Few elements go to all workers at once; of more,
+    each worker adds up a part and hands it out, so that each sends 2(q-1)/q of the tensor. Both
+    rounds use one key, in this order. Call ``advance`` when there is time, and ``finish`` for the
+    result; all workers must start sums of one route in the same order.
+    """
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        workers: Sequence[int],
+        channel: Channel,
+        route: Route,
+        direction: Direction,
+    ) -> None:
+        self._shape = tensor.shape
+        self._workers, self._channel = workers, channel
+        self._route, self._direction = route, direction
+        self._place = workers.index(channel.worker)
+        self._flat = tensor.detach().reshape(-1)
+        self._is_small = tensor.numel() <= SMALL_SUM
+        self._bounds = bounds(self._flat.numel(), len(workers))
+        self._total: torch.Tensor | None = None
+        own = self._flat if self._is_small else self._part(self._flat, self._place)
+        self._summands = own.new_empty(len(workers), own.numel())
+        self._summands[self._place] = own
+        sends = {
+            worker: self._flat if self._is_small else self._part(self._flat, place)
+            for place, worker in self._others()
+        }
+        receives = {worker: self._summands[place] for place, worker in self._others()}
+        self._pending = channel.start(sends, receives, route, direction)
+
+    def finish(self) -> torch.Tensor:
+        """The sum, of the tensor's shape. Raises PeerLostError."""
+        self.advance()
+        assert self._total is not None
+        self._pending.wait()
+        return self._total.view(self._shape)
+
+    def advance(self) -> None:
+        """Wait for the first round, and begin the second, if that has not been done."""
+        if self._total is not None:
+            return
+        self._pending.wait()
+        added = self._summands[0].clone()
+        for summand in self._summands[1:]:
+            added += summand
+        if self._is_small:
+            self._total = added
+            return
+        self._total = torch.empty_like(self._flat)
+        self._part(self._total, self._place).copy_(added)
+        sends = {worker: added for _, worker in self._others()}
+        receives = {w: self._part(self._total, place) for place, w in self._others()}
+        self._pending = self._channel.start(sends, receives, self._route, self._direction)
+
+    def _others(self) -> list[tuple[int, int]]:
+        return [(k, w) for k, w in enumerate(self._workers) if k != self._place]
+
+    def _part(self, flat: torch.Tensor, place: int) -> torch.Tensor:
+        return flat[self._bounds[place] : self._bounds[place + 1]]
+
+
+def all_sum(
+    tensor: torch.Tensor,
+    workers: Sequence[int],
+    channel: Channel,
+    route: Route,
+    direction: Direction,
+) -> torch.Tensor:
+    """The sum over some workers, by ``Sum``; the tensor itself for one. Raises PeerLostError."""
+    if len(workers) == 1:
+        return tensor
+    return Sum(tensor, workers, channel, route, direction).finish()
