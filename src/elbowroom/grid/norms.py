@@ -88,8 +88,11 @@ def batch_norm(
         share = running.counted() if running is not None else 0.0
         if local.numel() == 0:
             return part.with_local(zeros_like_computed(tuple(local.shape), local, weight, bias))
-        buffers = (None, None) if running is None else (running.mean, running.variance)
-        return part.with_local(F.batch_norm(local, *buffers, weight, bias, True, share, eps))
+        means = None if running is None else running.mean
+        variances = None if running is None else running.variance
+        return part.with_local(
+            F.batch_norm(local, means, variances, weight, bias, True, share, eps)
+        )
     result, mean, variance = _Normalized.apply(local, others, eps, sharing)  # type: ignore[no-untyped-call]
     if running is not None:
         running.update(mean.flatten(), variance.flatten(), count)
