@@ -42,17 +42,9 @@ def test_windows_give_the_sizes_and_joins_the_channels(name: str) -> None:
     net = known_net(name)
     for layer in net.layers:
         sources = [net.by_name[source] for source in layer.sources]
-        for window, before, behind in (
-            zip(
-                layer.windows,
-                sources[0].space_sizes if sources else (),
-                layer.space_sizes,
-                strict=True,
-            )
-            if layer.windows
-            else ()
-        ):
-            assert window.num_outputs(before) == behind
+        if layer.windows:
+            before = zip(layer.windows, sources[0].space_sizes, strict=True)
+            assert tuple(window.num_outputs(n) for window, n in before) == layer.space_sizes
         if layer.kind == "cat":
             assert layer.num_features == sum(source.num_features for source in sources)
         if layer.kind in ("elementwise", "batch_norm", "pointwise"):
