@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes
 
 BlockKind = Literal["weighted", "plain", "whole"]
-"""``plain``: a join or a fork, whose output lies in a layout that no weights suggest."""
+"""``plain``: a join, a fork or a layer norm, whose layout no weights suggest."""
+
+_MOVED_BEHIND = ("reshape", "permute", "global_pool")
+"""Kinds that run where their source lies, whatever the plan says of them; then the output moves."""
 
 
 class Follower(NamedTuple):
@@ -24,12 +27,13 @@ class Block:
     """A layer that has a layout of its own, with the layers that run in it.
 
     Args:
-        head: the layer. Of a fork it is the layer that several read, which the block before runs.
+        head: the layer.
         kind: what suggests its layout.
-        source: what the head reads first; None for one that reads the model's input alone.
-        followers: layers without weights behind the head, up to the next block.
+        source: what the head reads first.
+        followers: layers without weights that run in its layout, up to the next block; a plain head
+            that runs there is the first.
         is_first: whether it reads the model's input alone: nothing is sent back from it.
-        is_fork: whether the head runs in the block before.
+        results: layers of it that the model returns.
 
     """
 
@@ -38,11 +42,16 @@ class Block:
     source: LayerShape
     followers: tuple[Follower, ...] = ()
     is_first: bool = False
-    is_fork: bool = False
+    results: tuple[LayerShape, ...] = ()
 
     @property
     def name(self) -> str:
         return self.head.name
+
+    @property
+    def follower_names(self) -> tuple[str, ...]:
+        """Names of the layers that run in its layout behind it."""
+        return tuple(each.layer.name for each in self.followers if each.layer is not self.head)
 
     @property
     def is_convolution(self) -> bool:
@@ -87,10 +96,10 @@ class BlockGraph(NamedTuple):
 def block_graph(shapes: ModelShapes) -> BlockGraph:
     """The blocks of a model.
 
-    A weighted layer, a layer without a rule and a join (several sources from unlike blocks) begin
-    one. So does the output of a layer behind a weighted one that several read: it is brought to one
-    layout, which all of them find. What depends on the model's input alone has no block: each
-    worker makes what it needs.
+    A weighted layer, a layer without a rule, a join (several sources from unlike blocks) and a
+    layer norm, whose features stay together, begin one. So does a layer behind a weighted one that
+    several read: its output is brought to one layout, which all of them find. What depends on the
+    model's input alone has no block: each worker makes what it needs.
     """
     return _Builder(shapes).built()
 
@@ -115,10 +124,17 @@ class _Builder:
         for layer in self._shapes.layers:
             self._add(layer)
         blocks = (
-            Block(head.head, head.kind, head.source, tuple(behind), head.is_first, head.is_fork)
-            for head, behind in zip(self._heads, self._followers, strict=True)
+            replace(head, followers=tuple(behind), results=self._results(index))
+            for index, (head, behind) in enumerate(zip(self._heads, self._followers, strict=True))
         )
         return BlockGraph(tuple(blocks), tuple(self._edges))
+
+    def _results(self, block: int) -> tuple[LayerShape, ...]:
+        names = dict.fromkeys(self._shapes.results)
+        found = (name for name in names if name in self._places)
+        return tuple(
+            self._shapes.by_name[name] for name in found if self._places[name].block == block
+        )
 
     def _add(self, layer: LayerShape) -> None:
         places = {self._places[name] for name in layer.sources if name in self._places}
@@ -126,31 +142,48 @@ class _Builder:
             self._begin(layer, "weighted")
         elif layer.kind == "whole" and layer.sources:
             self._begin(layer, "whole")
-        elif len(places) > 1:
-            self._begin(layer, "plain")
-        elif places:
+        elif len(places) > 1 or (places and self._keeps_features(layer)):
+            self._begin(layer, "plain", layer)
+        elif not places:
+            return
+        elif not self._is_fork(layer, *places):
             self._follow(layer, *places)
-        if self._is_fork(layer):
-            self._begin(layer, "plain", is_fork=True)
+        elif layer.kind in _MOVED_BEHIND:
+            self._follow(layer, *places)
+            self._begin(layer, "plain", reads=(layer.name,))
+        else:
+            self._begin(layer, "plain", layer)
 
-    def _is_fork(self, layer: LayerShape) -> bool:
-        if layer.is_weighted or layer.name not in self._places:
-            return False
-        home = self._heads[self._places[layer.name].block]
-        return home.kind == "weighted" and len(self._shapes.readers[layer.name]) > 1
+    def _keeps_features(self, layer: LayerShape) -> bool:
+        """Whether it needs all features of a row: it cannot follow what splits them."""
+        return layer.kind in ("layer_norm", "dot_attention") or (
+            layer.kind == "cat" and len(set(layer.sources)) > 1
+        )
 
-    def _begin(self, layer: LayerShape, kind: BlockKind, is_fork: bool = False) -> None:
+    def _is_fork(self, layer: LayerShape, place: _Place) -> bool:
+        is_weighted = self._heads[place.block].kind == "weighted"
+        return is_weighted and len(self._shapes.readers[layer.name]) > 1
+
+    def _begin(
+        self,
+        layer: LayerShape,
+        kind: BlockKind,
+        follower: LayerShape | None = None,
+        reads: tuple[str, ...] = (),
+    ) -> None:
         index = len(self._heads)
-        read = [layer.name] if is_fork else list(dict.fromkeys(layer.sources))
-        edges = list(self._edges_to(index, read))
-        source = self._shapes.by_name[read[0]] if read else layer
-        self._heads.append(Block(layer, kind, source, is_first=not edges, is_fork=is_fork))
-        self._followers.append([])
+        names = dict.fromkeys(reads or layer.sources)
+        edges = list(self._edges_to(index, names))
+        # What of several sources is from the model's input alone suggests nothing.
+        known = [name for name in names if name in self._places] or list(names)
+        source = self._shapes.by_name[known[0]] if known else layer
+        self._heads.append(Block(layer, kind, source, is_first=not edges))
+        self._followers.append([Follower(follower, source)] if follower else [])
         self._edges += edges
         self._places[layer.name] = _Place(index, False)
 
-    def _edges_to(self, target: int, read: list[str]) -> Iterator[Edge]:
-        for name in read:
+    def _edges_to(self, target: int, names: Iterable[str]) -> Iterator[Edge]:
+        for name in names:
             if name in self._places:
                 block, is_pooled = self._places[name]
                 yield Edge(block, target, self._shapes.by_name[name], is_pooled)

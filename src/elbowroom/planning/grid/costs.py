@@ -1,7 +1,7 @@
 """What a block costs whatever its neighbours do, for each way to split it.
 
 Times are for the worker that has the most to do. A message costs a latency, and its bytes over the
-bandwidth; a sum over g workers goes round twice, ceil(log2 g) latencies each time (1712.04432, 2).
+bandwidth (``link.py``).
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from elbowroom.core.layer_shapes import LayerShape
-from elbowroom.planning.grid.blocks import Block, Follower
+from elbowroom.planning.grid.blocks import Block
 from elbowroom.planning.grid.explanation import GridTerms
 from elbowroom.planning.grid.halo import border
-from elbowroom.planning.grid.settings import GridLink, GridSettings
+from elbowroom.planning.grid.link import gather_seconds, sum_seconds
+from elbowroom.planning.grid.moves import made
+from elbowroom.planning.grid.settings import GridSettings
 from elbowroom.planning.grid.strategies import Floats, Strategies
 
 HELD_PER_WEIGHT = 3
@@ -33,26 +35,12 @@ class BlockCosts(NamedTuple):
     forward: Floats
     backward: Floats
     memory_bytes: Floats
+    sums: Floats
+    """Of adding summands over the parts of the inputs, which ``GridTerms`` counts as a move."""
 
     def terms(self, row: int, moves: float = 0.0) -> GridTerms:
         values = {name: float(getattr(self, name)[row]) for name in self._fields}
-        return GridTerms(**values, moves=moves)
-
-
-def doublings(count: Floats) -> Floats:
-    """Rounds in which ``count`` workers reach each other."""
-    return np.asarray(np.ceil(np.log2(np.maximum(count, 1))))
-
-
-def gather_seconds(link: GridLink, count: Floats, num_bytes: Floats) -> Floats:
-    """Each of ``count`` workers gets the whole, ``num_bytes``, of which it has its part."""
-    latency = link.latency_seconds * doublings(count)
-    return latency + num_bytes / link.bandwidth * (count - 1) / count
-
-
-def sum_seconds(link: GridLink, count: Floats, num_bytes: Floats) -> Floats:
-    """Each of ``count`` workers gets the sum of ``num_bytes`` of each: an all-reduce."""
-    return np.where(count > 1, 2 * gather_seconds(link, count, num_bytes), 0.0)
+        return GridTerms(moves=moves + values.pop("sums"), **values)
 
 
 class BlockPricing:
@@ -74,18 +62,38 @@ class BlockPricing:
             forward=self._products(self._forward),
             backward=self._products(self._backward),
             memory_bytes=self._memory(),
+            sums=self._sums(),
         )
+
+    def _sums(self) -> Floats:
+        """Forward, each element's summands go to one of the workers that have them, before what
+        follows runs; backward, all of these get its gradient. A loss needs all features of a row.
+        """
+        block, link, ways = self._block, self._settings.link, self._strategies
+        total = self._nothing()
+        if block.kind == "weighted":
+            parts, pending = made(block, ways)
+            num_bytes = block.head.num_elements * self._element_bytes / parts.prod(axis=1)
+            total += 2 * gather_seconds(link, pending, num_bytes)
+        for layer, _ in block.followers:
+            if layer.kind == "global_pool":
+                num_bytes = layer.num_elements * self._element_bytes / ways.batch / ways.outputs
+                total += 2 * gather_seconds(link, ways.area, num_bytes / self._spread)
+        for layer in block.results:
+            parts = ways.batch * ways.area * self._spread
+            num_bytes = layer.num_elements * self._element_bytes / parts
+            total += gather_seconds(link, ways.outputs, num_bytes)
+        return total
 
     def _halo(self) -> Floats:
         """Border rows of the head's windows and of its followers', both directions."""
         block, ways = self._block, self._strategies
         total = self._nothing()
-        if not block.is_fork and block.head.windows:
+        if block.kind == "weighted":
             directions = 1 if block.is_first else 2
             total += directions * self._borders(block.head, block.source, ways.inputs)
         for layer, source in block.followers:
-            if layer.windows:
-                total += 2 * self._borders(layer, source, ways.outputs)
+            total += 2 * self._borders(layer, source, ways.outputs * self._spread)
         return total
 
     def _borders(self, layer: LayerShape, source: LayerShape, features: Floats) -> Floats:
@@ -104,59 +112,57 @@ class BlockPricing:
 
     def _weights(self) -> Floats:
         """The sum of weights' gradients over the workers that have other samples or rows."""
-        ways = self._strategies
-        num_bytes = self._weight_bytes()
+        ways, num_bytes = self._strategies, self._weight_bytes()
         seconds = sum_seconds(self._settings.link, ways.batch * ways.area, num_bytes)
         return np.where(num_bytes > 0, seconds, 0.0)
 
     def _weight_bytes(self) -> Floats:
-        """Of one worker's weights."""
+        """Of one worker's weights; a bias is split as the outputs are, a norm's scale is whole."""
         head, ways = self._block.head, self._strategies
-        if self._block.is_fork:
-            return self._nothing()
-        held = head.weights + head.biases
-        return held * self._element_bytes / (ways.outputs * ways.inputs)
+        total = self._nothing()
+        if self._block.kind != "plain":
+            total += head.weights / (ways.outputs * ways.inputs) + head.biases / ways.outputs
+        for layer, _ in self._block.followers:
+            total += layer.weights + layer.biases
+        return total * self._element_bytes
+
+    @property
+    def _spread(self) -> Floats:
+        """Parts into which sums over the inputs are scattered, on which followers run."""
+        is_weighted = self._block.kind == "weighted"
+        return self._strategies.inputs if is_weighted else np.ones(self._strategies.count)
 
     def _norms(self) -> Floats:
-        return sum((self._norm(each) for each in self._block.followers), self._nothing())
+        return sum((self._norm(each.layer) for each in self._block.followers), self._nothing())
 
-    def _norm(self, follower: Follower) -> Floats:
-        """Sums of a norm's statistics, forward and backward, or of a global pooling, forward."""
-        layer, _ = follower
+    def _norm(self, layer: LayerShape) -> Floats:
+        """Sums of a norm's statistics, forward and backward."""
         ways, link = self._strategies, self._settings.link
         if layer.kind == "batch_norm":
             num_bytes = STATISTICS * layer.num_features / ways.outputs * self._element_bytes
-            return 2 * sum_seconds(link, ways.batch * ways.area, num_bytes)
+            return 2 * sum_seconds(link, ways.batch * ways.area * self._spread, num_bytes)
         if layer.kind == "group_norm":
-            groups = layer.shape[0] / ways.batch * np.ceil(layer.groups / ways.outputs)
-            count = ways.area * np.where(ways.outputs > layer.groups, ways.outputs, 1)
-            return 2 * sum_seconds(link, count, STATISTICS * groups * self._element_bytes)
-        if layer.kind == "layer_norm":
-            rows = layer.num_elements / layer.num_features / ways.batch / ways.area
-            return 2 * sum_seconds(link, ways.outputs, STATISTICS * rows * self._element_bytes)
-        if layer.kind == "global_pool":
-            sums = layer.shape[0] * layer.num_features / ways.batch / ways.outputs
-            return sum_seconds(link, ways.area, sums * self._element_bytes)
+            groups = layer.shape[0] * layer.groups / (ways.batch * ways.outputs * self._spread)
+            return 2 * sum_seconds(link, ways.area, STATISTICS * groups * self._element_bytes)
         return self._nothing()
 
     def _products(self, seconds_of: Callable[[LayerShape], float]) -> Floats:
         """Seconds of a direction: of the head, split by all its parts, and of what follows it."""
-        head, ways = self._block.head, self._strategies
-        total = self._nothing()
-        if not self._block.is_fork:
-            total += seconds_of(head) * self._share(self._input_share())
-        for layer, _ in self._block.followers:
-            spread = 1 / ways.inputs if self._block.kind == "weighted" else 1.0
-            total += seconds_of(layer) * self._share(spread)
+        block, total = self._block, self._nothing()
+        if block.kind == "weighted":
+            total += seconds_of(block.head) * self._share(self._input_share())
+        elif block.kind == "whole":
+            total += seconds_of(block.head)
+        for layer, _ in block.followers:
+            total += seconds_of(layer) * self._share(1 / self._spread)
         return total
 
-    def _input_share(self) -> Floats | float:
-        if self._block.kind != "weighted":
-            return 1.0
-        count = self._block.num_inputs
-        return _most(count, self._strategies.inputs)
+    def _input_share(self) -> Floats:
+        if self._block.head.kind in ("attention", "embedding"):
+            return np.ones(self._strategies.count)
+        return _most(self._block.num_inputs, self._strategies.inputs)
 
-    def _share(self, inputs: Floats | float) -> Floats:
+    def _share(self, inputs: Floats) -> Floats:
         """The part of the head's products that the worker with most of them has."""
         head, ways = self._block.head, self._strategies
         features = head.groups if "attention" in head.kind else head.num_features
@@ -180,9 +186,9 @@ class BlockPricing:
     def _memory(self) -> Floats:
         """Weights, gradients and momentum, and what a weighted layer reads and makes."""
         block, ways = self._block, self._strategies
-        if block.kind != "weighted":
-            return self._nothing()
         held = HELD_PER_WEIGHT * self._weight_bytes()
+        if block.kind != "weighted":
+            return held
         samples_and_rows = ways.batch * ways.area
         read = block.source.num_elements / (samples_and_rows * ways.inputs)
         made = block.head.num_elements / (samples_and_rows * ways.outputs)
@@ -202,7 +208,8 @@ def facts_of(block: Block) -> tuple[object, ...]:
     layers = [block.head, block.source]
     for each in block.followers:
         layers += each
-    return (block.kind, block.is_first, block.is_fork, *(_facts(layer) for layer in layers))
+    layers += block.results
+    return (block.kind, block.is_first, len(block.results), *(_facts(layer) for layer in layers))
 
 
 def _facts(layer: LayerShape) -> tuple[object, ...]:

@@ -6,15 +6,19 @@ nest, and a worker receives just what its part of the new layout lacks.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
 
 from elbowroom.core.layer_shapes import LayerShape
 from elbowroom.planning.grid.blocks import Block
-from elbowroom.planning.grid.costs import doublings, gather_seconds
+from elbowroom.planning.grid.link import doublings, gather_seconds
 from elbowroom.planning.grid.settings import GridLink
 from elbowroom.planning.grid.strategies import Floats, Strategies
+
+Parts = list[Floats]
+"""Parts of each dimension: batch, space, features; each array [sources, targets]."""
 
 
 class Spread(NamedTuple):
@@ -39,8 +43,9 @@ def made(block: Block, ways: Strategies, is_pooled: bool = False) -> Spread:
     if block.head.kind == "attention" and block.kind == "weighted":
         return _spread(ways, one, one, ways.outputs)
     pending = ways.inputs if block.kind == "weighted" else one
-    area = np.ones_like(ways.space) if is_pooled else ways.space
-    return _spread(ways, area, ways.outputs, pending)
+    if is_pooled:
+        return _spread(ways, np.ones_like(ways.space), ways.outputs, pending * ways.area)
+    return _spread(ways, ways.space, ways.outputs, pending)
 
 
 def read(block: Block, ways: Strategies) -> Spread:
@@ -61,52 +66,58 @@ def _spread(ways: Strategies, space: Floats, features: Floats, pending: Floats) 
 def both_ways_seconds(
     link: GridLink, procs: int, layer: LayerShape, element_bytes: int, made: Spread, read: Spread
 ) -> Floats:
-    """Seconds of moving ``layer``'s output, and its gradient back: [made, read]."""
+    """Seconds of moving ``layer``'s output, and its gradient back: [made, read].
+
+    The output's own summands have been added, and lie where the reader is finer, else on the batch;
+    those of its gradient are added on the way back.
+    """
     if made.parts.shape[1] != read.parts.shape[1]:
         made, read = made.without_space(), read.without_space()
     num_bytes = layer.num_elements * element_bytes
-    forward = move_seconds(link, procs, num_bytes, made, read)
-    backward = move_seconds(link, procs, num_bytes, read, made)
-    return forward + backward.T
+    source, target = _rows(made), _columns(read)
+    settled = _scattered(source, made.pending[:, None], target)
+    forward = move_seconds(link, procs, num_bytes, settled, target)
+    summands = read.pending[None, :]
+    scatter = gather_seconds(link, summands, num_bytes / _product(target))
+    gradient = _scattered(target, summands, settled)
+    backward = move_seconds(link, procs, num_bytes, gradient, settled)
+    return np.asarray(forward + np.where(summands > 1, scatter, 0.0) + backward)
 
 
 def move_seconds(
-    link: GridLink, procs: int, num_bytes: float, source: Spread, target: Spread
+    link: GridLink, procs: int, num_bytes: float, source: Parts, target: Parts
 ) -> Floats:
-    """Seconds from one layout, with its summands, to another, whole on all replicas.
-
-    First each element's summands go to one of the workers that have them, where the target is finer
-    and else on the batch; then each worker gets what its part of the target lacks.
-    """
-    pending = source.pending[:, None]
-    scatter = np.where(
-        pending > 1, gather_seconds(link, pending, num_bytes / _product(source.parts)[:, None]), 0.0
-    )
-    finer = _scattered(source, target)
-    wanted = _product(target.parts)[None, :]
-    common = np.ones_like(finer[0])
-    for dim, parts in enumerate(finer):
-        common = common * np.maximum(parts, target.parts[None, :, dim])
+    """Seconds in which each worker gets what its part of the target lacks of the source's."""
+    common = _product([np.maximum(one, other) for one, other in zip(source, target, strict=True)])
+    wanted = _product(target)
     received = num_bytes * (1 / wanted - 1 / common)
     sources = common / wanted
     gathered = np.minimum(sources, procs / wanted)
     messages = doublings(gathered) + sources / gathered - 1
     moved = link.latency_seconds * messages + received / link.bandwidth
-    return np.asarray(scatter + np.where(received > 0, moved, 0.0))
+    return np.where(common > wanted, moved, 0.0)
 
 
-def _scattered(source: Spread, target: Spread) -> list[Floats]:
-    """Parts of each dimension once the summands are added: for each a matrix [source, target]."""
-    left = source.pending[:, None] * np.ones((1, len(target.pending)))
-    finer = []
-    for dim in range(source.parts.shape[1]):
-        parts = source.parts[:, dim, None]
-        factor = np.clip(target.parts[None, :, dim] / parts, 1, left)
+def _scattered(source: Parts, pending: Floats, wish: Parts) -> Parts:
+    """Parts once each element's summands went to one of the workers that have them.
+
+    They go where ``wish`` is finer, and else on the batch.
+    """
+    left, finer = pending, []
+    for parts, wished in zip(source, wish, strict=True):
+        factor = np.clip(wished / parts, 1, left)
         finer.append(parts * factor)
         left = left / factor
-    finer[0] = finer[0] * left
-    return finer
+    return [finer[0] * left, *finer[1:]]
 
 
-def _product(parts: Floats) -> Floats:
-    return np.asarray(parts.prod(axis=1))
+def _rows(spread: Spread) -> Parts:
+    return [spread.parts[:, dim, None] for dim in range(spread.parts.shape[1])]
+
+
+def _columns(spread: Spread) -> Parts:
+    return [spread.parts[None, :, dim] for dim in range(spread.parts.shape[1])]
+
+
+def _product(parts: Parts) -> Floats:
+    return reduce(np.multiply, parts)

@@ -16,6 +16,7 @@ from elbowroom.planning.grid.moves import both_ways_seconds, made, read
 from elbowroom.planning.grid.reduction import Costs, Followed, Solution, solve
 from elbowroom.planning.grid.settings import GridSettings
 from elbowroom.planning.grid.strategies import Floats, Strategies
+from elbowroom.plans.grid import LayerGrid
 
 Choices = tuple[int, ...]
 """For each block the row of its strategies."""
@@ -108,6 +109,19 @@ class GridProblem:
                 found[index] = Followed(source, alike)
         return found
 
+    def choices_of(self, grids: Sequence[LayerGrid]) -> Choices | None:
+        """The choices that are a grid for each block; None if some grid is no choice here."""
+        rows = [ways.row_of(grid) for ways, grid in zip(self.ways, grids, strict=True)]
+        known = tuple(row for row in rows if row is not None)
+        return known if len(known) == len(rows) else None
+
+    def grids(self, choices: Sequence[int]) -> tuple[LayerGrid, ...]:
+        """The grid of each block."""
+        return tuple(
+            ways.grid(row, block.name, has_inputs=block.kind == "weighted")
+            for block, ways, row in zip(self.graph.blocks, self.ways, choices, strict=True)
+        )
+
     def terms(self, choices: Sequence[int]) -> tuple[GridTerms, ...]:
         """Each block's, the moves with the block whose output moves."""
         moved = [0.0] * len(choices)
@@ -123,6 +137,7 @@ def _own(costs: BlockCosts, weights_price: float, memory_price: float) -> Floats
     return np.asarray(
         costs.halo
         + costs.norms
+        + costs.sums
         + costs.weights * weights_price
         + costs.forward
         + costs.backward
