@@ -21,7 +21,6 @@ from torch import distributed
 from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
 from elbowroom.core.files import check_writable
 from elbowroom.core.trace import write_trace
-from elbowroom.pipeline.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.pipeline.flags import add_run_flags
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
@@ -31,6 +30,7 @@ from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.swap.link import Link
 from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import FileTier
+from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of
 from elbowroom.training.script import TrainingScript, load_script
 
