@@ -1,4 +1,4 @@
-"""The commands that train: ``train profile``, ``plan-pipeline``, ``plan-swap`` and ``run``."""
+"""The commands that train: ``train profile``, the three that plan, and ``run``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from functools import partial
 from typing import NoReturn
 
 from elbowroom.cli.exit_codes import EXIT_FAILURE
+from elbowroom.cli.plan_grid import add_plan_grid
 from elbowroom.cli.plan_pipeline import add_plan_pipeline
 from elbowroom.cli.plan_swap import add_plan_swap
 from elbowroom.cli.profile_model import add_profile_model
@@ -24,6 +25,7 @@ from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_apart
 from elbowroom.core.flag_kinds import number
 from elbowroom.pipeline.flags import add_run_flags
+from elbowroom.plans.grid import is_grid_plan
 from elbowroom.plans.pipeline import is_pipeline_plan, read_pipeline_plan
 from elbowroom.plans.swap import is_swap_plan
 
@@ -32,6 +34,7 @@ def add_train_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_profile_model(partial(_needing_torch, add))
     add_plan_pipeline(add)
     add_plan_swap(add)
+    add_plan_grid(add)
     run = _needing_torch(
         add,
         "run",
@@ -72,6 +75,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     inputs = [("the script", args.script), ("--plan", args.plan)]
     check_apart([*inputs, ("--trace", args.trace), ("--picture", args.picture)])
     swaps = is_swap_plan(args.plan)
+    if is_grid_plan(args.plan):
+        raise InputError(
+            f"{args.plan} is a grid plan, which train run cannot carry out yet: give a plan of "
+            "train plan-pipeline or train plan-swap"
+        )
     if not swaps and not is_pipeline_plan(args.plan):
         raise InputError(
             f"{args.plan} is no plan: make one with train plan-pipeline or train plan-swap, and "
