@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from elbowroom.cli.profile_shapes import profile_shapes
 from elbowroom.cli.profile_step import profile_step
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
@@ -40,12 +41,18 @@ def add_profile_model(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="your Python file with make_model(), make_batch(generator), loss_fn(outputs, targets)",
     )
     profile.add_argument(
-        "--out", type=Path, required=True, help="a profile for plan-pipeline or plan-swap"
+        "--out", type=Path, required=True, help="a profile for plan-pipeline, -swap or -grid"
     )
-    profile.add_argument(
+    kinds = profile.add_mutually_exclusive_group()
+    kinds.add_argument(
         "--step",
         action="store_true",
         help="measure what a step saves and holds, for plan-swap: needs the smallest budget only",
+    )
+    kinds.add_argument(
+        "--shapes",
+        action="store_true",
+        help="find out how each layer can be split, and measure them, for plan-grid",
     )
     profile.add_argument(
         "--tier", type=Path, help="with --step, folder to swap to (default: for temporary files)"
@@ -86,6 +93,8 @@ def _profile_model(args: argparse.Namespace, console: Console) -> int:
     if any(getattr(args, name) for name in _OF_STEPS):
         names = ", ".join("--" + name.replace("_", "-") for name in _OF_STEPS)
         raise InputError(f"{names} are for --step: leave them out, or profile a step")
+    if args.shapes:
+        return profile_shapes(args, console)
     begin = time.perf_counter()
     check_apart([("the script", args.script), ("--out", args.out), ("--text", args.text)])
     check_writable([args.out, *([args.text] if args.text is not None else [])])

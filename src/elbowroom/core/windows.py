@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 PADDING = -1
 """Stands for a row of constants among rows of a tensor."""
 
@@ -110,7 +112,7 @@ class TransposedWindow:
         return (size - 1) * self.stride - 2 * self.padding + self.reach + self.output_padding
 
     def rows(self, outputs: Interval, size: int) -> tuple[int, ...]:
-        """The input's rows that reach some of ``outputs``, in order; there may be none."""
+        """The input's rows from the first to the last that reach ``outputs``; there may be none."""
         if not outputs.size:
             return ()
         first = -((self.reach - 1 - outputs.start - self.padding) // self.stride)
@@ -130,8 +132,10 @@ class Taps(NamedTuple):
 class Resize:
     """An interpolation along one dimension, to ``outputs`` rows.
 
-    ``scale`` is input rows per output row; it is not ``size / outputs`` where a scale factor was
-    given. ``aligned`` is torch's ``align_corners``.
+    ``scale`` is input rows per output row: ``1 / scale_factor`` where a factor was given and not
+    recomputed, else ``size / outputs``. ``aligned`` is torch's ``align_corners``. Rows are those
+    that torch takes: it finds the nearest in single precision whatever the tensor's type, and
+    copies rows, or takes each twice, where the numbers of rows say so and not the scale.
     """
 
     outputs: int
@@ -143,16 +147,14 @@ class Resize:
         return self.outputs
 
     def taps(self, outputs: Interval, size: int) -> Taps:
-        places = range(*outputs)
-        if self.mode == "linear":
-            exact = [self._source(place, size) for place in places]
-            low = [min(math.floor(row), size - 1) for row in exact]
-            high = [min(row + 1, size - 1) for row in low]
-            share = [row - floor for row, floor in zip(exact, low, strict=True)]
-            return Taps(tuple(low), tuple(high), tuple(share))
-        shift = 0.5 if self.mode == "nearest-exact" else 0.0
-        rows = tuple(min(math.floor((place + shift) * self.scale), size - 1) for place in places)
-        return Taps(rows, rows, (0.0,) * len(rows))
+        if self.mode != "linear":
+            rows = tuple(self._nearest(place, size) for place in range(*outputs))
+            return Taps(rows, rows, (0.0,) * len(rows))
+        exact = [self._exact(place, size) for place in range(*outputs)]
+        low = tuple(min(math.floor(row), size - 1) for row in exact)
+        high = tuple(min(row + 1, size - 1) for row in low)
+        share = tuple(min(row - floor, 1.0) for row, floor in zip(exact, low, strict=True))
+        return Taps(low, high, share)
 
     def rows(self, outputs: Interval, size: int) -> tuple[int, ...]:
         """The input's rows from the first to the last that ``outputs`` read."""
@@ -161,7 +163,16 @@ class Resize:
         taps = self.taps(outputs, size)
         return tuple(range(min(taps.low), max(taps.high) + 1))
 
-    def _source(self, place: int, size: int) -> float:
+    def _nearest(self, place: int, size: int) -> int:
+        if self.mode == "nearest" and self.outputs in (size, 2 * size):
+            return place * size // self.outputs
+        shift = 0.5 if self.mode == "nearest-exact" else 0.0
+        row = np.float32(place + shift) * np.float32(self.scale)
+        return min(math.floor(row), size - 1)
+
+    def _exact(self, place: int, size: int) -> float:
+        if self.outputs == size:
+            return place
         if self.aligned:
             return place * ((size - 1) / (self.outputs - 1)) if self.outputs > 1 else 0.0
         return max((place + 0.5) * self.scale - 0.5, 0.0)
@@ -174,9 +185,9 @@ AxisWindow = Window | TransposedWindow | Resize
 class Exchange:
     """Which rows each part owns, and which it takes from which, along one dimension.
 
-    ``rows[t]`` are what part t reads, in order; ``wanted[t]`` the same rows, each once, as sorted
-    intervals. ``outputs[t]`` are the
-    rows of the result that it computes.
+    Part t owns ``own[t]``, and computes the rows ``outputs[t]`` of the result. For them it reads
+    ``rows[t]``, in that order, PADDING for constants; ``wanted[t]`` are the same rows, each once
+    and without PADDING, as sorted intervals.
     """
 
     own: tuple[Interval, ...]
@@ -186,9 +197,10 @@ class Exchange:
 
     @property
     def is_local(self) -> bool:
-        """Whether every part reads its own rows only, all of them, in their order."""
+        """Whether every part wants all of its own rows, and no others: then none is fetched."""
         return all(
-            rows == tuple(range(*own)) for rows, own in zip(self.rows, self.own, strict=True)
+            wanted == ((own,) if own.size else ())
+            for wanted, own in zip(self.wanted, self.own, strict=True)
         )
 
     @property

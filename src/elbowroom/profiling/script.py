@@ -27,7 +27,7 @@ class Subject:
     inputs: Any
     targets: Any
     loss_fn: LossFn
-    optimizer_fn: OptimizerFunction
+    optimizer_fn: OptimizerFunction | None
 
     def measure(self, limits: SweepLimits) -> LayerGraph:
         return measure(
@@ -56,14 +56,19 @@ def profile_script(
         return subject.measure(limits)
 
 
-def load_subject(path: Path, seed: int, num_threads: int | None) -> Subject:
-    """Load a script's model and batch, and trace it. Raises as ``profile_script`` does."""
+def load_subject(
+    path: Path, seed: int, num_threads: int | None, *, leaves: bool = False
+) -> Subject:
+    """Load a script's model and batch, and trace it, down to ``leaves`` if asked.
+
+    Raises as ``profile_script`` does.
+    """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     script = load_script(path)
     model = in_training(script.make_model(seed))
     inputs, targets = script.make_batch(torch.Generator().manual_seed(seed))
-    traced = trace_model(model, inputs)
+    traced = trace_model(model, inputs, leaves=leaves)
     if traced.graph.recompute == "dropped":
         warnings.warn(RECOMPUTE_DROPPED, stacklevel=2)
     return Subject(traced, inputs, targets, script.loss_fn, script.optimizer_fn())

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from elbowroom.core.errors import UntraceableModelError
+from elbowroom.core.layer_graph import Edge
 from elbowroom.training.outcome import untouched
 from elbowroom.training.traced import Tied, TracedLayer, TracedModel
 from elbowroom.training.tracing import ModelGraph, find_graph
@@ -30,14 +31,15 @@ _OUTPUT = "output"
 _LONGEST_DESCRIPTION = 80
 
 
-def trace_model(model: nn.Module, inputs: Any) -> TracedModel:
+def trace_model(model: nn.Module, inputs: Any, *, leaves: bool = False) -> TracedModel:
     """Trace a model's layers in its present mode; runs it a few times, and leaves it as it was.
 
-    ``inputs`` is a tensor, a tuple of positional or a dict of named arguments. Raises InputError if
-    the model does not run on them, UntraceableModelError, with the line or operation, if its
-    forward cannot be written down as layers.
+    ``inputs`` is a tensor, a tuple of positional or a dict of named arguments. With ``leaves``, the
+    children of an ``nn.Sequential`` are traced too, down to modules of ``torch.nn``. Raises
+    InputError if the model does not run on them, UntraceableModelError, with the line or operation,
+    if its forward cannot be written down as layers.
     """
-    graph = find_graph(model, inputs)
+    graph = find_graph(model, inputs, leaves=leaves)
     run = _Run(graph.module)
     with untouched(model), torch.enable_grad():
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -99,11 +101,12 @@ class _Finder:
             raise UntraceableModelError("the forward gives no tensor of its inputs or layers")
         outputs = (*output.helpers, self.nodes[-1])
         unread, shared = self._unread(layers), self._shared(layers)
+        stale = tuple(self._stale(layers))
         if results != unread or len(results) != 1:
             layers.append(_output(self.names.values(), {*results, *unread}))
         training = self.model.training
         return TracedModel(
-            self.model, self.graph, tuple(layers), results, outputs, training, shared
+            self.model, self.graph, tuple(layers), results, outputs, training, shared, stale
         )
 
     def _find(self) -> list[_Found]:
@@ -208,6 +211,15 @@ class _Finder:
                 if reader is not node and not is_view and not is_number:
                     found[other] = shared
         return found
+
+    def _stale(self, layers: list[TracedLayer]) -> Iterator[Edge]:
+        """Layers that write, and who then reads what was made before of the same memory."""
+        for layer in layers:
+            assert layer.node is not None
+            for other in self._overwritten(layer.node):
+                for reader in other.users:
+                    if self.place[reader] > self.place[layer.node]:
+                        yield Edge(layer.name, self.names.get(reader, reader.name))
 
     def _shared(self, layers: list[TracedLayer]) -> tuple[Tied, ...]:
         """Memory that a layer writes into and others read, with all layers that give or read it.

@@ -60,7 +60,8 @@ class TracedModel:
 
     ``training`` is the mode in which it was traced; ``results`` are the layers whose outputs the
     model returns; ``output_nodes`` are run for what it returns. ``shared`` is memory that some
-    layer writes into, with all that read it.
+    layer writes into, with all that read it. ``stale`` are layers that write, each to one that
+    reads that memory later in a tensor made before.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class TracedModel:
     output_nodes: tuple[fx.Node, ...]
     training: bool
     shared: tuple[Tied, ...] = ()
+    stale: tuple[Edge, ...] = ()
 
     @cached_property
     def by_name(self) -> dict[str, TracedLayer]:

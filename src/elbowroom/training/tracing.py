@@ -112,9 +112,10 @@ def as_call(inputs: Any) -> Call:
     return Call((inputs,), {})
 
 
-def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
+def find_graph(model: nn.Module, inputs: Any, *, leaves: bool = False) -> ModelGraph:
     """Find a graph that computes what the model does in its present mode.
 
+    With ``leaves`` the first way is not taken: children of an ``nn.Sequential`` are traced, too.
     Leaves the model as it was. Raises InputError if the model does not run on the batch,
     UntraceableModelError if no graph of it computes the same.
     """
@@ -129,7 +130,7 @@ def find_graph(model: nn.Module, inputs: Any) -> ModelGraph:
     if reference is None:
         raise _untraceable(model, habits.refused)
     ways: list[Callable[[nn.Module, Call], ModelGraph]] = [_symbolic, _exported]
-    if type(model).forward is nn.Sequential.forward:
+    if type(model).forward is nn.Sequential.forward and not leaves:
         ways = [_sequential]
     failures: list[str] = []
     for way in ways:
