@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
-from elbowroom.core.windows import PADDING, Interval, Window, exchange, part_of
+from elbowroom.core.windows import PADDING, AxisWindow, Interval, Window, exchange, part_of
 from elbowroom.grid.moves import fetch
 from elbowroom.grid.parts import Part, zeros_like_computed
 from elbowroom.grid.transport import Channel
@@ -130,11 +130,12 @@ def read_rows(
     """
     outputs, padding, pads = [], [], []
     orders: list[tuple[int, torch.Tensor]] = []
+    whole = whole_dims(part, windows)
     for dim, window in enumerate(windows, FIRST_SPACE):
         size, parts = part.shape[dim], part.layout.parts[dim]
         index = part.layout.index(part.worker, dim)
         outputs.append(part_of(window.num_outputs(size), parts, index))
-        is_torchs = parts == 1 and _is_torchs(window)
+        is_torchs = dim in whole and _is_torchs(window)
         padding.append(window.before if is_torchs else 0)
         if is_torchs:
             pads.append((0, 0))
@@ -153,7 +154,23 @@ def read_rows(
     return ReadRows(local, tuple(padding), tuple(outputs))
 
 
-def result_shape(part: Part, windows: Sequence[Window], features: int) -> tuple[int, ...]:
+def whole_dims(part: Part, windows: Sequence[AxisWindow]) -> set[int]:
+    """Dimensions of space of which each worker has all that is read, and nothing else.
+
+    Where another dimension is split, rows that nobody reads are left out before it sends.
+    """
+    dims = range(FIRST_SPACE, len(part.shape))
+    parts = part.layout.parts
+    if all(parts[dim] == 1 for dim in dims):
+        return {*dims}
+    return {
+        dim
+        for dim, window in zip(dims, windows, strict=True)
+        if parts[dim] == 1 and exchange(window, part.shape[dim], 1).is_local
+    }
+
+
+def result_shape(part: Part, windows: Sequence[AxisWindow], features: int) -> tuple[int, ...]:
     """The global shape of what windows give."""
     sizes = part.shape[FIRST_SPACE:]
     space = (window.num_outputs(size) for window, size in zip(windows, sizes, strict=True))
