@@ -44,7 +44,9 @@ def resize(part: Part, windows: Sequence[Resize], channel: Channel) -> Part:
             local = _torchs(part.local, windows, sizes)
         return replace(part, local=local, shape=shape)
     for window, size in zip(windows, sizes, strict=True):
-        _check_nearest(window, size, len(windows), part.local.dtype)
+        if window.mode != "linear":
+            is_double = part.local.dtype == torch.float64
+            _check_nearest(window, size, len(windows), is_double, part.local.device)
     for dim, window in enumerate(windows, FIRST_SPACE):
         part = part.with_local(fetch(part, dim, window, channel).local)
     if 0 in local_shape:
@@ -101,16 +103,16 @@ def _torchs(local: torch.Tensor, windows: Sequence[Resize], sizes: Sequence[int]
 
 
 @lru_cache(maxsize=4096)
-def _check_nearest(window: Resize, size: int, num_dims: int, dtype: torch.dtype) -> None:
+def _check_nearest(
+    window: Resize, size: int, num_dims: int, is_double: bool, device: torch.device
+) -> None:
     """Raise InputError unless torch takes the rows that we do.
 
-    In one dimension and in three it rounds otherwise forward than backward, for some sizes and
-    scale factors; in two dimensions it never does.
+    On CPUs, in one dimension and in three, it rounds otherwise forward than backward, for some
+    sizes and scale factors; in two dimensions it never does.
     """
-    if window.mode == "linear" or num_dims == 2:
-        return
-    is_double = dtype == torch.float64
-    rows = torch.arange(size, dtype=torch.float64 if is_double else torch.float32)
+    dtype = torch.float64 if is_double else torch.float32
+    rows = torch.arange(size, dtype=dtype, device=device)
     probe = rows.view(1, 1, size, *[1] * (num_dims - 1))
     others = [Resize(1, 1.0, window.mode)] * (num_dims - 1)
     found = _torchs(probe, [window, *others], [size, *[1] * (num_dims - 1)]).flatten()
