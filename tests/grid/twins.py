@@ -162,6 +162,7 @@ def check(
     case: object = None,
     *,
     splits: Sequence[Split] | None = None,
+    most: float = MOST,
 ) -> Outcome:
     """Assert that a grid gives torch's output, and gradients of input and parameters."""
     inputs = [whole.detach().clone().requires_grad_()]
@@ -173,7 +174,7 @@ def check(
     others = [found.output, found.input_gradient, *found.gradients]
     for one, other in zip([plain.detach(), *wanted], others, strict=True):
         largest = float(one.abs().max()) if one.numel() else 0.0
-        assert (one - other).abs().max().item() <= MOST * max(1.0, largest), case
+        assert (one - other).abs().max().item() <= most * max(1.0, largest), case
     return found
 
 
