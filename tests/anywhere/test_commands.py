@@ -81,6 +81,13 @@ def test_plan_on_a_machine_that_cannot_be_measured(tmp_path: Path) -> None:
     assert "> t1d1 none" in said
 
 
+def test_plan_grid(tmp_path: Path) -> None:
+    job = ("--procs", "8", "--batch", "2048", "--json", "grid.json")
+    said = elbowroom("train", "plan-grid", "alexnet", *job, cwd=tmp_path)
+    assert "fc8" in said
+    assert json.loads((tmp_path / "grid.json").read_text())["procs"] == 8
+
+
 def test_plan_pipeline(tmp_path: Path) -> None:
     (tmp_path / "profile.txt").write_text(PROFILE)
     links = ("--workers", "2", "--bandwidth", "10Gbit/s")

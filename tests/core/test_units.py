@@ -13,8 +13,11 @@ from elbowroom.core.units import (
     MIB,
     format_bandwidth,
     format_bytes,
+    format_flops,
     parse_bandwidth,
     parse_bytes,
+    parse_flops,
+    parse_latency,
 )
 
 
@@ -97,3 +100,36 @@ def test_bandwidths(text: str, bytes_per_second: float, shown: str) -> None:
 def test_what_is_no_bandwidth(text: str) -> None:
     with pytest.raises(InputError, match="write for example 10Gbit/s"):
         parse_bandwidth(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("2us", 2e-6), ("0.5ms", 5e-4), ("1 s", 1), ("0s", 0), ("700ns", 7e-7)]
+)
+def test_latencies(text: str, expected: float) -> None:
+    assert parse_latency(text) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "2", "us", "-2us", "2m", "2h", "nans", "1e3us"])
+def test_what_is_no_latency(text: str) -> None:
+    with pytest.raises(InputError, match="write for example 2us"):
+        parse_latency(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "shown"),
+    [
+        ("2.9TFLOP/s", 2.9e12, "2.9 TFLOP/s"),
+        ("500 gflops", 5e11, "500 GFLOP/s"),
+        ("2.9T", 2.9e12, "2.9 TFLOP/s"),
+        ("1000", 1000, "1000 FLOP/s"),
+    ],
+)
+def test_rates_of_work(text: str, expected: float, shown: str) -> None:
+    assert parse_flops(text) == pytest.approx(expected, rel=1e-12)
+    assert format_flops(expected) == shown
+
+
+@pytest.mark.parametrize("text", ["", "T", "0", "-1T", "2TB/s", "inf", "2.9e12"])
+def test_what_is_no_rate_of_work(text: str) -> None:
+    with pytest.raises(InputError, match=r"write for example 2\.9TFLOP/s"):
+        parse_flops(text)

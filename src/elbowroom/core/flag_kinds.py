@@ -9,7 +9,13 @@ from typing import TypeVar
 
 from elbowroom.core.errors import InputError, shown
 from elbowroom.core.options import Kind, out_of_range
-from elbowroom.core.units import parse_bandwidth, parse_bytes, parse_memory
+from elbowroom.core.units import (
+    parse_bandwidth,
+    parse_bytes,
+    parse_flops,
+    parse_latency,
+    parse_memory,
+)
 
 T = TypeVar("T")
 
@@ -26,6 +32,14 @@ def memory(text: str) -> int:
 
 def bandwidth(text: str) -> float:
     return _parsed(parse_bandwidth, text)
+
+
+def latency(text: str) -> float:
+    return _parsed(parse_latency, text)
+
+
+def flops(text: str) -> float:
+    return _parsed(parse_flops, text)
 
 
 def count(text: str) -> int:

@@ -22,6 +22,8 @@ _FACTORS = {
     "gib": GIB,
     "tib": 1024**4,
 }
+_SECONDS = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "ms": 1e-3, "s": 1.0}
+_FLOPS = {"": 1.0, "m": 1e6, "g": 1e9, "t": 1e12, "p": 1e15}
 _BITS_PER_SECOND = {"bit": 1, "kbit": 10**3, "mbit": 10**6, "gbit": 10**9, "tbit": 10**12}
 
 
@@ -76,3 +78,36 @@ def format_bandwidth(bytes_per_second: float) -> str:
         if bytes_per_second * 8 >= size:
             return f"{bytes_per_second * 8 / size:.4g} {unit}"
     return f"{bytes_per_second * 8:.4g} bit/s"
+
+
+def parse_latency(text: str) -> float:
+    """Parse a time such as ``2us``, ``0.5ms`` or ``0s`` into seconds.
+
+    Raises InputError for anything else, with the accepted forms.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([a-z\u00b5]{1,2})\s*", text)
+    factor = _SECONDS.get(match.group(2)) if match else None
+    if match is None or factor is None:
+        raise InputError(f"'{text}' is not a latency: write for example 2us or 0.5ms")
+    return float(match.group(1)) * factor
+
+
+def parse_flops(text: str) -> float:
+    """Parse a rate such as ``2.9TFLOP/s``, ``500 GFLOP/s`` or ``2.9T`` into FLOP per second.
+
+    Raises InputError for anything else, with the accepted forms.
+    """
+    match = re.fullmatch(
+        r"\s*([0-9]{1,30}(?:\.[0-9]{1,30})?)\s*([mgtp]?)(flops?(/s)?)?\s*", text, re.IGNORECASE
+    )
+    if match is None or not float(match.group(1)):
+        raise InputError(f"'{text}' is not a rate of work: write for example 2.9TFLOP/s")
+    return float(match.group(1)) * _FLOPS[match.group(2).lower()]
+
+
+def format_flops(flops_per_second: float) -> str:
+    """Format a rate of work for people: ``2.9 TFLOP/s``."""
+    for unit in ("p", "t", "g", "m"):
+        if flops_per_second >= _FLOPS[unit]:
+            return f"{flops_per_second / _FLOPS[unit]:.4g} {unit.upper()}FLOP/s"
+    return f"{flops_per_second:.4g} FLOP/s"

@@ -1,0 +1,111 @@
+"""Table of a grid plan: for each layer its parts, what moves, and what that takes."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from elbowroom.cli.screen import Console
+from elbowroom.core.units import format_bytes
+from elbowroom.planning.grid.explanation import GridExplanation, GridTerms, LayerExplanation
+from elbowroom.planning.grid.plan import PlannedGrid
+
+_FULL_WIDTH = 80
+"""Columns of a screen that has room for all of the table's."""
+_GRID = "batch x space x out x in"
+_COLUMNS = ("layer", "grid", "what moves", "bytes", "ms", "compute", "memory")
+_NARROW = ("layer", "grid", "ms", "memory")
+_TEXTS = ("layer", "grid", "what moves")
+_MOVES = {"halo": "halo", "weights": "weights", "norms": "norms", "moves": "layout"}
+"""Terms that are communication, and what the table calls them."""
+
+
+def print_grid_plan(screen: Console, planned: PlannedGrid, counted: GridExplanation) -> None:
+    """Each layer that has a layout of its own, and totals beside those of simpler plans.
+
+    ``counted`` is the same plan on a link whose seconds are bytes. There are fewer columns on a
+    narrow terminal.
+    """
+    width = screen.width if screen.is_terminal else max(screen.width, _FULL_WIDTH)
+    columns = _COLUMNS if width >= _FULL_WIDTH else _NARROW
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(
+            name,
+            justify="left" if name in _TEXTS else "right",
+            no_wrap=name != "layer",  # only columns that may wrap are made narrower
+            overflow="ellipsis",
+        )
+    layers = planned.explanation.layers
+    for layer, bytes_of in zip(layers, counted.layers, strict=True):
+        row = _row(layer, bytes_of.terms)
+        table.add_row(*(row[name] for name in columns))
+    before, screen.width = screen.width, width
+    screen.print(table, markup=False, highlight=False)
+    screen.width = before
+    screen.say(f"grid       {_GRID}; bytes and ms are what the busiest worker sends")
+    for name, text in _totals(planned, counted):
+        screen.say(f"{name:<10} {text}")
+
+
+def _row(layer: LayerExplanation, counted: GridTerms) -> dict[str, str]:
+    terms = layer.terms
+    moved = [called for name, called in _MOVES.items() if getattr(terms, name) > 0]
+    return {
+        "layer": layer.grid.name,
+        "grid": "whole" if layer.is_whole else str(layer.grid),
+        "what moves": ", ".join(moved) or "-",
+        "bytes": format_bytes(round(counted.communication)) if counted.communication else "-",
+        "ms": _milliseconds(terms.communication) if terms.communication else "-",
+        "compute": _milliseconds(terms.compute) if terms.compute else "-",
+        "memory": format_bytes(round(terms.memory_bytes)) if terms.memory_bytes else "-",
+    }
+
+
+def _totals(planned: PlannedGrid, counted: GridExplanation) -> list[tuple[str, str]]:
+    plan, found = planned.plan, planned.explanation
+    total = found.total
+    iteration = f"{_milliseconds(total.communication)} ms of communication"
+    if total.compute:
+        iteration = (
+            f"{_milliseconds(found.seconds)} ms: {_milliseconds(total.compute)} of compute, "
+            f"{iteration}, {_milliseconds(found.hidden_seconds)} of it hidden"
+        )
+    else:
+        iteration += "; compute is not known: give --flops, or a profile"
+    rows = [
+        ("iteration", iteration),
+        ("by batch", _beside(found.seconds, found.batch_seconds, "", "fewer samples than workers")),
+        (
+            "paper",
+            _beside(
+                found.seconds,
+                found.paper_seconds,
+                " by its own formulas, in which norms and joins are free",
+                "its forms do not go round",
+            ),
+        ),
+        (
+            "sent",
+            f"{format_bytes(plan.prediction.num_bytes)} in {plan.prediction.messages} messages by "
+            f"all workers; {format_bytes(round(counted.total.communication))} by the busiest",
+        ),
+        ("memory", f"{format_bytes(plan.prediction.memory_bytes)} of one worker"),
+    ]
+    if not found.is_exact:
+        rows.append(("search", "not all grids were tried together: there may be better ones"))
+    if found.whole:
+        names = ", ".join(found.whole)
+        rows.append(("whole", f"{names}: no rule splits them, so every worker computes all"))
+    return rows
+
+
+def _beside(seconds: float, other: float | None, how: str, why: str) -> str:
+    """Another plan's seconds, and how many times as long they are; why there are none."""
+    if other is None:
+        return f"none: {why}"
+    times = f", {other / seconds:.2f}x as long" if seconds else ""
+    return f"{_milliseconds(other)} ms{times}{how}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3f}" if seconds else "0"
