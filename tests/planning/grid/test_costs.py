@@ -68,6 +68,25 @@ def test_columns_then_rows_move_nothing_forward_but_the_sums() -> None:
     assert found["fc1"].moves == pytest.approx(2 * collective(4, 4 * 8 * 16))
 
 
+def test_a_gradient_is_summed_and_then_brought_to_its_tensor() -> None:
+    """fc0 in two parts of the batch, twice; fc1 in four parts of its outputs, on whole inputs."""
+    shapes = perceptron(8, 32, 16, 16)
+    found = terms(shapes, 4, LayerGrid("fc0", 2), LayerGrid("fc1", 1, (), 4))
+    tensor = 4 * 8 * 16
+    to_half = LATENCY + tensor * (1 / 2 - 1 / 4) / BANDWIDTH
+    assert found["fc0"].moves == pytest.approx(
+        collective(2, tensor) + collective(4, tensor) + to_half
+    )
+
+
+def test_a_global_pool_sums_over_space_to_where_it_is_read() -> None:
+    shapes = residual(8)
+    grids = [LayerGrid(name, 1, (2, 2)) for name in ("stem", "branch")]
+    found = terms(shapes, 4, *grids, LayerGrid("fc", 4))
+    assert found["add"].moves == pytest.approx(2 * collective(4, 4 * 8 * 16))
+    assert found["branch"].moves == 0
+
+
 def test_the_loss_needs_all_features_of_a_row() -> None:
     shapes = perceptron(8, 32, 16)
     found = terms(shapes, 4, LayerGrid("fc0", 1, (), 4))

@@ -12,6 +12,7 @@ from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.known_nets import KNOWN_NETS, known_net
 from elbowroom.core.layer_shapes import ModelShapes
 from elbowroom.planning.grid.blocks import block_graph
+from elbowroom.planning.grid.paper import PaperForms
 from elbowroom.planning.grid.plan import explain_grid, plan_grid
 from elbowroom.planning.grid.problem import GridProblem
 from elbowroom.planning.grid.settings import KNL, Forms, GridLink, GridSettings
@@ -125,6 +126,34 @@ def test_a_plan_runs_on_the_model_and_is_explained(net: str, forms: Forms) -> No
     names = {layer.grid.name for layer in explained.layers}
     followers = {name for layer in explained.layers for name in layer.followers}
     assert names | followers | {"input"} == set(shapes.by_name)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "procs", "batch"),
+    [*((shapes, procs, shapes.batch) for shapes, procs in INSTANCES), (known_net("unet3d"), 64, 4)],
+)
+def test_joins_and_forks_are_named_where_they_lie_otherwise(
+    shapes: ModelShapes, procs: int, batch: int
+) -> None:
+    planned = plan_grid(shapes, procs, batch, SLOW)
+    again = explain_grid(shapes, planned.plan, GridSettings(procs, batch, SLOW))
+    assert again.seconds == pytest.approx(planned.plan.prediction.seconds, rel=1e-12)
+    assert [layer.grid for layer in again.layers] == [
+        layer.grid for layer in planned.explanation.layers
+    ]
+
+
+def test_the_papers_terms_are_its_closed_forms() -> None:
+    shapes = known_net("alexnet")
+    explained = plan_grid(shapes, 4096, 512, KNL).explanation
+    paper = PaperForms(shapes.for_batch(512), 4096, KNL).best()
+    assert paper is not None
+    found = [layer.paper for layer in explained.layers]
+    assert all(each is not None for each in found)
+    halo, weights = (sum(getattr(each, name) for each in found) for name in ("halo", "weights"))
+    assert halo == pytest.approx(sum(each.halo for each in paper.terms)) and halo > 0
+    assert weights == pytest.approx(sum(each.weights for each in paper.terms))
+    assert explained.paper_seconds == pytest.approx(paper.seconds)
 
 
 @pytest.mark.parametrize(("net", "procs", "batch"), [("vgg16", 8, 16), ("alexnet", 4, 16)])

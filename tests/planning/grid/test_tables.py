@@ -33,14 +33,14 @@ class Row(NamedTuple):
 OURS = [
     Row("alexnet", 8, 2048, 21.48, 21.48),
     Row("alexnet", 32, 2048, 14.43, 14.43),
-    Row("alexnet", 128, 2048, 9.667, 9.667),
-    Row("alexnet", 512, 2048, 7.192, 5.740),
-    Row("alexnet", 512, 512, 6.014, 2.827),
-    Row("alexnet", 4096, 512, 5.821, 1.133),
-    Row("vgg16", 8, 256, 20.55, 20.55),
-    Row("vgg16", 512, 2048, 23.14, 19.41),
-    Row("vgg16", 512, 512, 21.29, 11.34),
-    Row("vgg16", 512, 64, 20.87, 4.784),
+    Row("alexnet", 128, 2048, 9.672, 9.672),
+    Row("alexnet", 512, 2048, 7.2, 5.748),
+    Row("alexnet", 512, 512, 6.02, 2.831),
+    Row("alexnet", 4096, 512, 5.831, 1.143),
+    Row("vgg16", 8, 256, 20.54, 20.54),
+    Row("vgg16", 512, 2048, 23.14, 19.42),
+    Row("vgg16", 512, 512, 21.29, 11.35),
+    Row("vgg16", 512, 64, 20.87, 4.787),
 ]
 SIMPLER = [
     Row("alexnet", 8, 2048, 19.76, 19.76),
@@ -67,8 +67,8 @@ def milliseconds(row: Row, forms: Forms, rate: float | None = None) -> float:
 
 @pytest.mark.parametrize("row", OURS)
 def test_our_plans_take_these_milliseconds(row: Row) -> None:
-    assert milliseconds(row, "linear") == pytest.approx(row.linear, rel=1e-3)
-    assert milliseconds(row, "all") == pytest.approx(row.all, rel=1e-3)
+    assert milliseconds(row, "linear") == pytest.approx(row.linear, rel=3e-4)
+    assert milliseconds(row, "all") == pytest.approx(row.all, rel=3e-4)
 
 
 @pytest.mark.parametrize("row", OURS)
@@ -95,12 +95,18 @@ class SimplerProblem(GridProblem):
     """Moves as a sketch priced them: from where a layer computes straight to where the next reads.
 
     Sums are added behind the poolings, and the last layer's for nothing; a gradient goes straight
-    to all that computed summands of its tensor.
+    to all that computed summands of its tensor; biases are split as weights are.
     """
 
     @cached_property
     def costs(self) -> tuple[BlockCosts, ...]:
-        return tuple(each._replace(sums=np.zeros_like(each.sums)) for each in super().costs)
+        found = []
+        for block, ways, costs in zip(self.graph.blocks, self.ways, super().costs, strict=True):
+            count = ways.batch * ways.area
+            held = 4 * (block.head.weights + block.head.biases) / (ways.outputs * ways.inputs)
+            once = 2e-6 * np.ceil(np.log2(count)) + held * (count - 1) / count / 6e9
+            found.append(costs._replace(weights=2 * once, sums=np.zeros_like(costs.sums)))
+        return tuple(found)
 
     @cached_property
     def moves(self) -> tuple[Floats, ...]:
@@ -151,4 +157,4 @@ def test_with_a_simpler_price_of_moves_another_program_found_the_same(
     problem = SimplerProblem(shapes, settings, ways, graph)
     terms = problem.terms(problem.best().choices)
     found = 1e3 * sum(each.communication for each in terms)
-    assert found == pytest.approx(getattr(row, forms), abs=0.011)
+    assert found == pytest.approx(getattr(row, forms), abs=0.0051)
