@@ -218,6 +218,8 @@ def test_attention_is_split_by_heads_and_embeddings_by_features() -> None:
     planned = plan_grid(replace(shapes, layers=tuple(layers)), 8, 8, KNL)
     assert planned.plan.grid_of["attention"].outputs == 4
     place(shapes, planned.plan)
+    paper = plan_grid(replace(shapes, layers=tuple(layers)), 64, 64, KNL, forms="paper").plan
+    assert paper.grid_of["attention"].outputs <= 4
 
 
 def test_a_model_without_weights_is_refused() -> None:
@@ -252,3 +254,15 @@ def test_a_plan_of_fewer_layers_is_refused() -> None:
     moved = replace(plan.layers[0], name="relu0")
     with pytest.raises(InputError):
         explain_grid(shapes, replace(plan, layers=(*plan.layers, moved)), settings)
+
+
+def test_a_table_that_reads_constants_is_planned() -> None:
+    net = Shapes(16, 32, batch=8)
+    first = net.linear("fc", "input", 32)
+    layers = list(net.built(net.like("add", "elementwise", first, first)).layers)
+    table = replace(layers[1], name="positions", kind="embedding", sources=())
+    layers[2] = replace(layers[2], sources=("fc", "positions"))
+    shapes = ModelShapes((*layers[:2], table, layers[2]), ("add",), 8)
+    for forms in ("paper", "linear", "all"):
+        planned = plan_grid(shapes, 4, 8, KNL, forms=forms)  # type: ignore[arg-type]
+        assert "positions" in planned.plan.grid_of

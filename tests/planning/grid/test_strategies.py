@@ -71,6 +71,14 @@ def test_a_join_of_channels_keeps_them_together() -> None:
     assert set(ways["down0.2.relu"].outputs) == {1, 2, 4, 8}
 
 
+def test_flattened_channels_are_split_as_channels() -> None:
+    """12 channels of 4 x 4: 5 parts of the 192 features, or 16, are no parts of the channels."""
+    graph = block_graph(convolutions(64, 4, 3, 12))
+    for procs, parts in ((5, {1}), (6, {1, 2, 3, 6}), (16, {1, 2, 4})):
+        _, fc = all_strategies(graph, procs, 64, "linear")
+        assert set(fc.inputs) == parts
+
+
 def test_blocks_alike_share_their_strategies() -> None:
     graph = block_graph(known_net("resnet50"))
     ways = all_strategies(graph, 8, 8, "all")
