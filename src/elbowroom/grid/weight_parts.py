@@ -60,6 +60,11 @@ class WeightUse:
     def is_split(self) -> bool:
         return any(self.digits)
 
+    @property
+    def users(self) -> tuple[int, ...]:
+        """Digits of all workers that use some of the parameter where each has it whole."""
+        return tuple(sorted({*self.sharers, *(each for digits in self.digits for each in digits)}))
+
     def part(self, worker: int) -> Intervals:
         """A worker's part."""
         return tuple(self._intervals(worker, dim, size) for dim, size in enumerate(self.shape))

@@ -69,17 +69,16 @@ class Weights:
         local = self.local[use.name]
         if use.name in self.slices:
             return local
-        part = cut_intervals(local, use.part(self._channel.worker)) if use.is_split else local
         is_trained = isinstance(local, nn.Parameter) and local.requires_grad
-        if is_trained and self._is_shared[use.name] and use.sharers:
+        if is_trained and self._is_shared[use.name] and use.users:
             route = self._channel.route("SUM")
-            arguments = (part, self.workers(use), self._channel, route)
-            return _Entered.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
-        return part
+            arguments = (local, self._workers(use, use.users), self._channel, route)
+            local = _Entered.apply(*arguments)  # type: ignore[no-untyped-call]
+        return cut_intervals(local, use.part(self._channel.worker)) if use.is_split else local
 
-    def workers(self, use: WeightUse) -> tuple[int, ...]:
-        """Workers whose gradients of this use are summands, in the order of the sum."""
-        return tuple(sorted(Layout(use.radices, ()).group(self._channel.worker, use.sharers)))
+    def _workers(self, use: WeightUse, digits: tuple[int, ...]) -> tuple[int, ...]:
+        """Workers that differ from this one in these digits only, in the order of sums."""
+        return tuple(sorted(Layout(use.radices, ()).group(self._channel.worker, digits)))
 
     def owner(self, name: str) -> int:
         """The first worker that has the same part of a parameter as this one."""
@@ -103,7 +102,7 @@ class Weights:
         return nn.Parameter(part.contiguous(), requires_grad=parameter.requires_grad)
 
     def _sum_when_ready(self, name: str, use: WeightUse) -> None:
-        workers, parameter = self.workers(use), self.local[name]
+        workers, parameter = self._workers(use, use.sharers), self.local[name]
         if len(workers) == 1 or not parameter.requires_grad:
             return
 
@@ -116,7 +115,7 @@ class Weights:
 
 
 class _Entered(torch.autograd.Function):
-    """A parameter that several layers use: each sums its own gradient."""
+    """A whole parameter that several layers use: each sums its own gradient."""
 
     @staticmethod
     def forward(
