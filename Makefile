@@ -94,6 +94,7 @@ bench: setup
 	$(BIN)/python -m bench.published_throughput
 	$(BIN)/python -m bench.sidp_reproduction
 	$(BIN)/python -m bench.pipedream_reproduction
+	$(BIN)/python -m bench.grid_reproduction
 	$(BIN)/python -m bench.shipping
 	$(BIN)/python -m bench.tail
 	$(BIN)/python -m bench.training

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes
+from elbowroom.plans.grid_placement import leading_dims
 
 BlockKind = Literal["weighted", "plain", "whole"]
 """``plain``: a join, a fork or a layer norm, whose layout no weights suggest."""
 
 _MOVED_BEHIND = ("reshape", "permute", "global_pool")
 """Kinds that run where their source lies, whatever the plan says of them; then the output moves."""
+
+
+_KEEPS_ORDER = ("pointwise", "dropout", "reshape")
 
 
 class Follower(NamedTuple):
@@ -34,6 +38,8 @@ class Block:
             that runs there is the first.
         is_first: whether it reads the model's input alone: nothing is sent back from it.
         results: layers of it that the model returns.
+        input_unit: what parts of the input features must divide, 0 if nothing: those of channels
+            that are flattened with space are parts of the channels.
 
     """
 
@@ -43,6 +49,7 @@ class Block:
     followers: tuple[Follower, ...] = ()
     is_first: bool = False
     results: tuple[LayerShape, ...] = ()
+    input_unit: int = 0
 
     @property
     def name(self) -> str:
@@ -177,10 +184,22 @@ class _Builder:
         # What of several sources is from the model's input alone suggests nothing.
         known = [name for name in names if name in self._places] or list(names)
         source = self._shapes.by_name[known[0]] if known else layer
-        self._heads.append(Block(layer, kind, source, is_first=not edges))
+        unit = self._unit(source) if kind == "weighted" else 0
+        self._heads.append(Block(layer, kind, source, is_first=not edges, input_unit=unit))
         self._followers.append([Follower(follower, source)] if follower else [])
         self._edges += edges
         self._places[layer.name] = _Place(index, False)
+
+    def _unit(self, layer: LayerShape) -> int:
+        """Rows of the dimension that a layer's features were reshaped from, if it was another."""
+        while layer.kind in _KEEPS_ORDER and layer.sources:
+            source = self._shapes.by_name[layer.sources[0]]
+            if layer.kind == "reshape" and source.num_features != layer.num_features:
+                pairs = leading_dims(source.shape, layer.shape)
+                found = (source.shape[dim] for dim, other in pairs if other == layer.features)
+                return next(found, 1)
+            layer = source
+        return 0
 
     def _edges_to(self, target: int, names: Iterable[str]) -> Iterator[Edge]:
         for name in names:

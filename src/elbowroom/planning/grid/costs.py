@@ -122,11 +122,12 @@ class BlockPricing:
         return np.where(num_bytes > 0, seconds, 0.0)
 
     def _weight_bytes(self) -> Floats:
-        """Of one worker's weights; a bias is split as the outputs are, a norm's scale is whole."""
+        """Of one worker's weights; a norm's scale is whole, and so is a bias behind a sum."""
         head, ways = self._block.head, self._strategies
         total = self._nothing()
         if self._block.kind != "plain":
-            total += head.weights / (ways.outputs * ways.inputs) + head.biases / ways.outputs
+            total += head.weights / (ways.outputs * ways.inputs)
+            total += head.biases / np.where(ways.inputs > 1, 1.0, ways.outputs)
         for layer, _ in self._block.followers:
             total += layer.weights + layer.biases
         return total * self._element_bytes

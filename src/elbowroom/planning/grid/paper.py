@@ -73,7 +73,10 @@ class PaperForms:
 
     def _has_rows(self, rows: int) -> bool:
         others = (each for each in self._shapes.weighted if not _is_convolution(each))
-        return all(rows <= layer.num_features for layer in others)
+        return all(
+            rows <= (layer.groups if layer.kind == "attention" else layer.num_features)
+            for layer in others
+        )
 
     def _plan(self, area: int, rows: int) -> PaperPlan:
         """Convolutions in ``area`` parts of space, other layers in ``rows`` parts of weights."""
@@ -91,7 +94,7 @@ class PaperForms:
         if area > 1:
             source = self._source(layer)
             halo = self._message(_border(source, layer.windows[0]) / samples)
-            if source.kind != "input":
+            if not self._is_first(layer):
                 halo += self._message(_border(layer, layer.windows[0]) / samples)
         terms = PaperTerms(weights=self._sum(self._procs, self._bytes(layer.weights)), halo=halo)
         return LayerGrid(layer.name, samples, space), terms
@@ -102,14 +105,19 @@ class PaperForms:
         read = self._bytes(source.num_elements / samples)
         terms = PaperTerms(
             gather=self._gather(rows, made),
-            inputs=2 * self._gather(rows, read) if source.kind != "input" else 0.0,
+            inputs=0.0 if self._is_first(layer) else 2 * self._gather(rows, read),
             weights=self._sum(samples, self._bytes(layer.weights / rows)),
         )
         space = tuple(1 for _ in layer.space)
         return LayerGrid(layer.name, samples, space, outputs=rows), terms
 
     def _source(self, layer: LayerShape) -> LayerShape:
-        return self._shapes.by_name[layer.sources[0]]
+        """What a layer reads; itself for one that looks up constants."""
+        return self._shapes.by_name[layer.sources[0]] if layer.sources else layer
+
+    def _is_first(self, layer: LayerShape) -> bool:
+        """Whether nothing reads the gradient of what it reads."""
+        return not layer.sources or self._source(layer).kind == "input"
 
     def _bytes(self, elements: float) -> float:
         return elements * self._shapes.element_bytes
@@ -130,8 +138,8 @@ def crossovers(shapes: ModelShapes) -> Iterator[tuple[str, float]]:
     gradients: 2 |W| / (d_i + 2 d_{i-1}), where nothing reads the first layer's d_{i-1}.
     """
     for layer in shapes.weighted:
-        source = shapes.by_name[layer.sources[0]]
-        read = 0 if source.kind == "input" else source.num_elements
+        sources = [shapes.by_name[name] for name in layer.sources[:1]]
+        read = sum(each.num_elements for each in sources if each.kind != "input")
         yield layer.name, 2 * layer.weights * shapes.batch / (layer.num_elements + 2 * read)
 
 

@@ -97,7 +97,8 @@ def all_strategies(
     for block in graph.blocks:
         limits = tuple(_most_parts(each) for each, _ in block.followers)
         head, kinds = block.head, (block.kind, block.head.kind)
-        key = (*kinds, head.num_features, head.space_sizes, head.groups, block.num_inputs, limits)
+        inputs = (block.num_inputs, block.input_unit)
+        key = (*kinds, head.num_features, head.space_sizes, head.groups, *inputs, limits)
         if key not in known:
             known[key] = strategies_of(block, procs, batch, forms, graph.is_chain)
         found.append(known[key])
@@ -155,6 +156,8 @@ def _is_allowed(block: Block, forms: Forms, b: int, s: int, o: int, i: int, batc
     if block.is_convolution and (forms == "linear" or head.groups > 1):
         return o == i == 1
     if forms == "linear" and s > 1:
+        return False
+    if i > 1 and block.input_unit % i:
         return False
     return o <= head.num_features and i <= block.num_inputs
 
