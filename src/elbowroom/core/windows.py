@@ -197,9 +197,10 @@ class Exchange:
 
     @property
     def is_local(self) -> bool:
-        """Whether every part reads its own rows only, all of them, in their order."""
+        """Whether every part wants all of its own rows, and no others: then none is fetched."""
         return all(
-            rows == tuple(range(*own)) for rows, own in zip(self.rows, self.own, strict=True)
+            wanted == ((own,) if own.size else ())
+            for wanted, own in zip(self.wanted, self.own, strict=True)
         )
 
     @property

@@ -10,6 +10,7 @@ from torch import distributed
 
 from elbowroom.core.errors import PeerLostError
 from elbowroom.core.windows import bounds
+from elbowroom.plans.grid_traffic import SMALL_SUM
 
 Direction = Literal["forward", "backward", "update"]
 
@@ -158,10 +159,6 @@ class Route(NamedTuple):
 
     layer: str
     key: int
-
-
-SMALL_SUM = 4096
-"""Up to so many elements are summed in one round: each worker sends all of its own to all."""
 
 
 class Sum:

@@ -29,6 +29,8 @@ from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.training.checkpoint import (
     Checkpoint,
     check_settings,
+    content_of,
+    names_of,
     newest_of_run,
     note_made,
     save,
@@ -201,16 +203,17 @@ class Pipeline:
         if self._built is None:
             raise InputError("there is nothing to save before the first train_step")
         self._built.worker.drain()
+        content = None
+        if self.worker == self.pipe.workers(self.stage)[0]:
+            built = self._built
+            content = content_of(built.module.body, built.optimizer, built.scheduler)
         return save(
             folder,
-            self._built.module.body,
             self.stage,
-            self._built.optimizer,
-            self._built.scheduler,
+            content,
             self._num_steps,
             self._built.worker.next_minibatch,
-            is_writer=self.worker == self.pipe.workers(self.stage)[0],
-            run={"seed": self._options.seed},
+            {"seed": self._options.seed},
         )
 
     def close(self) -> None:
@@ -296,7 +299,7 @@ class Pipeline:
         note_made(optimizer)
         scheduler = self._scheduler_fn(optimizer) if self._scheduler_fn else None
         check_scheduler(scheduler)
-        check_settings(module.body, optimizer, scheduler)
+        check_settings(names_of(module.body), optimizer, scheduler)
         next_minibatch = 0
         if self._resumed is not None:
             self._resumed.restore(module.body, optimizer, scheduler)

@@ -268,6 +268,20 @@ def check_grid(layer: LayerShape, grid: LayerGrid, source: LayerShape) -> None:
         )
 
 
+def check_reshape(name: str, source: Sequence[int], target: Sequence[int], layout: Layout) -> None:
+    """Raise InputError for sizes with which the parts of a source are no parts of its reshape.
+
+    ``layout`` was made for a minibatch of another size.
+    """
+    for dim, other in leading_dims(source, target):
+        count = layout.parts[dim]
+        if count > 1 and not _is_aligned(source[dim], target[other], count):
+            raise InputError(
+                f"layer '{name}' cannot reshape {[*source]} to {[*target]} in {count} parts: give "
+                f"minibatches of a multiple of {count} samples"
+            )
+
+
 class LeadingDims(NamedTuple):
     """Two dimensions, of a source and of what it is reshaped to, whose leading parts are alike."""
 

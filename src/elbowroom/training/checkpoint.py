@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,13 @@ class StageSettings(NamedTuple):
     names: list[list[str]]
     groups: list[dict[str, Any]]
     scheduler: dict[str, Any] | None
+
+
+class StageContent(NamedTuple):
+    """What one writer puts into a checkpoint: tensors by name, and settings if it has any."""
+
+    tensors: dict[str, torch.Tensor]
+    settings: StageSettings | None
 
 
 @dataclass(frozen=True)
@@ -78,14 +85,28 @@ class Checkpoint:
 
         Raises InputError if the checkpoint is of another model, or damaged.
         """
-        names_of: dict[nn.Parameter, list[str]] = {}
+        every: dict[nn.Parameter, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):
-            names_of.setdefault(parameter, []).append(name)
-        aliases = {names[0]: names for names in names_of.values()}  # of tied weights
+            every.setdefault(parameter, []).append(name)
+        aliases = {names[0]: names for names in every.values()}  # of tied weights
         for name, tensor in _weights(module).items():
-            kept = [f"model.{one}" for one in aliases.get(name, [name])]
-            found = next((one for one in kept if one in self.index.files), kept[0])
-            tensor.copy_(self._read(found, tensor))
+            tensor.copy_(self.weight(aliases.get(name, [name]), tensor))
+
+    def weight(self, names: Sequence[str], like: torch.Tensor | None = None) -> torch.Tensor:
+        """A weight or buffer that the model knows by any of these names, whole.
+
+        Raises InputError if there is none, or of another shape or type than ``like``.
+        """
+        kept = [f"model.{name}" for name in names]
+        found = next((one for one in kept if one in self.index.files), kept[0])
+        return self._read(found, like)
+
+    def optimizer_state(self, name: str) -> dict[str, torch.Tensor]:
+        """What the optimizer kept for a parameter, each of its tensors whole, by its key."""
+        prefix = f"optimizer.{name}."
+        keys = [key for key in self.index.files if key.startswith(prefix)]
+        # Cloned to PyTorch's own memory: files are read into what others manage.
+        return {key.removeprefix(prefix): self._read(key).clone() for key in keys}
 
     def restore(
         self,
@@ -100,21 +121,28 @@ class Checkpoint:
         optimizer, and if ``note_made`` noted other settings than in the run that saved it.
         """
         self.load_weights(module)
-        names = {parameter: name for name, parameter in module.named_parameters()}
-        places = [self._place(group) for group in _group_names(module, optimizer)]
+        names = names_of(module)
+        self.restore_settings(names, optimizer, scheduler)
+        for group in optimizer.param_groups:
+            for parameter in filter(names.__contains__, group["params"]):
+                optimizer.state[parameter] = self.optimizer_state(names[parameter])
+
+    def restore_settings(
+        self,
+        names: Mapping[nn.Parameter, str],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        """Put the settings of parameter groups, and a scheduler's state, back, as ``restore`` does.
+
+        ``names`` are those of the parameters in the model.
+        """
+        places = [self._place(group) for group in _group_names(names, optimizer)]
         for group, place in zip(optimizer.param_groups, places, strict=True):
             if place is not None:
                 saved = place[0].groups[place[1]]
                 self._check_made(group.get(_MADE, {}), saved.get(_MADE, {}))
                 group.update(saved)
-            for parameter in filter(names.__contains__, group["params"]):
-                prefix = f"optimizer.{names[parameter]}."
-                keys = [key for key in self.index.files if key.startswith(prefix)]
-                # Cloned to PyTorch's own memory: files are read into what others manage.
-                optimizer.state[parameter] = {
-                    key.removeprefix(prefix): self._read(key).clone() for key in keys
-                }
-
         if scheduler is not None:
             known = next((place for place in places if place is not None), None)
             stage = known[0] if known else self.index.stages[0]
@@ -190,16 +218,13 @@ def newest_of_run(folder: Path, seed: int) -> Checkpoint | None:
 
 def save(
     folder: Path,
-    module: nn.Module,
     stage: int,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+    content: StageContent | None,
     steps: int,
     next_minibatch: int,
-    is_writer: bool,
     run: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a checkpoint of all stages; every worker must call it, one ``is_writer`` a stage.
+    """Write a checkpoint of all stages; every worker must call it, one with ``content`` a stage.
 
     A process that is in no group is the only one. All but the last two checkpoints are removed.
     Raises OutputError, and InputError for a folder of another run, which has come further.
@@ -219,9 +244,10 @@ def save(
             part.mkdir(parents=True)
         if not is_alone:
             distributed.barrier()
-        if is_writer:
-            _write_stage(part / f"stage-{stage}.safetensors", module, optimizer)
-        own = to_json([*_settings(module, optimizer, scheduler)]) if is_writer else None
+        own = None
+        if content is not None:
+            _write_stage(part / f"stage-{stage}.safetensors", content.tensors)
+            own = to_json([*content.settings]) if content.settings else None
         settings: list[Any] = [own]
         if not is_alone:
             settings *= distributed.get_world_size()
@@ -246,6 +272,20 @@ def save(
     return path
 
 
+def content_of(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> StageContent:
+    """The content of a stage whose weights are a module's, whole."""
+    tensors = {f"model.{name}": tensor for name, tensor in _weights(module).items()}
+    for name, parameter in module.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+    return StageContent(tensors, settings_of(names_of(module), optimizer, scheduler))
+
+
 def _whole(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, from the oldest to the newest."""
     names = sorted(folder.glob("step-*")) if folder.is_dir() else []
@@ -259,24 +299,25 @@ def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**{name: one.data for name, one in module.named_parameters()}, **buffers}
 
 
-def _write_stage(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tensors = {f"model.{name}": tensor for name, tensor in _weights(module).items()}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+def _write_stage(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _settings(
-    module: nn.Module,
+def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
+    """The names of parameters, tied ones by their first."""
+    return {parameter: name for name, parameter in module.named_parameters()}
+
+
+def settings_of(
+    names: Mapping[nn.Parameter, str],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
 ) -> StageSettings:
+    """Settings of an optimizer of parameters with these names, and of its scheduler."""
     return StageSettings(
-        _group_names(module, optimizer),
+        _group_names(names, optimizer),
         [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -285,9 +326,10 @@ def _settings(
     )
 
 
-def _group_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+def _group_names(
+    names: Mapping[nn.Parameter, str], optimizer: torch.optim.Optimizer
+) -> list[list[str]]:
     """For each parameter group the names of its parameters in the model."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
     return [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
 
 
@@ -299,12 +341,12 @@ def note_made(optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_settings(
-    module: nn.Module,
+    names: Mapping[nn.Parameter, str],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
 ) -> None:
     """Raise InputError for settings that no checkpoint can hold, before any training."""
-    to_json([*_settings(module, optimizer, scheduler)])
+    to_json([*settings_of(names, optimizer, scheduler)])
 
 
 def _of_groups(state: Any, places: Sequence[tuple[StageSettings, int] | None]) -> Any:

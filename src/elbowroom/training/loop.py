@@ -13,7 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.training.checkpoint import check_settings, newest_of_run, note_made, save
+from elbowroom.training.checkpoint import (
+    check_settings,
+    content_of,
+    names_of,
+    newest_of_run,
+    note_made,
+    save,
+)
 from elbowroom.training.outcome import in_training, seed_minibatch
 from elbowroom.training.script import TrainingScript
 from elbowroom.training.tracing import called
@@ -74,7 +81,7 @@ class TrainingLoop:
         self._generator = torch.Generator().manual_seed(options.seed)
         self.num_done = 0
         check_scheduler(self._scheduler)
-        check_settings(self.model, self.optimizer, self._scheduler)
+        check_settings(names_of(self.model), self.optimizer, self._scheduler)
 
     @property
     def num_steps(self) -> int:
@@ -93,10 +100,10 @@ class TrainingLoop:
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint. Raises OutputError, and InputError for another run's folder."""
-        run = {"seed": self._options.seed}
         done = self.num_done
         whole = self.optimizer.state_dict()  # what is away comes back, and stays until this goes
-        save(folder, self.model, 0, self.optimizer, self._scheduler, done, done, True, run)
+        content = content_of(self.model, self.optimizer, self._scheduler)
+        save(folder, 0, content, done, done, {"seed": self._options.seed})
         del whole
 
     def batches(self) -> Iterator[tuple[Any, Any]]:

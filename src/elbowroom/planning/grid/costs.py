@@ -38,6 +38,11 @@ class BlockCosts(NamedTuple):
     sums: Floats
     """Of adding summands over the parts of the inputs, which ``GridTerms`` counts as a move."""
 
+    @property
+    def rest(self) -> Floats:
+        """Seconds that are neither sums of weights nor the backward's products."""
+        return self.halo + self.norms + self.sums + self.forward
+
     def terms(self, row: int, moves: float = 0.0) -> GridTerms:
         values = {name: float(getattr(self, name)[row]) for name in self._fields}
         return GridTerms(moves=moves + values.pop("sums"), **values)

@@ -10,7 +10,7 @@ from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.layer_shapes import ModelShapes
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.grid.blocks import Block
-from elbowroom.planning.grid.choice import choose, weights_prices
+from elbowroom.planning.grid.choice import candidates_of, choose
 from elbowroom.planning.grid.explain import GridPricing, followed
 from elbowroom.planning.grid.explanation import GridExplanation, GridTerms
 from elbowroom.planning.grid.problem import Choices, GridProblem
@@ -91,8 +91,7 @@ def _restricted(pricing: GridPricing, problem: GridProblem) -> Iterator[Choices]
     simpler = [pricing.grids(plan.by_name) for plan in plans if plan is not None]
     if pricing.settings.forms == "all":
         linear = _problem(pricing, "linear")
-        solutions = [linear.best(price) for price in weights_prices(linear)]
-        simpler += [linear.grids(solution.choices) for solution in solutions]
+        simpler += [linear.grids(each.choices) for each in candidates_of(linear)]
     for grids in simpler:
         choices = problem.choices_of(grids)
         if choices is not None:
@@ -112,8 +111,8 @@ def _paper_grids(pricing: GridPricing) -> tuple[LayerGrid, ...]:
     limit = settings.memory_bytes
     if limit is not None and total.memory_bytes > limit:
         raise MemoryPlanError(
-            f"the paper's best form needs {format_bytes(round(total.memory_bytes))} a worker, and the "
-            f"limit is {format_bytes(limit)}: give the forms linear or all, or more workers"
+            f"the paper's best form needs {format_bytes(round(total.memory_bytes))} a worker, and "
+            f"the limit is {format_bytes(limit)}: give the forms linear or all, or more workers"
         )
     return grids
 

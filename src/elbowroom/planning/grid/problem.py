@@ -83,13 +83,13 @@ class GridProblem:
         return (*ends, *ways, edge.layer.num_elements, edge.is_pooled)
 
     def best(self, weights_price: float = 1.0, memory_price: float = 0.0) -> Solution:
-        """The choices with the least seconds, where sums of weights cost ``weights_price`` of
-        theirs and a byte of memory ``memory_price`` seconds.
+        """The choices that cost least where a byte of memory costs ``memory_price`` seconds, and
+        what sums of weights take longer than the backward, under overlap, ``weights_price`` of it.
         """
         known: dict[int, Floats] = {}
         for costs in self.costs:
             if id(costs) not in known:
-                known[id(costs)] = _own(costs, weights_price, memory_price)
+                known[id(costs)] = _own(costs, weights_price, memory_price, self.settings.overlap)
         edges: dict[tuple[int, int], Floats] = {}
         for edge, matrix in zip(self.graph.edges, self.moves, strict=True):
             pair = (edge.source, edge.target)
@@ -133,14 +133,11 @@ class GridProblem:
         )
 
 
-def _own(costs: BlockCosts, weights_price: float, memory_price: float) -> Floats:
+def _own(costs: BlockCosts, weights_price: float, memory_price: float, overlap: bool) -> Floats:
     return np.asarray(
-        costs.halo
-        + costs.norms
-        + costs.sums
+        costs.rest
+        + costs.backward * (1 - weights_price if overlap else 1)
         + costs.weights * weights_price
-        + costs.forward
-        + costs.backward
         + costs.memory_bytes * memory_price
     )
 

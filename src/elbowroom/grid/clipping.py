@@ -1,0 +1,35 @@
+"""The norm of all gradients of a model whose weights are slices on several workers."""
+
+from __future__ import annotations
+
+import torch
+
+from elbowroom.grid.transport import Channel, Route, all_sum
+from elbowroom.grid.weights import Weights
+
+_MARGIN = 1e-6
+"""Added to norms before they divide, as ``torch.nn.utils.clip_grad_norm_`` does."""
+
+_KEY = (1 << 24) - 2
+
+
+def clip_gradients(weights: Weights, limit: float, channel: Channel) -> float:
+    """Scale all gradients so that their norm is at most ``limit``; gives the norm before.
+
+    Each element counts once, whoever has it: slices where their first owner is this worker, whole
+    parameters on the first worker. Every worker must call it. Raises PeerLostError.
+    """
+    parameters = weights.parameters
+    own = torch.zeros(1, dtype=torch.float64)
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and weights.owner(name) == channel.worker:
+            own += parameter.grad.double().square().sum()
+    everyone = range(channel.num_workers)
+    total = all_sum(own, everyone, channel, Route("norm of gradients", _KEY), "update")
+    norm = total.sqrt().item()
+    scale = limit / (norm + _MARGIN)
+    if scale < 1:
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+    return norm

@@ -1,0 +1,201 @@
+"""Which part of each parameter a worker uses in a layer, and with whom it sums the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elbowroom.core.layer_shapes import Kind
+from elbowroom.core.windows import Interval, part_of
+from elbowroom.plans.grid_layout import Layout
+from elbowroom.plans.grid_placement import Placement
+from elbowroom.training.operations.operation import Operation
+
+Intervals = tuple[tuple[Interval, ...], ...]
+"""For each dimension of a parameter the intervals that a worker has of it, one behind the other."""
+
+_FEATURE_DIMS: dict[Kind, tuple[int | None, int | None]] = {
+    "conv": (0, 1),
+    "conv_transpose": (1, 0),
+    "linear": (0, 1),
+    "embedding": (1, 0),
+}
+"""Dimensions of a weight that have the output and the input features."""
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """How a layer uses a parameter or buffer.
+
+    Args:
+        layer: its name.
+        role: the parameter's role in it, such as "weight".
+        name: the parameter's name in the model.
+        shape: of the whole parameter.
+        radices: bases of the digits of a worker's number.
+        digits: for each dimension the digits that tell a worker's part of it; for a dimension that
+            is not split, none.
+        repeats: blocks along the first dimension, each of which is split alike: 3 for the queries,
+            keys and values of an attention.
+        units: elements along the split dimension that stay together: those of a head.
+        sharers: digits of the workers whose gradients are summands.
+        is_product: whether it is split as a factor of the layer's product, and so can be stored so.
+
+    """
+
+    layer: str
+    role: str
+    name: str
+    shape: tuple[int, ...]
+    radices: tuple[int, ...]
+    digits: tuple[tuple[int, ...], ...]
+    sharers: tuple[int, ...]
+    is_product: bool
+    repeats: int = 1
+    units: int = 1
+
+    @property
+    def is_split(self) -> bool:
+        return any(self.digits)
+
+    def part(self, worker: int) -> Intervals:
+        """A worker's part."""
+        return tuple(self._intervals(worker, dim, size) for dim, size in enumerate(self.shape))
+
+    def _intervals(self, worker: int, dim: int, size: int) -> tuple[Interval, ...]:
+        layout = Layout(self.radices, self.digits)
+        if not self.digits[dim]:
+            return (Interval(0, size),)
+        repeats = self.repeats if dim == 0 else 1
+        block = size // repeats
+        count = block // self.units
+        start, stop = part_of(count, layout.parts[dim], layout.index(worker, dim))
+        return tuple(
+            Interval(k * block + start * self.units, k * block + stop * self.units)
+            for k in range(repeats)
+        )
+
+
+def weight_uses(
+    operation: Operation, placement: Placement, shapes: dict[str, tuple[int, ...]]
+) -> list[WeightUse]:
+    """All uses of one layer; ``shapes`` are those of the model's parameters and buffers."""
+    layer = operation.shape
+    uses = []
+    for role, name in operation.parameters.items():
+        shape = shapes[name]
+        if layer.kind == "whole":
+            nothing: tuple[tuple[int, ...], ...] = ((),) * len(shape)
+            radices = placement.computed.radices
+            use = WeightUse(layer.name, role, name, shape, radices, nothing, (), False)
+        elif layer.kind == "attention":
+            use = _of_attention(operation, placement, role, name, shape)
+        elif layer.is_weighted and (role == "weight" or not placement.pending):
+            use = _of_product(operation, placement, role, name, shape)
+        else:
+            use = _of_output(operation, placement, role, name, shape)
+        uses.append(use)
+    return uses
+
+
+def _of_product(
+    operation: Operation, placement: Placement, role: str, name: str, shape: tuple[int, ...]
+) -> WeightUse:
+    digits: list[tuple[int, ...]] = [()] * len(shape)
+    if role == "weight":
+        outputs, inputs = _FEATURE_DIMS[operation.shape.kind]
+        assert outputs is not None and inputs is not None
+        digits[outputs], digits[inputs] = placement.outputs, placement.inputs
+    else:
+        digits[0] = placement.outputs
+    return WeightUse(
+        operation.shape.name,
+        role,
+        name,
+        shape,
+        placement.computed.radices,
+        tuple(digits),
+        placement.sharers,
+        True,
+    )
+
+
+def _of_attention(
+    operation: Operation, placement: Placement, role: str, name: str, shape: tuple[int, ...]
+) -> WeightUse:
+    """Queries, keys and values are split by heads, and the output's weights by their inputs."""
+    layer, outputs = operation.shape, placement.outputs
+    if role == "out_proj_bias" and placement.pending:
+        return _of_output(operation, placement, role, name, shape)
+    digits: list[tuple[int, ...]] = [()] * len(shape)
+    if role in ("in_proj_weight", "in_proj_bias"):
+        digits[0] = outputs
+    elif role == "out_proj_weight":
+        digits[1] = outputs
+    return WeightUse(
+        layer.name,
+        role,
+        name,
+        shape,
+        placement.computed.radices,
+        tuple(digits),
+        placement.sharers,
+        True,
+        repeats=3 if role.startswith("in_proj") else 1,
+        units=layer.num_features // layer.groups,
+    )
+
+
+def _of_output(
+    operation: Operation, placement: Placement, role: str, name: str, shape: tuple[int, ...]
+) -> WeightUse:
+    """What is applied to each element of the output: a norm's scale, a bias after a sum."""
+    layer = operation.shape
+    layout = placement.output if layer.is_weighted else placement.computed
+    digits: list[tuple[int, ...]] = [()] * len(shape)
+    if layer.kind == "elementwise":
+        digits = _broadcast_digits(layout, layer.shape, shape)
+    elif shape == (layer.num_features,):
+        digits[0] = layout.dims[layer.features]
+    used = layout.used
+    return WeightUse(layer.name, role, name, shape, layout.radices, tuple(digits), used, False)
+
+
+def _broadcast_digits(
+    layout: Layout, output: Sequence[int], shape: Sequence[int]
+) -> list[tuple[int, ...]]:
+    missing = len(output) - len(shape)
+    return [
+        layout.dims[missing + dim] if size == output[missing + dim] else ()
+        for dim, size in enumerate(shape)
+    ]
+
+
+def cut_intervals(whole: torch.Tensor, part: Intervals) -> torch.Tensor:
+    """A part of a whole parameter: a view where each dimension has one interval."""
+    for dim, intervals in enumerate(part):
+        pieces = [whole.narrow(dim, start, stop - start) for start, stop in intervals]
+        whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    return whole
+
+
+def put_intervals(whole: torch.Tensor, part: Intervals, piece: torch.Tensor) -> None:
+    """Write a part into a whole parameter."""
+    if not part:
+        whole.copy_(piece)
+        return
+    at = 0
+    for start, stop in part[0]:
+        rows = piece.narrow(0, at, stop - start) if len(part[0]) > 1 else piece
+        place = whole.narrow(0, start, stop - start)
+        _put_rest(place, part, rows, 1)
+        at += stop - start
+
+
+def _put_rest(place: torch.Tensor, part: Intervals, piece: torch.Tensor, dim: int) -> None:
+    for later in range(dim, len(part)):
+        ((start, stop),) = part[later]
+        place = place.narrow(later, start, stop - start)
+    place.copy_(piece)

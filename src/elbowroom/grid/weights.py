@@ -1,0 +1,131 @@
+"""Parameters of one worker: its slices, what it has whole, and sums of gradients over workers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from elbowroom.grid.transport import Channel, Route, Sum, all_sum
+from elbowroom.grid.weight_parts import WeightUse, cut_intervals
+from elbowroom.plans.grid_layout import Layout
+
+_FIRST_KEY = 1 << 24
+"""Keys of gradients of weights begin here; those of layers are below."""
+
+
+class Weights:
+    """The parameters and buffers of a model, as one worker of a grid has them.
+
+    A parameter that one layer uses, as a factor of its product, is stored as this worker's slice;
+    others are whole on every worker. ``local`` has them by their names in the model. Gradients are
+    summed over workers that use the same on other samples or rows: as soon as the backward has
+    them, and until ``finish_sums``.
+
+    ``slices`` tells how each stored slice is cut, ``partial`` which part of a buffer this worker
+    keeps up to date: running statistics of its channels.
+    """
+
+    def __init__(self, model: nn.Module, uses: Iterable[WeightUse], channel: Channel) -> None:
+        self._channel = channel
+        self._uses = {(use.layer, use.role): use for use in uses}
+        counts = Counter(use.name for use in self._uses.values())
+        self._is_shared = {name: count > 1 for name, count in counts.items()}
+        self._sums: dict[str, Sum] = {}
+        self._routes: dict[str, Route] = {}
+        self.slices: dict[str, WeightUse] = {}
+        buffers = dict(model.named_buffers())
+        self.partial = {
+            use.name: use for use in self._uses.values() if use.name in buffers and use.is_split
+        }
+        self.local: dict[str, torch.Tensor] = {**buffers}
+        parameters = dict(model.named_parameters())
+        by_name = {use.name: use for use in self._uses.values()}
+        for number, (name, parameter) in enumerate(parameters.items()):
+            self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number)
+            use = by_name.get(name)
+            if use is not None and use.is_product and use.is_split and not self._is_shared[name]:
+                self.slices[name] = use
+                self.local[name] = self._sliced(parameter, use)
+            else:
+                self.local[name] = parameter
+            if use is not None and not self._is_shared[name] and use.sharers:
+                self._sum_when_ready(name, use)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters by name, as an optimizer is given them."""
+        found = self.local.items()
+        return {name: each for name, each in found if isinstance(each, nn.Parameter)}
+
+    def use(self, layer: str, role: str) -> torch.Tensor | None:
+        """The part of a layer's parameter or buffer that this worker uses; None without one."""
+        use = self._uses.get((layer, role))
+        if use is None:
+            return None
+        local = self.local[use.name]
+        if use.name in self.slices:
+            return local
+        part = cut_intervals(local, use.part(self._channel.worker)) if use.is_split else local
+        is_trained = isinstance(local, nn.Parameter) and local.requires_grad
+        if is_trained and self._is_shared[use.name] and use.sharers:
+            route = self._channel.route()
+            arguments = (part, self.workers(use), self._channel, route)
+            return _Entered.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
+        return part
+
+    def workers(self, use: WeightUse) -> tuple[int, ...]:
+        """Workers whose gradients of this use are summands, in the order of the sum."""
+        return tuple(sorted(Layout(use.radices, ()).group(self._channel.worker, use.sharers)))
+
+    def owner(self, name: str) -> int:
+        """The first worker that has the same part of a parameter as this one."""
+        use = self.slices.get(name)
+        if use is None:
+            return 0
+        layout = Layout(use.radices, use.digits)
+        return layout.group(self._channel.worker, layout.replicas)[0]
+
+    def finish_sums(self) -> None:
+        """Put the summed gradients in their places. Raises PeerLostError."""
+        for sum_ in self._sums.values():
+            sum_.advance()
+        for name, sum_ in self._sums.items():  # the old one may be on its way still
+            self.local[name].grad = sum_.finish()
+        self._sums.clear()
+
+    def _sliced(self, parameter: nn.Parameter, use: WeightUse) -> nn.Parameter:
+        part = cut_intervals(parameter.detach(), use.part(self._channel.worker)).clone()
+        parameter.data = parameter.data.new_empty(0)
+        return nn.Parameter(part.contiguous(), requires_grad=parameter.requires_grad)
+
+    def _sum_when_ready(self, name: str, use: WeightUse) -> None:
+        workers, parameter = self.workers(use), self.local[name]
+        if len(workers) == 1 or not parameter.requires_grad:
+            return
+
+        def start(_: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            route = self._routes[name]
+            self._sums[name] = Sum(parameter.grad, workers, self._channel, route, "update")
+
+        parameter.register_post_accumulate_grad_hook(start)  # type: ignore[no-untyped-call]
+
+
+class _Entered(torch.autograd.Function):
+    """A parameter that several layers use: each sums its own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, part: torch.Tensor, workers: tuple[int, ...], channel: Channel, route: Route
+    ) -> torch.Tensor:
+        ctx.about = workers, channel, route
+        return part.view_as(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        workers, channel, route = ctx.about
+        return all_sum(gradient, workers, channel, route, "backward"), None, None, None

@@ -1,0 +1,200 @@
+"""Messages that a grid plan's run sends, layer by layer, counted from the boxes of all workers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from elbowroom.core.layer_shapes import WINDOWED, LayerShape, ModelShapes
+from elbowroom.core.windows import Exchange, exchange, part_of
+from elbowroom.plans.grid import GridPlan
+from elbowroom.plans.grid_layout import Layout, Sent, move_between
+from elbowroom.plans.grid_placement import Placement, place
+
+SMALL_SUM = 4096
+"""Up to so many elements are summed in one round: each worker sends all of its own to all."""
+
+_NOTHING = Sent()
+
+
+class LayerTraffic(NamedTuple):
+    """What all workers together send for one layer: forward, backward, and to sum gradients."""
+
+    forward: Sent = _NOTHING
+    backward: Sent = _NOTHING
+    update: Sent = _NOTHING
+
+    def plus(self, other: LayerTraffic) -> LayerTraffic:
+        return LayerTraffic(*(a.plus(b) for a, b in zip(self, other, strict=True)))
+
+
+def traffic(shapes: ModelShapes, plan: GridPlan) -> dict[str, LayerTraffic]:
+    """The traffic of every layer in one step with ``shapes.batch`` samples, by name.
+
+    What the loss and a limit on the norm of gradients send is not among it. Takes time and memory
+    that grow with the square of the workers. Raises InputError as ``place`` does.
+    """
+    placements = place(shapes, plan)
+    counter = _Counter(shapes, placements)
+    return {layer.name: counter.layer(layer) for layer in shapes.layers}
+
+
+class _Counter:
+    def __init__(self, shapes: ModelShapes, placements: Mapping[str, Placement]) -> None:
+        self.shapes, self.placements = shapes, placements
+        self.has_gradient: dict[str, bool] = {}
+
+    def layer(self, layer: LayerShape) -> LayerTraffic:
+        placement = self.placements[layer.name]
+        reads = any(self.has_gradient[name] for name in layer.sources)
+        self.has_gradient[layer.name] = reads or layer.weights + layer.biases > 0
+        total = self._reads(layer, placement)
+        if layer.kind in WINDOWED:
+            rows = _rows(self.shapes.by_name[layer.sources[0]].shape, layer, placement.reads[0])
+            total = total.plus(LayerTraffic(rows, rows if reads else _NOTHING))
+        if layer.kind in ("batch_norm", "group_norm"):
+            statistics = _statistics(layer, placement.computed)
+            total = total.plus(LayerTraffic(statistics, statistics))
+        if placement.computed != placement.output:
+            total = total.plus(self._collected(layer, placement))
+        update = _NOTHING
+        for numel, digits in _parameters(layer, placement):
+            update = update.plus(sum_sent(numel, placement.computed, digits))
+        return total.plus(LayerTraffic(update=update))
+
+    def _reads(self, layer: LayerShape, placement: Placement) -> LayerTraffic:
+        total = LayerTraffic()
+        for name, read in zip(layer.sources, placement.reads, strict=True):
+            source = self.shapes.by_name[name]
+            before = self.placements[name].output
+            if source.kind == "input":  # every worker has all of it
+                continue
+            forward = move_between(before, read, source.shape).sent
+            backward = _NOTHING
+            if self.has_gradient[name] and placement.users:
+                between = read.scattered(placement.users, before.parts, source.shape)
+                backward = move_between(read, between, source.shape, placement.users).sent
+                backward = backward.plus(move_between(between, before, source.shape).sent)
+            elif self.has_gradient[name]:
+                backward = move_between(read, before, source.shape).sent
+            total = total.plus(LayerTraffic(forward, backward))
+        return total
+
+    def _collected(self, layer: LayerShape, placement: Placement) -> LayerTraffic:
+        computed, output = placement.computed, placement.output
+        forward = move_between(computed, output, layer.shape, placement.pending).sent
+        back = move_between(output, computed, layer.shape).sent
+        return LayerTraffic(forward, back if self.has_gradient[layer.name] else _NOTHING)
+
+
+def _rows(shape: tuple[int, ...], layer: LayerShape, layout: Layout) -> Sent:
+    """Rows that windows fetch, one dimension after the other, each with what is there by then."""
+    total = _NOTHING
+    space = [dim for dim in range(1, len(shape)) if dim != layer.features]
+    steps = [
+        (dim, exchange(window, shape[dim], layout.parts[dim]))
+        for dim, window in zip(space, layer.windows, strict=True)
+    ]
+    for worker in range(layout.num_workers):
+        sizes = list(layout.local_shape(worker, shape))
+        for dim, found in steps:
+            index = layout.index(worker, dim)
+            if not found.is_local:
+                total = total.plus(_given(sizes, dim, found, index))
+                sizes[dim] = found.num_wanted(index)
+    return total
+
+
+def _given(sizes: list[int], dim: int, found: Exchange, giver: int) -> Sent:
+    """What one part gives to the others along a dimension."""
+    area = math.prod(size for other, size in enumerate(sizes) if other != dim)
+    takers = (taker for taker in range(len(found.own)) if taker != giver)
+    rows = [sum(each.size for each in found.taken(giver, taker)) for taker in takers]
+    sent = [count * area for count in rows if count * area]
+    return Sent(len(sent), sum(sent))
+
+
+def _statistics(layer: LayerShape, layout: Layout) -> Sent:
+    """Two numbers of each channel, or of each sample and group, in one message to each other."""
+    is_batch = layer.kind == "batch_norm"
+    dims = [dim for dim in range(len(layer.shape)) if dim != layer.features]
+    positions = [each for dim in dims[0 if is_batch else 1 :] for each in layout.dims[dim]]
+    others = layout.product(positions) - 1
+    total = _NOTHING
+    for worker in range(layout.num_workers if others else 0):
+        local = layout.local_shape(worker, layer.shape)
+        groups = local[layer.features]
+        if not is_batch:
+            groups = local[0] * (layer.groups // layout.parts[layer.features])
+        total = total.plus(Sent(others if groups else 0, 2 * groups * others))
+    return total
+
+
+def _parameters(
+    layer: LayerShape, placement: Placement
+) -> Iterator[tuple[list[int], tuple[int, ...]]]:
+    """For each parameter its elements on each worker, and the digits of those who sum gradients."""
+    computed, output = placement.computed, placement.output
+    workers = range(computed.num_workers)
+    if not layer.is_weighted:
+        if layer.kind in ("batch_norm", "group_norm", "layer_norm") and layer.biases:
+            yield [layer.biases // 2] * len(workers), computed.used
+            yield [layer.biases // 2] * len(workers), computed.used
+        return
+    outputs, inputs = placement.outputs, placement.inputs
+    if layer.kind == "attention":
+        width = layer.num_features
+        share = [
+            part_of(layer.groups, computed.product(outputs), computed.number(worker, outputs)).size
+            * (width // layer.groups)
+            for worker in workers
+        ]
+        yield [3 * each * width for each in share], placement.sharers
+        yield [each * width for each in share], placement.sharers
+        if layer.biases:
+            yield [3 * each for each in share], placement.sharers
+            yield [width] * len(workers), output.used if placement.pending else placement.sharers
+        return
+    own = [
+        part_of(layer.num_features, computed.product(outputs), computed.number(w, outputs)).size
+        for w in workers
+    ]
+    rest = layer.weights // layer.num_features
+    parts = computed.product(inputs)
+    if parts == 1:
+        yield [each * rest for each in own], placement.sharers
+    else:
+        yield (
+            [
+                each * _share_of(layer, rest, parts, computed.number(worker, inputs))
+                for worker, each in zip(workers, own, strict=True)
+            ],
+            placement.sharers,
+        )
+    if layer.biases and placement.pending:
+        yield [layer.biases] * len(workers), output.used
+    elif layer.biases:
+        yield own, placement.sharers
+
+
+def _share_of(layer: LayerShape, rest: int, parts: int, index: int) -> int:
+    """Elements for one output feature in a part of the input features."""
+    area = math.prod(getattr(window, "kernel", 1) for window in layer.windows)
+    return part_of(rest // area, parts, index).size * area
+
+
+def sum_sent(numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
+    """What summing a tensor sends, of so many elements on each worker, over some digits."""
+    count = layout.product(digits)
+    total = _NOTHING
+    for worker in range(layout.num_workers if count > 1 else 0):
+        size = numel[worker]
+        if size <= SMALL_SUM:
+            total = total.plus(Sent(count - 1 if size else 0, (count - 1) * size))
+            continue
+        place = sorted(layout.group(worker, digits)).index(worker)
+        own = part_of(size, count, place).size
+        given = [size - own, own * (count - 1)]
+        total = total.plus(Sent(2 * (count - 1), sum(given)))
+    return total
