@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from elbowroom.app.batch import iter_batch, run_batch
     from elbowroom.app.swap import Swap
     from elbowroom.core.cluster_file import read_cluster
+    from elbowroom.grid.grid import Grid
+    from elbowroom.grid.options import GridOptions
     from elbowroom.pipeline.options import StageOptions
     from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.planning.grid.plan import plan_grid
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from elbowroom.swap.optimizer import SwappedOptimizer
 
 __all__ = [
+    "Grid",
+    "GridOptions",
     "Pipeline",
     "StageOptions",
     "Swap",
@@ -41,6 +45,8 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Grid": "elbowroom.grid.grid",
+    "GridOptions": "elbowroom.grid.options",
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.options",
     "Swap": "elbowroom.app.swap",

@@ -147,7 +147,7 @@ def test_group_norm(is_instance: bool) -> None:
             lambda part, own, channel: group_norm(part, groups, *own, channel),  # noqa: B023
             lambda x, own: F.group_norm(x, groups, *own),  # noqa: B023
             layout,
-            normal(*shape, mean=1.0),  # torch's own rounds as if the mean were 0
+            normal(*shape, mean=1.0),  # of two alike, torch loses digits
             parameters,
             (layout, shape, groups),
             splits=[Split((layout.dims[1],))] * 2,

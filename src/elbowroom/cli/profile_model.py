@@ -19,7 +19,7 @@ from elbowroom.core.flag_kinds import count, memory, number, positive, seconds
 from elbowroom.core.layer_graph import Layer, LayerGraph
 from elbowroom.core.layer_graph_file import write_pipedream
 from elbowroom.core.units import format_bytes
-from elbowroom.pipeline.flags import AUTOCAST
+from elbowroom.training.run_flags import AUTOCAST
 
 _TABLE_WIDTH = 120
 _OF_STEPS = ("tier", "autocast", "clip_norm", "memory", "swap_optimizer")

@@ -6,12 +6,8 @@ import argparse
 from pathlib import Path
 
 from elbowroom.cli.screen import Console
-from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_writable
 from elbowroom.plans.swap import read_swap_plan
-
-_PIPELINE_ONLY = ("semantics", "microbatches", "timeout", "max_restarts")
-_SWAP_ONLY = ("enforce", "verify", "picture")
 
 
 def add_swap_flags(run: argparse.ArgumentParser) -> None:
@@ -27,15 +23,6 @@ def add_swap_flags(run: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--picture", type=Path, help="write the last step's memory over time, as SVG"
     )
-
-
-def refuse_others(args: argparse.Namespace, *, swaps: bool) -> None:
-    """Raise InputError for a flag that is for the other kind of plan."""
-    kind, others = ("swap", _PIPELINE_ONLY) if swaps else ("pipeline", _SWAP_ONLY)
-    given = [name for name in others if getattr(args, name) != args.parser.get_default(name)]
-    if given:
-        names = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise InputError(f"{args.plan} is a {kind} plan, which knows no {names}: leave it out")
 
 
 def run_swapped(args: argparse.Namespace, console: Console) -> int:

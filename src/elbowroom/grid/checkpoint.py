@@ -121,7 +121,7 @@ class GridState:
         if me == writer:
             sizes = {owner: _numel(use, owner) for owner in owners if owner != me}
             receives = {owner: tensor.new_empty(size) for owner, size in sizes.items()}
-        self._channel.swap(sends, receives, self._channel.route(), "update")
+        self._channel.swap(sends, receives, self._channel.route("GATHER"), "update")
         if me != writer:
             return None
         whole = tensor.new_empty(use.shape)

@@ -25,7 +25,8 @@ def clip_gradients(weights: Weights, limit: float, channel: Channel) -> float:
         if parameter.grad is not None and weights.owner(name) == channel.worker:
             own += parameter.grad.double().square().sum()
     everyone = range(channel.num_workers)
-    total = all_sum(own, everyone, channel, Route("norm of gradients", _KEY), "update")
+    route = Route("norm of gradients", _KEY, "SUM")
+    total = all_sum(own, everyone, channel, route, "update")
     norm = total.sqrt().item()
     scale = limit / (norm + _MARGIN)
     if scale < 1:

@@ -29,6 +29,7 @@ from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler
 from elbowroom.training.operations.find import operations_of, shapes_of
 from elbowroom.training.outcome import in_training
+from elbowroom.training.sameness import check_same_batches, make_equal
 from elbowroom.training.script import OptimizerFunction
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], LRScheduler]
@@ -79,7 +80,8 @@ class Grid:
         scheduler_fn: SchedulerFunction | None = None,
         transport: Transport | None = None,
     ) -> None:
-        self.channel = Channel(transport or ProcessTransport())
+        options = options or GridOptions()
+        self.channel = Channel(transport or ProcessTransport(), keeps_record=options.keeps_record)
         if self.channel.num_workers != plan.procs:
             raise InputError(
                 f"the plan is for {plan.procs} workers, and there are {self.channel.num_workers}: "
@@ -88,7 +90,8 @@ class Grid:
         self.plan = plan
         self.worker = self.channel.worker
         self.num_done = 0
-        self._options = options or GridOptions()
+        self._options = options
+        self._is_alone = transport is not None
         self._model, self._loss_fn = model, loss_fn
         self._optimizer_fn, self._scheduler_fn = optimizer_fn, scheduler_fn
         self._built: _Built | None = None
@@ -106,6 +109,10 @@ class Grid:
         model, and UntraceableModelError.
         """
         assert self._built is None, "the model is prepared once"
+        if not self._is_alone:
+            if self._resumed is None:
+                make_equal(self._model)
+            check_same_batches([batch])
         self._built = self._build(batch[0])
 
     def train_step(self, batch: tuple[Any, Any]) -> float:

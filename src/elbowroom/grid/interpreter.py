@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from elbowroom.core.layer_shapes import Kind, ModelShapes
-from elbowroom.grid import elementary, products
+from elbowroom.core.layer_shapes import ModelShapes
 from elbowroom.grid.call import Call, Draws
 from elbowroom.grid.moves import collect, moved, spread
 from elbowroom.grid.parts import Part, part_of_whole
+from elbowroom.grid.rules import RULES
 from elbowroom.grid.transport import Channel
 from elbowroom.grid.weights import Weights
 from elbowroom.plans.grid_layout import Layout, whole
 from elbowroom.plans.grid_placement import Placement
 from elbowroom.training.operations.operation import Operation
 from elbowroom.training.traced import TracedModel
-
-_RULES: dict[Kind, Callable[[Call], Part]] = {
-    "linear": products.linear,
-    "embedding": products.embedding,
-    "attention": products.attention,
-    "dot_attention": products.dot_attention,
-    "pointwise": elementary.pointwise,
-    "elementwise": elementary.pointwise,
-    "dropout": elementary.dropout,
-    "cat": elementary.cat,
-    "reshape": elementary.reshape,
-    "permute": elementary.permute,
-    "global_pool": elementary.global_pool,
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +105,7 @@ class _Run:
             self._draws,
             number,
         )
-        part = _RULES[shape.kind](call)
+        part = RULES[shape.kind](call)
         assert part.local.shape == call.local_shape, f"the part of '{shape.name}' fits its box"
         return self._summed(call, part)
 
@@ -138,7 +124,7 @@ class _Run:
         part = collect(part, placement.pending, placement.output, self._channel)
         if not placement.pending:
             return part
-        bias = call.parameter("out_proj_bias" if shape.kind == "attention" else "bias")
+        bias = call.parameter("out_proj.bias" if shape.kind == "attention" else "bias")
         if bias is None:
             return part
         view = [1] * len(part.shape)

@@ -72,7 +72,7 @@ class GridLoss:
 
     def _sum(self, shared: LocalLoss, layout: Layout) -> torch.Tensor:
         workers = layout.group(self._channel.worker, shared.positions)
-        route, value = self._channel.route(), shared.share.detach().reshape(1)
+        route, value = self._channel.route("SUM"), shared.share.detach().reshape(1)
         return all_sum(value, sorted(workers), self._channel, route, "forward").squeeze()
 
     def _share(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> LocalLoss:

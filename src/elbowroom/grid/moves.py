@@ -22,7 +22,7 @@ def moved(part: Part, target: Layout, channel: Channel) -> Part:
     """The same tensor in another layout."""
     if target == part.layout:
         return part
-    route = channel.route()
+    route = channel.route("MOVE")
     there = move_between(part.layout, target, part.shape)
     back = move_between(target, part.layout, part.shape)
     local = _Moved.apply(part.local, there, [back], channel, route)  # type: ignore[no-untyped-call]
@@ -37,7 +37,7 @@ def spread(part: Part, target: Layout, users: tuple[int, ...], channel: Channel)
     """
     if not users:
         return moved(part, target, channel)
-    route = channel.route()
+    route = channel.route("MOVE")
     there = move_between(part.layout, target, part.shape)
     between = target.scattered(users, part.layout.parts, part.shape)
     back = [
@@ -52,7 +52,7 @@ def collect(part: Part, pending: tuple[int, ...], target: Layout, channel: Chann
     """The sum of what workers have that differ in ``pending`` digits only, in another layout."""
     if not pending:
         return moved(part, target, channel)
-    route = channel.route()
+    route = channel.route("SUM")
     there = move_between(part.layout, target, part.shape, pending)
     back = move_between(target, part.layout, part.shape)
     local = _Moved.apply(part.local, there, [back], channel, route)  # type: ignore[no-untyped-call]
@@ -144,7 +144,7 @@ def fetch(part: Part, dim: int, window: AxisWindow, channel: Channel) -> Fetched
     index = part.layout.index(part.worker, dim)
     if found.is_local:
         return Fetched(part.local, found, index)
-    route = channel.route()
+    route = channel.route("HALO")
     workers = part.layout.along(part.worker, dim)
     arguments = (part.local, dim, found, index, workers, channel, route)
     return Fetched(_Rows.apply(*arguments), found, index)  # type: ignore[no-untyped-call]

@@ -177,7 +177,7 @@ def _sharing(part: Part, shared: Sequence[int], per_row: int, channel: Channel) 
     workers = layout.group(part.worker, digits)
     boxes = [layout.box(worker, part.shape) for worker in workers]
     counts = tuple(per_row * math.prod(box[dim].size for dim in shared) for box in boxes)
-    return _Sharing(workers, counts, channel, channel.route())
+    return _Sharing(workers, counts, channel, channel.route("SUM"))
 
 
 class _Normalized(torch.autograd.Function):

@@ -21,6 +21,7 @@ class GridOptions:
             outputs on every worker, for any other.
         clip_norm: the largest norm of all gradients, as in ``torch.nn.utils.clip_grad_norm_``.
         autocast: type to compute in where that is done; None for none.
+        keeps_record: keep when each message was waited for, for a trace.
         exact_randomness: draw the numbers of dropout for the whole tensor on each worker, so that
             they are the same on every grid.
 
@@ -32,6 +33,7 @@ class GridOptions:
     loss: LossPlace = "batch"
     clip_norm: float | None = None
     autocast: torch.dtype | None = None
+    keeps_record: bool = False
     exact_randomness: bool = False
 
     def __post_init__(self) -> None:

@@ -53,8 +53,8 @@ def attention(call: Call) -> Part:
         query, key, value, mask, is_causal=settings.is_causal and mask is None
     )
     flat = attended.transpose(1, 2).flatten(2)
-    bias = None if call.placement.pending else call.parameter("out_proj_bias")
-    return call.output(F.linear(flat, call.weight("out_proj_weight"), bias))
+    bias = None if call.placement.pending else call.parameter("out_proj.bias")
+    return call.output(F.linear(flat, call.weight("out_proj.weight"), bias))
 
 
 def dot_attention(call: Call) -> Part:

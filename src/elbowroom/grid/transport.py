@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
 
@@ -13,6 +14,9 @@ from elbowroom.core.windows import bounds
 from elbowroom.plans.grid_traffic import SMALL_SUM
 
 Direction = Literal["forward", "backward", "update"]
+
+Action = Literal["HALO", "MOVE", "SUM", "GATHER"]
+"""What messages are for: rows of neighbours, another layout, a sum, tensors for a checkpoint."""
 
 
 class Pending(Protocol):
@@ -98,14 +102,27 @@ class Counted(NamedTuple):
     num_bytes: int = 0
 
 
+class Waited(NamedTuple):
+    """An interval, in seconds of ``perf_counter``, in which a worker waited for messages."""
+
+    action: Action
+    layer: str
+    direction: Direction
+    begin: float
+    end: float
+
+
 class Channel:
     """What the layers of one worker send and receive, with a count of it.
 
     ``at`` says which layer sends from now on; its messages are counted in ``counts``, and have keys
-    of their own, so that layers may send in another order on another worker.
+    of their own, so that layers may send in another order on another worker. ``record`` is when it
+    waited, if it is to be kept.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, *, keeps_record: bool = False) -> None:
+        self.record: list[Waited] = []
+        self._keeps_record = keeps_record
         self.transport = transport
         self.worker = transport.worker
         self.num_workers = transport.num_workers
@@ -121,10 +138,10 @@ class Channel:
     def at(self, layer: str) -> None:
         self._layer = layer
 
-    def route(self) -> Route:
+    def route(self, action: Action) -> Route:
         """Where an operation of the present layer sends, forward and backward."""
         self._next_key += 2
-        return Route(self._layer, self._next_key - 2)
+        return Route(self._layer, self._next_key - 2, action)
 
     def start(
         self,
@@ -151,7 +168,15 @@ class Channel:
         direction: Direction,
     ) -> None:
         """Send and receive; returns when all has come."""
-        self.start(sends, receives, route, direction).wait()
+        self.wait(self.start(sends, receives, route, direction), route, direction)
+
+    def wait(self, pending: Pending, route: Route, direction: Direction) -> None:
+        """Wait for messages. Raises PeerLostError."""
+        begin = time.perf_counter()
+        pending.wait()
+        if self._keeps_record:
+            end = time.perf_counter()
+            self.record.append(Waited(route.action, route.layer, direction, begin, end))
 
 
 class Route(NamedTuple):
@@ -159,6 +184,7 @@ class Route(NamedTuple):
 
     layer: str
     key: int
+    action: Action
 
 
 class Sum:
@@ -200,14 +226,14 @@ class Sum:
         """The sum, of the tensor's shape. Raises PeerLostError."""
         self.advance()
         assert self._total is not None
-        self._pending.wait()
+        self._wait()
         return self._total.view(self._shape)
 
     def advance(self) -> None:
         """Wait for the first round, and begin the second, if that has not been done."""
         if self._total is not None:
             return
-        self._pending.wait()
+        self._wait()
         added = self._summands[0].clone()
         for summand in self._summands[1:]:
             added += summand
@@ -219,6 +245,9 @@ class Sum:
         sends = {worker: added for _, worker in self._others()}
         receives = {w: self._part(self._total, place) for place, w in self._others()}
         self._pending = self._channel.start(sends, receives, self._route, self._direction)
+
+    def _wait(self) -> None:
+        self._channel.wait(self._pending, self._route, self._direction)
 
     def _others(self) -> list[tuple[int, int]]:
         return [(k, w) for k, w in enumerate(self._workers) if k != self._place]

@@ -127,12 +127,12 @@ def _of_attention(
 ) -> WeightUse:
     """Queries, keys and values are split by heads, and the output's weights by their inputs."""
     layer, outputs = operation.shape, placement.outputs
-    if role == "out_proj_bias" and placement.pending:
+    if role == "out_proj.bias" and placement.pending:
         return _of_output(operation, placement, role, name, shape)
     digits: list[tuple[int, ...]] = [()] * len(shape)
     if role in ("in_proj_weight", "in_proj_bias"):
         digits[0] = outputs
-    elif role == "out_proj_weight":
+    elif role == "out_proj.weight":
         digits[1] = outputs
     return WeightUse(
         layer.name,

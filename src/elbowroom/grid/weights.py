@@ -45,7 +45,7 @@ class Weights:
         parameters = dict(model.named_parameters())
         by_name = {use.name: use for use in self._uses.values()}
         for number, (name, parameter) in enumerate(parameters.items()):
-            self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number)
+            self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number, "SUM")
             use = by_name.get(name)
             if use is not None and use.is_product and use.is_split and not self._is_shared[name]:
                 self.slices[name] = use
@@ -72,7 +72,7 @@ class Weights:
         part = cut_intervals(local, use.part(self._channel.worker)) if use.is_split else local
         is_trained = isinstance(local, nn.Parameter) and local.requires_grad
         if is_trained and self._is_shared[use.name] and use.sharers:
-            route = self._channel.route()
+            route = self._channel.route("SUM")
             arguments = (part, self.workers(use), self._channel, route)
             return _Entered.apply(*arguments)  # type: ignore[no-untyped-call,no-any-return]
         return part

@@ -21,8 +21,7 @@ from torch import distributed
 from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
 from elbowroom.core.files import check_writable
 from elbowroom.core.trace import write_trace
-from elbowroom.pipeline.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
-from elbowroom.pipeline.flags import add_run_flags
+from elbowroom.pipeline.flags import add_pipeline_flags
 from elbowroom.pipeline.options import StageOptions
 from elbowroom.pipeline.pipeline import Pipeline, SchedulerFunction
 from elbowroom.pipeline.progress import Progress, spans_of_all, summary
@@ -31,7 +30,9 @@ from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.swap.link import Link
 from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import FileTier
+from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of
+from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
 
 _CHECKED = 3
@@ -60,7 +61,8 @@ def main() -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elbowroom.pipeline", description=__doc__)
-    add_run_flags(parser)
+    add_common_flags(parser)
+    add_pipeline_flags(parser)
     return parser
 
 

@@ -20,7 +20,6 @@ from elbowroom.pipeline.first_checks import (
 )
 from elbowroom.pipeline.microbatches import check_microbatches
 from elbowroom.pipeline.options import LossFunction, StageOptions
-from elbowroom.pipeline.sameness import check_same_batches, make_equal
 from elbowroom.pipeline.split import split
 from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.worker import StageWorker
@@ -40,6 +39,7 @@ from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler
 from elbowroom.training.outcome import in_training
 from elbowroom.training.python_state import PythonState
+from elbowroom.training.sameness import check_same_batches, make_equal
 from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from elbowroom.core.layer_shapes import WINDOWED, LayerShape, ModelShapes
-from elbowroom.core.windows import Exchange, exchange, part_of
+from elbowroom.core.windows import Exchange, Resize, exchange, part_of
 from elbowroom.plans.grid import GridPlan
 from elbowroom.plans.grid_layout import Layout, Sent, move_between
 from elbowroom.plans.grid_placement import Placement, place
@@ -54,8 +54,7 @@ class _Counter:
             rows = _rows(self.shapes.by_name[layer.sources[0]].shape, layer, placement.reads[0])
             total = total.plus(LayerTraffic(rows, rows if reads else _NOTHING))
         if layer.kind in ("batch_norm", "group_norm"):
-            statistics = _statistics(layer, placement.computed)
-            total = total.plus(LayerTraffic(statistics, statistics))
+            total = total.plus(_statistics(layer, placement.computed))
         if placement.computed != placement.output:
             total = total.plus(self._collected(layer, placement))
         update = _NOTHING
@@ -115,20 +114,26 @@ def _given(sizes: list[int], dim: int, found: Exchange, giver: int) -> Sent:
     return Sent(len(sent), sum(sent))
 
 
-def _statistics(layer: LayerShape, layout: Layout) -> Sent:
-    """Two numbers of each channel, or of each sample and group, in one message to each other."""
+def _statistics(layer: LayerShape, layout: Layout) -> LayerTraffic:
+    """Two numbers of each channel, or of each sample and group, in one message to each other.
+
+    Forward, workers without elements send none; backward, all take part in a sum.
+    """
     is_batch = layer.kind == "batch_norm"
-    dims = [dim for dim in range(len(layer.shape)) if dim != layer.features]
-    positions = [each for dim in dims[0 if is_batch else 1 :] for each in layout.dims[dim]]
+    first = 0 if is_batch else 1
+    dims = [dim for dim in range(first, len(layer.shape)) if dim != layer.features]
+    positions = tuple(each for dim in dims for each in layout.dims[dim])
     others = layout.product(positions) - 1
-    total = _NOTHING
-    for worker in range(layout.num_workers if others else 0):
+    forward, numel = _NOTHING, []
+    for worker in range(layout.num_workers):
         local = layout.local_shape(worker, layer.shape)
         groups = local[layer.features]
         if not is_batch:
             groups = local[0] * (layer.groups // layout.parts[layer.features])
-        total = total.plus(Sent(others if groups else 0, 2 * groups * others))
-    return total
+        numel.append(2 * groups)
+        if others and groups and all(local[dim] for dim in dims):
+            forward = forward.plus(Sent(others, numel[-1] * others))
+    return LayerTraffic(forward, sum_sent(numel, layout, positions))
 
 
 def _parameters(
@@ -141,6 +146,8 @@ def _parameters(
         if layer.kind in ("batch_norm", "group_norm", "layer_norm") and layer.biases:
             yield [layer.biases // 2] * len(workers), computed.used
             yield [layer.biases // 2] * len(workers), computed.used
+        elif layer.kind == "elementwise" and layer.biases:
+            yield [layer.biases] * len(workers), computed.used
         return
     outputs, inputs = placement.outputs, placement.inputs
     if layer.kind == "attention":
@@ -180,7 +187,8 @@ def _parameters(
 
 def _share_of(layer: LayerShape, rest: int, parts: int, index: int) -> int:
     """Elements for one output feature in a part of the input features."""
-    area = math.prod(getattr(window, "kernel", 1) for window in layer.windows)
+    kernels = (window.kernel for window in layer.windows if not isinstance(window, Resize))
+    area = math.prod(kernels)
     return part_of(rest // area, parts, index).size * area
 
 

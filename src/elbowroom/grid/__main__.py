@@ -1,0 +1,120 @@
+"""Train the model of a script on a grid; torchrun starts a process for every worker.
+
+torchrun --nproc-per-node 4 -m elbowroom.grid SCRIPT --plan grid.json --steps 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+from functools import partial
+
+import torch
+from torch import distributed
+
+from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
+from elbowroom.core.files import check_writable
+from elbowroom.grid.flags import add_grid_flags
+from elbowroom.grid.grid import Grid, SchedulerFunction
+from elbowroom.grid.options import GridOptions
+from elbowroom.grid.report import summary, write_grid_trace
+from elbowroom.plans.grid import GridPlan, read_grid_plan
+from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
+from elbowroom.training.loop import dtype_of, num_samples
+from elbowroom.training.losses import LossLog
+from elbowroom.training.run_flags import add_common_flags
+from elbowroom.training.script import TrainingScript, load_script
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    if "WORLD_SIZE" not in os.environ:
+        print("error: start it with torchrun --nproc-per-node N -m elbowroom.grid", flush=True)
+        return 2
+    end_with_parent()
+    leave_on_interrupt(is_told=os.environ["RANK"] == "0")
+    try:
+        _train(args)
+    except ElbowroomError as error:
+        if isinstance(error, PeerLostError):
+            time.sleep(2 * WATCH_SECONDS)  # what ended the peer may end us, too
+        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr)
+        leave(2 if isinstance(error, InputError) else 1)
+    except Exception:
+        traceback.print_exc()
+        leave(1)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="elbowroom.grid", description=__doc__)
+    add_common_flags(parser)
+    add_grid_flags(parser)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    written = [args.checkpoints / "step"] if args.checkpoints else []
+    check_writable([*written, *([args.trace] if args.trace else [])])
+    script, plan = load_script(args.script), read_grid_plan(args.plan)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    grid = _make_grid(script, plan, args)
+    first = grid.restore(args.checkpoints) if args.checkpoints else 0
+    if first >= args.steps:
+        raise InputError(f"{args.checkpoints} has learned from {first} already: raise --steps")
+    log = LossLog()
+    seconds = _run_steps(grid, script, args, first, log)
+    grid.close()
+    lines = summary(grid, log, seconds)
+    if grid.worker == 0:
+        print("\n".join(lines), flush=True)
+    if args.trace:
+        write_grid_trace(args.trace, grid)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def _make_grid(script: TrainingScript, plan: GridPlan, args: argparse.Namespace) -> Grid:
+    options = GridOptions(
+        seed=args.seed,
+        loss=args.loss,
+        clip_norm=args.clip_norm,
+        autocast=dtype_of(args.autocast),
+        exact_randomness=args.exact_randomness,
+        keeps_record=args.trace is not None,
+    )
+    scheduler_fn: SchedulerFunction | None = None
+    if script.has_scheduler:
+        scheduler_fn = partial(script.make_scheduler, num_steps=args.steps)
+    model, optimizer_fn = script.make_model(args.seed), script.optimizer_fn(args.lr)
+    return Grid(model, plan, optimizer_fn, script.loss_fn, options, scheduler_fn)
+
+
+def _run_steps(
+    grid: Grid, script: TrainingScript, args: argparse.Namespace, first: int, log: LossLog
+) -> list[float]:
+    """Train from step ``first`` on, with a checkpoint now and then; gives each step's seconds."""
+    generator = torch.Generator().manual_seed(args.seed)
+    seconds = []
+    for step in range(args.steps):
+        batch = script.make_batch(generator)
+        if step < first:
+            continue  # learned from before the checkpoint
+        begin = time.perf_counter()
+        loss = grid.train_step(batch)
+        seconds.append(time.perf_counter() - begin)
+        line = log.note(step + 1, loss, num_samples(batch[0]))
+        if line and grid.worker == 0:
+            print(line, flush=True)
+        if args.checkpoints and ((step + 1) % args.every == 0 or step + 1 == args.steps):
+            grid.save(args.checkpoints)
+    return seconds
+
+
+if __name__ == "__main__":
+    sys.exit(main())
