@@ -120,7 +120,7 @@ def replayed(op: Operation, sources: Tensors, state: dict[str, torch.Tensor]) ->
         return torch.cat(list(sources), settings.dim)
     if isinstance(settings, DotAttention):
         return functional.scaled_dot_product_attention(
-            *sources, is_causal=settings.is_causal, scale=settings.scale
+            *sources, is_causal=settings.is_causal, scale=settings.scale, enable_gqa=True
         )
     if isinstance(settings, Attention):
         return _attention(settings, x, by_role)
@@ -128,10 +128,7 @@ def replayed(op: Operation, sources: Tensors, state: dict[str, torch.Tensor]) ->
         assert weight is not None
         return functional.linear(x, weight, bias)
     if shape.kind == "global_pool":
-        dims = [
-            d for d in range(1, x.ndim) if (d != 1 if x.ndim > 3 else x.shape[d] != shape.shape[1])
-        ]
-        return x.mean(dims).view(shape.shape)
+        return x.mean([*range(2, x.ndim)]).view(shape.shape)
     if shape.kind == "permute":
         return x.permute(shape.order)
     if shape.kind == "reshape":
@@ -217,7 +214,7 @@ def _attention(
     mask = by_role.get("attn_mask")
     out = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=settings.is_causal)
     out = out.transpose(1, 2).reshape(x.shape)
-    return functional.linear(out, by_role["out_proj.weight"], by_role.get("out_proj.bias"))
+    return functional.linear(out, by_role["out_proj_weight"], by_role.get("out_proj_bias"))
 
 
 def _resize(shape: LayerShape, x: torch.Tensor) -> torch.Tensor:
