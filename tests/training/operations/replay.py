@@ -214,7 +214,7 @@ def _attention(
     mask = by_role.get("attn_mask")
     out = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=settings.is_causal)
     out = out.transpose(1, 2).reshape(x.shape)
-    return functional.linear(out, by_role["out_proj_weight"], by_role.get("out_proj_bias"))
+    return functional.linear(out, by_role["out_proj.weight"], by_role.get("out_proj.bias"))
 
 
 def _resize(shape: LayerShape, x: torch.Tensor) -> torch.Tensor:

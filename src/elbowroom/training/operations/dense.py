@@ -123,8 +123,8 @@ def attention(call: Call) -> Found:
     mask = call.roles("attn_mask")
     if mask:
         call.must_be(call.state[mask["attn_mask"]].ndim == 2, "a mask for each head")
-    parameters = {role: call.needs(role) for role in ("in_proj_weight", "out_proj_weight")}
-    parameters |= call.roles("in_proj_bias", "out_proj_bias") | ({} if is_causal else mask)
+    parameters = {role: call.needs(role) for role in ("in_proj_weight", "out_proj.weight")}
+    parameters |= call.roles("in_proj_bias", "out_proj.bias") | ({} if is_causal else mask)
     heads = call.constant("num_heads")
     samples, tokens, width = shape
     scores = 4.0 * samples * tokens * tokens * width
@@ -134,7 +134,7 @@ def attention(call: Call) -> Found:
         settings=Attention(heads, is_causal),
         features=2,
         parameters=parameters,
-        matrices=("in_proj_weight", "out_proj_weight"),
+        matrices=("in_proj_weight", "out_proj.weight"),
         groups=heads,
         flops=8.0 * samples * tokens * width * width + scores,
     )

@@ -166,9 +166,9 @@ class Reader:
         if module.bias_k is not None or module.add_zero_attn or not module._qkv_same_embed_dim:
             raise NoRuleError("other keys and values")
         out = module.out_proj
-        values |= {"out_proj_weight": self._tensor(out.weight), "out_proj_bias": None}
+        values |= {"out_proj.weight": self._tensor(out.weight), "out_proj.bias": None}
         if out.bias is not None:
-            values["out_proj_bias"] = self._tensor(out.bias)
+            values["out_proj.bias"] = self._tensor(out.bias)
         return values
 
     def _check_pair(self, node: fx.Node) -> None:
