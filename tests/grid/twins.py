@@ -21,6 +21,10 @@ MOST = 1e-12
 
 LAYER = "layer"
 
+CASES = 150
+SEEDS = range(2)
+"""Random cases of each kind of layer, for each seed."""
+
 OnPart = Callable[[Part, Sequence[Tensor], Channel], Part]
 OnWhole = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
@@ -78,6 +82,7 @@ def on_grid(
     direction: Tensor,
     *,
     splits: Sequence[Split] | None = None,
+    input_needs_gradient: bool = True,
 ) -> Outcome:
     """Outputs and gradients of a layer whose output has the shape of ``direction``."""
     splits = splits or [Split()] * len(parameters)
@@ -85,7 +90,8 @@ def on_grid(
     def work(channel: Channel) -> _Seen:
         worker = channel.worker
         shape = tuple(whole.shape)
-        local = cut(whole, layout.box(worker, shape)).detach().clone().requires_grad_()
+        local = cut(whole, layout.box(worker, shape)).detach().clone()
+        local.requires_grad_(input_needs_gradient)
         own = [
             cut(each, _split_box(layout, split, worker, each)).detach().clone().requires_grad_()
             for each, split in zip(parameters, splits, strict=True)
@@ -96,7 +102,10 @@ def on_grid(
         assert part.shape == tuple(direction.shape)
         assert tuple(part.local.shape) == part.layout.local_shape(worker, part.shape)
         gradient = cut(direction, part.box)
-        found = torch.autograd.grad(part.local, [local, *own], gradient)
+        if input_needs_gradient:
+            found = torch.autograd.grad(part.local, [local, *own], gradient)
+        else:
+            found = (torch.zeros_like(local), *torch.autograd.grad(part.local, own, gradient))
         return _Seen(part, found, channel.counts)
 
     seen = run_twin(layout.num_workers, lambda transport: work(Channel(transport)))
@@ -153,6 +162,7 @@ def check(
     case: object = None,
     *,
     splits: Sequence[Split] | None = None,
+    most: float = MOST,
 ) -> Outcome:
     """Assert that a grid gives torch's output, and gradients of input and parameters."""
     inputs = [whole.detach().clone().requires_grad_()]
@@ -164,7 +174,7 @@ def check(
     others = [found.output, found.input_gradient, *found.gradients]
     for one, other in zip([plain.detach(), *wanted], others, strict=True):
         largest = float(one.abs().max()) if one.numel() else 0.0
-        assert (one - other).abs().max().item() <= MOST * max(1.0, largest), case
+        assert (one - other).abs().max().item() <= most * max(1.0, largest), case
     return found
 
 
@@ -180,3 +190,27 @@ def note(seen: Counter[str], layout: Layout, shape: Sequence[int], result: Seque
     seen["several axes"] += sum(parts > 1 for parts in layout.parts[2:]) > 1
     seen["batch and space"] += layout.parts[0] > 1 and max(layout.parts[2:]) > 1
     seen["batch smaller than parts"] += shape[0] < layout.parts[0]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def started(seed: int) -> random.Random:
+    torch.manual_seed(seed)
+    return random.Random(seed)
+
+
+def draw_procs(rng: random.Random, case: int) -> int:
+    """From 2 to 9 workers, and once 64."""
+    return 64 if case == 0 else rng.choice([2, 3, 4, 5, 6, 6, 7, 8, 8, 9, 9])
+
+
+def draw_sizes(rng: random.Random, num_dims: int) -> list[int]:
+    return [rng.randint(1, {1: 40, 2: 15, 3: 7}[num_dims]) for _ in range(num_dims)]
+
+
+def assert_hard(seen: Counter[str]) -> None:
+    least = {"workers without input": 10, "workers without output": 10, "replicas": 10}
+    least |= {"several axes": 5, "batch and space": 10, "batch smaller than parts": 5}
+    assert all(seen[hard] >= number for hard, number in least.items()), seen

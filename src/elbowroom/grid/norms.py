@@ -224,7 +224,7 @@ def _statistics(
     """
     workers, counts, channel, route = sharing
     place = workers.index(channel.worker)
-    if counts[place]:
+    if rows.numel():
         variance, mean = torch.var_mean(rows, dims, correction=0, keepdim=True)
         own = torch.stack([mean, variance * counts[place]])
     else:

@@ -14,8 +14,8 @@ from elbowroom.core.windows import Interval, Resize
 from elbowroom.grid.moves import fetch
 from elbowroom.grid.parts import Part, zeros_like_computed
 from elbowroom.grid.transport import Channel
+from elbowroom.grid.windowed import FIRST_SPACE
 
-_FIRST_SPACE = 2
 _ATEN: Any = torch.ops.aten
 _LINEAR = {1: _ATEN.upsample_linear1d, 2: _ATEN.upsample_bilinear2d, 3: _ATEN.upsample_trilinear3d}
 _NEAREST = {
@@ -34,23 +34,25 @@ def resize(part: Part, windows: Sequence[Resize], channel: Channel) -> Part:
     Rows of all dimensions are fetched before any is interpolated. Raises InputError where torch
     itself does not say which rows are nearest: it takes others in its backward.
     """
-    sizes = part.shape[_FIRST_SPACE:]
-    shape = (*part.shape[:_FIRST_SPACE], *(window.outputs for window in windows))
+    sizes = part.shape[FIRST_SPACE:]
+    shape = (*part.shape[:FIRST_SPACE], *(window.outputs for window in windows))
     local_shape = part.layout.local_shape(part.worker, shape)
-    if all(part.layout.parts[dim] == 1 for dim in range(_FIRST_SPACE, len(shape))):
+    if all(part.layout.parts[dim] == 1 for dim in range(FIRST_SPACE, len(shape))):
         if 0 in local_shape:
             local = zeros_like_computed(local_shape, part.local)
         else:
             local = _torchs(part.local, windows, sizes)
         return replace(part, local=local, shape=shape)
     for window, size in zip(windows, sizes, strict=True):
-        _check_nearest(window, size, len(windows), part.local.dtype)
-    for dim, window in enumerate(windows, _FIRST_SPACE):
+        if window.mode != "linear":
+            is_double = part.local.dtype == torch.float64
+            _check_nearest(window, size, len(windows), is_double, part.local.device)
+    for dim, window in enumerate(windows, FIRST_SPACE):
         part = part.with_local(fetch(part, dim, window, channel).local)
     if 0 in local_shape:
         return replace(part, local=zeros_like_computed(local_shape, part.local), shape=shape)
     local, box = part.local, part.layout.box(part.worker, shape)
-    for dim, window in enumerate(windows, _FIRST_SPACE):
+    for dim, window in enumerate(windows, FIRST_SPACE):
         local = _interpolated(local, dim, window, box[dim], part.shape[dim])
     return replace(part, local=local, shape=shape)
 
@@ -101,16 +103,16 @@ def _torchs(local: torch.Tensor, windows: Sequence[Resize], sizes: Sequence[int]
 
 
 @lru_cache(maxsize=4096)
-def _check_nearest(window: Resize, size: int, num_dims: int, dtype: torch.dtype) -> None:
+def _check_nearest(
+    window: Resize, size: int, num_dims: int, is_double: bool, device: torch.device
+) -> None:
     """Raise InputError unless torch takes the rows that we do.
 
-    In one dimension and in three it rounds otherwise forward than backward, for some sizes and
-    scale factors; in two dimensions it never does.
+    On CPUs, in one dimension and in three, it rounds otherwise forward than backward, for some
+    sizes and scale factors; in two dimensions it never does.
     """
-    if window.mode == "linear" or num_dims == 2:
-        return
-    is_double = dtype == torch.float64
-    rows = torch.arange(size, dtype=torch.float64 if is_double else torch.float32)
+    dtype = torch.float64 if is_double else torch.float32
+    rows = torch.arange(size, dtype=dtype, device=device)
     probe = rows.view(1, 1, size, *[1] * (num_dims - 1))
     others = [Resize(1, 1.0, window.mode)] * (num_dims - 1)
     found = _torchs(probe, [window, *others], [size, *[1] * (num_dims - 1)]).flatten()

@@ -78,6 +78,7 @@ class _Receiving:
     def wait(self) -> None:
         for peer, work in self._receiving:
             _wait(work, peer)
+        self._receiving = []  # a work that is waited for again does not return
 
 
 def _posted(work: distributed.Work | None, peer: int) -> distributed.Work:

@@ -12,10 +12,10 @@ from elbowroom.core.windows import Interval, TransposedWindow, part_of
 from elbowroom.grid.moves import fetch
 from elbowroom.grid.parts import Part, zeros_like_computed
 from elbowroom.grid.transport import Channel
+from elbowroom.grid.windowed import FIRST_SPACE, result_shape, whole_dims
 from elbowroom.plans.grid_layout import Layout
 
 _CONVS = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
-_FIRST_SPACE = 2
 
 
 def conv_transpose(
@@ -34,31 +34,27 @@ def conv_transpose(
     Arguments are those of ``windowed.conv``, but for ``weight``: [inputs, outputs / groups, kernel
     ...]. The bias comes last: outputs that no input reaches have it too.
     """
-    wanted = _outputs(part, windows)
-    firsts = []
-    for k, window in enumerate(windows):
-        dim = _FIRST_SPACE + k
-        size = part.shape[dim]
-        if part.layout.parts[dim] > 1:
+    wanted, firsts = _outputs(part, windows), []
+    whole = whole_dims(part, windows)
+    is_whole = [dim in whole for dim in range(FIRST_SPACE, len(part.shape))]
+    for dim, window in enumerate(windows, FIRST_SPACE):
+        if dim not in whole:
             part = part.with_local(fetch(part, dim, window, channel).local)
-        rows = window.rows(wanted[k], size)
+        rows = window.rows(wanted[dim - FIRST_SPACE], part.shape[dim])
         firsts.append(rows[0] if rows else 0)
     num_outputs = weight.shape[1] * groups
     local_shape = (len(part.local), num_outputs, *(rows.size for rows in wanted))
     if 0 in (*local_shape, *part.local.shape, *weight.shape):
         local = zeros_like_computed(local_shape, part.local, weight)
     else:
-        is_whole = [part.layout.parts[dim] == 1 for dim in range(_FIRST_SPACE, len(part.shape))]
         local = _spread(part.local, weight, windows, groups, is_whole)
         for k, window in enumerate(windows):
             if not is_whole[k]:
                 start = firsts[k] * window.stride - window.padding
-                local = _cut_or_padded(local, _FIRST_SPACE + k, start, wanted[k])
+                local = _cut_or_padded(local, FIRST_SPACE + k, start, wanted[k])
     if bias is not None:
         local = local + bias.view(-1, *[1] * len(windows))
-    sizes = part.shape[_FIRST_SPACE:]
-    space = (window.num_outputs(size) for window, size in zip(windows, sizes, strict=True))
-    shape = (part.shape[0], num_outputs if features is None else features, *space)
+    shape = result_shape(part, windows, num_outputs if features is None else features)
     assert tuple(local.shape) == local_shape
     return replace(part, local=local, shape=shape, layout=layout or part.layout)
 
@@ -66,7 +62,7 @@ def conv_transpose(
 def _outputs(part: Part, windows: Sequence[TransposedWindow]) -> list[Interval]:
     """Rows of the result that this worker computes, of each dimension of space."""
     found = []
-    for dim, window in enumerate(windows, _FIRST_SPACE):
+    for dim, window in enumerate(windows, FIRST_SPACE):
         index = part.layout.index(part.worker, dim)
         count = window.num_outputs(part.shape[dim])
         found.append(part_of(count, part.layout.parts[dim], index))

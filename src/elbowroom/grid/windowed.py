@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
-from elbowroom.core.windows import PADDING, Interval, Window, exchange, part_of
+from elbowroom.core.windows import PADDING, AxisWindow, Interval, Window, exchange, part_of
 from elbowroom.grid.moves import fetch
 from elbowroom.grid.parts import Part, zeros_like_computed
 from elbowroom.grid.transport import Channel
@@ -87,20 +87,26 @@ def avg_pool(
     divisor_override: int | None = None,
 ) -> Part:
     """Take the mean of each window, divided as torch does on the whole tensor."""
+    num_behind = len(windows)
     read = read_rows(part, windows, channel)
     local_shape = (*read.local.shape[:FIRST_SPACE], *read.num_outputs)
     if 0 in local_shape:
         local = zeros_like_computed(local_shape, read.local)
     else:
-        local = _sums(read, windows)
-        if divisor_override is not None:
-            local = local / divisor_override
+        sizes = part.shape[FIRST_SPACE:]
+        counts = [
+            _num_averaged(window, rows, size, count_include_pad)
+            for window, rows, size in zip(windows, read.outputs, sizes, strict=True)
+        ]
+        is_even = all(bool((each == each[0]).all()) for each in counts)
+        if divisor_override is not None or is_even:
+            divisor = divisor_override or math.prod(int(each[0]) for each in counts)
+            local = _averages(read, windows, divisor)
         else:
-            for k, window in enumerate(windows):
-                size = part.shape[FIRST_SPACE + k]
-                rows = _num_averaged(window, read.outputs[k], size, count_include_pad)
-                counts = rows.to(local.device, local.dtype)
-                local = local / counts.view(-1, *[1] * (len(windows) - 1 - k))
+            local = _averages(read, windows, 1)
+            for each in counts:  # each along its own dimension, the last one along the last
+                num_behind -= 1
+                local = local / each.to(local.device, local.dtype).view(-1, *[1] * num_behind)
     return replace(part, local=local, shape=result_shape(part, windows, part.shape[1]))
 
 
@@ -130,11 +136,12 @@ def read_rows(
     """
     outputs, padding, pads = [], [], []
     orders: list[tuple[int, torch.Tensor]] = []
+    whole = whole_dims(part, windows)
     for dim, window in enumerate(windows, FIRST_SPACE):
         size, parts = part.shape[dim], part.layout.parts[dim]
         index = part.layout.index(part.worker, dim)
         outputs.append(part_of(window.num_outputs(size), parts, index))
-        is_torchs = parts == 1 and _is_torchs(window)
+        is_torchs = dim in whole and _is_torchs(window)
         padding.append(window.before if is_torchs else 0)
         if is_torchs:
             pads.append((0, 0))
@@ -153,7 +160,23 @@ def read_rows(
     return ReadRows(local, tuple(padding), tuple(outputs))
 
 
-def result_shape(part: Part, windows: Sequence[Window], features: int) -> tuple[int, ...]:
+def whole_dims(part: Part, windows: Sequence[AxisWindow]) -> set[int]:
+    """Dimensions of space of which each worker has all that is read, and nothing else.
+
+    Where another dimension is split, rows that nobody reads are left out before it sends.
+    """
+    dims = range(FIRST_SPACE, len(part.shape))
+    parts = part.layout.parts
+    if all(parts[dim] == 1 for dim in dims):
+        return {*dims}
+    return {
+        dim
+        for dim, window in zip(dims, windows, strict=True)
+        if parts[dim] == 1 and exchange(window, part.shape[dim], 1).is_local
+    }
+
+
+def result_shape(part: Part, windows: Sequence[AxisWindow], features: int) -> tuple[int, ...]:
     """The global shape of what windows give."""
     sizes = part.shape[FIRST_SPACE:]
     space = (window.num_outputs(size) for window, size in zip(windows, sizes, strict=True))
@@ -186,14 +209,14 @@ def _is_torchs(window: Window) -> bool:
     return is_even and window.mode == "zeros" and not window.ceil_mode
 
 
-def _sums(read: ReadRows, windows: Sequence[Window]) -> torch.Tensor:
-    """The sum of each window. In one dimension torch has none: it is a second of size 1."""
+def _averages(read: ReadRows, windows: Sequence[Window], divisor: int) -> torch.Tensor:
+    """The sum of each window, divided. In one dimension torch has none: a second has size 1."""
     rows, kernel, stride, padding = read.local, _kernels(windows), _strides(windows), read.padding
     if len(windows) > 1:
         pool = _AVG_POOLS[len(windows)]
-        return pool(rows, kernel, stride, padding, divisor_override=1)
+        return pool(rows, kernel, stride, padding, divisor_override=divisor)
     kernel, stride, padding = (*kernel, 1), (*stride, 1), (*padding, 0)
-    pooled = F.avg_pool2d(rows.unsqueeze(-1), kernel, stride, padding, divisor_override=1)
+    pooled = F.avg_pool2d(rows.unsqueeze(-1), kernel, stride, padding, divisor_override=divisor)
     return pooled.squeeze(-1)
 
 

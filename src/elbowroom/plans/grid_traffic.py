@@ -54,7 +54,8 @@ class _Counter:
             rows = _rows(self.shapes.by_name[layer.sources[0]].shape, layer, placement.reads[0])
             total = total.plus(LayerTraffic(rows, rows if reads else _NOTHING))
         if layer.kind in ("batch_norm", "group_norm"):
-            total = total.plus(_statistics(layer, placement.computed))
+            statistics = _statistics(layer, placement.computed)
+            total = total.plus(statistics if reads else LayerTraffic(statistics.forward))
         if placement.computed != placement.output:
             total = total.plus(self._collected(layer, placement))
         update = _NOTHING
