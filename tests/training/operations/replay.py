@@ -89,7 +89,10 @@ def check(model: nn.Module, inputs: Any) -> list[str]:
             continue
         expected = values[shape.name]
         assert shape.shape == (*expected.shape,)
-        found = replayed(operation, [values[name] for name in shape.sources], state)
+        sources = [values[name] for name in shape.sources]
+        copies = [source.clone() for source in sources]
+        found = replayed(operation, sources, state)
+        assert all(map(torch.equal, sources, copies)), "it writes into what it reads"
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     return [operation.shape.kind for operation in operations if operation.shape.kind != "input"]

@@ -408,27 +408,32 @@ def test_what_is_read_after_another_wrote_into_it_is_refused() -> None:
 class Averages(nn.Module):
     """Keeps a mean of its inputs, whose width is that of the batch, in one way or another."""
 
-    def __init__(self, at_once: bool) -> None:
+    def __init__(self, way: str) -> None:
         super().__init__()
-        self.at_once = at_once
+        self.way = way
         self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("sum", torch.zeros(1, 4, dtype=torch.float64))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = x - self.mean.clone()
-        if self.at_once:
+        if self.way == "copy_":
             self.mean.copy_(self.mean * 0.9 + x.detach().mean(0) * 0.1)
+        elif self.way == "add_":
+            self.sum.add_(x.clone())
         else:
             self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
         return y
 
 
 def test_what_is_written_into_a_buffer_is_so_on_every_worker() -> None:
-    operations = operations_of(trace_model(Averages(True), rand(4, 4), leaves=True))
-    kinds = {each.shape.name: each.shape.kind for each in operations}
-    assert kinds["copy_"] == "whole"
-    assert kinds["sub"] == "elementwise"
+    for way in ("copy_", "add_"):
+        rows = 1 if way == "add_" else 4
+        operations = operations_of(trace_model(Averages(way), rand(rows, 4), leaves=True))
+        kinds = {each.shape.name: each.shape.kind for each in operations}
+        assert kinds[way] == "whole"
+        assert kinds["sub"] == "elementwise"
     with pytest.raises(InputError, match="'mean' through 'mul_'"):
-        operations_of(trace_model(Averages(False), rand(4, 4), leaves=True))
+        operations_of(trace_model(Averages("chain"), rand(4, 4), leaves=True))
 
 
 class Grouped(nn.Module):
