@@ -17,7 +17,7 @@ from elbowroom.core.known_nets import known_net
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes, write_model_shapes
 from elbowroom.planning.grid.plan import PlannedGrid, explain_grid, plan_grid
 from elbowroom.planning.grid.settings import KNL, GridLink, GridSettings
-from elbowroom.plans.grid import GridPlan, LayerGrid, write_grid_plan
+from elbowroom.plans.grid import GridPlan, LayerGrid
 
 ALEXNET = ["train", "plan-grid", "alexnet", "--procs", "8", "--batch", "2048"]
 
@@ -171,15 +171,6 @@ def test_files_that_are_no_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "train profile SCRIPT --shapes" in refused(capsys, str(path), *more)
     write_model_shapes(path, profile())
     assert "--json" in refused(capsys, str(path), *more, "--json", str(path))
-
-
-def test_a_grid_plan_is_not_run_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, script = tmp_path / "grid.json", tmp_path / "script.py"
-    write_grid_plan(path, GridPlan(2, 4, (LayerGrid("a", 2),)))
-    script.write_text("")
-    command = ["train", "run", str(script), "--plan", str(path), "--steps", "1"]
-    assert main(command) == EXIT_BAD_INPUT
-    assert "grid plan" in " ".join(capsys.readouterr().err.split())
 
 
 def test_names_of_the_package() -> None:

@@ -89,7 +89,10 @@ def check(model: nn.Module, inputs: Any) -> list[str]:
             continue
         expected = values[shape.name]
         assert shape.shape == (*expected.shape,)
-        found = replayed(operation, [values[name] for name in shape.sources], state)
+        sources = [values[name] for name in shape.sources]
+        copies = [source.clone() for source in sources]
+        found = replayed(operation, sources, state)
+        assert all(map(torch.equal, sources, copies)), "it writes into what it reads"
         assert found.dtype == expected.dtype
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     return [operation.shape.kind for operation in operations if operation.shape.kind != "input"]
@@ -120,7 +123,7 @@ def replayed(op: Operation, sources: Tensors, state: dict[str, torch.Tensor]) ->
         return torch.cat(list(sources), settings.dim)
     if isinstance(settings, DotAttention):
         return functional.scaled_dot_product_attention(
-            *sources, is_causal=settings.is_causal, scale=settings.scale
+            *sources, is_causal=settings.is_causal, scale=settings.scale, enable_gqa=True
         )
     if isinstance(settings, Attention):
         return _attention(settings, x, by_role)
@@ -128,10 +131,7 @@ def replayed(op: Operation, sources: Tensors, state: dict[str, torch.Tensor]) ->
         assert weight is not None
         return functional.linear(x, weight, bias)
     if shape.kind == "global_pool":
-        dims = [
-            d for d in range(1, x.ndim) if (d != 1 if x.ndim > 3 else x.shape[d] != shape.shape[1])
-        ]
-        return x.mean(dims).view(shape.shape)
+        return x.mean([*range(2, x.ndim)]).view(shape.shape)
     if shape.kind == "permute":
         return x.permute(shape.order)
     if shape.kind == "reshape":

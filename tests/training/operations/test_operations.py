@@ -137,10 +137,6 @@ CASES = {
         *(lambda m, x: F.layer_norm(x, (5,), m.weight, m.bias), (2, 4, 5)),
         ("weight", "bias"),
     ),
-    "layer norm of two": Case(
-        *("layer_norm", nn.LayerNorm((4, 5), elementwise_affine=False).double()),
-        *(lambda m, x: F.layer_norm(x, (4, 5)), (2, 3, 4, 5)),
-    ),
     "linear layer": Case(
         *("linear", nn.Linear(5, 7).double()),
         *(lambda m, x: F.linear(x, m.weight, m.bias), (2, 4, 5)),
@@ -323,12 +319,17 @@ WHOLE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
         Calls(lambda m, x: F.scaled_dot_product_attention(x, x, x, m.weight), weight=rand(4, 4)),
         (2, 3, 4, 5),
     ),
+    "space joined": (Calls(lambda m, x: torch.cat([x, x], 2)), (4, 3, 5, 6)),
+    "norm of two": (nn.LayerNorm((5, 6)).double(), (4, 3, 5, 6)),
+    "norm of a row": (
+        nn.Sequential(nn.Conv1d(3, 2, 1).double(), nn.LayerNorm(6).double()), (4, 3, 6),
+    ),
     "padding apart": (Calls(lambda m, x: F.pad(x, (1, 1))), (4, 6)),
     "a pair": (Pair(), (4, 6)),
 }  # fmt: skip
 
 
-WRITTEN_DOWN = ("weight norm", "hooks", "sizes")
+WRITTEN_DOWN = ("weight norm", "hooks", "sizes", "a pair")
 """What export knows, as it writes down what it comes to."""
 
 
@@ -340,7 +341,8 @@ def test_what_no_rule_describes_is_whole(name: str, exported: bool) -> None:
     model, shape = WHOLE[name]
     kinds = check(Exported(model) if exported else nn.Sequential(model), rand(*shape))
     assert "whole" in kinds
-    assert not {*kinds} & {"linear", "conv", "dot_attention", "reshape", "permute", "dropout"}
+    assert not {*kinds} & {"linear", "dot_attention", "reshape", "permute", "dropout", "cat"}
+    assert not {*kinds} & {"layer_norm", "global_pool", "group_norm"}
 
 
 def test_sparse_embeddings_are_whole() -> None:
@@ -403,6 +405,52 @@ def test_what_is_read_after_another_wrote_into_it_is_refused() -> None:
     assert check(Fresh(), rand(2, 6)) == ["pointwise", "pointwise", "pointwise", "cat"]
 
 
+class Averages(nn.Module):
+    """Keeps a mean of its inputs, whose width is that of the batch, in one way or another."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("sum", torch.zeros(1, 4, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x - self.mean.clone()
+        if self.way == "copy_":
+            self.mean.copy_(self.mean * 0.9 + x.detach().mean(0) * 0.1)
+        elif self.way == "add_":
+            self.sum.add_(x.clone())
+        else:
+            self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return y
+
+
+def test_what_is_written_into_a_buffer_is_so_on_every_worker() -> None:
+    for way in ("copy_", "add_"):
+        rows = 1 if way == "add_" else 4
+        operations = operations_of(trace_model(Averages(way), rand(rows, 4), leaves=True))
+        kinds = {each.shape.name: each.shape.kind for each in operations}
+        assert kinds[way] == "whole"
+        assert kinds["sub"] == "elementwise"
+    with pytest.raises(InputError, match="'mean' through 'mul_'"):
+        operations_of(trace_model(Averages("chain"), rand(4, 4), leaves=True))
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(8, 8).double(), nn.Linear(8, 4).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.queries(x).view(2, 3, 4, 2).transpose(1, 2)
+        k = self.keys(x).view(2, 3, 2, 2).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+def test_heads_that_share_keys() -> None:
+    assert check(Grouped(), rand(2, 3, 8))[-1] == "dot_attention"
+
+
 def test_a_model_of_many_layers() -> None:
     model, ids = tiny_lm()
     kinds = check(model.double(), ids)
@@ -431,7 +479,7 @@ def test_features_follow_the_tensor() -> None:
     assert found == [
         *(("input", 1), ("conv", 1), ("reshape", 1), ("permute", 2), ("linear", 2)),
         *(("reshape", 2), ("permute", 1), ("dot_attention", 1), ("permute", 2)),
-        *(("reshape", 2), ("global_pool", 1)),
+        *(("reshape", 2), ("whole", 1)),
     ]
 
 

@@ -101,9 +101,11 @@ def layer_norm(call: Call) -> Found:
     num_dims = 1 if isinstance(normalized, int) else len(normalized)
     call.must_be(num_dims < len(shape), "there is no batch")
     call.constant("cudnn_enable")
+    call.must_be(num_dims == 1, "a norm of more than features")
+    features = len(shape) - 1
+    call.must_be(call.tensor(source).features == features, "features that are not last")
     parameters = call.roles("weight", "bias")
-    settings = Norm(call.constant("eps", 1e-5), num_dims=num_dims)
-    features = len(shape) - 1 if num_dims == 1 else None
+    settings = Norm(call.constant("eps", 1e-5))
     return Found("layer_norm", (source,), settings, features, parameters=parameters, matrices=())
 
 
@@ -142,10 +144,11 @@ def dot_attention(call: Call) -> Found:
     sources = tuple(call.source(key) for key in ("query", "key", "value"))
     query, key, value = (call.tensor(source).shape for source in sources)
     call.must_be(len(query) == len(key) == len(value) == 4, "other dimensions than 4")
-    call.must_be(query[:2] == key[:2] == value[:2], "batches or heads of unlike number")
+    call.must_be(query[0] == key[0] and key[:2] == value[:2], "batches of unlike number")
+    is_grouped = bool(call.constant("enable_gqa", False)) and query[1] % key[1] == 0
+    call.must_be(query[1] == key[1] or is_grouped, "heads of unlike number")
     call.must_be(call.raw("attn_mask") is None, "a mask")
     call.must_be(not call.constant("dropout_p", 0.0), "dropout of scores")
-    call.must_be(not call.constant("enable_gqa", False), "enable_gqa")
     settings = DotAttention(bool(call.constant("is_causal", False)), call.constant("scale"))
     samples, heads, tokens, width = query
     flops = 2.0 * samples * heads * tokens * key[2] * (width + value[3])

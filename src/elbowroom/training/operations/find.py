@@ -24,8 +24,8 @@ from elbowroom.training.traced import TracedLayer, TracedModel
 def operations_of(traced: TracedModel) -> tuple[Operation, ...]:
     """What each layer of a model does, in order; a layer ``output`` is left out.
 
-    Trace the model with ``leaves``. Raises InputError for a model whose inputs have no batch, or
-    that reads a tensor after another layer wrote into it.
+    Trace the model with ``leaves``. Raises InputError for a model whose inputs have no batch, that
+    reads a tensor after another layer wrote into it, or writes into a buffer through another layer.
     """
     _check_writes(traced)
     batch = _batch_of(traced)
@@ -46,6 +46,7 @@ class _Finder:
         self._traced, self._batch = traced, batch
         self._reader = Reader(traced)
         self._batched: set[str] = set()
+        self._buffers = {name for name, _ in traced.model.named_buffers()}
 
     def operation(self, layer: TracedLayer) -> Operation:
         out = _output_of(layer)
@@ -95,7 +96,10 @@ class _Finder:
             self._batched.add(layer.name)
 
     def _check(self, layer: TracedLayer, found: Found, out: Tensor) -> None:
-        """Whether its parts can be told by sample."""
+        """Whether it has samples, and changes nothing but running statistics."""
+        changes = self._buffers.intersection(layer.state)
+        if found.kind != "batch_norm" and changes:
+            raise NoRuleError("it may change a buffer")
         if not _is_plain(layer) and found.kind != "attention":
             raise NoRuleError("it gives no tensor")
         shapes = [self._reader.tensors[n].shape for n in found.sources if n in self._batched]
@@ -173,6 +177,13 @@ def _check_writes(traced: TracedModel) -> None:
         raise InputError(
             f"layer '{writer}' writes into what '{reader}' reads later: write it out of place"
         )
+    buffers = {name for name, _ in traced.model.named_buffers()}
+    for layer in traced.layers:
+        if layer.overwrites and (written := buffers.intersection(layer.state)):
+            raise InputError(
+                f"layer '{layer.name}' writes into the buffer '{min(written)}' through "
+                f"'{layer.overwrites[0]}': write all of it at once, with copy_"
+            )
 
 
 def _element_bytes(traced: TracedModel) -> int:

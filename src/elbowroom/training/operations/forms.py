@@ -19,14 +19,14 @@ def cat(call: Call) -> Found:
     sources = tuple(each.layer for each in given)
     tensors = [call.tensor(source) for source in sources]
     dim = _dim(call, call.constant("dim", 0), num_dims)
-    call.must_be(dim != 0, "the batch is concatenated")
+    call.must_be(dim == tensors[0].features, "no features are concatenated")
     call.must_be(all(len(each.shape) == num_dims for each in tensors), "an empty tensor")
     call.must_be(all(each.dtype == call.out.dtype for each in tensors), "unlike dtypes")
-    return Found("cat", sources, Cat(dim))
+    return Found("cat", sources, Cat(dim), dim)
 
 
 def mean(call: Call) -> Found:
-    """A mean over all of space, which leaves the batch and the features."""
+    """A mean over all of space, which leaves the batch and the channels."""
     source = call.source()
     tensor = call.tensor(source)
     dims = call.constant("dim")
@@ -34,9 +34,10 @@ def mean(call: Call) -> Found:
     num_dims = len(tensor.shape)
     given = (dims,) if isinstance(dims, int) else tuple(dims)
     found = {_dim(call, dim, num_dims) for dim in given}
-    call.must_be(found == {*range(1, num_dims)} - {tensor.features}, "not all of space")
-    keepdim = bool(call.constant("keepdim", False))
-    return Found("global_pool", (source,), features=tensor.features if keepdim else 1)
+    call.must_be(tensor.features == 1 and num_dims > 2, "no space behind channels")
+    call.must_be(found == {*range(2, num_dims)}, "not all of space")
+    call.constant("keepdim", False)
+    return Found("global_pool", (source,), features=1)
 
 
 def reshape(call: Call) -> Found:

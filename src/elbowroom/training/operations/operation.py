@@ -61,13 +61,13 @@ class Pool:
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm over the batch, over groups of channels, or over the last ``num_dims`` dimensions.
+    """A norm over the batch, over groups of channels, or over the last dimension.
 
     Args:
         eps: added to the variance.
         momentum: of running statistics; None for the mean of all batches.
         uses_batch: whether the statistics are those of the batch, not the running ones.
-        num_dims: dimensions of a ``layer_norm``.
+        num_dims: the last dimensions that a ``layer_norm`` is over; one, as others have no rule.
 
     Running statistics are updated where ``uses_batch``, and there are some by role.
 
@@ -88,7 +88,7 @@ class Dropout:
 
 @dataclass(frozen=True)
 class Cat:
-    """A concatenation along one dimension, which is not the batch's."""
+    """A concatenation along one dimension, that of the features."""
 
     dim: int
 
@@ -116,7 +116,8 @@ class Attention:
 class DotAttention:
     """``scaled_dot_product_attention`` of (batch, heads, tokens, width), without mask or dropout.
 
-    ``scale`` is None for torch's own.
+    Keys and values may have fewer heads than queries, each for several of theirs. ``scale`` is None
+    for torch's own.
     """
 
     is_causal: bool = False

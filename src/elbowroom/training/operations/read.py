@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -107,7 +106,7 @@ class Reader:
             named = function_of(node.target) if node.op != "placeholder" else None
             if named is None:
                 raise NoRuleError(f"{node.target} has no rule")
-            function, args = named, self._resolved(node.args)[: _num_values(named)]
+            function, args = named, self._resolved(node.args)
             kwargs = {key: self._value(value) for key, value in node.kwargs.items()}
         call = Call({}, out, self.tensors, self.state.tensors)
         return pointwise(call, function, args, kwargs)
@@ -201,8 +200,6 @@ class Reader:
         """An attribute of a module, or what it was given in its call."""
         if name == "dropout" and not module.training:
             return 0.0
-        if name == "training" and isinstance(module, nn.modules.batchnorm._NormBase):
-            return module.training or (module.running_mean is None and module.running_var is None)
         if isinstance(module, nn.modules.batchnorm._NormBase) and name == _COUNTER:
             is_counted = module.training and module.track_running_stats
             return self._tensor(module.num_batches_tracked) if is_counted else None
@@ -250,14 +247,6 @@ def _check_module(module: nn.Module) -> None:
     )
     if any(hooks) or "forward" in vars(module):
         raise NoRuleError("the module has hooks")
-
-
-def _num_values(function: Callable[..., Any]) -> int | None:
-    """Arguments by position before the last, ``inplace``; None where there is no such one."""
-    if not inspect.isfunction(function):
-        return None
-    names = [*inspect.signature(function).parameters]
-    return names.index("inplace") if "inplace" in names else None
 
 
 def _is_first_of(user: fx.Node, pair: fx.Node) -> bool:

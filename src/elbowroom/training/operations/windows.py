@@ -111,6 +111,7 @@ def adaptive_avg_pool(call: Call) -> Found:
     wanted = (wanted,) * num_space if isinstance(wanted, int) else tuple(wanted)
     rows = [size if want is None else want for want, size in zip(wanted, sizes, strict=True)]
     if all(row == 1 for row in rows):
+        call.must_be(call.tensor(source).features == 1, "no space behind channels")
         return Found("global_pool", (source,), features=1)
     pairs = list(zip(sizes, rows, strict=True))
     call.must_be(all(size % row == 0 for size, row in pairs), "windows of unlike sizes")
