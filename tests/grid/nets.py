@@ -200,13 +200,17 @@ class RecordingSGD(torch.optim.SGD):
 
 @dataclass
 class Trained:
-    """What training left behind: whole tensors, by name. ``counts`` are of all workers."""
+    """What training left behind: whole tensors, by name.
+
+    ``counts`` are of all workers; ``stored`` are the elements of a parameter on each.
+    """
 
     losses: list[float]
     weights: dict[str, torch.Tensor]
     gradients: dict[str, torch.Tensor]
     buffers: dict[str, torch.Tensor]
     counts: dict[tuple[str, Direction], Counted] = field(default_factory=dict)
+    stored: dict[str, list[int]] = field(default_factory=dict)
 
     def difference(self, other: Trained) -> float:
         """The largest difference, relative to the largest element of each tensor, or to 1."""
@@ -290,7 +294,10 @@ def train_on_grid(
     grids = [grid for grid, _, _ in results]
     locals_of = [grid.weights.local for grid in grids]
     gradients_of = [
-        {name: optimizer.gradients[p] for name, p in grid.weights.parameters.items()}
+        {
+            name: optimizer.gradients.get(p, torch.zeros_like(p))
+            for name, p in grid.weights.parameters.items()
+        }
         for grid, _, optimizer in results
     ]
     for _, losses, _ in results:
@@ -306,12 +313,14 @@ def train_on_grid(
             if name not in names
         },
         _counts(grids),
+        {name: [each[name].numel() for each in locals_of] for name in names},
     )
 
 
 def _whole(grids: list[Grid], name: str, parts: list[torch.Tensor]) -> torch.Tensor:
     use = grids[0].weights.slices.get(name)
     if use is None and name not in grids[0].weights.partial:
+        parts = [parts[worker] for worker in grids[0].weights.home(name)]
         assert all(torch.equal(part, parts[0]) for part in parts), f"workers agree on {name}"
         return parts[0]
     if use is None:

@@ -18,7 +18,6 @@ from elbowroom.core.errors import InputError
 from elbowroom.grid.transport import Channel
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals, put_intervals
 from elbowroom.grid.weights import Weights
-from elbowroom.plans.grid_layout import Layout
 from elbowroom.training.checkpoint import Checkpoint, StageContent, save, settings_of
 
 _GATHER = "checkpoint"
@@ -48,7 +47,8 @@ class GridState:
         self._channel.at(_GATHER)
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self._names()):
-            writer = number % self._channel.num_workers
+            home = self._weights.home(name)
+            writer = home[number % len(home)]
             for key, tensor in self._tensors_of(name).items():
                 whole = self._gathered(tensor.detach(), self._split(name, tensor), writer)
                 if whole is not None:
@@ -108,12 +108,7 @@ class GridState:
         me = self._channel.worker
         if use is None:
             return tensor if me == writer else None
-        layout = Layout(use.radices, use.digits)
-        owners = [
-            worker
-            for worker in range(layout.num_workers)
-            if layout.group(worker, layout.replicas)[0] == worker
-        ]
+        owners = [worker for worker in use.layout.workers if use.owner(worker) == worker]
         is_slice = use.name in self._weights.slices
         own = tensor if is_slice else cut_intervals(tensor, use.part(me))
         sends = {writer: own.reshape(-1)} if me in owners and me != writer else {}

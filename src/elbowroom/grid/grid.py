@@ -22,7 +22,6 @@ from elbowroom.grid.transport import Channel, ProcessTransport, Transport
 from elbowroom.grid.weight_parts import weight_uses
 from elbowroom.grid.weights import Weights
 from elbowroom.plans.grid import GridPlan
-from elbowroom.plans.grid_layout import prime_factors, whole
 from elbowroom.plans.grid_placement import place
 from elbowroom.training.checkpoint import Checkpoint, check_settings, newest_of_run, note_made
 from elbowroom.training.layers import trace_model
@@ -87,6 +86,11 @@ class Grid:
                 f"the plan is for {plan.procs} workers, and there are {self.channel.num_workers}: "
                 f"start as many (torchrun --nproc-per-node), or plan again"
             )
+        if options.autocast is not None and any(layer.workers for layer in plan.layers):
+            raise InputError(
+                "autocast is not for plans that give layers to some of the workers: the others "
+                "would not know in which type tensors come. Leave it out, or make another plan"
+            )
         self.plan = plan
         self.worker = self.channel.worker
         self.num_done = 0
@@ -136,7 +140,7 @@ class Grid:
             shared = built.loss.share(model, results, targets)
         shared.share.backward()  # type: ignore[no-untyped-call]
         built.weights.finish_sums()
-        loss = built.loss.total(shared, whole(prime_factors(self.plan.procs), 0))
+        loss = built.loss.total(shared)
         self._update(built)
         return loss
 

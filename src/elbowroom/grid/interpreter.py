@@ -12,7 +12,7 @@ from torch import fx
 from elbowroom.core.layer_shapes import ModelShapes
 from elbowroom.grid.call import Call, Draws
 from elbowroom.grid.moves import collect, moved, spread
-from elbowroom.grid.parts import Part, part_of_whole
+from elbowroom.grid.parts import Part, part_of_whole, zeros_like_computed
 from elbowroom.grid.rules import RULES
 from elbowroom.grid.transport import Channel
 from elbowroom.grid.weights import Weights
@@ -20,6 +20,9 @@ from elbowroom.plans.grid_layout import Layout, whole
 from elbowroom.plans.grid_placement import Placement
 from elbowroom.training.operations.operation import Operation
 from elbowroom.training.traced import TracedModel
+
+SECTIONS = 3
+"""Sections of messages of a layer: what it reads, what it exchanges itself, and sums after it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +71,13 @@ class _Run:
         nodes = [node for node in model.traced.places if node.op == "placeholder"]
         self._given = dict(zip(nodes, inputs, strict=True))
         self._everywhere = _Everywhere(model.traced.graph.module)
+        self._everyone = range(channel.num_workers)
         self._values: dict[str, Any] = {}
 
     def run(self) -> dict[str, Any]:
         last = self._model.last_readers
         for number, operation in enumerate(self._model.operations):
             name = operation.shape.name
-            self._channel.at(name)
             self._values[name] = self._layer(operation, number)
             for source in operation.shape.sources:
                 if last.get(source) == name:
@@ -91,6 +94,7 @@ class _Run:
             return part_of_whole(value, placement.output, self._channel.worker)
         if shape.kind == "whole":
             return self._run_everywhere(operation, placement, number)
+        self._channel.at(shape.name, SECTIONS * number)
         sources = tuple(
             self._read(name, layout, placement.users)
             for name, layout in zip(shape.sources, placement.reads, strict=True)
@@ -105,9 +109,24 @@ class _Run:
             self._draws,
             number,
         )
-        part = RULES[shape.kind](call)
+        self._channel.at(shape.name, SECTIONS * number + 1)
+        if self._channel.worker in placement.computed.workers:
+            part = RULES[shape.kind](call)
+        else:
+            part = self._nothing(call)
         assert part.local.shape == call.local_shape, f"the part of '{shape.name}' fits its box"
         return self._summed(call, part)
+
+    def _nothing(self, call: Call) -> Part:
+        """The empty part of a worker that has not the layer; it takes part in the moves around."""
+        facts = call.operation.layer.value
+        assert facts is not None
+        dtype = facts.tensors[0].dtype
+        local = zeros_like_computed(call.local_shape, *(part.local for part in call.sources))
+        parameters = (self._weights.local[name] for name in call.operation.parameters.values())
+        is_trained = any(each.requires_grad for each in parameters)
+        local = local.to(dtype)
+        return call.output(local.requires_grad_() if is_trained else local)
 
     def _shape(self, operation: Operation, sources: Sequence[Part]) -> tuple[int, ...]:
         """Shape of the output; with another number of samples, in proportion to the traced one."""
@@ -121,8 +140,9 @@ class _Run:
     def _summed(self, call: Call, part: Part) -> Part:
         """The output when sums have been taken, and with its bias if it waited for that."""
         placement, shape = call.placement, call.operation.shape
+        self._channel.at(shape.name, SECTIONS * call.number + 2)
         part = collect(part, placement.pending, placement.output, self._channel)
-        if not placement.pending:
+        if not placement.pending or self._channel.worker not in placement.output.workers:
             return part
         bias = call.parameter("out_proj.bias" if shape.kind == "attention" else "bias")
         if bias is None:
@@ -141,12 +161,13 @@ class _Run:
 
     def _run_everywhere(self, operation: Operation, placement: Placement, number: int) -> Any:
         """A layer without a rule, on whole tensors, on every worker alike."""
+        self._channel.at(operation.shape.name, SECTIONS * number)
         for name in operation.layer.sources:
             node = self._model.traced.by_name[name].node
             assert node is not None
             value = self._values[name]
             if isinstance(value, Part):
-                layout = whole(value.layout.radices, len(value.shape))
+                layout = whole(self._everyone, len(value.shape))
                 value = moved(value, layout, self._channel).local
             self._everywhere.env[node] = value
         seed = self._draws.generator(number).initial_seed()
@@ -159,7 +180,7 @@ class _Run:
         self._everywhere.env.clear()
         if not isinstance(value, torch.Tensor):
             return value
-        layout = whole(placement.output.radices, value.dim())
+        layout = whole(self._everyone, value.dim())
         part = Part(value, tuple(value.shape), layout, self._channel.worker)
         return moved(part, placement.output, self._channel) if value.dim() else part
 

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.grid.interpreter import GridModel
+from elbowroom.grid.interpreter import SECTIONS, GridModel
 from elbowroom.grid.moves import moved
 from elbowroom.grid.parts import Part, cut
 from elbowroom.grid.transport import Channel, all_sum
@@ -32,11 +32,14 @@ _LOSS = "loss"
 
 @dataclass(frozen=True, eq=False)
 class LocalLoss:
-    """One worker's share of a loss: its own value times the share of elements that it has."""
+    """One worker's share of a loss: its own value times the share of elements that it has.
+
+    ``counts`` is whether it is in the sum of all workers', which replicas of the same share are
+    once; None where each worker has the whole loss.
+    """
 
     share: torch.Tensor
-    positions: tuple[int, ...]
-    """Digits of the workers that have the other shares."""
+    counts: bool | None
 
 
 class GridLoss:
@@ -59,26 +62,30 @@ class GridLoss:
         Raises InputError, with the first minibatch, if shares do not add up to the loss of the
         whole, and for a loss that is no number.
         """
-        self._channel.at(_LOSS)
+        self._channel.at(_LOSS, SECTIONS * len(model.operations))
         shared = self._share(model, results, targets)
-        if not self._is_checked and shared.positions:
+        if not self._is_checked and shared.counts is not None:
             self._check(shared, model, results, targets)
         self._is_checked = True
         return shared
 
-    def total(self, shared: LocalLoss, layout: Layout) -> float:
+    def total(self, shared: LocalLoss) -> float:
         """The loss of the whole minibatch, the same on all workers."""
-        return self._sum(shared, layout).item()
+        return self._sum(shared).item()
 
-    def _sum(self, shared: LocalLoss, layout: Layout) -> torch.Tensor:
-        workers = layout.group(self._channel.worker, shared.positions)
-        route, value = self._channel.route("SUM"), shared.share.detach().reshape(1)
-        return all_sum(value, sorted(workers), self._channel, route, "forward").squeeze()
+    def _sum(self, shared: LocalLoss) -> torch.Tensor:
+        own = shared.share.detach().reshape(1)
+        if shared.counts is None:
+            return own.squeeze()
+        route, everyone = self._channel.route("SUM"), range(self._channel.num_workers)
+        own = own if shared.counts else torch.zeros_like(own)
+        return all_sum(own, everyone, self._channel, route, "forward").squeeze()
 
     def _share(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> LocalLoss:
-        parts = [value for value in results.values() if isinstance(value, Part)]
-        if self._place == "whole" or len(parts) < len(results) or not all(p.shape for p in parts):
-            return LocalLoss(self._of_whole(model, results, targets), ())
+        parts = [part for part in results.values() if isinstance(part, Part) and part.shape]
+        homes = {part.layout.workers for part in parts}
+        if self._place == "whole" or len(parts) < len(results) or len(homes) > 1:
+            return LocalLoss(self._of_whole(model, results, targets), None)
         layouts = self._layouts(model, results)
         local = {name: moved(part, layouts[name], self._channel) for name, part in results.items()}
         name, one = next(iter(local.items()))
@@ -86,10 +93,11 @@ class GridLoss:
         share = math.prod(ours) / math.prod(one.shape)
         if share == 0:
             nothing = [part.local.sum() * 0 for part in local.values()]
-            return LocalLoss(torch.stack(nothing).sum(), one.layout.used)
+            return LocalLoss(torch.stack(nothing).sum(), counts=False)
         own_targets = self._cut_targets(targets, one, model.shapes.by_name[name].features)
         loss = self._of(self._outputs(model, {n: p.local for n, p in local.items()}), own_targets)
-        return LocalLoss(loss * share, one.layout.used)
+        is_first = one.layout.group(one.worker, one.layout.replicas)[0] == one.worker
+        return LocalLoss(loss * share, is_first)
 
     def _layouts(self, model: GridModel, results: Mapping[str, Part]) -> dict[str, Layout]:
         """Where the loss needs the results: features whole, the rest as in the first of them."""
@@ -100,20 +108,19 @@ class GridLoss:
         found = {}
         for name, part in results.items():
             features = model.shapes.by_name[name].features
-            dims = tuple(
+            found[name] = part.layout.with_dims(
                 kept.get(dim, ())
                 if dim != features and first.shape[dim : dim + 1] == (size,)
                 else ()
                 for dim, size in enumerate(part.shape)
             )
-            found[name] = Layout(part.layout.radices, dims)
         return found
 
     def _of_whole(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> torch.Tensor:
         values = {}
         for name, value in results.items():
             if isinstance(value, Part):
-                layout = whole(value.layout.radices, len(value.shape))
+                layout = whole(range(self._channel.num_workers), len(value.shape))
                 value = moved(value, layout, self._channel).local
             values[name] = value
         return self._of(self._outputs(model, values), targets)
@@ -160,15 +167,14 @@ class GridLoss:
                         f"a target of shape {[*sizes]} cannot be cut as outputs of {[*shape]}: "
                         f"take the loss of the batch"
                     )
-            return cut(target, Layout(output.layout.radices, cuts).box(output.worker, sizes))
+            return cut(target, output.layout.with_dims(cuts).box(output.worker, sizes))
 
         return pytree.tree_map_only(torch.Tensor, cut_target, targets)
 
     def _check(
         self, shared: LocalLoss, model: GridModel, results: Mapping[str, Any], targets: Any
     ) -> None:
-        part = next(value for value in results.values() if isinstance(value, Part))
-        total = self._sum(shared, part.layout).double()
+        total = self._sum(shared).double()
         with torch.no_grad():
             expected = self._of_whole(model, results, copy_of(targets)).double()
         if not torch.isclose(total, expected, rtol=_RELATIVE_ERROR, atol=1e-6, equal_nan=True):

@@ -79,7 +79,7 @@ def run_move(
 ) -> torch.Tensor:
     """What this worker has after a move, from what it had. Raises PeerLostError."""
     me = channel.worker
-    own, wanted = move.source[me], move.target[me]
+    own, wanted = move.source.box(me, move.shape), move.target.box(me, move.shape)
     sends = {
         taker: torch.cat([_within(local, box, own).reshape(-1) for box in boxes])
         for (giver, taker), boxes in move.pieces.items()

@@ -96,6 +96,10 @@ def _wait(work: distributed.Work, peer: int) -> None:
         ) from error
 
 
+_SECTION_KEYS = 64
+"""Keys of one section of a step."""
+
+
 class Counted(NamedTuple):
     """What one worker has sent in one layer and direction."""
 
@@ -136,8 +140,13 @@ class Channel:
         self.transport.drain()
         self._next_key = 0
 
-    def at(self, layer: str) -> None:
+    def at(self, layer: str, section: int = 0) -> None:
+        """Send for a layer from now on, in a numbered section of a step.
+
+        Keys begin anew in each section: a worker may have nothing to do in some.
+        """
         self._layer = layer
+        self._next_key = section * _SECTION_KEYS
 
     def route(self, action: Action) -> Route:
         """Where an operation of the present layer sends, forward and backward."""

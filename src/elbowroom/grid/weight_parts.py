@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from elbowroom.core.layer_shapes import Kind
-from elbowroom.core.windows import Interval, part_of
+from elbowroom.core.windows import NOTHING, Interval, part_of
 from elbowroom.plans.grid_layout import Layout
 from elbowroom.plans.grid_placement import Placement
 from elbowroom.training.operations.operation import Operation
@@ -34,9 +34,7 @@ class WeightUse:
         role: the parameter's role in it, such as "weight".
         name: the parameter's name in the model.
         shape: of the whole parameter.
-        radices: bases of the digits of a worker's number.
-        digits: for each dimension the digits that tell a worker's part of it; for a dimension that
-            is not split, none.
+        layout: its parts on the workers that have the layer.
         repeats: blocks along the first dimension, each of which is split alike: 3 for the queries,
             keys and values of an attention.
         units: elements along the split dimension that stay together: those of a head.
@@ -49,8 +47,7 @@ class WeightUse:
     role: str
     name: str
     shape: tuple[int, ...]
-    radices: tuple[int, ...]
-    digits: tuple[tuple[int, ...], ...]
+    layout: Layout
     sharers: tuple[int, ...]
     is_product: bool
     repeats: int = 1
@@ -58,20 +55,29 @@ class WeightUse:
 
     @property
     def is_split(self) -> bool:
-        return any(self.digits)
+        return bool(self.layout.used)
 
     @property
     def users(self) -> tuple[int, ...]:
         """Digits of all workers that use some of the parameter where each has it whole."""
-        return tuple(sorted({*self.sharers, *(each for digits in self.digits for each in digits)}))
+        return tuple(sorted({*self.sharers, *self.layout.used}))
 
     def part(self, worker: int) -> Intervals:
-        """A worker's part."""
-        return tuple(self._intervals(worker, dim, size) for dim, size in enumerate(self.shape))
+        """A worker's part; of the first dimension nothing, for one that has not the layer."""
+        found = [self._intervals(worker, dim, size) for dim, size in enumerate(self.shape)]
+        if worker not in self.layout.workers:
+            found[:1] = [(NOTHING,)]
+        return tuple(found)
+
+    def owner(self, worker: int) -> int:
+        """The first worker with the same part, or of all that have any, for one that has none."""
+        if worker not in self.layout.workers:
+            return self.layout.first
+        return self.layout.group(worker, self.layout.replicas)[0]
 
     def _intervals(self, worker: int, dim: int, size: int) -> tuple[Interval, ...]:
-        layout = Layout(self.radices, self.digits)
-        if not self.digits[dim]:
+        layout = self.layout
+        if not layout.dims[dim]:
             return (Interval(0, size),)
         repeats = self.repeats if dim == 0 else 1
         block = size // repeats
@@ -92,9 +98,8 @@ def weight_uses(
     for role, name in operation.parameters.items():
         shape = shapes[name]
         if layer.kind == "whole":
-            nothing: tuple[tuple[int, ...], ...] = ((),) * len(shape)
-            radices = placement.computed.radices
-            use = WeightUse(layer.name, role, name, shape, radices, nothing, (), False)
+            layout = placement.computed.with_dims(((),) * len(shape))
+            use = WeightUse(layer.name, role, name, shape, layout, (), False)
         elif layer.kind == "attention":
             use = _of_attention(operation, placement, role, name, shape)
         elif layer.is_weighted and (role == "weight" or not placement.pending):
@@ -120,8 +125,7 @@ def _of_product(
         role,
         name,
         shape,
-        placement.computed.radices,
-        tuple(digits),
+        placement.computed.with_dims(digits),
         placement.sharers,
         True,
     )
@@ -144,8 +148,7 @@ def _of_attention(
         role,
         name,
         shape,
-        placement.computed.radices,
-        tuple(digits),
+        placement.computed.with_dims(digits),
         placement.sharers,
         True,
         repeats=3 if role.startswith("in_proj") else 1,
@@ -165,7 +168,7 @@ def _of_output(
     elif shape == (layer.num_features,):
         digits[0] = layout.dims[layer.features]
     used = layout.used
-    return WeightUse(layer.name, role, name, shape, layout.radices, tuple(digits), used, False)
+    return WeightUse(layer.name, role, name, shape, layout.with_dims(digits), used, False)
 
 
 def _broadcast_digits(

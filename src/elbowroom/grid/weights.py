@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from elbowroom.core.errors import InputError
 from elbowroom.grid.transport import Channel, Route, Sum, all_sum
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals
-from elbowroom.plans.grid_layout import Layout
 
 _FIRST_KEY = 1 << 24
 """Keys of gradients of weights begin here; those of layers are below."""
@@ -43,11 +43,12 @@ class Weights:
         }
         self.local: dict[str, torch.Tensor] = {**buffers}
         parameters = dict(model.named_parameters())
-        by_name = {use.name: use for use in self._uses.values()}
+        self._by_name = {use.name: use for use in self._uses.values()}
+        _check_homes(self._uses.values())
         for number, (name, parameter) in enumerate(parameters.items()):
             self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number, "SUM")
-            use = by_name.get(name)
-            if use is not None and use.is_product and use.is_split and not self._is_shared[name]:
+            use = self._by_name.get(name)
+            if use is not None and self._is_sliced(use):
                 self.slices[name] = use
                 self.local[name] = self._sliced(parameter, use)
             else:
@@ -78,15 +79,17 @@ class Weights:
 
     def _workers(self, use: WeightUse, digits: tuple[int, ...]) -> tuple[int, ...]:
         """Workers that differ from this one in these digits only, in the order of sums."""
-        return tuple(sorted(Layout(use.radices, ()).group(self._channel.worker, digits)))
+        return tuple(sorted(use.layout.group(self._channel.worker, digits)))
+
+    def home(self, name: str) -> range:
+        """Workers that train a parameter, or keep a buffer up to date: all that have its layer."""
+        use = self._by_name.get(name)
+        return range(self._channel.num_workers) if use is None else use.layout.workers
 
     def owner(self, name: str) -> int:
         """The first worker that has the same part of a parameter as this one."""
         use = self.slices.get(name)
-        if use is None:
-            return 0
-        layout = Layout(use.radices, use.digits)
-        return layout.group(self._channel.worker, layout.replicas)[0]
+        return self.home(name).start if use is None else use.owner(self._channel.worker)
 
     def finish_sums(self) -> None:
         """Put the summed gradients in their places. Raises PeerLostError."""
@@ -95,6 +98,11 @@ class Weights:
         for name, sum_ in self._sums.items():  # the old one may be on its way still
             self.local[name].grad = sum_.finish()
         self._sums.clear()
+
+    def _is_sliced(self, use: WeightUse) -> bool:
+        """Whether workers store a part of a parameter, or some of them nothing of it."""
+        is_part = use.is_split or len(use.layout.workers) < self._channel.num_workers
+        return use.is_product and is_part and not self._is_shared[use.name]
 
     def _sliced(self, parameter: nn.Parameter, use: WeightUse) -> nn.Parameter:
         part = cut_intervals(parameter.detach(), use.part(self._channel.worker)).clone()
@@ -112,6 +120,18 @@ class Weights:
             self._sums[name] = Sum(parameter.grad, workers, self._channel, route, "update")
 
         parameter.register_post_accumulate_grad_hook(start)  # type: ignore[no-untyped-call]
+
+
+def _check_homes(uses: Iterable[WeightUse]) -> None:
+    """Raise InputError for a parameter that layers on unlike workers use."""
+    homes: dict[str, WeightUse] = {}
+    for use in uses:
+        other = homes.setdefault(use.name, use)
+        if other.layout.workers != use.layout.workers:
+            raise InputError(
+                f"'{use.name}' is used by layers '{other.layer}' and '{use.layer}', which the plan "
+                f"gives to other workers: give them the same"
+            )
 
 
 class _Entered(torch.autograd.Function):

@@ -27,8 +27,9 @@ class LayerGrid:
 
     ``batch`` parts of the samples, ``space[k]`` parts of the k-th dimension of space, ``outputs``
     parts of the output features and ``inputs`` parts of the input features. Where their product is
-    less than the number of workers, several compute the same. Raises InputError for parts that are
-    no positive whole numbers.
+    less than the number of workers, several compute the same. ``workers`` are the first of those
+    that have the layer and how many they are; None is all. Raises InputError for parts that are no
+    positive whole numbers.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LayerGrid:
     space: tuple[int, ...] = ()
     outputs: int = 1
     inputs: int = 1
+    workers: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -47,6 +49,16 @@ class LayerGrid:
             *(("space", parts) for parts in self.space),
         ):
             check_whole(f"layer '{self.name}': {what}", parts, _MOST_PROCS, least=1)
+        if self.workers is not None:
+            if len(self.workers) != 2:
+                raise InputError(f"layer '{self.name}': workers are the first, and how many")
+            check_whole(f"layer '{self.name}': the first worker", self.workers[0], _MOST_PROCS)
+            check_whole(f"layer '{self.name}': its workers", self.workers[1], _MOST_PROCS, least=1)
+
+    def workers_of(self, procs: int) -> range:
+        """The workers that have the layer, of ``procs``."""
+        first, count = self.workers or (0, procs)
+        return range(first, first + count)
 
     @property
     def size(self) -> int:
@@ -59,13 +71,22 @@ class LayerGrid:
 
     def to_json(self) -> dict[str, Any]:
         data = {_KEYS.get(key, key): value for key, value in asdict(self).items()}
-        return {**data, "space": list(self.space)}
+        workers = data.pop("workers")
+        data["space"] = list(self.space)
+        return data if workers is None else {**data, "workers": list(workers)}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LayerGrid:
         names = {name: key for key, name in _KEYS.items()}
         found = {names.get(key, key): value for key, value in data.items()}
-        return LayerGrid(**{**found, "space": tuple(found.get("space", ()))})
+        workers = found.get("workers")
+        return LayerGrid(
+            **{
+                **found,
+                "space": tuple(found.get("space", ())),
+                "workers": None if workers is None else tuple(workers),
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -114,10 +135,16 @@ class GridPlan:
             if count > 1:
                 raise InputError(f"layer '{name}' has {count} grids: give it one")
         for layer in self.layers:
-            if self.procs % layer.size:
+            workers = layer.workers_of(self.procs)
+            if workers.stop > self.procs:
+                raise InputError(
+                    f"layer '{layer.name}' is on workers up to {workers.stop - 1}, and there are "
+                    f"{self.procs}, from 0: give it others"
+                )
+            if len(workers) % layer.size:
                 raise InputError(
                     f"layer '{layer.name}' is split {layer}, which needs {layer.size} workers, or "
-                    f"a multiple, and there are {self.procs}: give parts that divide them"
+                    f"a multiple, and there are {len(workers)}: give parts that divide them"
                 )
 
     @cached_property

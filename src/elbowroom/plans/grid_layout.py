@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from elbowroom.core.windows import Interval, part_of
+from elbowroom.core.windows import NOTHING, Interval, part_of
 
 Box = tuple[Interval, ...]
 """An interval of each dimension of a tensor."""
@@ -36,21 +36,28 @@ def prime_factors(number: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Parts of a tensor on workers.
+    """Parts of a tensor on workers, of whom there may be others that have nothing of it.
 
     Args:
         radices: the base of each digit of a worker's number, the most significant first.
         dims: for each dimension of the tensor the positions of the digits that tell its part, the
             most significant first.
+        first: the first of the workers; digits count from there.
 
     """
 
     radices: tuple[int, ...]
     dims: tuple[tuple[int, ...], ...]
+    first: int = 0
 
     @cached_property
     def num_workers(self) -> int:
         return math.prod(self.radices)
+
+    @property
+    def workers(self) -> range:
+        """The workers that have parts."""
+        return range(self.first, self.first + self.num_workers)
 
     @cached_property
     def parts(self) -> tuple[int, ...]:
@@ -72,6 +79,10 @@ class Layout:
         return math.prod(self.radices[position] for position in positions)
 
     def digits(self, worker: int) -> tuple[int, ...]:
+        """Digits of a worker; zeros for one that has no part."""
+        if worker not in self.workers:
+            return (0,) * len(self.radices)
+        worker -= self.first
         found = []
         for radix in reversed(self.radices):
             worker, digit = divmod(worker, radix)
@@ -90,7 +101,12 @@ class Layout:
         return number
 
     def group(self, worker: int, positions: Sequence[int]) -> tuple[int, ...]:
-        """Workers that differ from this one in some digits only, in the order of those digits."""
+        """Workers that differ from this one in some digits only, in the order of those digits.
+
+        One that has no part is alone.
+        """
+        if worker not in self.workers:
+            return (worker,)
         here = list(self.digits(worker))
         found = []
         for digits in itertools.product(*(range(self.radices[each]) for each in positions)):
@@ -99,7 +115,7 @@ class Layout:
             number = 0
             for radix, digit in zip(self.radices, here, strict=True):
                 number = number * radix + digit
-            found.append(number)
+            found.append(self.first + number)
         return tuple(found)
 
     def along(self, worker: int, dim: int) -> tuple[int, ...]:
@@ -107,18 +123,29 @@ class Layout:
         return self.group(worker, self.dims[dim])
 
     def box(self, worker: int, shape: Sequence[int]) -> Box:
-        """What a worker has of a tensor of this global shape."""
-        return tuple(
+        """What a worker has of a tensor of this global shape.
+
+        One that has no part has no samples, or rows of the first dimension, and else the first
+        part of each dimension.
+        """
+        found = [
             part_of(size, self.parts[dim], self.index(worker, dim))
             for dim, size in enumerate(shape)
-        )
+        ]
+        if worker not in self.workers:
+            found[:1] = [NOTHING]
+        return tuple(found)
 
     def local_shape(self, worker: int, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(interval.size for interval in self.box(worker, shape))
 
     def without(self, *dims: int) -> Layout:
         """The same with some dimensions whole."""
-        return Layout(self.radices, tuple(() if d in dims else p for d, p in enumerate(self.dims)))
+        return self.with_dims(() if dim in dims else p for dim, p in enumerate(self.dims))
+
+    def with_dims(self, dims: Iterable[tuple[int, ...]]) -> Layout:
+        """A layout on the same workers, whose dimensions have these digits."""
+        return Layout(self.radices, tuple(dims), self.first)
 
     def allotted(self, parts: Sequence[int], before: Sequence[tuple[int, ...]] = ()) -> Layout:
         """A layout with these parts of each dimension, near to that with the digits ``before``.
@@ -134,7 +161,7 @@ class Layout:
         dims = []
         for positions, count in zip(kept, parts, strict=True):
             dims.append((*positions, *self.take(free, count // self.product(positions))))
-        return Layout(self.radices, tuple(dims))
+        return self.with_dims(dims)
 
     def take(self, free: list[int], count: int) -> tuple[int, ...]:
         """Remove from ``free`` digits of so many workers. ``count`` must divide theirs."""
@@ -166,7 +193,7 @@ class Layout:
                 dim = max(range(len(rows)), key=rows.__getitem__)
             dims[dim].append(position)
             parts[dim] *= radix
-        return Layout(self.radices, tuple(map(tuple, dims)))
+        return self.with_dims(map(tuple, dims))
 
     def _leading(self, positions: tuple[int, ...], count: int) -> tuple[int, ...]:
         kept: tuple[int, ...] = ()
@@ -180,9 +207,9 @@ class Layout:
         return "x".join(map(str, self.parts)) or "whole"
 
 
-def whole(radices: tuple[int, ...], num_dims: int) -> Layout:
-    """A layout in which every worker has the whole tensor."""
-    return Layout(radices, ((),) * num_dims)
+def whole(workers: range, num_dims: int) -> Layout:
+    """A layout in which each of some workers has the whole tensor."""
+    return Layout(prime_factors(len(workers)), ((),) * num_dims, workers.start)
 
 
 class Sent(NamedTuple):
@@ -203,8 +230,9 @@ class Move:
     given the same box by several adds up what they give, in the order of their numbers.
     """
 
-    source: tuple[Box, ...]
-    target: tuple[Box, ...]
+    source: Layout
+    target: Layout
+    shape: tuple[int, ...]
     pieces: Mapping[tuple[int, int], tuple[Box, ...]]
     is_sum: bool = False
 
@@ -224,22 +252,20 @@ def move_between(
     Workers that differ in ``pending`` digits of the source hold summands of the same box; others
     that differ in no dimension's digits hold the same. A taker takes from itself where it can.
     """
-    workers = range(source.num_workers)
-    boxes = tuple(source.box(worker, shape) for worker in workers)
-    wanted = tuple(target.box(worker, shape) for worker in workers)
     holders: dict[tuple[Box, int], list[int]] = {}
-    for worker in workers:
-        if volume(boxes[worker]):
-            key = (boxes[worker], source.number(worker, pending))
-            holders.setdefault(key, []).append(worker)
+    for worker in source.workers:
+        box = source.box(worker, shape)
+        if volume(box):
+            holders.setdefault((box, source.number(worker, pending)), []).append(worker)
     pieces: dict[tuple[int, int], tuple[Box, ...]] = {}
-    for taker in workers:
+    for taker in target.workers:
+        wanted = target.box(taker, shape)
         for (box, _), givers in holders.items():
-            common = meet(box, wanted[taker])
+            common = meet(box, wanted)
             if common is not None:
                 giver = taker if taker in givers else givers[taker % len(givers)]
                 pieces[giver, taker] = (*pieces.get((giver, taker), ()), common)
-    return Move(boxes, wanted, dict(sorted(pieces.items())), bool(pending))
+    return Move(source, target, shape, dict(sorted(pieces.items())), bool(pending))
 
 
 def volume(box: Box) -> int:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes
 from elbowroom.plans.grid import GridPlan, LayerGrid
-from elbowroom.plans.grid_layout import Layout, prime_factors, whole
+from elbowroom.plans.grid_layout import Layout, whole
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class _Placer:
 
     def __init__(self, shapes: ModelShapes, plan: GridPlan) -> None:
         self.shapes, self.plan = shapes, plan
-        self.radices = prime_factors(plan.procs)
+        self.everyone = range(plan.procs)
         self.placed: dict[str, Placement] = {}
 
     def place(self, layer: LayerShape) -> Placement:
@@ -88,34 +88,34 @@ class _Placer:
         source = self._source(layer)
         before = self.placed[source.name].output
         splits_input = layer.kind not in ("embedding", "attention")
-        read = before.allotted(
-            _parts(source, grid, grid.inputs if splits_input else 1, layer), before.dims
-        )
+        parts = _parts(source, grid, grid.inputs if splits_input else 1, layer)
+        read = self._near(before, grid).allotted(parts)
         free = list(read.replicas)
         outputs = read.take(free, grid.outputs)
         if layer.kind == "attention":
-            computed = Layout(self.radices, (read.dims[0], *((),) * (len(layer.shape) - 1)))
+            computed = read.with_dims((read.dims[0], *((),) * (len(layer.shape) - 1)))
             wanted = self._wanted(layer)
             output = computed.scattered(outputs, wanted, layer.shape)
             return Placement((read,), computed, output, outputs, outputs, outputs)
         features = input_features(layer, source)
         inputs = read.take(free, grid.inputs) if features is None else read.dims[features]
         space = [read.dims[dim] for dim in range(1, len(source.shape)) if dim != features]
-        computed = Layout(self.radices, _with_features(layer, read.dims[0], space, outputs))
+        computed = read.with_dims(_with_features(layer, read.dims[0], space, outputs))
         output = computed.scattered(inputs, self._wanted(layer), layer.shape)
         users = outputs if splits_input else ()
         return Placement((read,), computed, output, inputs, users, outputs, inputs)
 
     def _followed(self, layer: LayerShape, grid: LayerGrid | None) -> Placement:
         if layer.kind == "input":
-            parts = self._wanted(layer)
-            layout = whole(self.radices, len(layer.shape)).allotted(parts)
+            first = self._first_grid(layer.name)
+            workers = first.workers_of(self.plan.procs) if first else self.everyone
+            layout = self._as_wanted(layer, workers)
             return Placement((), layout, layout)
         if layer.kind == "whole" or not layer.sources:
             reads = tuple(
-                whole(self.radices, len(self.shapes.by_name[name].shape)) for name in layer.sources
+                whole(self.everyone, len(self.shapes.by_name[name].shape)) for name in layer.sources
             )
-            layout = whole(self.radices, len(layer.shape))
+            layout = whole(self.everyone, len(layer.shape))
             return self._moved(layer, Placement(reads, layout, layout), grid)
         if layer.kind == "elementwise":
             return self._elementwise(layer, grid)
@@ -125,7 +125,7 @@ class _Placer:
             return self._moved(layer, self._reshaped(layer), grid)
         read = self._readable(layer)
         if layer.kind == "permute":
-            layout = Layout(self.radices, tuple(read.dims[dim] for dim in layer.order))
+            layout = read.with_dims(read.dims[dim] for dim in layer.order)
             return self._moved(layer, Placement((read,), layout, layout), grid)
         if layer.kind == "global_pool":
             return self._moved(layer, self._pooled(layer, read), grid)
@@ -133,8 +133,21 @@ class _Placer:
             return self._moved(layer, Placement((read,) * len(layer.sources), read, read), grid)
         if grid is not None:
             source = self._source(layer)
-            read = read.allotted(_parts(source, grid, grid.outputs, layer))
+            read = self._near(read, grid).allotted(_parts(source, grid, grid.outputs, layer))
         return Placement((read,), read, read)
+
+    def _near(self, before: Layout, grid: LayerGrid) -> Layout:
+        """A layout on the workers of a grid to take digits from: this one, if it is on those."""
+        workers = grid.workers_of(self.plan.procs)
+        return before if before.workers == workers else whole(workers, len(before.dims))
+
+    def _first_grid(self, name: str) -> LayerGrid | None:
+        """The grid of the first layer after this one that has one."""
+        for reader in self.shapes.readers[name]:
+            found = self.plan.grid_of.get(reader) or self._first_grid(reader)
+            if found is not None:
+                return found
+        return None
 
     def _readable(self, layer: LayerShape) -> Layout:
         """The layout of a layer's first source, without what its kind cannot split."""
@@ -156,16 +169,17 @@ class _Placer:
         if full is not None:
             layout = self.placed[full.name].output
         else:
-            layout = whole(self.radices, len(layer.shape)).allotted(self._wanted(layer))
+            before = self.placed[layer.sources[0]].output
+            layout = self._as_wanted(layer, before.workers)
         if grid is not None:
-            layout = layout.allotted(_parts(layer, grid, grid.outputs, layer))
+            layout = self._near(layout, grid).allotted(_parts(layer, grid, grid.outputs, layer))
         reads = tuple(_broadcast(layout, layer.shape, each.shape) for each in sources)
         return Placement(reads, layout, layout)
 
     def _joined(self, layer: LayerShape, grid: LayerGrid | None) -> Placement:
         layout = self.placed[layer.sources[0]].output.without(layer.features)
         if grid is not None:
-            layout = layout.allotted(_parts(layer, grid, 1, layer))
+            layout = self._near(layout, grid).allotted(_parts(layer, grid, 1, layer))
         return Placement((layout,) * len(layer.sources), layout, layout)
 
     def _pooled(self, layer: LayerShape, read: Layout) -> Placement:
@@ -173,7 +187,7 @@ class _Placer:
         pending = tuple(position for dim in source.space for position in read.dims[dim])
         kept = [read.dims[0], read.dims[source.features]]
         dims = (*kept, *((),) * (len(layer.shape) - 2))
-        computed = Layout(self.radices, dims)
+        computed = read.with_dims(dims)
         output = computed.scattered(pending, self._wanted(layer), layer.shape)
         return Placement((read,), computed, output, pending)
 
@@ -187,25 +201,31 @@ class _Placer:
         for dim, other in pairs:
             for count in (wanted[other], before.parts[dim]):
                 if _is_aligned(source.shape[dim], layer.shape[other], count):
-                    room = self.plan.procs // math.prod(parts)
+                    room = before.num_workers // math.prod(parts)
                     parts[dim] = count if room % count == 0 else 1
                     break
         read = before.allotted(parts)
         dims: list[tuple[int, ...]] = [()] * len(layer.shape)
         for dim, other in pairs:
             dims[other] = read.dims[dim]
-        layout = Layout(self.radices, tuple(dims))
+        layout = read.with_dims(dims)
         return Placement((read,), layout, layout)
 
     def _moved(self, layer: LayerShape, placed: Placement, grid: LayerGrid | None) -> Placement:
         """The same with its output in the grid that the plan names, if it does."""
         if grid is None or placed.pending:
             return placed
-        output = placed.computed.allotted(_parts(layer, grid, grid.outputs, layer))
+        near = self._near(placed.computed, grid)
+        output = near.allotted(_parts(layer, grid, grid.outputs, layer))
         return Placement(placed.reads, placed.computed, output)
 
     def _source(self, layer: LayerShape) -> LayerShape:
         return self.shapes.by_name[layer.sources[0]]
+
+    def _as_wanted(self, layer: LayerShape, workers: range) -> Layout:
+        """A layout of the output as the next weighted layer reads it, if so many workers can."""
+        layout, parts = whole(workers, len(layer.shape)), self._wanted(layer)
+        return layout if len(workers) % math.prod(parts) else layout.allotted(parts)
 
     def _wanted(self, layer: LayerShape) -> tuple[int, ...]:
         """Parts in which the next weighted layer reads this one's output; ones if unknown."""
@@ -367,8 +387,7 @@ def _with_features(
 def _broadcast(layout: Layout, shape: Sequence[int], source: Sequence[int]) -> Layout:
     """The layout of a tensor that is broadcast to one with this layout and shape."""
     missing = len(shape) - len(source)
-    dims = tuple(
+    return layout.with_dims(
         layout.dims[missing + dim] if size == shape[missing + dim] else ()
         for dim, size in enumerate(source)
     )
-    return Layout(layout.radices, dims)

@@ -96,7 +96,7 @@ def _rows(shape: tuple[int, ...], layer: LayerShape, layout: Layout) -> Sent:
         (dim, exchange(window, shape[dim], layout.parts[dim]))
         for dim, window in zip(space, layer.windows, strict=True)
     ]
-    for worker in range(layout.num_workers):
+    for worker in layout.workers:
         sizes = list(layout.local_shape(worker, shape))
         for dim, found in steps:
             index = layout.index(worker, dim)
@@ -126,7 +126,7 @@ def _statistics(layer: LayerShape, layout: Layout) -> LayerTraffic:
     positions = tuple(each for dim in dims for each in layout.dims[dim])
     others = layout.product(positions) - 1
     forward, numel = _NOTHING, []
-    for worker in range(layout.num_workers):
+    for worker in layout.workers:
         local = layout.local_shape(worker, layer.shape)
         groups = local[layer.features]
         if not is_batch:
@@ -142,7 +142,7 @@ def _parameters(
 ) -> Iterator[tuple[list[int], tuple[int, ...]]]:
     """For each parameter its elements on each worker, and the digits of those who sum gradients."""
     computed, output = placement.computed, placement.output
-    workers = range(computed.num_workers)
+    workers = computed.workers
     if not layer.is_weighted:
         if layer.kind in ("batch_norm", "group_norm", "layer_norm") and layer.biases:
             yield [layer.biases // 2] * len(workers), computed.used
@@ -197,8 +197,7 @@ def sum_sent(numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
     """What summing a tensor sends, of so many elements on each worker, over some digits."""
     count = layout.product(digits)
     total = _NOTHING
-    for worker in range(layout.num_workers if count > 1 else 0):
-        size = numel[worker]
+    for worker, size in zip(layout.workers, numel if count > 1 else [], strict=False):
         if size <= SMALL_SUM:
             total = total.plus(Sent(count - 1 if size else 0, (count - 1) * size))
             continue
