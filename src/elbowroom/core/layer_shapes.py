@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from elbowroom.core.errors import InputError, shown
 from elbowroom.core.files import read_as, unversioned, versioned, write_json
-from elbowroom.core.values import check_whole, is_whole
+from elbowroom.core.values import check_flag, check_whole, is_whole
 from elbowroom.core.windows import AxisWindow, Resize, TransposedWindow, Window
 
 _WHAT, _VERSION = "layer shapes", 1
@@ -69,6 +69,7 @@ class LayerShape:
         groups: of a convolution or a norm; heads of an attention.
         order: of a ``permute``, the source's dimension for each of its own.
         flops: of the forward of the whole batch; a multiplication and an addition are two.
+        has_batch: whether the first dimension is the batch's, or in proportion to it.
         forward_seconds, backward_seconds: as measured on one worker with that batch; 0: unknown.
 
     Raises InputError for numbers that make no sense.
@@ -86,6 +87,7 @@ class LayerShape:
     groups: int = 1
     order: tuple[int, ...] = ()
     flops: float = 0.0
+    has_batch: bool = True
     forward_seconds: float = 0.0
     backward_seconds: float = 0.0
 
@@ -103,6 +105,7 @@ class LayerShape:
             value = getattr(self, key)
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise InputError(f"layer '{self.name}': {key} is {shown(value)}: give a number")
+        check_flag(f"layer '{self.name}': has_batch", self.has_batch)
         if self.shape and not -1 < self.features < max(2, len(self.shape)):
             raise InputError(f"layer '{self.name}': its features are no dimension of its output")
 
@@ -187,8 +190,8 @@ class ModelShapes:
     def for_batch(self, batch: int) -> ModelShapes:
         """The same model with ``batch`` samples.
 
-        Sizes of the first dimension, FLOPs and seconds grow in proportion; those of outputs that
-        have no batch stay.
+        Sizes of the first dimension, FLOPs and seconds grow in proportion, but of outputs that have
+        no batch.
         """
         if batch == self.batch:
             return self
@@ -196,7 +199,7 @@ class ModelShapes:
         return replace(self, layers=layers, batch=batch)
 
     def _scaled(self, layer: LayerShape, batch: int) -> LayerShape:
-        if not layer.shape or layer.shape[0] % self.batch:
+        if not layer.has_batch or not layer.shape:
             return layer
         factor = batch / self.batch
         return replace(
@@ -246,7 +249,7 @@ def _layer_to_json(layer: LayerShape) -> dict[str, Any]:
     names = {kind: name for name, kind in _WINDOWS.items()}
     data["windows"] = [{"is": names[type(each)], **asdict(each)} for each in layer.windows]
     defaults = {"windows": [], "order": (), "weights": 0, "biases": 0, "groups": 1, "flops": 0.0}
-    defaults |= {"forward_seconds": 0.0, "backward_seconds": 0.0}
+    defaults |= {"has_batch": True, "forward_seconds": 0.0, "backward_seconds": 0.0}
     return {key: value for key, value in data.items() if value != defaults.get(key, object())}
 
 

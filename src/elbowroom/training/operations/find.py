@@ -76,6 +76,7 @@ class _Finder:
             groups=found.groups,
             order=found.order,
             flops=found.flops,
+            has_batch=layer.name in self._batched,
         )
         return Operation(layer, shape, parameters, found.settings)
 
@@ -84,7 +85,15 @@ class _Finder:
         features = self._inherited(layer.sources, out)
         self._know(layer, out, features, is_read=_is_plain(layer))
         count = self._count(stored, stored)
-        shape = LayerShape(layer.name, "whole", layer.sources, out.shape, features, biases=count)
+        shape = LayerShape(
+            layer.name,
+            "whole",
+            layer.sources,
+            out.shape,
+            features,
+            biases=count,
+            has_batch=layer.name in self._batched,
+        )
         return Operation(layer, shape, stored)
 
     def _know(self, layer: TracedLayer, out: Tensor, features: int, *, is_read: bool) -> None:
