@@ -180,10 +180,11 @@ def plan_of(procs: int, parts: tuple[int, int, int]) -> GridPlan:
     return GridPlan(procs, 6, tuple(grids))
 
 
-def test_many_workers() -> None:
+@pytest.mark.parametrize("procs", [16, pytest.param(64, marks=pytest.mark.nightly)])
+def test_many_workers(procs: int) -> None:
     model, batches = linear_net(), linear_batches(5)
-    layers = (LayerGrid("0", 8, (), 4, 2), LayerGrid("2", 16, (), 2, 2))
-    trained = train_on_grid(model, batches, GridPlan(64, 5, layers))
+    layers = (LayerGrid("0", procs // 8, (), 4, 2), LayerGrid("2", procs // 4, (), 2, 2))
+    trained = train_on_grid(model, batches, GridPlan(procs, 5, layers))
     assert train_plainly(model, batches).difference(trained) <= _TOLERANCE
 
 
