@@ -95,8 +95,8 @@ class GridPrediction:
 
     ``seconds`` is the whole iteration; ``compute_seconds`` its products alone, 0 where no rate was
     known; ``hidden_seconds`` is communication behind them. ``messages`` and ``num_bytes`` are what
-    all workers send. ``memory_bytes`` is what a worker holds: weights, gradients, optimizer state
-    and activations.
+    all workers send, but for the loss and a limit on the norm of gradients. ``memory_bytes`` is
+    what a worker holds: weights, gradients, optimizer state and activations.
     """
 
     seconds: float = 0.0

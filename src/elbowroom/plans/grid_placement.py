@@ -75,7 +75,7 @@ class _Placer:
 
     def place(self, layer: LayerShape) -> Placement:
         grid = self.plan.grid_of.get(layer.name)
-        if layer.is_weighted:
+        if layer.is_weighted and layer.sources:
             assert grid is not None
             check_grid(layer, grid, self._source(layer))
             placement = self._weighted(layer, grid)

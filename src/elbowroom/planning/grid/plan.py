@@ -17,6 +17,11 @@ from elbowroom.planning.grid.problem import Choices, GridProblem
 from elbowroom.planning.grid.settings import Forms, GridLink, GridSettings
 from elbowroom.planning.grid.strategies import all_strategies
 from elbowroom.plans.grid import GridPlan, GridPrediction, LayerGrid
+from elbowroom.plans.grid_layout import Sent
+from elbowroom.plans.grid_traffic import LayerTraffic, traffic
+
+_MOST_COUNTED = 64
+"""Workers of whom each message is counted, which takes time that grows with their square."""
 
 _LATENCY_ONLY = GridLink(1.0, float("inf"))
 _BYTES_ONLY = GridLink(0.0, 1.0)
@@ -129,24 +134,37 @@ def _plan(
             block.kind == "plain" and (source is None or _differs(grids[source], grid, block))
         ):
             named.append(grid)
-    total = explanation.total
+    plan = GridPlan(settings.procs, settings.batch, tuple(named))
+    sent, total = _sent(pricing, grids, plan), explanation.total
     prediction = GridPrediction(
         seconds=explanation.seconds,
         compute_seconds=total.compute,
         communication_seconds=total.communication,
         hidden_seconds=explanation.hidden_seconds,
-        messages=round(_counted(pricing, grids, _LATENCY_ONLY)),
-        num_bytes=round(_counted(pricing, grids, _BYTES_ONLY)),
+        messages=sent.messages,
+        num_bytes=sent.elements * pricing.shapes.element_bytes,
         memory_bytes=round(total.memory_bytes),
     )
-    return GridPlan(settings.procs, settings.batch, tuple(named), prediction)
+    return replace(plan, prediction=prediction)
 
 
 def _differs(source: LayerGrid, grid: LayerGrid, block: Block) -> bool:
     return source.inputs > 1 or followed(source, block) != grid
 
 
-def _counted(pricing: GridPricing, grids: Sequence[LayerGrid], link: GridLink) -> float:
+def _sent(pricing: GridPricing, grids: Sequence[LayerGrid], plan: GridPlan) -> Sent:
+    """What all workers send in an iteration: counted, or of many workers by the closed forms."""
+    if plan.procs > _MOST_COUNTED:
+        num_bytes = _by_form(pricing, grids, _BYTES_ONLY)
+        messages = _by_form(pricing, grids, _LATENCY_ONLY)
+        return Sent(round(messages), round(num_bytes / pricing.shapes.element_bytes))
+    total = LayerTraffic()
+    for of_layer in traffic(pricing.shapes, plan).values():
+        total = total.plus(of_layer)
+    return total.forward.plus(total.backward).plus(total.update)
+
+
+def _by_form(pricing: GridPricing, grids: Sequence[LayerGrid], link: GridLink) -> float:
     """What all workers send, as the closed forms count it: all communication is linear in both."""
     one = GridPricing(pricing.shapes, replace(pricing.settings, link=link), pricing.graph)
     total = sum(one.terms(grids), start=GridTerms())
