@@ -20,7 +20,8 @@ from elbowroom.grid.weight_parts import WeightUse, cut_intervals, put_intervals
 from elbowroom.grid.weights import Weights
 from elbowroom.training.checkpoint import Checkpoint, StageContent, save, settings_of
 
-_GATHER = "checkpoint"
+GATHERED = "checkpoint"
+"""What is sent for a checkpoint is counted by this name."""
 
 
 class GridState:
@@ -44,7 +45,7 @@ class GridState:
     def save(self, folder: Path, steps: int, run: dict[str, Any]) -> Path:
         """Write a checkpoint; every worker must call it. Raises OutputError and PeerLostError."""
         self._channel.begin_step()
-        self._channel.at(_GATHER)
+        self._channel.at(GATHERED)
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self._names()):
             home = self._weights.home(name)

@@ -10,6 +10,9 @@ from elbowroom.grid.weights import Weights
 _MARGIN = 1e-6
 """Added to norms before they divide, as ``torch.nn.utils.clip_grad_norm_`` does."""
 
+NORM = "norm of gradients"
+"""What is sent for it is counted by this name."""
+
 _KEY = (1 << 24) - 2
 
 
@@ -25,7 +28,7 @@ def clip_gradients(weights: Weights, limit: float, channel: Channel) -> float:
         if parameter.grad is not None and weights.owner(name) == channel.worker:
             own += parameter.grad.double().square().sum()
     everyone = range(channel.num_workers)
-    route = Route("norm of gradients", _KEY, "SUM")
+    route = Route(NORM, _KEY, "SUM")
     total = all_sum(own, everyone, channel, route, "update")
     norm = total.sqrt().item()
     scale = limit / (norm + _MARGIN)

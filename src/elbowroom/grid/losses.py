@@ -27,7 +27,8 @@ LOSS_PLACES: tuple[LossPlace, ...] = ("batch", "space", "whole")
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
 _RELATIVE_ERROR = 1e-3
-_LOSS = "loss"
+LOSS = "loss"
+"""What is sent for a loss is counted by this name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +63,7 @@ class GridLoss:
         Raises InputError, with the first minibatch, if shares do not add up to the loss of the
         whole, and for a loss that is no number.
         """
-        self._channel.at(_LOSS, SECTIONS * len(model.operations))
+        self._channel.at(LOSS, SECTIONS * len(model.operations))
         shared = self._share(model, results, targets)
         if not self._is_checked and shared.counts is not None:
             self._check(shared, model, results, targets)

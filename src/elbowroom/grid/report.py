@@ -10,7 +10,10 @@ from torch import distributed
 
 from elbowroom.core.trace import Span, write_trace
 from elbowroom.core.units import format_bytes
+from elbowroom.grid.checkpoint import GATHERED
+from elbowroom.grid.clipping import NORM
 from elbowroom.grid.grid import Grid
+from elbowroom.grid.losses import LOSS
 from elbowroom.grid.transport import Waited
 from elbowroom.training.losses import LossLog
 
@@ -18,10 +21,17 @@ _WARM_UP = 1
 """First steps that are not counted: they trace the model, and take memory."""
 
 
+_UNPLANNED = frozenset({LOSS, GATHERED, NORM})
+"""What is sent for no layer, and so is in no plan."""
+
+
 def summary(grid: Grid, log: LossLog, seconds: list[float]) -> list[str]:
     """Lines about a run whose steps took so long; every worker must call it."""
-    num_bytes = sum(count.num_bytes for count in grid.channel.counts.values())
-    sent = _of_all(grid, num_bytes // max(1, len(seconds)))
+    counts = grid.channel.counts
+    planned_for = sum(n.num_bytes for (layer, _), n in counts.items() if layer not in _UNPLANNED)
+    others = sum(n.num_bytes for (layer, _), n in counts.items() if layer in _UNPLANNED)
+    num_steps = max(1, len(seconds))
+    sent = _of_all(grid, (planned_for / num_steps, others / num_steps))
     lines = [log.ends] if log.ends else []
     counted = seconds[_WARM_UP:]
     planned = grid.plan.prediction.seconds
@@ -31,8 +41,14 @@ def summary(grid: Grid, log: LossLog, seconds: list[float]) -> list[str]:
     else:
         told.append("too few to measure")
     lines.append(f"a step: {', '.join(told)}")
+    total = sum(planned for planned, _ in sent)
+    expected = grid.plan.prediction.num_bytes
+    told = [f"{format_bytes(expected)} planned"] if expected else []
+    told.append(f"{format_bytes(round(total))} measured, the loss and checkpoints apart")
+    lines.append(f"sent a step by all workers: {', '.join(told)}")
     lines += [
-        f"worker {worker}: {format_bytes(each)} sent a step" for worker, each in enumerate(sent)
+        f"worker {worker}: {format_bytes(round(sum(each)))} sent a step"
+        for worker, each in enumerate(sent)
     ]
     return lines
 
