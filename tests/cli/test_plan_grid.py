@@ -137,6 +137,20 @@ def test_a_narrow_terminal_has_fewer_columns() -> None:
     assert all("x 1 x 1" in line for line in table[1:])
 
 
+@pytest.mark.parametrize("width", [45, 60, 80, 110])
+def test_columns_are_left_out_before_any_is_cut(width: int) -> None:
+    planned = plan_grid(known_net("resnet50"), 8, 2, KNL, flops_per_second=1e12)
+    screen = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    print_grid_plan(screen, planned, planned.explanation)
+    assert isinstance(screen.file, io.StringIO)
+    text = screen.file.getvalue()
+    lines = text[: text.index("\ngrid  ")].splitlines()
+    assert max(map(len, lines)) <= width
+    assert ("compute" in lines[0]) == (width == 110)
+    for line, layer in zip(lines[1:], planned.explanation.layers, strict=True):
+        assert line.split()[0] == layer.grid.name
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

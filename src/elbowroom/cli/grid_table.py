@@ -9,11 +9,12 @@ from elbowroom.core.units import format_bytes
 from elbowroom.planning.grid.explanation import GridExplanation, GridTerms, LayerExplanation
 from elbowroom.planning.grid.plan import PlannedGrid
 
-_FULL_WIDTH = 80
-"""Columns of a screen that has room for all of the table's."""
+_FILE_WIDTH = 100
+"""Characters of a line that is not for a terminal, at least."""
 _GRID = "batch x space x out x in"
 _COLUMNS = ("layer", "grid", "what moves", "bytes", "ms", "compute", "memory")
-_NARROW = ("layer", "grid", "ms", "memory")
+_DISPENSABLE = ("compute", "bytes", "what moves", "memory")
+"""Columns that are left out where there is no room for all, in this order."""
 _TEXTS = ("layer", "grid", "what moves")
 _MOVES = {"halo": "halo", "weights": "weights", "norms": "norms", "moves": "layout"}
 """Terms that are communication, and what the table calls them."""
@@ -25,8 +26,10 @@ def print_grid_plan(screen: Console, planned: PlannedGrid, counted: GridExplanat
     ``counted`` is the same plan on a link whose seconds are bytes. There are fewer columns on a
     narrow terminal.
     """
-    width = screen.width if screen.is_terminal else max(screen.width, _FULL_WIDTH)
-    columns = _COLUMNS if width >= _FULL_WIDTH else _NARROW
+    width = screen.width if screen.is_terminal else max(screen.width, _FILE_WIDTH)
+    layers = planned.explanation.layers
+    rows = [_row(*each) for each in zip(layers, (one.terms for one in counted.layers), strict=True)]
+    columns = _columns(rows, width)
     table = Table(box=None, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(
@@ -35,9 +38,7 @@ def print_grid_plan(screen: Console, planned: PlannedGrid, counted: GridExplanat
             no_wrap=name != "layer",  # only columns that may wrap are made narrower
             overflow="ellipsis",
         )
-    layers = planned.explanation.layers
-    for layer, bytes_of in zip(layers, counted.layers, strict=True):
-        row = _row(layer, bytes_of.terms)
+    for row in rows:
         table.add_row(*(row[name] for name in columns))
     before, screen.width = screen.width, width
     screen.print(table, markup=False, highlight=False)
@@ -45,6 +46,17 @@ def print_grid_plan(screen: Console, planned: PlannedGrid, counted: GridExplanat
     screen.say(f"grid       {_GRID}; bytes and ms are what the busiest worker sends")
     for name, text in _totals(planned, counted):
         screen.say(f"{name:<10} {text}")
+
+
+def _columns(rows: list[dict[str, str]], width: int) -> tuple[str, ...]:
+    """Names of the columns that fit with nothing cut; where none do, of those that matter most."""
+    widths = {name: 1 + max(map(len, (name, *(row[name] for row in rows)))) for name in _COLUMNS}
+    columns = list(_COLUMNS)
+    for name in _DISPENSABLE:
+        if sum(widths[each] for each in columns) <= width:
+            break
+        columns.remove(name)
+    return tuple(columns)
 
 
 def _row(layer: LayerExplanation, counted: GridTerms) -> dict[str, str]:
