@@ -10,62 +10,19 @@ import json
 import subprocess
 import sys
 import tempfile
-from html import escape
 from pathlib import Path
 from typing import Any
+
+from tools.picture import CACHE, KEPT, OTHER, SHARED, SLOTS, Picture
 
 ROOT = Path(__file__).parents[1]
 FIGURES = ROOT / "docs" / "figures"
 MODEL = ROOT / "tests" / "data" / "models" / "Qwen3-32B"
 
-INK, PAPER, LINE = "#1d2a2f", "#ffffff", "#6b7b80"
-KEPT, SHARED, SLOTS, CACHE, OTHER = "#c9d1d3", "#7fbcc2", "#e0a63a", "#a9d8b8", "#e6eaeb"
 
-
-class Picture:
-    """An SVG under way. Sizes are in pixels at full size."""
-
-    def __init__(self, width: int, height: int, title: str) -> None:
-        self._parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-            f'width="{width}" font-family="sans-serif" font-size="13" role="img">',
-            f"<title>{escape(title)}</title>",
-            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" '
-            f'markerHeight="8" orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" fill="{LINE}"/>'
-            "</marker></defs>",
-            f'<rect width="{width}" height="{height}" fill="{PAPER}"/>',
-        ]
-
-    def box(self, x: float, y: float, w: float, h: float, fill: str, *lines: str) -> None:
-        """A rectangle with lines of text in its middle, the first of them bold."""
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" rx="3" '
-            f'fill="{fill}" stroke="{LINE}" stroke-width="0.8"/>'
-        )
-        top = y + h / 2 - 8 * (len(lines) - 1) + 4.5
-        for number, line in enumerate(lines):
-            self.text(x + w / 2, top + 16 * number, line, bold=number == 0 and len(lines) > 1)
-
-    def text(
-        self, x: float, y: float, line: str, anchor: str = "middle", bold: bool = False
-    ) -> None:
-        weight = ' font-weight="bold"' if bold else ""
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{INK}"{weight}>'
-            f"{escape(line)}</text>"
-        )
-
-    def arrow(self, *points: tuple[float, float], dashed: bool = False) -> None:
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self._parts.append(
-            f'<path d="{path}" fill="none" stroke="{LINE}" stroke-width="1.4"{dash} '
-            'marker-end="url(#tip)"/>'
-        )
-
-    def save(self, name: str) -> None:
-        FIGURES.mkdir(parents=True, exist_ok=True)
-        (FIGURES / f"{name}.svg").write_text("\n".join([*self._parts, "</svg>"]) + "\n")
+def save(picture: Picture, name: str) -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    (FIGURES / f"{name}.svg").write_text(picture.svg)
 
 
 def memory_budget(*options: str) -> dict[str, int]:
@@ -128,7 +85,7 @@ def room() -> None:
         394,
         "Qwen3-32B in bf16 on four H200 at 0.9 of their memory, as `elbowroom plan` divides it",
     )
-    picture.save("room")
+    save(picture, "room")
 
 
 def chain(
@@ -158,7 +115,7 @@ def chain(
                 (below[0] + width / 2, middle),
                 (below[0] + width / 2, below[1]),
             )
-    picture.save(name)
+    save(picture, name)
 
 
 def architecture() -> None:
@@ -209,7 +166,7 @@ def architecture() -> None:
     picture.text(
         430, 352, "An arrow points from the package that imports to the one that is imported."
     )
-    picture.save("architecture")
+    save(picture, "architecture")
 
 
 def row() -> None:
@@ -268,7 +225,7 @@ def minibatch() -> None:
         430, 200, "F2: forward of minibatch 2. B2: its backward, with the weights that F2 used."
     )
     picture.text(430, 220, "Down goes what crosses the cut, up come its gradients.")
-    picture.save("minibatch")
+    save(picture, "minibatch")
 
 
 def plan() -> None:
@@ -294,7 +251,7 @@ def plan() -> None:
     picture.arrow((735, 84), (735, 100))
     picture.arrow((820, 132), (840, 132), (840, 266), (315, 266), (315, 164), dashed=True)
     picture.text(577, 284, "plan --calibrate: later predictions are scaled to the outcome")
-    picture.save("plan")
+    save(picture, "plan")
 
 
 def main() -> None:
