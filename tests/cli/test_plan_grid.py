@@ -17,7 +17,7 @@ from elbowroom.core.known_nets import known_net
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes, write_model_shapes
 from elbowroom.planning.grid.plan import PlannedGrid, explain_grid, plan_grid
 from elbowroom.planning.grid.settings import KNL, GridLink, GridSettings
-from elbowroom.plans.grid import GridPlan, LayerGrid
+from elbowroom.plans.grid import GridPlan, LayerGrid, write_grid_plan
 
 ALEXNET = ["train", "plan-grid", "alexnet", "--procs", "8", "--batch", "2048"]
 
@@ -187,6 +187,8 @@ def test_files_that_are_no_shapes(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "--json" in refused(capsys, str(path), *more, "--json", str(path))
 
 
-def test_names_of_the_package() -> None:
+def test_names_of_the_package(tmp_path: Path) -> None:
     planned = elbowroom.plan_grid(known_net("alexnet"), 4, 64, KNL)
     assert planned.plan.procs == 4
+    write_grid_plan(tmp_path / "grid.json", planned.plan)
+    assert elbowroom.read_grid_plan(str(tmp_path / "grid.json")) == planned.plan

@@ -183,9 +183,9 @@ def is_grid_plan(path: Path) -> bool:
     return is_of_format(path, _WHAT)
 
 
-def read_grid_plan(path: Path) -> GridPlan:
+def read_grid_plan(path: str | Path) -> GridPlan:
     """Read a plan from a JSON file. Raises InputError."""
-    return read_as(path, GridPlan.from_json)
+    return read_as(Path(path), GridPlan.from_json)
 
 
 def write_grid_plan(path: Path, plan: GridPlan) -> None:
