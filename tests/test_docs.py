@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from tools.draw_pictures import FIGURES
+from tools.grid_pictures import grid_pictures
 from tools.make_docs import (
     ENGINE,
     LIVE,
@@ -136,3 +138,9 @@ def test_pages_show_what_is_printed(tmp_path: Path) -> None:
         assert filled(page.read_text(), blocks) == page.read_text(), page
     used = {name for page in MADE_PAGES for name in _MADE.findall(page.read_text())}
     assert set(blocks) == used
+
+
+def test_pictures_of_grids_show_what_is_planned() -> None:
+    """If they differ: python -m tools.draw_pictures."""
+    for name, picture in grid_pictures().items():
+        assert (FIGURES / f"{name}.svg").read_text() == picture.svg, name

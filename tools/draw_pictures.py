@@ -1,7 +1,8 @@
 """Pictures of README and docs, as SVG files in docs/figures: python -m tools.draw_pictures.
 
-``room.svg`` is drawn to scale from the planner's own memory budgets; the others are boxes and
-arrows. The same code gives the same files.
+``room.svg`` is drawn to scale from the planner's own memory budgets, ``grid-boxes.svg`` and
+``grid-move.svg`` from a grid plan's layouts; the others are boxes and arrows. The same code gives
+the same files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tools.grid_pictures import grid_pictures
 from tools.picture import CACHE, KEPT, OTHER, SHARED, SLOTS, Picture
 
 ROOT = Path(__file__).parents[1]
@@ -257,6 +259,8 @@ def plan() -> None:
 def main() -> None:
     for draw in (room, architecture, row, minibatch, plan):
         draw()
+    for name, picture in grid_pictures().items():
+        save(picture, name)
 
 
 if __name__ == "__main__":
