@@ -56,6 +56,9 @@ LIVE = {
     "train-plan": "elbowroom train plan-pipeline lm.json --workers 2 --bandwidth 10Gbit/s \\\n"
     "    --straight --json train-plan.json",
     "swap-plan": "elbowroom train plan-swap step.json --budget 24MiB --json swap-plan.json",
+    "grid-plan": "elbowroom train plan-grid shapes.json --procs 4 --batch 2 \\\n"
+    "    --latency 50us --bandwidth 10Gbit/s --json grid.json",
+    "grid-known": "elbowroom train plan-grid alexnet --procs 32 --batch 256 --flops 2.9TFLOP/s",
 }
 """Commands that run while the site is built; each may use what those before it wrote."""
 
@@ -76,6 +79,11 @@ ENGINE = {
     "swap-plan": LIVE["swap-plan"],
     "swap-run": "elbowroom train run examples/train_unet3d.py --plan swap-plan.json \\\n"
     "    --steps 30 --picture memory.svg",
+    "grid-profile": "elbowroom train profile examples/train_unet3d.py --shapes \\\n"
+    "    --out shapes.json --threads 1",
+    "grid-plan": LIVE["grid-plan"],
+    "grid-run": "elbowroom train run examples/train_unet3d.py --plan grid.json \\\n"
+    "    --steps 30 --loss space",
 }
 
 REFUSED = {"plan-no-fit": 2}
@@ -85,6 +93,7 @@ KEPT = {
     "results.jsonl": "first-results.jsonl",
     "lm.json": "lm.json",
     "step.json": "step.json",
+    "shapes.json": "shapes.json",
     "memory.svg": "memory.svg",
 }
 """Files of ``ENGINE`` that ``LIVE`` uses, or pages show."""
@@ -163,7 +172,7 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
     made["cli"] = "\n".join(cli_page(build_parser()))
     made["requests"] = fenced("json", (folder / "requests.jsonl").read_text())
     made["answer"] = fenced("text", answers())
-    for name in ("plan", "train-plan"):
+    for name in ("plan", "train-plan", "grid"):
         plan = shortened(json.loads((folder / f"{name}.json").read_text()), folder)
         made[f"{name}-json"] = fenced("json", json.dumps(plan, indent=1) + "\n")
     made["h200"] = fenced("toml", (CLUSTERS / "h200.toml").read_text())
