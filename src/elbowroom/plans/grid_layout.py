@@ -178,8 +178,11 @@ class Layout:
     ) -> Layout:
         """The same with more digits: first where it has less parts than ``wanted``.
 
-        Those that are left split the largest dimension further, the batch if it suffices.
+        Those that are left split the largest dimension further, the batch if it suffices. A single
+        number cannot be split: each worker then has it.
         """
+        if not self.dims:
+            return self
         dims, parts = [list(each) for each in self.dims], list(self.parts)
         for position in positions:
             radix = self.radices[position]
