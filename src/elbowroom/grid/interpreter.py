@@ -96,8 +96,8 @@ class _Run:
             return self._run_everywhere(operation, placement, number)
         self._channel.at(shape.name, SECTIONS * number)
         sources = tuple(
-            self._read(name, layout, placement.users)
-            for name, layout in zip(shape.sources, placement.reads, strict=True)
+            self._read(name, placement.reads[index], placement.users(index))
+            for index, name in enumerate(shape.sources)
         )
         call = Call(
             operation,

@@ -2,7 +2,7 @@
 
 The gradient of a tensor lies in the tensor's own layout, whole on every replica. So the backward of
 a move is the move back, without sums; sums stand only where several workers used the same rows
-(``fetch``), used the same part with other weights (``spread``), or have summands (``collect``).
+(``fetch``), used the same part for other outputs (``spread``), or have summands (``collect``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def moved(part: Part, target: Layout, channel: Channel) -> Part:
 
 
 def spread(part: Part, target: Layout, users: tuple[int, ...], channel: Channel) -> Part:
-    """The same tensor in another layout, for workers that multiply it with different weights.
+    """The same tensor in another layout, for workers of which each has a part of its gradient.
 
-    Those differ in the digits ``users`` only, and read the same. Gradients that they give are
-    summed on the way back.
+    Those differ in the digits ``users`` only, and read the same. Their gradients are summed on the
+    way back.
     """
-    if not users:
+    if not users or not part.local.requires_grad:
         return moved(part, target, channel)
     route = channel.route("MOVE")
     there = move_between(part.layout, target, part.shape)

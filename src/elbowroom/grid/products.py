@@ -49,6 +49,8 @@ def attention(call: Call) -> Part:
     shape = (*source.shape[:-1], joint.shape[-1] // 3 // width, width)
     query, key, value = (each.view(shape).transpose(1, 2) for each in joint.chunk(3, -1))
     mask = call.parameter("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        mask = ~mask  # the module's says where not to look, the function's where to
     attended = F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=settings.is_causal and mask is None
     )

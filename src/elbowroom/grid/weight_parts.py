@@ -143,13 +143,16 @@ def _of_attention(
         digits[0] = outputs
     elif role == "out_proj.weight":
         digits[1] = outputs
+    sharers = placement.sharers
+    if role == "attn_mask":  # a trained one has a summand of its gradient from each head
+        sharers = tuple(sorted({*sharers, *outputs}))
     return WeightUse(
         layer.name,
         role,
         name,
         shape,
         placement.computed.with_dims(digits),
-        placement.sharers,
+        sharers,
         True,
         repeats=3 if role.startswith("in_proj") else 1,
         units=layer.num_features // layer.groups,

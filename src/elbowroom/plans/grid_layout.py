@@ -178,8 +178,11 @@ class Layout:
     ) -> Layout:
         """The same with more digits: first where it has less parts than ``wanted``.
 
-        Those that are left split the largest dimension further, the batch if it suffices.
+        Those that are left split the largest dimension further, the batch if it suffices. A single
+        number cannot be split: each worker then has it.
         """
+        if not self.dims:
+            return self
         dims, parts = [list(each) for each in self.dims], list(self.parts)
         for position in positions:
             radix = self.radices[position]
@@ -227,7 +230,8 @@ class Move:
     """What goes from worker to worker so that a tensor lies otherwise.
 
     ``pieces[giver, taker]`` are the boxes that one gives to another, or keeps. A taker that is
-    given the same box by several adds up what they give, in the order of their numbers.
+    given the same box by several adds up what they give, in the order of ``pieces``: that of the
+    summands, whoever gives them, so that replicas have the same bits.
     """
 
     source: Layout
@@ -265,7 +269,8 @@ def move_between(
             if common is not None:
                 giver = taker if taker in givers else givers[taker % len(givers)]
                 pieces[giver, taker] = (*pieces.get((giver, taker), ()), common)
-    return Move(source, target, shape, dict(sorted(pieces.items())), bool(pending))
+    ordered = sorted(pieces, key=lambda pair: (source.number(pair[0], pending), pair))
+    return Move(source, target, shape, {pair: pieces[pair] for pair in ordered}, bool(pending))
 
 
 def volume(box: Box) -> int:

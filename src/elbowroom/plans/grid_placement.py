@@ -27,7 +27,6 @@ class Placement:
         computed: that of the output, as each worker computes it.
         output: that of the output when sums have been taken.
         pending: digits of workers whose outputs are summands of each other.
-        users: digits of workers that read the same and have other weights.
         outputs: digits that tell the part of the output features in the weights.
         inputs: digits that tell the part of the input features in the weights.
 
@@ -37,9 +36,16 @@ class Placement:
     computed: Layout
     output: Layout
     pending: tuple[int, ...] = ()
-    users: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
     inputs: tuple[int, ...] = ()
+
+    def users(self, source: int) -> tuple[int, ...]:
+        """Digits of workers that read the same of a source, and each have a part of its gradient.
+
+        They multiply it with other weights, or it is broadcast to their samples or rows.
+        """
+        work = {*self.computed.used, *self.pending}
+        return tuple(sorted(work - {*self.reads[source].used}))
 
     @property
     def sharers(self) -> tuple[int, ...]:
@@ -96,14 +102,13 @@ class _Placer:
             computed = read.with_dims((read.dims[0], *((),) * (len(layer.shape) - 1)))
             wanted = self._wanted(layer)
             output = computed.scattered(outputs, wanted, layer.shape)
-            return Placement((read,), computed, output, outputs, outputs, outputs)
+            return Placement((read,), computed, output, outputs, outputs)
         features = input_features(layer, source)
         inputs = read.take(free, grid.inputs) if features is None else read.dims[features]
         space = [read.dims[dim] for dim in range(1, len(source.shape)) if dim != features]
         computed = read.with_dims(_with_features(layer, read.dims[0], space, outputs))
         output = computed.scattered(inputs, self._wanted(layer), layer.shape)
-        users = outputs if splits_input else ()
-        return Placement((read,), computed, output, inputs, users, outputs, inputs)
+        return Placement((read,), computed, output, inputs, outputs, inputs)
 
     def _followed(self, layer: LayerShape, grid: LayerGrid | None) -> Placement:
         if layer.kind == "input":

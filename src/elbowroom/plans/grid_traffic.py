@@ -65,16 +65,17 @@ class _Counter:
 
     def _reads(self, layer: LayerShape, placement: Placement) -> LayerTraffic:
         total = LayerTraffic()
-        for name, read in zip(layer.sources, placement.reads, strict=True):
+        for number, name in enumerate(layer.sources):
+            read, users = placement.reads[number], placement.users(number)
             source = self.shapes.by_name[name]
             before = self.placements[name].output
             if source.kind == "input":  # every worker has all of it
                 continue
             forward = move_between(before, read, source.shape).sent
             backward = _NOTHING
-            if self.has_gradient[name] and placement.users:
-                between = read.scattered(placement.users, before.parts, source.shape)
-                backward = move_between(read, between, source.shape, placement.users).sent
+            if self.has_gradient[name] and users:
+                between = read.scattered(users, before.parts, source.shape)
+                backward = move_between(read, between, source.shape, users).sent
                 backward = backward.plus(move_between(between, before, source.shape).sent)
             elif self.has_gradient[name]:
                 backward = move_between(read, before, source.shape).sent
