@@ -1,8 +1,12 @@
-"""A 3-D U-Net on made volumes: a script to train in less memory than it asks for.
+"""A 3-D U-Net on made volumes: a script to train in less memory, or on a grid of workers.
 
     elbowroom train profile examples/train_unet3d.py --step --out step.json
     elbowroom train plan-swap step.json --budget 24MiB --json plan.json
     elbowroom train run examples/train_unet3d.py --plan plan.json --steps 30
+
+    elbowroom train profile examples/train_unet3d.py --shapes --out shapes.json
+    elbowroom train plan-grid shapes.json --procs 4 --batch 2 --json grid.json
+    elbowroom train run examples/train_unet3d.py --plan grid.json --steps 30 --loss space
 
 Each volume has a few balls of other brightness than the noise around them; the net learns which
 voxels lie in one.
