@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import traceback
-from datetime import timedelta
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +31,7 @@ from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import FileTier
 from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of
+from elbowroom.training.process_group import join_workers
 from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
 
@@ -70,7 +70,7 @@ def _train(args: argparse.Namespace) -> None:
     check_writable(_written(args))
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    join_workers(args.timeout)
     pipeline = _make_pipeline(script, plan, args)
     first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
     if first >= args.steps:
