@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -16,3 +17,7 @@ class Microbatch(NamedTuple):
     inputs: Any
     targets: Any
     size: float | None = None
+
+
+Minibatch = tuple[Any, Any] | Sequence[Microbatch]
+"""Inputs and targets, or the microbatches that they are cut into."""
