@@ -23,7 +23,11 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Measured(NamedTuple):
-    """Seconds that a sample of so many tokens took, forward and backward, at the same rows."""
+    """Seconds for each sample of so many tokens, forward and backward.
+
+    Measure equally many tokens of each length, in more rows of the shorter ones: what a pass costs
+    by itself would count for the short ones otherwise.
+    """
 
     length: int
     seconds: float
