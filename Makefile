@@ -100,6 +100,7 @@ bench: setup
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.peers
 	$(BIN)/python -m bench.accuracy
+	$(BIN)/python -m bench.balanced_microbatches
 	$(BIN)/python -m bench.swap_sizes
 	$(BIN)/python -m bench.swap_emulated
 	$(BIN)/python -m bench.swap_peers

@@ -92,7 +92,35 @@ def accuracy() -> str:
     return table(("learning rate", "method", *shares, "at the end"), rows)
 
 
+CUTS = (
+    ("as-they-come", "as they come"),
+    ("equal-numbers", "sorted, equal numbers"),
+    ("even-cost", "sorted, even padded cost"),
+)
+
+
+def balanced_microbatches() -> str:
+    """Seconds of a minibatch of unlike lengths, by how it is cut, and the load meanwhile."""
+    data = load("balanced_microbatches")
+    rounds, over = data["rounds"], data["even_cost_over_in_rounds"]
+    rows = [
+        [
+            name,
+            f"{median(each['padded_tokens'][key] / each['tokens'] for each in rounds):.2f}",
+            f"{data['median_seconds'][key]:.2f}",
+            ratios(over[key]) if key in over else "",
+        ]
+        for key, name in CUTS
+    ]
+    rows.append(["minimum: no padding, no waiting", "1.00", f"{data['floor_seconds']:.2f}", ""])
+    loads = [each["load"] for each in rounds]
+    about = f"{where(data)}, load average {min(loads):.1f} to {max(loads):.1f}"
+    head = ("padded tokens a token", "seconds a minibatch", "even cost over that (rounds)")
+    return table((f"medians, {about}", *head), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "peers": peers,
     "accuracy": accuracy,
+    "balanced-microbatches": balanced_microbatches,
 }

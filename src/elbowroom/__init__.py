@@ -3,7 +3,8 @@
 ``run_batch`` answers a batch file, ``iter_batch`` yields rows as they finish. ``profile`` measures
 the layers of a model in training, ``plan_pipeline`` cuts them into stages on a cluster that
 ``read_cluster`` knows, and ``Pipeline`` trains by such a plan, or one that ``read_pipeline_plan``
-finds in a file. ``plan_grid`` splits each layer by batch, space and features, and
+finds in a file; ``balanced_microbatches`` shares samples of unlike length out over each minibatch's
+``Microbatch``. ``plan_grid`` splits each layer by batch, space and features, and
 ``read_grid_plan`` reads such a plan. ``Swap`` trains under a memory budget, ``SwappedOptimizer``
 keeps an optimizer's state and gradients away.
 """
@@ -21,19 +22,23 @@ if TYPE_CHECKING:
     from elbowroom.pipeline.options import StageOptions
     from elbowroom.pipeline.pipeline import Pipeline
     from elbowroom.planning.grid.plan import plan_grid
+    from elbowroom.planning.microbatches import balanced_microbatches
     from elbowroom.planning.pipeline.plan import plan_pipeline
     from elbowroom.plans.grid import read_grid_plan
     from elbowroom.plans.pipeline import read_pipeline_plan
     from elbowroom.profiling.layers import profile
     from elbowroom.swap.optimizer import SwappedOptimizer
+    from elbowroom.training.microbatch import Microbatch
 
 __all__ = [
     "Grid",
     "GridOptions",
+    "Microbatch",
     "Pipeline",
     "StageOptions",
     "Swap",
     "SwappedOptimizer",
+    "balanced_microbatches",
     "iter_batch",
     "plan_grid",
     "plan_pipeline",
@@ -47,10 +52,12 @@ __all__ = [
 _MODULES = {
     "Grid": "elbowroom.grid.grid",
     "GridOptions": "elbowroom.grid.options",
+    "Microbatch": "elbowroom.training.microbatch",
     "Pipeline": "elbowroom.pipeline.pipeline",
     "StageOptions": "elbowroom.pipeline.options",
     "Swap": "elbowroom.app.swap",
     "SwappedOptimizer": "elbowroom.swap.optimizer",
+    "balanced_microbatches": "elbowroom.planning.microbatches",
     "iter_batch": "elbowroom.app.batch",
     "plan_grid": "elbowroom.planning.grid.plan",
     "plan_pipeline": "elbowroom.planning.pipeline.plan",

@@ -9,16 +9,25 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
+import pytest
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.nn.functional import mse_loss
 
+from elbowroom.core.errors import InputError, PeerLostError
 from elbowroom.pipeline.links import Connection
+from elbowroom.pipeline.options import StageOptions
+from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.replicas import Replicas
 from elbowroom.pipeline.ring import Ring
+from elbowroom.training.ending import leave
+from elbowroom.training.microbatch import Microbatch
+from tests.pipeline.models import plan_of
 
 _SHAPES = ((3,), (5, 7))
 
@@ -131,6 +140,55 @@ def all_reduces(number: int, size: int) -> None:
     reduced = replicas.all_reduce({} if number else {"a": torch.zeros(4)})
     assert {name: one.unique().tolist() for name, one in reduced.items()} == {"a": [0.0]}
     replicas.close()
+
+
+def refuse_lists_together_that_differ(number: int, size: int) -> None:
+    """In rows, in number or in sizes alone, before the first step."""
+    pipeline = _pipeline()
+    for lists in (((3, 1), (1, 3)), ((3, 1), (2, 1, 1))):
+        with pytest.raises(InputError, match="another minibatch"):
+            pipeline.train_step(_parts(*lists[number]))
+    with pytest.raises(InputError, match="another minibatch"):
+        pipeline.train_step(_parts(3, 1, num_tokens=7 + number))
+    pipeline.train_step(_parts(3, 1))
+    pipeline.close()
+
+
+def hears_that_the_first_refused_its_list(number: int, size: int) -> None:
+    """The first stage later has a list that is too long; its neighbour waits for it in vain."""
+    _one_is_refused(number, refused=0)
+
+
+def hears_that_the_last_refused_its_list(number: int, size: int) -> None:
+    _one_is_refused(number, refused=1)
+
+
+def _one_is_refused(number: int, refused: int) -> NoReturn:
+    pipeline = _pipeline()
+    pipeline.train_step(_parts(3, 1))
+    distributed.barrier()  # what leaves at once would leave with gradients unsent
+    if number == refused:
+        with pytest.raises(InputError, match="a list of 3 microbatches"):
+            pipeline.train_step(_parts(2, 1, 1))
+    else:
+        with pytest.raises(PeerLostError, match=f"worker {refused} ended"):
+            pipeline.train_step(_parts(3, 1))
+    leave(0)
+
+
+def _pipeline() -> Pipeline:
+    """Two linear layers on two workers, which take two microbatches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    options = StageOptions("flush", 2)
+    optimizer_fn = partial(torch.optim.SGD, lr=0.1)
+    return Pipeline(model, plan_of([["input", "0"], ["1"]]), optimizer_fn, mse_loss, options)
+
+
+def _parts(*numbers: int, num_tokens: float | None = None) -> list[Microbatch]:
+    """So many rows in each."""
+    whole = torch.arange(4.0 * sum(numbers)).reshape(-1, 4).split(numbers)
+    return [Microbatch(part[:, :3], part[:, 3:], num_tokens) for part in whole]
 
 
 def _await(condition: Callable[[], bool]) -> None:

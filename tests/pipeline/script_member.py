@@ -28,6 +28,7 @@ from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.split import split
 from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.training.layers import trace_model
+from elbowroom.training.microbatch import Minibatch
 from elbowroom.training.outcome import in_training
 from elbowroom.training.script import TrainingScript, load_script
 from tests.pipeline.models import plan_of
@@ -121,7 +122,7 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
     first = pipeline.restore(checkpoints) if case.first else 0
     assert first == case.first
     generator = torch.Generator().manual_seed(0)
-    batches = (script.make_batch(generator) for _ in range(case.num_steps))
+    batches = (minibatch(script, case, generator) for _ in range(case.num_steps))
     ahead = pipeline.prepare(islice(batches, 3))
     for step, batch in enumerate(chain(ahead, batches)):
         if step >= first:
@@ -133,6 +134,12 @@ def train(case: ScriptCase, folder: Path, number: int) -> dict[str, object]:
     save_file(weights, folder / f"{number}.safetensors")
     pipeline.close()
     return {"layers": pipeline.module.layers, "notes": pipeline.notes}
+
+
+def minibatch(script: TrainingScript, case: ScriptCase, generator: torch.Generator) -> Minibatch:
+    batch = script.make_batch(generator)
+    is_cut = script.cuts_microbatches and case.semantics == "flush"
+    return script.make_microbatches(batch, case.microbatches) if is_cut else batch
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tests.pipeline.members import run_together
         ("waits_until_no_more_are_unsent", 2),
         ("adds_up_in_a_ring", 3),
         ("all_reduces", 2),
+        ("refuse_lists_together_that_differ", 2),
+        ("hears_that_the_first_refused_its_list", 2),
+        ("hears_that_the_last_refused_its_list", 2),
     ],
 )
 def test_peers(tmp_path: Path, name: str, size: int) -> None:

@@ -10,9 +10,11 @@ import torch
 
 from elbowroom.pipeline import progress
 from elbowroom.pipeline.progress import Progress
+from elbowroom.training.microbatch import Microbatch
 
 FILLING, FULL, SAVING = 5.0, 0.5, 60.0
-INPUTS = torch.zeros(8, 2)
+WHOLE = (torch.zeros(8, 2), None)
+CUT = [Microbatch(torch.zeros(rows, 2), None) for rows in (5, 1, 2)]
 
 
 def make(
@@ -30,7 +32,7 @@ def feed(one: Progress, clock: list[float], count: int, replicas: int, warmup: i
     for step in range(count):
         if step % replicas == 0:
             clock[0] += FILLING if step < warmup * replicas else FULL * replicas
-        one.note(step, None, INPUTS)
+        one.note(step, None, CUT if step % 2 else WHOLE)
 
 
 @pytest.mark.parametrize(("replicas", "warmup"), [(1, 0), (1, 3), (2, 1), (3, 2)])

@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import traceback
-from datetime import timedelta
 from functools import partial
 
 import torch
@@ -26,6 +25,7 @@ from elbowroom.plans.grid import GridPlan, read_grid_plan
 from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of, num_samples
 from elbowroom.training.losses import LossLog
+from elbowroom.training.process_group import join_workers
 from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
 
@@ -62,7 +62,7 @@ def _train(args: argparse.Namespace) -> None:
     check_writable([*written, *([args.trace] if args.trace else [])])
     script, plan = load_script(args.script), read_grid_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    join_workers(args.timeout)
     grid = _make_grid(script, plan, args)
     first = grid.restore(args.checkpoints) if args.checkpoints else 0
     if first >= args.steps:

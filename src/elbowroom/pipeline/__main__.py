@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from datetime import timedelta
+from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -32,6 +32,8 @@ from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import FileTier
 from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of
+from elbowroom.training.microbatch import Minibatch
+from elbowroom.training.process_group import join_workers
 from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
 
@@ -70,7 +72,7 @@ def _train(args: argparse.Namespace) -> None:
     check_writable(_written(args))
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=args.timeout))
+    join_workers(args.timeout)
     pipeline = _make_pipeline(script, plan, args)
     first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
     if first >= args.steps:
@@ -126,8 +128,7 @@ def _run_steps(
     progress: Progress,
 ) -> None:
     """Train from step ``first`` on, with a checkpoint now and then."""
-    generator = torch.Generator().manual_seed(args.seed)
-    batches = (script.make_batch(generator) for _ in range(args.steps))
+    batches = _minibatches(script, args, is_cut=pipeline.semantics == "flush")
     ahead = pipeline.prepare(islice(batches, _CHECKED))
     if pipeline.worker == 0:
         for note in pipeline.notes:
@@ -135,11 +136,24 @@ def _run_steps(
     for step, batch in enumerate(chain(ahead, batches)):
         if step < first:
             continue  # learned from before the checkpoint
-        progress.note(step, pipeline.train_step(batch), batch[0])
+        progress.note(step, pipeline.train_step(batch), batch)
         is_due = (step + 1) % args.every == 0 or step + 1 == args.steps
         if args.checkpoints and is_due:
             pipeline.save(args.checkpoints)
             progress.drained()
+
+
+def _minibatches(
+    script: TrainingScript, args: argparse.Namespace, *, is_cut: bool
+) -> Iterator[Minibatch]:
+    """All minibatches of a run; where ``is_cut``, in the script's microbatches, if it makes any."""
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(args.steps):
+        batch: Minibatch = script.make_batch(generator)
+        if is_cut and script.cuts_microbatches:
+            batch = script.make_microbatches(batch, args.microbatches)
+        yield batch
+        del batch
 
 
 def _scheduler_fn(

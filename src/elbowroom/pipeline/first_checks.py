@@ -6,7 +6,7 @@ were.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError, SplitError
-from elbowroom.pipeline.microbatches import microbatches
+from elbowroom.pipeline.microbatches import microbatches, pairs_in
 from elbowroom.pipeline.options import LossFunction, StageOptions
+from elbowroom.training.microbatch import Minibatch
 from elbowroom.training.outcome import RELATIVE_ERROR, is_close, seed_all, untouched
 from elbowroom.training.python_state import PythonState
 from elbowroom.training.stage import StageModule
@@ -26,7 +27,8 @@ from elbowroom.training.values import copy_of, tensors_in
 _AUTOCAST_ERROR = 3e-2
 _LEAST_ERROR = 1e-6
 
-Minibatch = tuple[Any, Any]
+Pair = tuple[Any, Any]
+"""Inputs and targets."""
 
 
 class _Given(NamedTuple):
@@ -45,11 +47,15 @@ def check_stages(
 ) -> None:
     """Compare what the stages give, one after the other, with what the model gives as it is.
 
-    The minibatches follow each other, so that what is kept in buffers is seen, too. Stages may draw
-    random numbers in another order: of a model that does, the whole graph is run instead. Raises
-    SplitError where they differ.
+    The minibatches, or the microbatches that they come in, follow each other, so that what is kept
+    in buffers is seen, too. Stages may draw random numbers in another order: of a model that does,
+    the whole graph is run instead. Raises SplitError where they differ, and InputError for inputs
+    that the graph does not hold for.
     """
     model = traced.model
+    named = dict(_named(batches))
+    for inputs in named.values():
+        traced.named_inputs(inputs)
 
     def in_stages(inputs: Any) -> Any:
         loaded = traced.named_inputs(inputs)
@@ -58,22 +64,32 @@ def check_stages(
             given = stage(*given, *(loaded[name] for name in stage.loads))
         return given
 
-    expected = _run(model, lambda inputs: called(model, inputs), batches, options)
-    found = _run(model, traced.graph.run if expected.is_random else in_stages, batches, options)
-    for number, (one, other) in enumerate(zip(expected.outputs, found.outputs, strict=True)):
+    expected = _run(model, lambda inputs: called(model, inputs), named.values(), options)
+    found = _run(
+        model, traced.graph.run if expected.is_random else in_stages, named.values(), options
+    )
+    for name, one, other in zip(named, expected.outputs, found.outputs, strict=True):
         if not _are_close(one, other, options):
             raise SplitError(
-                f"minibatch {number}: the stages give something else than the model as it is, "
+                f"{name}: the stages give something else than the model as it is, "
                 f"which was traced with the first one: let the forward do the same with each"
             )
     if not _are_close(expected.buffers, found.buffers, options):
         raise SplitError("the stages leave other buffers than the model: change them in one module")
 
 
+def _named(batches: Sequence[Minibatch]) -> Iterator[tuple[str, Any]]:
+    """Inputs of each minibatch, or of each microbatch it comes in, by what it is called."""
+    for number, batch in enumerate(batches):
+        pairs = pairs_in(batch)
+        for part, (inputs, _) in enumerate(pairs):
+            yield f"minibatch {number}" + f", microbatch {part}" * (len(pairs) > 1), inputs
+
+
 def _run(
     model: nn.Module,
     run: Callable[[Any], Any],
-    batches: Sequence[Minibatch],
+    several: Iterable[Any],
     options: StageOptions,
 ) -> _Given:
     with untouched(model), torch.enable_grad(), options.computing():
@@ -81,7 +97,7 @@ def _run(
         before = torch.get_rng_state()
         outputs = [
             [tensor.detach().clone() for tensor in tensors_in(run(copy_of(inputs)))]
-            for inputs, _ in batches
+            for inputs in several
         ]
         buffers = [buffer.detach().clone() for buffer in model.buffers()]
         return _Given(outputs, buffers, not torch.equal(torch.get_rng_state(), before))
@@ -96,7 +112,7 @@ def _are_close(
 
 
 def loss_as_it_is(
-    model: nn.Module, loss_fn: LossFunction, batch: Minibatch, options: StageOptions
+    model: nn.Module, loss_fn: LossFunction, batch: Pair, options: StageOptions
 ) -> float | None:
     """The loss of a minibatch as a plain loop has it; None if random numbers are drawn for it.
 
@@ -146,7 +162,7 @@ def _check_leaves(loss: torch.Tensor, names: dict[int, str], given: set[int] | N
 
 
 def mean_of_means(
-    model: nn.Module, loss_fn: LossFunction, batches: Sequence[Minibatch], count: int
+    model: nn.Module, loss_fn: LossFunction, batches: Sequence[Pair], count: int
 ) -> str | None:
     """What to say if the loss of a minibatch is not the mean of its microbatches' losses.
 

@@ -1,7 +1,11 @@
-"""Minibatches cut into microbatches: which tensors are cut, and whether the model allows it."""
+"""Minibatches cut into microbatches: which tensors are cut, and whether the model allows it.
+
+Or they come cut already, in microbatches of any shapes.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,11 +13,66 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
+from elbowroom.pipeline.options import StageOptions
+from elbowroom.training.microbatch import Microbatch, Minibatch
 from elbowroom.training.outcome import untouched
 from elbowroom.training.tracing import called
 from elbowroom.training.values import tensors_in
 
 _RELATIVE_ERROR = 1e-2
+
+
+def is_cut(batch: Minibatch) -> bool:
+    """Whether a minibatch comes in microbatches.
+
+    Raises InputError for one that is neither that nor inputs and targets.
+    """
+    are_parts = [isinstance(one, Microbatch) for one in batch]
+    if all(are_parts):
+        return True
+    if any(are_parts) or len(are_parts) != 2:
+        raise InputError(
+            f"a minibatch of {len(are_parts)} things: give (inputs, targets), or a list of nothing "
+            "but elbowroom.Microbatch"
+        )
+    return False
+
+
+def pairs_in(batch: Minibatch) -> list[tuple[Any, Any]]:
+    """Inputs and targets of each microbatch that a minibatch comes in, or of it as a whole."""
+    if is_cut(batch):
+        return [(part.inputs, part.targets) for part in batch]
+    inputs, targets = batch
+    return [(inputs, targets)]
+
+
+def sizes_of(batch: Minibatch, options: StageOptions) -> list[float]:
+    """Sizes of the microbatches that a minibatch comes in; none of one that is not cut.
+
+    Raises InputError for another number of them than the options say, for sizes that are no
+    weights, and with semantics that have no microbatches.
+    """
+    if not is_cut(batch):
+        return []
+    if options.semantics != "flush":
+        raise InputError(
+            f"a list of microbatches with semantics '{options.semantics}': each update there is of "
+            "one whole minibatch. Take 'flush', or give (inputs, targets)"
+        )
+    if len(batch) != options.microbatches:
+        raise InputError(
+            f"a list of {len(batch)} microbatches, and the options say {options.microbatches}: "
+            "give as many as microbatches (--microbatches) says"
+        )
+    sizes = [float((rows_of(p.inputs) or 0) if p.size is None else p.size) for p in batch]
+    if not all(size > 0 and math.isfinite(size) for size in sizes):
+        raise InputError(f"microbatches of sizes {sizes}: give each more than 0")
+    return sizes
+
+
+def rows_of(value: Any) -> int | None:
+    """Rows of the first tensor that has any."""
+    return next((len(tensor) for tensor in tensors_in(value) if tensor.ndim), None)
 
 
 def microbatches(batch: Any, count: int, num_rows: int | None = None) -> list[Any]:
@@ -23,7 +82,7 @@ def microbatches(batch: Any, count: int, num_rows: int | None = None) -> list[An
     Raises InputError for a minibatch that is no multiple.
     """
     if num_rows is None:
-        num_rows = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim), 0)
+        num_rows = rows_of(batch) or 0
     if num_rows % count:
         raise InputError(
             f"a minibatch of {num_rows} is not {count} equal microbatches: drop the last, or "

@@ -24,7 +24,8 @@ class StageOptions:
     Args:
         semantics: which weight version a minibatch uses, see ``versions``. None: the plan's;
             without one ``stash``.
-        microbatches: the number that a minibatch is split into with ``flush``; 1 otherwise.
+        microbatches: the number that a minibatch is split into with ``flush``, or comes in; 1
+            otherwise.
         seed: for dropout and other randomness, with the stage and the minibatch.
         autocast: compute in this type where ``torch.autocast`` does.
         keeps_record: keep every pass in ``StageWorker.done``.

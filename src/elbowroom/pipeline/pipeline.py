@@ -18,7 +18,13 @@ from elbowroom.pipeline.first_checks import (
     loss_as_it_is,
     mean_of_means,
 )
-from elbowroom.pipeline.microbatches import check_microbatches
+from elbowroom.pipeline.microbatches import (
+    check_microbatches,
+    is_cut,
+    pairs_in,
+    rows_of,
+    sizes_of,
+)
 from elbowroom.pipeline.options import LossFunction, StageOptions
 from elbowroom.pipeline.split import split
 from elbowroom.pipeline.stage_actions import Done
@@ -37,6 +43,7 @@ from elbowroom.training.checkpoint import (
 from elbowroom.training.keeping import Keeper
 from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler
+from elbowroom.training.microbatch import Minibatch
 from elbowroom.training.outcome import in_training
 from elbowroom.training.python_state import PythonState
 from elbowroom.training.sameness import check_same_batches, make_equal
@@ -44,7 +51,6 @@ from elbowroom.training.script import OptimizerFunction
 from elbowroom.training.stage import StageModule
 from elbowroom.training.traced import TracedModel
 from elbowroom.training.tracing import RECOMPUTE_DROPPED
-from elbowroom.training.values import tensors_in
 
 SchedulerFunction = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 """Makes the scheduler of a stage's optimizer."""
@@ -143,7 +149,7 @@ class Pipeline:
         """Bytes of memory that messages are received in."""
         return self._built.worker.buffer_bytes if self._built else 0
 
-    def prepare(self, batches: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    def prepare(self, batches: Iterable[Minibatch]) -> list[Minibatch]:
         """Trace the model with the first of these minibatches, and check the stages on all.
 
         It trains with none of them, and returns them. Every worker must call it with the same,
@@ -162,22 +168,25 @@ class Pipeline:
         self._built = self._build(made)
         return made
 
-    def train_step(self, batch: tuple[Any, Any]) -> float | None:
+    def train_step(self, batch: Minibatch) -> float | None:
         """Feed inputs and targets; every worker is given every minibatch, in the same order.
 
         The loss where this worker has it, else None: the last stage, of the minibatches it ran.
-        Weights follow as ``StageOptions.semantics`` says.
+        Weights follow as ``StageOptions.semantics`` says. With ``flush`` a minibatch may come cut
+        already: a list of as many ``Microbatch`` as the options say, of any shapes. Their losses
+        are weighted by their sizes, so that the gradient is that of the whole minibatch's mean.
+        Raises InputError for what does not fit.
         """
-        inputs, targets = batch
         if self._built is None:
             self.prepare([batch])
         assert self._built is not None
-        traced, module = self._built.traced, self._built.module
+        sizes, worker = sizes_of(batch, self._options), self._built.worker
+        pairs = [(self._own(inputs), targets) for inputs, targets in pairs_in(batch)]
         self._num_steps += 1
-        loaded = traced.named_inputs(inputs) if module.loads else {}
-        num_rows = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), None)
-        own = [loaded[name] for name in module.loads]
-        return self._built.worker.train_step(own, targets, num_rows)
+        if sizes:
+            return worker.train_parts(pairs, sizes)
+        [(own, targets)] = pairs
+        return worker.train_step(own, targets, rows_of(batch[0]))
 
     def drain(self) -> None:
         """Finish all minibatches in flight; every worker must call it. Then training may resume."""
@@ -224,6 +233,13 @@ class Pipeline:
         if self._keeper is not None:
             self._keeper.close()
 
+    def _own(self, inputs: Any) -> list[torch.Tensor]:
+        """Those of the model's inputs that this stage reads."""
+        assert self._built is not None
+        traced, loads = self._built.traced, self._built.module.loads
+        loaded = traced.named_inputs(inputs) if loads else {}
+        return [loaded[name] for name in loads]
+
     def _check_model(self) -> None:
         """Raise InputError for what has no meaning where several versions of weights live."""
         for name, parameter in self._model.named_parameters():
@@ -253,7 +269,7 @@ class Pipeline:
         self,
         traced: TracedModel,
         stages: list[StageModule],
-        batches: Sequence[tuple[Any, Any]],
+        batches: Sequence[Minibatch],
     ) -> LossFunction:
         """Check the stages against the whole model; the loss function that checks the first loss.
 
@@ -261,28 +277,34 @@ class Pipeline:
         """
         count = self._options.microbatches
         check_stages(traced, stages, batches, self._options)
-        if count > 1:
-            check_microbatches(self._model, batches[0][0], count)
-            note = mean_of_means(self._model, self._loss_fn, batches, count)
+        whole = [pair for batch in batches if not is_cut(batch) for pair in pairs_in(batch)]
+        if count > 1 and whole:
+            check_microbatches(self._model, whole[0][0], count)
+            note = mean_of_means(self._model, self._loss_fn, whole, count)
             self.notes += [note] if note else []
-            if any(isinstance(m, _BatchNorm) and m.training for m in self._model.modules()):
-                self.notes.append("batch norms see the rows of a microbatch, not of a minibatch")
+        if count > 1 and any(
+            isinstance(m, _BatchNorm) and m.training for m in self._model.modules()
+        ):
+            self.notes.append("batch norms see the rows of a microbatch, not of a minibatch")
         expected = None
         if self._resumed is None and count == 1:
-            expected = loss_as_it_is(self._model, self._loss_fn, batches[0], self._options)
+            [first] = pairs_in(batches[0])
+            expected = loss_as_it_is(self._model, self._loss_fn, first, self._options)
             if expected is None:
                 self.notes.append("random numbers: the first loss is not compared with a plain one")
         is_first = self.worker == self.pipe.workers(self.pipe.num_stages - 1)[0]
         expected = expected if is_first else None
         return FirstLoss(self._loss_fn, self._model, expected, self._options)
 
-    def _build(self, batches: Sequence[tuple[Any, Any]]) -> _Built:
+    def _build(self, batches: Sequence[Minibatch]) -> _Built:
         """Trace the model with the first minibatch, keep this stage of it, and restore that."""
         self._check_model()
         if self._resumed is None:
             make_equal(self._model)
         check_same_batches(batches)
-        traced = trace_model(in_training(self._model), batches[0][0])
+        for batch in batches:
+            sizes_of(batch, self._options)
+        traced = trace_model(in_training(self._model), pairs_in(batches[0])[0][0])
         self._check_recompute(traced)
         stages = split(traced, self.plan)
         loss_fn = self._first_checks(traced, stages, batches)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import distributed
 
 from elbowroom.core.trace import Span
 from elbowroom.core.units import format_bytes
+from elbowroom.pipeline.microbatches import pairs_in
 from elbowroom.pipeline.pipeline import Pipeline
 from elbowroom.pipeline.stage_actions import DoneKind
 from elbowroom.plans.pipeline_pace import steady_seconds
 from elbowroom.training.loop import num_samples
 from elbowroom.training.losses import LossLog
+from elbowroom.training.microbatch import Minibatch
 
 _MOST_PACED = 1000
 _KINDS: tuple[DoneKind, ...] = get_args(DoneKind)
@@ -35,10 +37,11 @@ class Progress:
         self._paced: deque[tuple[int, float]] = deque(maxlen=_MOST_PACED)
         self._longest: tuple[tuple[int, float], ...] = ()
 
-    def note(self, step: int, loss: float | None, inputs: Any) -> None:
+    def note(self, step: int, loss: float | None, batch: Minibatch) -> None:
         """Note that a minibatch was fed; ``loss`` is None where it is not known."""
         self._note_pace(time.perf_counter())
-        if line := self._log.note(step + 1, loss, num_samples(inputs)):
+        num_fed = sum(num_samples(inputs) for inputs, _ in pairs_in(batch))
+        if line := self._log.note(step + 1, loss, num_fed):
             print(line, flush=True)
 
     def drained(self) -> None:

@@ -55,10 +55,14 @@ class Done(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A stage's own inputs of a minibatch, and the targets."""
+    """A stage's own inputs of a minibatch or microbatch, and the targets.
+
+    ``share`` is the part of its minibatch's mean that its loss stands for.
+    """
 
     inputs: Tensors
     targets: object
+    share: float
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class _Flight:
     outputs: Tensors | tuple[GradientEdge, ...]
     """Tensors until they are sent; then, with a keeper, their places in the graph alone."""
     message: TensorMessage | None
+    share: float
 
 
 class StageActions:
@@ -145,7 +150,7 @@ class StageActions:
             outputs = functional_call(self._module, dict(leaves), inputs)
             if self._behind is None:
                 outputs = (self._loss_fn(outputs, batch.targets),)
-        self._flights[minibatch] = _Flight(version, leaves, inputs, outputs, message)
+        self._flights[minibatch] = _Flight(version, leaves, inputs, outputs, message, batch.share)
         self._note("forward", minibatch, version, begin)
         if self._behind is None:
             self.losses[minibatch] = float(outputs[0].detach())
@@ -178,7 +183,7 @@ class StageActions:
         if message is not None:
             given = list(message.tensors)
         else:
-            given = [torch.full_like(loss, 1 / self._options.microbatches) for loss in outputs]
+            given = [torch.full_like(loss, flight.share) for loss in outputs]
         begin = time.perf_counter()
         inputs = [tensor for tensor in flight.inputs if tensor.requires_grad]
         leaves = {name: flight.leaves[name] for name in self.versions.trained}

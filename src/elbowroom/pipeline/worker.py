@@ -110,14 +110,28 @@ class StageWorker:
         input or target; all else goes with each of them. Gives the loss where the last stage has
         run the minibatch, else None; with several microbatches, the mean over those run here.
         """
-        inputs = tuple(tensor.detach() for tensor in inputs)
-        count = self._num_parts
-        if count == 1:
-            return self._feed(Batch(inputs, targets))
-        parts = microbatches((inputs, targets), count, num_rows)
-        losses = [self._feed(Batch(*part)) for part in parts]
-        here = [loss for loss in losses if loss is not None]
-        return sum(here) / len(here) if here else None
+        whole, count = (tuple(inputs), targets), self._num_parts
+        parts = [whole] if count == 1 else microbatches(whole, count, num_rows)
+        return self.train_parts(parts, [1.0] * count)
+
+    def train_parts(
+        self, parts: Sequence[tuple[Sequence[torch.Tensor], object]], sizes: Sequence[float]
+    ) -> float | None:
+        """Feed one minibatch that is cut already: inputs and targets of each microbatch.
+
+        They are as many as the options say. Gradients, and the loss that it gives, are weighted
+        by ``sizes``. For the rest see ``train_step``.
+        """
+        assert len(parts) == self._num_parts, "the schedule flushes after so many"
+        total, here = sum(sizes), []
+        for (inputs, targets), size in zip(parts, sizes, strict=True):
+            own = tuple(tensor.detach() for tensor in inputs)
+            loss = self._feed(Batch(own, targets, size / total))
+            if loss is not None:
+                here.append((loss, size))
+        if not here:
+            return None
+        return sum(loss * size for loss, size in here) / sum(size for _, size in here)
 
     def drain(self) -> None:
         """Finish all minibatches in flight; every worker must call it. Then training may resume."""

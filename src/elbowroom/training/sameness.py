@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.training.values import tensors_in
+from elbowroom.training.microbatch import Minibatch
 
 
 def make_equal(model: nn.Module) -> None:
@@ -34,12 +36,18 @@ def make_equal(model: nn.Module) -> None:
             distributed.broadcast(tensor, 0)
 
 
-def check_same_batches(batches: Sequence[tuple[Any, Any]]) -> None:
-    """Raise InputError if workers were given different minibatches. Every worker must call it."""
-    if not _agree([_digest(tensor) for tensor in tensors_in(list(batches))]):
+def check_same_batches(batches: Sequence[Minibatch]) -> None:
+    """Raise InputError if workers were given different minibatches. Every worker must call it.
+
+    Tensors are compared, and numbers beside them, such as sizes of microbatches.
+    """
+    leaves = pytree.tree_leaves(list(batches))
+    tensors = [_digest(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    numbers = tuple(float(leaf) for leaf in leaves if isinstance(leaf, Real))
+    if not _agree([*tensors, numbers]):
         raise InputError(
             "make_batch gives each worker another minibatch: draw all that is random in it from "
-            "its generator, also what numpy and Python's random would draw"
+            "its generator, also what numpy and Python's random would draw, and cut it alike"
         )
 
 

@@ -1,18 +1,21 @@
 """Training scripts: the user's own Python file, which defines a model and its data.
 
-A script has three functions, by these names, and may have two more::
+A script has three functions, by these names, and may have three more::
 
     def make_model() -> nn.Module: ...
     def make_batch(generator: torch.Generator) -> tuple[inputs, targets]: ...
     def loss_fn(outputs, targets) -> torch.Tensor: ...
     def make_optimizer(parameters) -> torch.optim.Optimizer: ...
     def make_scheduler(optimizer, num_steps: int) -> LRScheduler: ...
+    def make_microbatches(inputs, targets, count: int) -> list[Microbatch]: ...
 
 ``make_model`` draws its weights with torch's random numbers, which are seeded before.
 ``make_batch`` gives one minibatch; everything random in it comes from ``generator``. ``inputs`` are
 a tensor, a tuple of positional or a dict of named arguments of the model. ``loss_fn`` gives a
 tensor of one number. ``make_optimizer`` is given the parameters of one stage; ``make_scheduler``
-its optimizer, and the number of updates to come: it steps after each.
+its optimizer, and the number of updates to come: it steps after each. ``make_microbatches`` cuts a
+minibatch, for pipelines with ``--semantics flush``, into ``count`` of any shapes, each row into one
+of them; without it they have equally many of the rows as they come.
 
 The file is run because its user names it, as ``python SCRIPT`` would: with its own folder among
 those that it imports from.
@@ -34,9 +37,10 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from elbowroom.core.errors import InputError
+from elbowroom.training.microbatch import Microbatch, Minibatch
 
 _FUNCTIONS = ("make_model", "make_batch", "loss_fn")
-_MORE_FUNCTIONS = ("make_optimizer", "make_scheduler")
+_MORE_FUNCTIONS = ("make_optimizer", "make_scheduler", "make_microbatches")
 
 _DEFAULT_RATE = 1e-3
 
@@ -65,6 +69,23 @@ class TrainingScript:
         if not isinstance(batch, tuple) or len(batch) != 2:
             raise InputError(f"{self.path}: make_batch must return a tuple (inputs, targets)")
         return batch
+
+    @property
+    def cuts_microbatches(self) -> bool:
+        return "make_microbatches" in self.functions
+
+    def make_microbatches(self, batch: Minibatch, count: int) -> list[Microbatch]:
+        """The script's own microbatches of a minibatch. Raises InputError as ``make_model`` does.
+
+        How many there are is checked where they are trained.
+        """
+        inputs, targets = batch
+        made = self._call("make_microbatches", inputs, targets, count)
+        if not isinstance(made, list) or not all(isinstance(part, Microbatch) for part in made):
+            raise InputError(
+                f"{self.path}: make_microbatches must return a list of elbowroom.Microbatch"
+            )
+        return made
 
     @property
     def loss_fn(self) -> Callable[[Any, Any], torch.Tensor]:
