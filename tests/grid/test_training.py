@@ -91,6 +91,48 @@ def test_a_loss_that_is_no_mean() -> None:
     assert trained.losses == pytest.approx(losses, rel=_TOLERANCE)
 
 
+def test_a_loss_of_some_samples() -> None:
+    """It is refused also where all samples have the same loss, because nothing is known yet."""
+    model = linear_net()
+    for parameter in model[2].parameters():  # type: ignore[index]
+        nn.init.zeros_(parameter)
+    batches = linear_batches()
+    for _, targets in batches:
+        targets[[1, 5]] = -100  # which cross_entropy ignores; each worker has another sample
+    with pytest.raises(InputError, match="--loss whole"):
+        train_on_grid(model, batches, COLUMNS_ROWS)
+    trained = train_on_grid(model, batches, COLUMNS_ROWS, GridOptions(loss="whole"))
+    assert train_plainly(model, batches).difference(trained) <= _TOLERANCE
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.head, self.other = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(self.first(x))
+        return self.other(x), self.head(x)
+
+
+@pytest.mark.parametrize("num_samples", [3, 4])
+def test_a_result_that_the_loss_does_not_read(num_samples: int) -> None:
+    """A worker without samples waits for no gradients of it: nobody has them."""
+    torch.manual_seed(6)
+    model, batches = TwoHeads().double(), linear_batches(num_samples)
+
+    def of_one(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return loss_fn(outputs[1], targets)
+
+    alone, trained = (
+        train_on_grid(model, batches, GridPlan(procs, num_samples, layers), loss=of_one)
+        for procs in (1, 4)
+        for layers in [tuple(LayerGrid(name, procs) for name in ("first", "head", "other"))]
+    )
+    assert alone.difference(trained) <= _TOLERANCE
+
+
 def test_minibatches_of_other_sizes() -> None:
     """A last minibatch may be smaller, also than there are parts."""
     model = model_of("transformer")
