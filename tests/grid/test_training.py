@@ -241,6 +241,36 @@ def test_autocast() -> None:
     assert {weight.dtype for weight in trained.weights.values()} == {torch.float32}
 
 
+class Convolved(nn.Module):
+    """Layers whose products autocast has in bfloat16, and some that it has in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1)
+        self.pool, self.up = nn.AvgPool3d(2), nn.ConvTranspose3d(4, 4, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.up(self.pool(self.first(x)))).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (LayerGrid("first", 4), LayerGrid("up", space=(2, 2)), LayerGrid("second", 4)),
+        (LayerGrid("first", space=(4,)), LayerGrid("up", inputs=2), LayerGrid("second", 4)),
+        (LayerGrid("first", 2, (2,)), LayerGrid("up", space=(4,)), LayerGrid("second", inputs=4)),
+    ],
+)
+def test_autocast_where_some_have_nothing(layers: tuple[LayerGrid, ...]) -> None:
+    """A worker without samples or rows knows the type of what the others send."""
+    torch.manual_seed(7)
+    model = Convolved()
+    batches = [(torch.randn(3, 1, 4, 4, 4), torch.randint(4, (3,))) for _ in range(2)]
+    options = GridOptions(autocast=torch.bfloat16)
+    trained = train_on_grid(model, batches, GridPlan(4, 3, layers), options)
+    assert trained.losses == pytest.approx(train_plainly(model, batches).losses, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("plan", "said"),
     [
