@@ -193,6 +193,39 @@ def test_tied_weights() -> None:
     assert train_plainly(model, batches).difference(trained) <= _TOLERANCE
 
 
+class NormedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(12, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.two(torch.relu(self.norm(self.one(x)))))
+
+
+def normed_twice(one: LayerGrid, two: LayerGrid) -> float:
+    torch.manual_seed(8)
+    model, batches = NormedTwice().double(), linear_batches()
+    trained = train_on_grid(model, batches, GridPlan(4, 6, (one, two)))
+    return train_plainly(model, batches).difference(trained)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (LayerGrid("one"), LayerGrid("two", 4)),
+        (LayerGrid("one", 2, outputs=2), LayerGrid("two", 2, outputs=2)),
+    ],
+)
+def test_a_norm_that_is_called_twice(one: LayerGrid, two: LayerGrid) -> None:
+    """Its statistics are of both calls, also where only one of them is over several workers."""
+    assert normed_twice(one, two) <= _TOLERANCE
+
+
+def test_a_norm_whose_channels_are_split_otherwise() -> None:
+    with pytest.raises(InputError, match=r"norm\.running_mean"):
+        normed_twice(LayerGrid("one", outputs=2), LayerGrid("two", outputs=4))
+
+
 def dropped() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4)).double()
