@@ -95,6 +95,22 @@ def test_any_grid_loads_it(members: Members, saved: Path, tmp_path: Path, procs:
         assert each["losses"] == pytest.approx(expected, rel=_TOLERANCE)
 
 
+def test_workers_of_some_layers_save(members: Members, tmp_path: Path) -> None:
+    """Worker 0 has no state of the first layers, which the others save before the rest."""
+    layers = [LayerGrid(layer.name, 2, workers=(1, 2)) for layer in plan(3).layers[:2]]
+    by_sets = GridPlan(3, SAMPLES, (*layers, *plan(3, "out").layers[2:]))
+    kept = tmp_path / "kept"
+    seen = members.run(GridCase(_NET, by_sets.to_json(), 2, saves_to=str(kept)), tmp_path)
+    assert [each["error"] for each in seen] == [""] * 3
+    expected, tensors = (
+        train_plainly(model_of(_NET), batches_of(_NET, SAMPLES)[:2]),
+        tensors_of(kept),
+    )
+    for name, weight in expected.weights.items():
+        assert (tensors[f"model.{name}"] - weight).abs().max() <= _TOLERANCE, name
+        assert tensors[f"optimizer.{name}.momentum_buffer"].shape == weight.shape
+
+
 def test_a_worker_that_says_nothing(members: Members, tmp_path: Path) -> None:
     """The others end within the timeout, and name one that they waited for."""
     case = GridCase(_NET, plan(3).to_json(), 2, silent=1, seconds=3.0)

@@ -91,6 +91,48 @@ def test_a_loss_that_is_no_mean() -> None:
     assert trained.losses == pytest.approx(losses, rel=_TOLERANCE)
 
 
+def test_a_loss_of_some_samples() -> None:
+    """It is refused also where all samples have the same loss, because nothing is known yet."""
+    model = linear_net()
+    for parameter in model[2].parameters():  # type: ignore[index]
+        nn.init.zeros_(parameter)
+    batches = linear_batches()
+    for _, targets in batches:
+        targets[[1, 5]] = -100  # which cross_entropy ignores; each worker has another sample
+    with pytest.raises(InputError, match="--loss whole"):
+        train_on_grid(model, batches, COLUMNS_ROWS)
+    trained = train_on_grid(model, batches, COLUMNS_ROWS, GridOptions(loss="whole"))
+    assert train_plainly(model, batches).difference(trained) <= _TOLERANCE
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.head, self.other = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(self.first(x))
+        return self.other(x), self.head(x)
+
+
+@pytest.mark.parametrize("num_samples", [3, 4])
+def test_a_result_that_the_loss_does_not_read(num_samples: int) -> None:
+    """A worker without samples waits for no gradients of it: nobody has them."""
+    torch.manual_seed(6)
+    model, batches = TwoHeads().double(), linear_batches(num_samples)
+
+    def of_one(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+        return loss_fn(outputs[1], targets)
+
+    alone, trained = (
+        train_on_grid(model, batches, GridPlan(procs, num_samples, layers), loss=of_one)
+        for procs in (1, 4)
+        for layers in [tuple(LayerGrid(name, procs) for name in ("first", "head", "other"))]
+    )
+    assert alone.difference(trained) <= _TOLERANCE
+
+
 def test_minibatches_of_other_sizes() -> None:
     """A last minibatch may be smaller, also than there are parts."""
     model = model_of("transformer")
@@ -151,6 +193,39 @@ def test_tied_weights() -> None:
     assert train_plainly(model, batches).difference(trained) <= _TOLERANCE
 
 
+class NormedTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Linear(12, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.two(torch.relu(self.norm(self.one(x)))))
+
+
+def normed_twice(one: LayerGrid, two: LayerGrid) -> float:
+    torch.manual_seed(8)
+    model, batches = NormedTwice().double(), linear_batches()
+    trained = train_on_grid(model, batches, GridPlan(4, 6, (one, two)))
+    return train_plainly(model, batches).difference(trained)
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        (LayerGrid("one"), LayerGrid("two", 4)),
+        (LayerGrid("one", 2, outputs=2), LayerGrid("two", 2, outputs=2)),
+    ],
+)
+def test_a_norm_that_is_called_twice(one: LayerGrid, two: LayerGrid) -> None:
+    """Its statistics are of both calls, also where only one of them is over several workers."""
+    assert normed_twice(one, two) <= _TOLERANCE
+
+
+def test_a_norm_whose_channels_are_split_otherwise() -> None:
+    with pytest.raises(InputError, match=r"norm\.running_mean"):
+        normed_twice(LayerGrid("one", outputs=2), LayerGrid("two", outputs=4))
+
+
 def dropped() -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(12, 16), nn.Dropout(0.5), nn.Linear(16, 4)).double()
@@ -197,6 +272,36 @@ def test_autocast() -> None:
     trained = train_on_grid(single, inputs, COLUMNS_ROWS, options)
     assert trained.losses == pytest.approx(train_plainly(model, batches).losses, rel=0.05)
     assert {weight.dtype for weight in trained.weights.values()} == {torch.float32}
+
+
+class Convolved(nn.Module):
+    """Layers whose products autocast has in bfloat16, and some that it has in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv3d(1, 4, 3, padding=1), nn.Conv3d(4, 4, 3, padding=1)
+        self.pool, self.up = nn.AvgPool3d(2), nn.ConvTranspose3d(4, 4, 2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.up(self.pool(self.first(x)))).mean((2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (LayerGrid("first", 4), LayerGrid("up", space=(2, 2)), LayerGrid("second", 4)),
+        (LayerGrid("first", space=(4,)), LayerGrid("up", inputs=2), LayerGrid("second", 4)),
+        (LayerGrid("first", 2, (2,)), LayerGrid("up", space=(4,)), LayerGrid("second", inputs=4)),
+    ],
+)
+def test_autocast_where_some_have_nothing(layers: tuple[LayerGrid, ...]) -> None:
+    """A worker without samples or rows knows the type of what the others send."""
+    torch.manual_seed(7)
+    model = Convolved()
+    batches = [(torch.randn(3, 1, 4, 4, 4), torch.randint(4, (3,))) for _ in range(2)]
+    options = GridOptions(autocast=torch.bfloat16)
+    trained = train_on_grid(model, batches, GridPlan(4, 3, layers), options)
+    assert trained.losses == pytest.approx(train_plainly(model, batches).losses, rel=0.05)
 
 
 @pytest.mark.parametrize(

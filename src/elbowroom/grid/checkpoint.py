@@ -45,9 +45,9 @@ class GridState:
     def save(self, folder: Path, steps: int, run: dict[str, Any]) -> Path:
         """Write a checkpoint; every worker must call it. Raises OutputError and PeerLostError."""
         self._channel.begin_step()
-        self._channel.at(GATHERED)
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self._names()):
+            self._channel.at(GATHERED, number)  # optimizers keep nothing for layers of others
             home = self._weights.home(name)
             writer = home[number % len(home)]
             for key, tensor in self._tensors_of(name).items():

@@ -149,7 +149,7 @@ class _Run:
             return part
         view = [1] * len(part.shape)
         view[shape.features] = -1
-        return part.with_local(part.local + bias.view(view))
+        return part.with_local(part.local + bias.to(part.local.dtype).view(view))
 
     def _read(self, name: str, layout: Layout, users: tuple[int, ...]) -> Part:
         part = self._values[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import fx
@@ -26,7 +26,9 @@ LOSS_PLACES: tuple[LossPlace, ...] = ("batch", "space", "whole")
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 
-_RELATIVE_ERROR = 1e-3
+_RELATIVE_ERROR, _GRADIENT_ERROR = 1e-3, 1e-2
+"""Of the shares' sum, and of their gradients' norm, which bfloat16 rounds by 0.004."""
+
 LOSS = "loss"
 """What is sent for a loss is counted by this name."""
 
@@ -43,6 +45,13 @@ class LocalLoss:
     counts: bool | None
 
 
+class _Probe(NamedTuple):
+    """A loss, and its gradient by each result; None by one that it does not depend on."""
+
+    value: torch.Tensor
+    gradients: dict[str, torch.Tensor | None]
+
+
 class GridLoss:
     """A script's loss function on parts of the outputs.
 
@@ -55,50 +64,47 @@ class GridLoss:
 
     def __init__(self, loss_fn: LossFunction, place: LossPlace, channel: Channel) -> None:
         self._loss_fn, self._place, self._channel = loss_fn, place, channel
-        self._is_checked = False
+        self._used: frozenset[str] | None = None  # results on which the loss depends, when known
 
     def share(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> LocalLoss:
         """The share of this worker, to be differentiated, of what the model's results are.
 
-        Raises InputError, with the first minibatch, if shares do not add up to the loss of the
-        whole, and for a loss that is no number.
+        Raises InputError, with the first minibatch, if shares or their gradients do not add up to
+        those of the whole, and for a loss that is no number.
         """
         self._channel.at(LOSS, SECTIONS * len(model.operations))
-        shared = self._share(model, results, targets)
-        if not self._is_checked and shared.counts is not None:
-            self._check(shared, model, results, targets)
-        self._is_checked = True
-        return shared
-
-    def total(self, shared: LocalLoss) -> float:
-        """The loss of the whole minibatch, the same on all workers."""
-        return self._sum(shared).item()
-
-    def _sum(self, shared: LocalLoss) -> torch.Tensor:
-        own = shared.share.detach().reshape(1)
-        if shared.counts is None:
-            return own.squeeze()
-        route, everyone = self._channel.route("SUM"), range(self._channel.num_workers)
-        own = own if shared.counts else torch.zeros_like(own)
-        return all_sum(own, everyone, self._channel, route, "forward").squeeze()
-
-    def _share(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> LocalLoss:
         parts = [part for part in results.values() if isinstance(part, Part) and part.shape]
         homes = {part.layout.workers for part in parts}
         if self._place == "whole" or len(parts) < len(results) or len(homes) > 1:
-            return LocalLoss(self._of_whole(model, results, targets), None)
+            values = self._gathered(results)
+            return LocalLoss(self._of(self._outputs(model, values), targets), None)
         layouts = self._layouts(model, results)
         local = {name: moved(part, layouts[name], self._channel) for name, part in results.items()}
-        name, one = next(iter(local.items()))
-        ours = one.layout.local_shape(one.worker, one.shape)
-        share = math.prod(ours) / math.prod(one.shape)
-        if share == 0:
-            nothing = [part.local.sum() * 0 for part in local.values()]
+        if self._used is None:
+            self._check(model, results, local, targets)
+        return self._share(model, local, targets)
+
+    def total(self, shared: LocalLoss) -> float:
+        """The loss of the whole minibatch, the same on all workers."""
+        own = shared.share.detach().reshape(1)
+        if shared.counts is None:
+            return own.item()
+        return self._sum(own if shared.counts else torch.zeros_like(own)).item()
+
+    def _sum(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum over all workers, in double precision whatever type each has."""
+        route, everyone = self._channel.route("SUM"), range(self._channel.num_workers)
+        return all_sum(own.double(), everyone, self._channel, route, "forward")
+
+    def _share(self, model: GridModel, local: Mapping[str, Part], targets: Any) -> LocalLoss:
+        one = next(iter(local.values()))
+        if not one.local.numel():
+            assert self._used is not None  # by other results no worker sends gradients
+            nothing = [local[name].local.sum() * 0 for name in local if name in self._used]
             return LocalLoss(torch.stack(nothing).sum(), counts=False)
-        own_targets = self._cut_targets(targets, one, model.shapes.by_name[name].features)
-        loss = self._of(self._outputs(model, {n: p.local for n, p in local.items()}), own_targets)
-        is_first = one.layout.group(one.worker, one.layout.replicas)[0] == one.worker
-        return LocalLoss(loss * share, is_first)
+        values = {name: part.local for name, part in local.items()}
+        loss = self._of(self._outputs(model, values), self._own_targets(model, local, targets))
+        return LocalLoss(loss * _share_of(one), _is_first(one))
 
     def _layouts(self, model: GridModel, results: Mapping[str, Part]) -> dict[str, Layout]:
         """Where the loss needs the results: features whole, the rest as in the first of them."""
@@ -117,14 +123,15 @@ class GridLoss:
             )
         return found
 
-    def _of_whole(self, model: GridModel, results: Mapping[str, Any], targets: Any) -> torch.Tensor:
+    def _gathered(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of the results, whole."""
         values = {}
         for name, value in results.items():
             if isinstance(value, Part):
                 layout = whole(range(self._channel.num_workers), len(value.shape))
                 value = moved(value, layout, self._channel).local
             values[name] = value
-        return self._of(self._outputs(model, values), targets)
+        return values
 
     def _of(self, outputs: Any, targets: Any) -> torch.Tensor:
         loss = self._loss_fn(outputs, targets)
@@ -148,8 +155,10 @@ class GridLoss:
         spec = traced.graph.result
         return found if spec is None else pytree.tree_unflatten(found, spec)
 
-    def _cut_targets(self, targets: Any, output: Part, features: int) -> Any:
+    def _own_targets(self, model: GridModel, local: Mapping[str, Part], targets: Any) -> Any:
         """The targets of this worker's samples and rows; a tensor of other sizes stays whole."""
+        name, output = next(iter(local.items()))
+        features = model.shapes.by_name[name].features
         shape, dims = output.shape, output.layout.dims
         spatial = shape[:features] + shape[features + 1 :]
 
@@ -173,14 +182,70 @@ class GridLoss:
         return pytree.tree_map_only(torch.Tensor, cut_target, targets)
 
     def _check(
-        self, shared: LocalLoss, model: GridModel, results: Mapping[str, Any], targets: Any
+        self,
+        model: GridModel,
+        results: Mapping[str, Any],
+        local: Mapping[str, Part],
+        targets: Any,
     ) -> None:
-        total = self._sum(shared).double()
+        """Compare all workers' shares with the loss of the whole; note on which results it depends.
+
+        Losses alone do not tell: a model that knows nothing yet has the same loss of every sample.
+        """
         with torch.no_grad():
-            expected = self._of_whole(model, results, copy_of(targets)).double()
-        if not torch.isclose(total, expected, rtol=_RELATIVE_ERROR, atol=1e-6, equal_nan=True):
-            raise InputError(
-                f"the loss of the workers' shares adds up to {total.item():.6g}, and that of all "
-                f"outputs is {expected.item():.6g}: loss_fn is no mean over samples. Take it of "
-                f"the whole (GridOptions(loss='whole'), --loss whole)"
-            )
+            gathered = self._gathered(results)
+        expected = self._probe(model, gathered, targets)
+        self._used = frozenset(n for n, found in expected.gradients.items() if found is not None)
+        sums = torch.zeros(3, dtype=torch.float64)  # losses, squares of errors and of gradients
+        one = next(iter(local.values()))
+        if one.local.numel() and _is_first(one):
+            values = {name: part.local for name, part in local.items()}
+            own = self._probe(model, values, self._own_targets(model, local, targets))
+            sums[0] = own.value.double() * _share_of(one)
+            for name in self._used:
+                right, found = expected.gradients[name], own.gradients[name]
+                assert right is not None
+                right = cut(right, local[name].box).double()
+                error = right if found is None else right - found.double() * _share_of(one)
+                sums[1] += error.square().sum().cpu()
+                sums[2] += right.square().sum().cpu()
+        total, error_squared, size_squared = self._sum(sums).tolist()
+        value = expected.value.item()
+        _check_shares(total, value, math.sqrt(error_squared), math.sqrt(size_squared))
+
+    def _probe(self, model: GridModel, values: Mapping[str, torch.Tensor], targets: Any) -> _Probe:
+        """The loss of some values, apart from the graph of the step."""
+        leaves = {
+            name: value.detach().requires_grad_(value.is_floating_point())
+            for name, value in values.items()
+        }
+        copies = {name: leaf.clone() for name, leaf in leaves.items()}  # it may write into them
+        loss = self._of(self._outputs(model, copies), copy_of(targets))
+        by = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        gradients = torch.autograd.grad(loss, [*by.values()], allow_unused=True)
+        return _Probe(loss.detach(), dict(zip(by, gradients, strict=True)))
+
+
+def _share_of(part: Part) -> float:
+    """Share of the elements that this worker has."""
+    return part.local.numel() / math.prod(part.shape)
+
+
+def _is_first(part: Part) -> bool:
+    """Whether this worker is the first of those that have this part."""
+    return part.layout.group(part.worker, part.layout.replicas)[0] == part.worker
+
+
+def _check_shares(total: float, expected: float, error: float, size: float) -> None:
+    """Raise InputError where shares, or their gradients, are not those of the loss of the whole."""
+    one, other = torch.tensor([total]), torch.tensor([expected])
+    if not torch.isclose(one, other, rtol=_RELATIVE_ERROR, atol=1e-6, equal_nan=True):
+        what = f"adds up to {total:.6g}, and that of all outputs is {expected:.6g}"
+    elif error > _GRADIENT_ERROR * size:
+        what = f"has a gradient that is off by {error:.3g}, of a norm of {size:.3g}"
+    else:
+        return
+    raise InputError(
+        f"the loss of the workers' shares {what}: loss_fn is no mean over samples. Take it of the "
+        f"whole (GridOptions(loss='whole'), --loss whole)"
+    )

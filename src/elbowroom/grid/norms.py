@@ -38,9 +38,10 @@ class Running:
     def update(self, mean: torch.Tensor, variance: torch.Tensor, count: int) -> None:
         """Take in a minibatch of so many elements a feature, and of this biased variance."""
         share = self.counted()
-        self.mean.lerp_(mean.to(self.mean.dtype), share)
+        # In their data: a use before, of the same module, may have saved them for its backward.
+        self.mean.data.lerp_(mean.to(self.mean.dtype), share)
         unbiased = variance * (count / (count - 1))
-        self.variance.lerp_(unbiased.to(self.variance.dtype), share)
+        self.variance.data.lerp_(unbiased.to(self.variance.dtype), share)
 
     @torch.no_grad()
     def counted(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
 from elbowroom.plans.grid_layout import Box, Layout
 
@@ -52,3 +53,8 @@ def zeros_like_computed(shape: tuple[int, ...], *read: torch.Tensor | None) -> t
     given = [tensor for tensor in read if tensor is not None]
     total = sum((tensor.sum() * 0 for tensor in given[1:]), given[0].sum() * 0)
     return given[0].new_zeros(shape) + total
+
+
+def product_type(one: torch.Tensor, other: torch.Tensor) -> torch.dtype:
+    """The type in which torch gives products of two tensors: that of autocast, where it is on."""
+    return F.linear(one.new_zeros(1, 1), other.new_zeros(1, 1)).dtype

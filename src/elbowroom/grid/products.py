@@ -7,7 +7,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from elbowroom.core.windows import part_of
 from elbowroom.grid.call import Call
-from elbowroom.grid.parts import Part
+from elbowroom.grid.parts import Part, product_type, zeros_like_computed
 from elbowroom.training.operations.operation import Attention, DotAttention, Embedding
 
 
@@ -63,7 +63,8 @@ def dot_attention(call: Call) -> Part:
     settings = call.settings(DotAttention)
     query, key, value = (source.local for source in call.sources)
     if not query.numel():
-        return call.output(query + 0 * (key.sum() + value.sum()))
+        nothing = zeros_like_computed(call.local_shape, query, key, value)
+        return call.output(nothing.to(product_type(query, key)))
     is_grouped = query.shape[1] != key.shape[1]
     return call.output(
         F.scaled_dot_product_attention(

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
 from elbowroom.core.windows import Interval, TransposedWindow, part_of
 from elbowroom.grid.moves import fetch
-from elbowroom.grid.parts import Part, zeros_like_computed
+from elbowroom.grid.parts import Part, product_type, zeros_like_computed
 from elbowroom.grid.transport import Channel
 from elbowroom.grid.windowed import FIRST_SPACE, result_shape, whole_dims
 from elbowroom.plans.grid_layout import Layout
@@ -46,6 +46,7 @@ def conv_transpose(
     local_shape = (len(part.local), num_outputs, *(rows.size for rows in wanted))
     if 0 in (*local_shape, *part.local.shape, *weight.shape):
         local = zeros_like_computed(local_shape, part.local, weight)
+        local = local.to(product_type(part.local, weight))
     else:
         local = _spread(part.local, weight, windows, groups, is_whole)
         for k, window in enumerate(windows):
@@ -53,7 +54,7 @@ def conv_transpose(
                 start = firsts[k] * window.stride - window.padding
                 local = _cut_or_padded(local, FIRST_SPACE + k, start, wanted[k])
     if bias is not None:
-        local = local + bias.view(-1, *[1] * len(windows))
+        local = local + bias.to(local.dtype).view(-1, *[1] * len(windows))
     shape = result_shape(part, windows, num_outputs if features is None else features)
     assert tuple(local.shape) == local_shape
     return replace(part, local=local, shape=shape, layout=layout or part.layout)

@@ -65,13 +65,17 @@ class _Receiving:
 
     def wait(self) -> None:
         for peer, tensor in self._receives.items():
-            tensor.copy_(self._take(peer))
+            found = self._take(peer)
+            assert (found.dtype, found.numel()) == (tensor.dtype, tensor.numel()), (
+                "both know what is sent"
+            )
+            tensor.copy_(found)
         self._receives = {}
 
     def _take(self, peer: int) -> torch.Tensor:
         mailboxes = self._mailboxes
-        box = mailboxes.boxes[peer, self._worker, self._key]
         with mailboxes.changed:
+            box = mailboxes.boxes[peer, self._worker, self._key]
             mailboxes.changed.wait_for(
                 lambda: bool(box) or mailboxes.lost is not None, mailboxes.seconds
             )

@@ -16,6 +16,9 @@ from elbowroom.grid.weight_parts import WeightUse, cut_intervals
 _FIRST_KEY = 1 << 24
 """Keys of gradients of weights begin here; those of layers are below."""
 
+_UPDATED = ("running_mean", "running_var")
+"""Buffers of which each worker updates its part."""
+
 
 class Weights:
     """The parameters and buffers of a model, as one worker of a grid has them.
@@ -44,7 +47,7 @@ class Weights:
         self.local: dict[str, torch.Tensor] = {**buffers}
         parameters = dict(model.named_parameters())
         self._by_name = {use.name: use for use in self._uses.values()}
-        _check_homes(self._uses.values())
+        _check_shared(self._uses.values())
         for number, (name, parameter) in enumerate(parameters.items()):
             self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number, "SUM")
             use = self._by_name.get(name)
@@ -122,15 +125,20 @@ class Weights:
         parameter.register_post_accumulate_grad_hook(start)  # type: ignore[no-untyped-call]
 
 
-def _check_homes(uses: Iterable[WeightUse]) -> None:
-    """Raise InputError for a parameter that layers on unlike workers use."""
-    homes: dict[str, WeightUse] = {}
+def _check_shared(uses: Iterable[WeightUse]) -> None:
+    """Raise InputError for what layers on unlike workers use, or update in unlike parts."""
+    first: dict[str, WeightUse] = {}
     for use in uses:
-        other = homes.setdefault(use.name, use)
+        other = first.setdefault(use.name, use)
         if other.layout.workers != use.layout.workers:
             raise InputError(
                 f"'{use.name}' is used by layers '{other.layer}' and '{use.layer}', which the plan "
                 f"gives to other workers: give them the same"
+            )
+        if use.role in _UPDATED and other.layout != use.layout:
+            raise InputError(
+                f"'{use.name}' is updated by layers '{other.layer}' and '{use.layer}', to "
+                f"which the plan gives other channels: give the layers before them the same grid"
             )
 
 

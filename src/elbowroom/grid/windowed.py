@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own name)
 
 from elbowroom.core.windows import PADDING, AxisWindow, Interval, Window, exchange, part_of
 from elbowroom.grid.moves import fetch
-from elbowroom.grid.parts import Part, zeros_like_computed
+from elbowroom.grid.parts import Part, product_type, zeros_like_computed
 from elbowroom.grid.transport import Channel
 from elbowroom.plans.grid_layout import Layout
 
@@ -56,6 +56,7 @@ def conv(
     local_shape = (len(read.local), weight.shape[0], *read.num_outputs)
     if math.prod(local_shape) == 0 or 0 in weight.shape:
         local = zeros_like_computed(local_shape, read.local, weight, bias)
+        local = local.to(product_type(read.local, weight))
     else:
         stride, dilation = _strides(windows), tuple(window.dilation for window in windows)
         local = _CONVS[len(windows)](
@@ -210,11 +211,14 @@ def _is_torchs(window: Window) -> bool:
 
 
 def _averages(read: ReadRows, windows: Sequence[Window], divisor: int) -> torch.Tensor:
-    """The sum of each window, divided. In one dimension torch has none: a second has size 1."""
+    """The sum of each window, divided, in the type of the rows, also where autocast has another.
+
+    In one dimension torch has none: a second has size 1.
+    """
     rows, kernel, stride, padding = read.local, _kernels(windows), _strides(windows), read.padding
     if len(windows) > 1:
         pool = _AVG_POOLS[len(windows)]
-        return pool(rows, kernel, stride, padding, divisor_override=divisor)
+        return pool(rows, kernel, stride, padding, divisor_override=divisor).to(rows.dtype)
     kernel, stride, padding = (*kernel, 1), (*stride, 1), (*padding, 0)
     pooled = F.avg_pool2d(rows.unsqueeze(-1), kernel, stride, padding, divisor_override=divisor)
     return pooled.squeeze(-1)
