@@ -1,8 +1,8 @@
-"""Two workers on this machine, a plan for them, and a network as slow as a benchmark wants it.
+"""Workers on this machine, a plan for two, and a network as slow as a benchmark wants it.
 
-Two network namespaces stand for two hosts. A veth pair joins them, and each end holds back what it
-sends with a token bucket (tc-tbf), as a network card of that rate would: processes wait in the
-kernel without computing, in both directions at once. Needs root and Debian's iproute2.
+Network namespaces stand for hosts. A veth pair joins two of them, a bridge more; each end holds
+back what it sends with a token bucket (tc-tbf), as a network card of that rate would: processes
+wait in the kernel without computing, in both directions at once. Needs root and Debian's iproute2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,8 @@ from elbowroom.planning.pipeline.plan import plan_on_levels
 from elbowroom.plans.pipeline import Level, PipelineOptions, PipelinePlan
 
 _BURST, _LATENCY = "128kb", "50ms"
+_SHORT_BURST = "32kb"
+"""Of what small messages are not to pass by: some of a grid's fit in the other."""
 
 
 class Host(NamedTuple):
@@ -54,29 +56,55 @@ def two_hosts(bits_per_second: int | None) -> Iterator[tuple[Host, Host]]:
         one, other = (("name", host.interface, "netns", name) for name, host in pairs)
         _run("ip", "link", "add", *one, "type", "veth", "peer", *other)
         for name, host in pairs:
-            _run("ip", "-n", name, "address", "add", f"{host.address}/24", "dev", host.interface)
-            for interface in ("lo", host.interface):
-                _run("ip", "-n", name, "link", "set", interface, "up")
+            _set_up(name, host)
             if bits_per_second is not None:
-                bucket = ("rate", f"{bits_per_second}bit", "burst", _BURST, "latency", _LATENCY)
-                _run(
-                    *("tc", "-n", name, "qdisc", "add", "dev", host.interface, "root", "tbf"),
-                    *bucket,
-                )
+                _hold_back(name, host.interface, bits_per_second, _BURST)
         yield hosts[0], hosts[1]
     finally:
-        for name in names:
-            subprocess.run(("ip", "netns", "delete", name), check=False, stderr=subprocess.DEVNULL)
+        _delete(names)
 
 
-def run_workers(hosts: tuple[Host, Host], *command: str) -> dict[str, Any]:
-    """A Python module as two workers, each on a host and a core; what the last one printed.
+@contextmanager
+def bridged_hosts(count: int, bits_per_second: int | None) -> Iterator[tuple[Host, ...]]:
+    """Hosts on a switch, which sends and receives at this rate for each; None holds nothing back.
 
-    Raises SystemExit if one fails.
+    The switch is a bridge in a namespace of its own. Raises CalledProcessError where the kernel
+    refuses.
     """
+    switch = f"bench{os.getpid()}-0"
+    names = [f"bench{os.getpid()}-{number}" for number in range(1, count + 1)]
+    hosts = tuple(
+        Host(("ip", "netns", "exec", name), f"10.77.0.{number}", f"veth{number}")
+        for number, name in enumerate(names, start=1)
+    )
+    try:
+        for name in (switch, *names):
+            _run("ip", "netns", "add", name)
+        _run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        _run("ip", "-n", switch, "link", "set", "bridge", "up")
+        for number, (name, host) in enumerate(zip(names, hosts, strict=True), start=1):
+            port, ours = f"port{number}", ("name", host.interface, "netns", name)
+            _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", *ours)
+            _run("ip", "-n", switch, "link", "set", port, "master", "bridge", "up")
+            _set_up(name, host)
+            if bits_per_second is not None:
+                _hold_back(name, host.interface, bits_per_second, _SHORT_BURST)
+                _hold_back(switch, port, bits_per_second, _SHORT_BURST)
+        yield hosts
+    finally:
+        _delete((switch, *names))
+
+
+def run_workers(hosts: Sequence[Host], *command: str, timeout: float = 600) -> dict[str, Any]:
+    """A Python module as workers, each on a host and a core; what the last one printed.
+
+    Where there are fewer cores than workers, each has as many as another. Raises SystemExit if one
+    fails, TimeoutExpired after ``timeout`` seconds.
+    """
+    cores = os.cpu_count() or 1
     workers = [
         subprocess.Popen(
-            (*host.prefix, "taskset", "-c", str(number), sys.executable, "-m", *command),
+            (*host.prefix, "taskset", "-c", str(number % cores), sys.executable, "-m", *command),
             env={
                 **os.environ,
                 "OMP_NUM_THREADS": "1",
@@ -92,7 +120,7 @@ def run_workers(hosts: tuple[Host, Host], *command: str) -> dict[str, Any]:
         )
         for number, host in enumerate(hosts)
     ]
-    said = [worker.communicate(timeout=600) for worker in workers]
+    said = [worker.communicate(timeout=timeout) for worker in workers]
     if any(worker.returncode for worker in workers):
         raise SystemExit(f"{' '.join(command)} failed:\n" + "\n".join(text for _, text in said))
     printed: dict[str, Any] = json.loads(said[-1][0])
@@ -110,6 +138,22 @@ def plan_two_stages(module: ModuleType, bandwidth: float) -> tuple[PipelinePlan,
     plan = plan_on_levels(read_layer_graph(profile), (Level(2, bandwidth),), options)
     path.write_text(json.dumps(plan.to_json()))
     return plan, path
+
+
+def _set_up(name: str, host: Host) -> None:
+    _run("ip", "-n", name, "address", "add", f"{host.address}/24", "dev", host.interface)
+    for interface in ("lo", host.interface):
+        _run("ip", "-n", name, "link", "set", interface, "up")
+
+
+def _hold_back(name: str, interface: str, bits_per_second: int, burst: str) -> None:
+    bucket = ("rate", f"{bits_per_second}bit", "burst", burst, "latency", _LATENCY)
+    _run("tc", "-n", name, "qdisc", "add", "dev", interface, "root", "tbf", *bucket)
+
+
+def _delete(names: Sequence[str]) -> None:
+    for name in names:
+        subprocess.run(("ip", "netns", "delete", name), check=False, stderr=subprocess.DEVNULL)
 
 
 def _run(*command: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from elbowroom.plans.grid import GridPlan
-from elbowroom.plans.grid_traffic import traffic
+from elbowroom.plans.grid_traffic import SMALL_WEIGHTS, traffic
 from tests.grid.nets import (
     NETS,
     STEPS,
@@ -51,6 +51,9 @@ def check(net: str, num_samples: int, plan: GridPlan) -> None:
             assert counted == tuple(STEPS * each for each in wanted), (name, direction, about)
     counts = [n.messages for (_, direction), n in trained.counts.items() if direction == "update"]
     assert sum(counts) == STEPS * sums, about
+    small = planned[SMALL_WEIGHTS].update
+    wanted = (STEPS * small.messages, STEPS * small.elements * _ELEMENT_BYTES)
+    assert trained.counts.get((SMALL_WEIGHTS, "update"), (0, 0)) == wanted, about
 
 
 @pytest.mark.parametrize(("procs", "num_samples"), [(1, 3), (2, 3), (3, 2), (4, 2), (8, 3)])

@@ -56,13 +56,15 @@ class ProcessTransport:
     def start(
         self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], key: int
     ) -> Pending:
+        # Gloo sends when the receiver is ready. If it knows by then, its own thread sends; receivers
+        # that are told first make this thread send, while gloo's spins for the connection.
+        for peer, tensor in sends.items():
+            work = _posted(distributed.isend(tensor, peer, tag=key), peer)
+            self._sending.append((peer, work, tensor))
         receiving = [
             (peer, _posted(distributed.irecv(tensor, peer, tag=key), peer))
             for peer, tensor in receives.items()
         ]
-        for peer, tensor in sends.items():
-            work = _posted(distributed.isend(tensor, peer, tag=key), peer)
-            self._sending.append((peer, work, tensor))
         return _Receiving(receiving)
 
     def drain(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from elbowroom.core.errors import InputError
 from elbowroom.grid.transport import Channel, Route, Sum, all_sum
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals
+from elbowroom.plans.grid_traffic import SMALL_SUM, SMALL_WEIGHTS
 
 _FIRST_KEY = 1 << 24
 """Keys of gradients of weights begin here; those of layers are below."""
@@ -20,13 +21,21 @@ _UPDATED = ("running_mean", "running_var")
 """Buffers of which each worker updates its part."""
 
 
+class _Together(NamedTuple):
+    """Small gradients that are summed in the same messages."""
+
+    workers: tuple[int, ...]
+    dtype: torch.dtype
+
+
 class Weights:
     """The parameters and buffers of a model, as one worker of a grid has them.
 
     A parameter that one layer uses, as a factor of its product, is stored as this worker's slice;
     others are whole on every worker. ``local`` has them by their names in the model. Gradients are
     summed over workers that use the same on other samples or rows: as soon as the backward has
-    them, and until ``finish_sums``.
+    them, and until ``finish_sums``. Small ones of the same workers wait for each other, and go
+    together.
 
     ``slices`` tells how each stored slice is cut, ``partial`` which part of a buffer this worker
     keeps up to date: running statistics of its channels.
@@ -37,7 +46,9 @@ class Weights:
         self._uses = {(use.layer, use.role): use for use in uses}
         counts = Counter(use.name for use in self._uses.values())
         self._is_shared = {name: count > 1 for name, count in counts.items()}
-        self._sums: dict[str, Sum] = {}
+        self._sums: list[tuple[list[str], Sum]] = []
+        self._together: dict[_Together, list[str]] = {}
+        self._waiting: dict[_Together, set[str]] = {}
         self._routes: dict[str, Route] = {}
         self.slices: dict[str, WeightUse] = {}
         buffers = dict(model.named_buffers())
@@ -96,10 +107,15 @@ class Weights:
 
     def finish_sums(self) -> None:
         """Put the summed gradients in their places. Raises PeerLostError."""
-        for sum_ in self._sums.values():
+        for together in list(self._waiting):  # where some had no gradient
+            self._sum_together(together)
+        for _, sum_ in self._sums:
             sum_.advance()
-        for name, sum_ in self._sums.items():  # the old one may be on its way still
-            self.local[name].grad = sum_.finish()
+        for names, sum_ in self._sums:  # the old gradients may be on their way still
+            locals_ = [self.local[name] for name in names]
+            pieces = torch.split(sum_.finish().reshape(-1), [each.numel() for each in locals_])
+            for each, piece in zip(locals_, pieces, strict=True):
+                each.grad = piece.view(each.shape)
         self._sums.clear()
 
     def _is_sliced(self, use: WeightUse) -> bool:
@@ -117,12 +133,35 @@ class Weights:
         if len(workers) == 1 or not parameter.requires_grad:
             return
 
+        together = _Together(workers, parameter.dtype)
+        is_small = parameter.numel() <= SMALL_SUM
+        if is_small:
+            self._together.setdefault(together, []).append(name)
+
         def start(_: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            route = self._routes[name]
-            self._sums[name] = Sum(parameter.grad, workers, self._channel, route, "update")
+            if not is_small:
+                self._start([name], workers)
+                return
+            waiting = self._waiting.setdefault(together, set())
+            waiting.add(name)
+            if len(waiting) == len(self._together[together]):
+                self._sum_together(together)
 
         parameter.register_post_accumulate_grad_hook(start)  # type: ignore[no-untyped-call]
+
+    def _sum_together(self, together: _Together) -> None:
+        waiting = self._waiting.pop(together)
+        names = [name for name in self._together[together] if name in waiting]
+        self._start(names, together.workers, SMALL_WEIGHTS)
+
+    def _start(self, names: list[str], workers: tuple[int, ...], said: str | None = None) -> None:
+        """Begin to sum gradients, as one tensor; ``said`` is what their messages are counted as."""
+        gradients = [self.local[name].grad for name in names]
+        flat = [each.reshape(-1) for each in gradients if each is not None]
+        route = self._routes[names[0]]
+        route = route._replace(layer=said or route.layer)
+        joint = flat[0] if len(flat) == 1 else torch.cat(flat)
+        self._sums.append((names, Sum(joint, workers, self._channel, route, "update")))
 
 
 def _check_shared(uses: Iterable[WeightUse]) -> None:

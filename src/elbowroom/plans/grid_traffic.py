@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from elbowroom.core.layer_shapes import WINDOWED, LayerShape, ModelShapes
@@ -13,7 +14,13 @@ from elbowroom.plans.grid_layout import Layout, Sent, move_between
 from elbowroom.plans.grid_placement import Placement, place
 
 SMALL_SUM = 4096
-"""Up to so many elements are summed in one round: each worker sends all of its own to all."""
+"""Up to so many elements are summed in one round: each worker sends all of its own to all.
+
+Gradients of parameters of so many, or less, are summed together.
+"""
+
+SMALL_WEIGHTS = "small weights"
+"""What is sent for the gradients that are summed together; no layer has such a name."""
 
 _NOTHING = Sent()
 
@@ -32,18 +39,29 @@ class LayerTraffic(NamedTuple):
 def traffic(shapes: ModelShapes, plan: GridPlan) -> dict[str, LayerTraffic]:
     """The traffic of every layer in one step with ``shapes.batch`` samples, by name.
 
-    What the loss and a limit on the norm of gradients send is not among it. Takes time and memory
-    that grow with the square of the workers. Raises InputError as ``place`` does.
+    Small gradients, which go together, are ``SMALL_WEIGHTS``. What the loss and a limit on the norm
+    of gradients send is not among it. Takes time and memory that grow with the square of the
+    workers. Raises InputError as ``place`` does.
     """
     placements = place(shapes, plan)
     counter = _Counter(shapes, placements)
-    return {layer.name: counter.layer(layer) for layer in shapes.layers}
+    sent = {layer.name: counter.layer(layer) for layer in shapes.layers}
+    return {**sent, SMALL_WEIGHTS: counter.small_weights()}
 
 
 class _Counter:
     def __init__(self, shapes: ModelShapes, placements: Mapping[str, Placement]) -> None:
         self.shapes, self.placements = shapes, placements
         self.has_gradient: dict[str, bool] = {}
+        self.small: Counter[tuple[int, tuple[int, ...]]] = Counter()
+        """Elements of small gradients, by worker and the workers whose gradients are summands."""
+
+    def small_weights(self) -> LayerTraffic:
+        """Of all layers that were counted before."""
+        update = _NOTHING
+        for (worker, group), size in self.small.items():
+            update = update.plus(_summed(worker, group, size))
+        return LayerTraffic(update=update)
 
     def layer(self, layer: LayerShape) -> LayerTraffic:
         placement = self.placements[layer.name]
@@ -60,8 +78,15 @@ class _Counter:
             total = total.plus(self._collected(layer, placement))
         update = _NOTHING
         for numel, digits in _parameters(layer, placement):
-            update = update.plus(sum_sent(numel, placement.computed, digits))
+            update = update.plus(self._large(numel, placement.computed, digits))
         return total.plus(LayerTraffic(update=update))
+
+    def _large(self, numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
+        """What summing a gradient by itself sends; a small one is noted, and sends nothing."""
+        for worker, size in zip(layout.workers, numel, strict=True):
+            if size <= SMALL_SUM:
+                self.small[worker, tuple(sorted(layout.group(worker, digits)))] += size
+        return sum_sent([size if size > SMALL_SUM else 0 for size in numel], layout, digits)
 
     def _reads(self, layer: LayerShape, placement: Placement) -> LayerTraffic:
         total = LayerTraffic()
@@ -196,14 +221,18 @@ def _share_of(layer: LayerShape, rest: int, parts: int, index: int) -> int:
 
 def sum_sent(numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
     """What summing a tensor sends, of so many elements on each worker, over some digits."""
-    count = layout.product(digits)
     total = _NOTHING
-    for worker, size in zip(layout.workers, numel if count > 1 else [], strict=False):
-        if size <= SMALL_SUM:
-            total = total.plus(Sent(count - 1 if size else 0, (count - 1) * size))
-            continue
-        place = sorted(layout.group(worker, digits)).index(worker)
-        own = part_of(size, count, place).size
-        given = [size - own, own * (count - 1)]
-        total = total.plus(Sent(2 * (count - 1), sum(given)))
+    for worker, size in zip(layout.workers, numel, strict=True):
+        total = total.plus(_summed(worker, sorted(layout.group(worker, digits)), size))
     return total
+
+
+def _summed(worker: int, group: Sequence[int], size: int) -> Sent:
+    """What one worker sends to sum so many elements with the others of a group."""
+    others = len(group) - 1
+    if not others or not size:
+        return _NOTHING
+    if size <= SMALL_SUM:
+        return Sent(others, others * size)
+    own = part_of(size, len(group), group.index(worker)).size
+    return Sent(2 * others, size - own + own * others)
