@@ -56,8 +56,8 @@ class ProcessTransport:
     def start(
         self, sends: Mapping[int, torch.Tensor], receives: Mapping[int, torch.Tensor], key: int
     ) -> Pending:
-        # Gloo sends when the receiver is ready. If it knows by then, its own thread sends; receivers
-        # that are told first make this thread send, while gloo's spins for the connection.
+        # Gloo sends when the receiver is ready. If it knows by then, its own thread sends; where
+        # receivers are told first, this thread sends, while gloo's spins for the connection.
         for peer, tensor in sends.items():
             work = _posted(distributed.isend(tensor, peer, tag=key), peer)
             self._sending.append((peer, work, tensor))
