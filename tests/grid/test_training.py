@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -348,6 +351,33 @@ def test_an_optimizer_that_needs_whole_parameters() -> None:
 
     with pytest.raises(InputError, match="Adafactor"):
         run_one(4, work)
+
+
+class OfRows(torch.optim.SGD):
+    """SGD that keeps a number for each row."""
+
+    def step(self, closure: Any = None) -> Any:
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["rows"] = torch.zeros(len(parameter))
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("procs", [1, 2])
+def test_an_optimizer_whose_state_is_not_like_its_slices(procs: int, tmp_path: Path) -> None:
+    tracing, together = threading.Lock(), threading.Barrier(procs)
+    plan, batch = plan_of(procs, (1, procs, 1)), linear_batches()[0]
+
+    def work(transport: Transport) -> None:
+        with tracing:  # it changes what all threads of a process share
+            grid = Grid(linear_net(), plan, OfRows, loss_fn, transport=transport)
+            grid.prepare(batch)
+        together.wait(60)
+        grid.train_step(batch)
+        grid.save(tmp_path)
+
+    refused = pytest.raises(InputError, match="the optimizer keeps") if procs > 1 else nullcontext()
+    with refused:
+        run_twin(procs, work, 30)
 
 
 def test_a_worker_that_fails() -> None:

@@ -43,7 +43,11 @@ class GridState:
         self._channel = channel
 
     def save(self, folder: Path, steps: int, run: dict[str, Any]) -> Path:
-        """Write a checkpoint; every worker must call it. Raises OutputError and PeerLostError."""
+        """Write a checkpoint; every worker must call it.
+
+        Raises OutputError, PeerLostError, and InputError for an optimizer whose state of a slice
+        has another shape.
+        """
         self._channel.begin_step()
         tensors: dict[str, torch.Tensor] = {}
         for number, name in enumerate(self._names()):
@@ -98,9 +102,21 @@ class GridState:
         return found
 
     def _split(self, name: str, tensor: torch.Tensor) -> WeightUse | None:
-        """How a tensor is split, if each worker has, or knows, a part of it only."""
+        """How a tensor is split, if each worker has, or knows, a part of it only.
+
+        Raises InputError for what an optimizer keeps of a slice in another shape: nobody knows how
+        that of the whole would look.
+        """
         use = self._weights.slices.get(name) or self._weights.partial.get(name)
-        return use if use is not None and tensor.shape == self._weights.local[name].shape else None
+        local = self._weights.local[name]
+        if use is None or tensor.shape == local.shape:
+            return use
+        if tensor.numel() > 1 and name in self._weights.slices:
+            raise InputError(
+                f"the optimizer keeps {[*tensor.shape]} for a part {[*local.shape]} of '{name}', "
+                f"which no checkpoint can hold: take another, or a plan without features split"
+            )
+        return None
 
     def _gathered(
         self, tensor: torch.Tensor, use: WeightUse | None, writer: int

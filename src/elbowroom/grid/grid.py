@@ -158,7 +158,8 @@ class Grid:
     def save(self, folder: Path) -> Path:
         """Write a checkpoint; every worker must call it. Raises OutputError, PeerLostError.
 
-        Raises InputError before the first step.
+        Raises InputError before the first step, and for an optimizer whose state of a slice has
+        another shape.
         """
         return self._ready().state.save(folder, self.num_done, {"seed": self._options.seed})
 
