@@ -99,6 +99,7 @@ bench: setup
 	$(BIN)/python -m bench.tail
 	$(BIN)/python -m bench.training
 	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench.grid_peers
 	$(BIN)/python -m bench.accuracy
 	$(BIN)/python -m bench.balanced_microbatches
 	$(BIN)/python -m bench.swap_sizes

@@ -6,9 +6,10 @@ Each function returns one Markdown table; ``TABLES`` names them for ``tools.make
 from __future__ import annotations
 
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
-from tools.results import load, table
+from tools.results import load, ratios, table, where
 
 from elbowroom.core.units import format_bytes
 
@@ -65,6 +66,56 @@ def memory() -> str:
     return table(("", "workers", "batch size", *held, "planned in", "with overlap"), rows)
 
 
+def peers() -> str:
+    """Seconds of a step of four workers: grids, data and tensor parallel."""
+    data = load("grid_peers")
+    parts = [data[link] for link in _LINKS]
+    methods = [{each["name"]: each for each in (*p["grids"], *p["peers"])} for p in parts]
+
+    def best(start: str) -> list[str]:
+        found = ([m for name, m in all_.items() if name.startswith(start)] for all_ in methods)
+        return [f"{min(median(each['rounds']) for each in some):.3f}" for some in found]
+
+    choices = [all_["planned, all"] for all_ in methods]
+    rows = [
+        ["Elbowroom, the planner's choice", *best("planned, all")],
+        ["Elbowroom, best grid in the paper's forms", *best("planned, paper")],
+        ["Elbowroom, every layer by batch", *best("batch")],
+        ["DistributedDataParallel, the better of two bucket sizes", *best("data parallel")],
+        ["torch's tensor parallel, the best of three forms", *best("tensor parallel")],
+        ["data parallel over the planner's choice", *_over(parts, "data_parallel")],
+        ["tensor parallel over the planner's choice", *_over(parts, "tensor_parallel")],
+        ["the planner's choice, as predicted", *(f"{each['predicted']:.3f}" for each in choices)],
+        ["minimum: bytes over the link, or products", *_floors(parts)],
+    ]
+    return table((f"seconds a step, {where(data)}", *_LINKS.values()), rows)
+
+
+def predicted() -> str:
+    """How well grids are predicted over the slow link."""
+    found = load("grid_peers")["200 Mbit/s"]
+    over = [median(grid["rounds"]) / grid["predicted"] for grid in found["grids"]]
+    cells = [
+        str(len(over)),
+        f"{found['rank_correlation']:.3f}",
+        f"{found['choice_over_best']:.2f}x",
+        f"{min(over):.2f} to {max(over):.2f}",
+    ]
+    head = ("grids", "rank correlation", "the choice over the best", "measured over predicted")
+    return table(head, [cells])
+
+
+_LINKS = {"200 Mbit/s": "200 Mbit/s", "not held back": "free link"}
+
+
+def _over(parts: list[dict[str, Any]], peer: str) -> list[str]:
+    return [ratios(part[f"{peer}_over_choice"]["rounds"]) for part in parts]
+
+
+def _floors(parts: list[dict[str, Any]]) -> list[str]:
+    return [f"{part['floor_seconds']:.3f}" for part in parts]
+
+
 def _case(row: dict[str, Any]) -> list[str]:
     return [_NETS[row["net"]], str(row["procs"]), str(row["batch"])]
 
@@ -78,4 +129,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "grid-communication": communication,
     "grid-overlapped": overlapped,
     "grid-memory": memory,
+    "grid-peers": peers,
+    "grid-predicted": predicted,
 }
