@@ -7,6 +7,7 @@ it writes.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class GridState:
         sends = {writer: own.reshape(-1)} if me in owners and me != writer else {}
         receives = {}
         if me == writer:
-            sizes = {owner: _numel(use, owner) for owner in owners if owner != me}
+            sizes = {owner: math.prod(_shape(use, owner)) for owner in owners if owner != me}
             receives = {owner: tensor.new_empty(size) for owner, size in sizes.items()}
         self._channel.swap(sends, receives, self._channel.route("GATHER"), "update")
         if me != writer:
@@ -157,10 +158,3 @@ class GridState:
 
 def _shape(use: WeightUse, worker: int) -> tuple[int, ...]:
     return tuple(sum(each.size for each in intervals) for intervals in use.part(worker))
-
-
-def _numel(use: WeightUse, worker: int) -> int:
-    numel = 1
-    for size in _shape(use, worker):
-        numel *= size
-    return numel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elbowroom.grid.transport import Channel, Route, all_sum
+from elbowroom.grid.transport import LATER_KEYS, Channel, Route, all_sum
 from elbowroom.grid.weights import Weights
 
 _MARGIN = 1e-6
@@ -12,8 +12,6 @@ _MARGIN = 1e-6
 
 NORM = "norm of gradients"
 """What is sent for it is counted by this name."""
-
-_KEY = (1 << 24) - 2
 
 
 def clip_gradients(weights: Weights, limit: float, channel: Channel) -> float:
@@ -28,11 +26,11 @@ def clip_gradients(weights: Weights, limit: float, channel: Channel) -> float:
         if parameter.grad is not None and weights.owner(name) == channel.worker:
             own += parameter.grad.double().square().sum()
     everyone = range(channel.num_workers)
-    route = Route(NORM, _KEY, "SUM")
+    route = Route(NORM, LATER_KEYS - 2, "SUM")
     total = all_sum(own, everyone, channel, route, "update")
     norm = total.sqrt().item()
     scale = limit / (norm + _MARGIN)
-    if scale < 1:
+    if not scale >= 1:  # nor for NaN, which is then in all gradients, as torch has it
         for parameter in parameters.values():
             if parameter.grad is not None:
                 parameter.grad.mul_(scale)

@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
+from elbowroom.grid.flags import LossPlace
 from elbowroom.grid.interpreter import SECTIONS, GridModel
 from elbowroom.grid.moves import moved
 from elbowroom.grid.parts import Part, cut
 from elbowroom.grid.transport import Channel, all_sum
 from elbowroom.plans.grid_layout import Layout, whole
 from elbowroom.training.values import copy_of
-
-LossPlace = Literal["batch", "space", "whole"]
-"""Where a loss is taken: of each worker's samples; of its samples and rows; of all on each."""
-
-LOSS_PLACES: tuple[LossPlace, ...] = ("batch", "space", "whole")
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 

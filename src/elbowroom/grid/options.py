@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from elbowroom.core.errors import InputError
-from elbowroom.grid.losses import LOSS_PLACES, LossPlace
+from elbowroom.grid.flags import LossPlace
 
 
 @dataclass(frozen=True)
@@ -37,5 +38,6 @@ class GridOptions:
     exact_randomness: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSS_PLACES:
-            raise InputError(f"a loss is taken of {self.loss!r}: give {', '.join(LOSS_PLACES)}")
+        places = get_args(LossPlace)
+        if self.loss not in places:
+            raise InputError(f"a loss is taken of {self.loss!r}: give {', '.join(places)}")

@@ -98,8 +98,11 @@ def _wait(work: distributed.Work, peer: int) -> None:
         ) from error
 
 
-_SECTION_KEYS = 64
+_SECTION_KEYS = 1024
 """Keys of one section of a step."""
+
+LATER_KEYS = 1 << 30
+"""Keys of what is not of a section, such as sums of gradients, begin here."""
 
 
 class Counted(NamedTuple):

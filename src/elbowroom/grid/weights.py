@@ -10,12 +10,9 @@ import torch
 from torch import nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.grid.transport import Channel, Route, Sum, all_sum
+from elbowroom.grid.transport import LATER_KEYS, Channel, Route, Sum, all_sum
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals
 from elbowroom.plans.grid_traffic import SMALL_SUM, SMALL_WEIGHTS
-
-_FIRST_KEY = 1 << 24
-"""Keys of gradients of weights begin here; those of layers are below."""
 
 _UPDATED = ("running_mean", "running_var")
 """Buffers of which each worker updates its part."""
@@ -60,7 +57,7 @@ class Weights:
         self._by_name = {use.name: use for use in self._uses.values()}
         _check_shared(self._uses.values())
         for number, (name, parameter) in enumerate(parameters.items()):
-            self._routes[name] = Route(f"weights of {name}", _FIRST_KEY + 2 * number, "SUM")
+            self._routes[name] = Route(f"weights of {name}", LATER_KEYS + 2 * number, "SUM")
             use = self._by_name.get(name)
             if use is not None and self._is_sliced(use):
                 self.slices[name] = use
