@@ -186,7 +186,7 @@ def check_losses(cases: Iterable[dict[str, Any]]) -> None:
     """Raise SystemExit where methods did not learn the same."""
     losses = {case["name"]: case["loss"] for case in cases}
     expected = statistics.median(losses.values())
-    if wrong := {n: x for n, x in losses.items() if not math.isclose(x, expected, rel_tol=1e-4)}:
+    if wrong := {n: x for n, x in losses.items() if not math.isclose(x, expected, rel_tol=1e-5)}:
         raise SystemExit(f"the others' loss is {expected}, and these have {wrong}")
 
 

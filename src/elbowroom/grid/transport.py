@@ -249,7 +249,7 @@ class Sum:
         if self._total is not None:
             return
         self._wait()
-        added = self._summands[0].clone()
+        added = self._summands[0]
         for summand in self._summands[1:]:
             added += summand
         if self._is_small:
