@@ -135,7 +135,7 @@ def shapes(module: ModuleType) -> ModelShapes:
 
 
 def train(module: ModuleType, args: argparse.Namespace) -> dict[str, Any]:
-    """For each case the seconds of a step in each round, the first loss, and what workers sent."""
+    """For each case its seconds in each round, its loss after the first, and what workers sent."""
     generator = torch.Generator().manual_seed(0)
     batches = [module.make_batch(generator) for _ in range(args.steps + 1)]
     cases = json.loads(args.cases.read_text())
