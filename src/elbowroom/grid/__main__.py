@@ -6,63 +6,37 @@ torchrun --nproc-per-node 4 -m elbowroom.grid SCRIPT --plan grid.json --steps 20
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-import traceback
 from functools import partial
 
 import torch
 from torch import distributed
 
-from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
-from elbowroom.core.files import check_writable
+from elbowroom.core.errors import InputError
 from elbowroom.grid.flags import add_grid_flags
 from elbowroom.grid.grid import Grid, SchedulerFunction
 from elbowroom.grid.options import GridOptions
 from elbowroom.grid.report import summary, write_grid_trace
 from elbowroom.plans.grid import GridPlan, read_grid_plan
-from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of, num_samples
 from elbowroom.training.losses import LossLog
-from elbowroom.training.process_group import join_workers
-from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
+from elbowroom.training.worker import check_outputs, join, worker_main, worker_parser
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    if "WORLD_SIZE" not in os.environ:
-        print("error: start it with torchrun --nproc-per-node N -m elbowroom.grid", flush=True)
-        return 2
-    end_with_parent()
-    leave_on_interrupt(is_told=os.environ["RANK"] == "0")
-    try:
-        _train(args)
-    except ElbowroomError as error:
-        if isinstance(error, PeerLostError):
-            time.sleep(2 * WATCH_SECONDS)  # what ended the peer may end us, too
-        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr)
-        leave(2 if isinstance(error, InputError) else 1)
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    return 0
+    return worker_main(build_parser(), _train)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elbowroom.grid", description=__doc__)
-    add_common_flags(parser)
-    add_grid_flags(parser)
-    return parser
+    return worker_parser("elbowroom.grid", __doc__, add_grid_flags)
 
 
 def _train(args: argparse.Namespace) -> None:
-    written = [args.checkpoints / "step"] if args.checkpoints else []
-    check_writable([*written, *([args.trace] if args.trace else [])])
+    check_outputs(args)
     script, plan = load_script(args.script), read_grid_plan(args.plan)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    join_workers(args.timeout)
+    join(args)
     grid = _make_grid(script, plan, args)
     first = grid.restore(args.checkpoints) if args.checkpoints else 0
     if first >= args.steps:

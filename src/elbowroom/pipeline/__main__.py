@@ -6,20 +6,16 @@ torchrun --nproc-per-node 2 -m elbowroom.pipeline SCRIPT --plan plan.json --step
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 from torch import distributed
 
-from elbowroom.core.errors import ElbowroomError, InputError, PeerLostError
-from elbowroom.core.files import check_writable
+from elbowroom.core.errors import InputError
 from elbowroom.core.trace import write_trace
 from elbowroom.pipeline.flags import add_pipeline_flags
 from elbowroom.pipeline.options import StageOptions
@@ -30,49 +26,27 @@ from elbowroom.plans.pipeline_shape import Pipe
 from elbowroom.swap.link import Link
 from elbowroom.swap.minibatches import SwappedMinibatches
 from elbowroom.swap.tier import FileTier
-from elbowroom.training.ending import WATCH_SECONDS, end_with_parent, leave, leave_on_interrupt
 from elbowroom.training.loop import dtype_of
 from elbowroom.training.microbatch import Minibatch
-from elbowroom.training.process_group import join_workers
-from elbowroom.training.run_flags import add_common_flags
 from elbowroom.training.script import TrainingScript, load_script
+from elbowroom.training.worker import check_outputs, join, worker_main, worker_parser
 
 _CHECKED = 3
 """Minibatches that are checked before the first update."""
 
 
 def main() -> int:
-    args = build_parser().parse_args()
-    if "WORLD_SIZE" not in os.environ:
-        print("error: start it with torchrun --nproc-per-node N -m elbowroom.pipeline", flush=True)
-        return 2
-    end_with_parent()
-    leave_on_interrupt(is_told=os.environ["RANK"] == "0")
-    try:
-        _train(args)
-    except ElbowroomError as error:
-        if isinstance(error, PeerLostError):
-            time.sleep(2 * WATCH_SECONDS)  # what ended the peer may end us, too
-        print(f"error (worker {os.environ['RANK']}): {error}", file=sys.stderr)
-        leave(2 if isinstance(error, InputError) else 1)
-    except Exception:
-        traceback.print_exc()
-        leave(1)
-    return 0
+    return worker_main(build_parser(), _train)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elbowroom.pipeline", description=__doc__)
-    add_common_flags(parser)
-    add_pipeline_flags(parser)
-    return parser
+    return worker_parser("elbowroom.pipeline", __doc__, add_pipeline_flags)
 
 
 def _train(args: argparse.Namespace) -> None:
-    check_writable(_written(args))
+    check_outputs(args)
     script, plan = load_script(args.script), read_pipeline_plan(args.plan)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    join_workers(args.timeout)
+    join(args)
     pipeline = _make_pipeline(script, plan, args)
     first = pipeline.restore(args.checkpoints) if args.checkpoints else 0
     if first >= args.steps:
@@ -89,12 +63,6 @@ def _train(args: argparse.Namespace) -> None:
         if args.trace:
             write_trace(args.trace, spans)
     distributed.destroy_process_group()
-
-
-def _written(args: argparse.Namespace) -> list[Path]:
-    """Files that a run writes, one of each folder."""
-    checkpoints = [args.checkpoints / "step"] if args.checkpoints else []
-    return [*checkpoints, *([args.trace] if args.trace else [])]
 
 
 def _make_pipeline(
