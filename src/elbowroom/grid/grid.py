@@ -23,7 +23,14 @@ from elbowroom.grid.weight_parts import weight_uses
 from elbowroom.grid.weights import Weights
 from elbowroom.plans.grid import GridPlan
 from elbowroom.plans.grid_placement import place
-from elbowroom.training.checkpoint import Checkpoint, check_settings, newest_of_run, note_made
+from elbowroom.training.checkpoint import (
+    Checkpoint,
+    aliases_of,
+    check_settings,
+    kept_buffers,
+    newest_of_run,
+    note_made,
+)
 from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler
 from elbowroom.training.operations.find import operations_of, shapes_of
@@ -201,25 +208,12 @@ class Grid:
         check_scheduler(scheduler)
         names = {one: name for name, one in weights.parameters.items()}
         check_settings(names, optimizer, scheduler)
-        state = GridState(weights, _kept(self._model), optimizer, scheduler, self.channel)
+        kept = frozenset(kept_buffers(self._model))
+        state = GridState(weights, kept, optimizer, scheduler, self.channel)
         if self._resumed is not None:
-            state.load(self._resumed, _aliases(self._model))
+            state.load(self._resumed, aliases_of(self._model))
         loss = GridLoss(self._loss_fn, self._options.loss, self.channel)
         return _Built(model, weights, loss, state, optimizer, scheduler)
-
-
-def _kept(model: nn.Module) -> frozenset[str]:
-    """Names of the buffers that a checkpoint keeps."""
-    kept = model.state_dict(keep_vars=True)
-    return frozenset(name for name, _ in model.named_buffers() if name in kept)
-
-
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each tied parameter, by its first."""
-    found: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        found.setdefault(parameter, []).append(name)
-    return {names[0]: names for names in found.values()}
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, slices: Iterable[str]) -> None:

@@ -85,10 +85,7 @@ class Checkpoint:
 
         Raises InputError if the checkpoint is of another model, or damaged.
         """
-        every: dict[nn.Parameter, list[str]] = {}
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            every.setdefault(parameter, []).append(name)
-        aliases = {names[0]: names for names in every.values()}  # of tied weights
+        aliases = aliases_of(module)
         for name, tensor in _weights(module).items():
             tensor.copy_(self.weight(aliases.get(name, [name]), tensor))
 
@@ -294,15 +291,27 @@ def _whole(folder: Path) -> list[Path]:
 
 def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters by name, tied ones once, and buffers that a state dict has."""
-    kept = module.state_dict(keep_vars=False)
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
-    return {**{name: one.data for name, one in module.named_parameters()}, **buffers}
+    return {**{name: one.data for name, one in module.named_parameters()}, **kept_buffers(module)}
+
+
+def kept_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that a state dict has, and so a checkpoint, by name."""
+    kept = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
 def _write_stage(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
+
+
+def aliases_of(module: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter, by its first: tied ones have several."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return {names[0]: names for names in found.values()}
 
 
 def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
