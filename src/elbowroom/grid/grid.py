@@ -190,7 +190,8 @@ class Grid:
 
     def _build(self, inputs: Any) -> _Built:
         traced = trace_model(in_training(self._model), inputs, leaves=True)
-        shapes, operations = shapes_of(traced), operations_of(traced)
+        operations = operations_of(traced)
+        shapes = shapes_of(traced, operations)
         placements = place(shapes, self.plan)
         model = GridModel(traced, operations, shapes, placements)
         named = (*self._model.named_parameters(), *self._model.named_buffers())

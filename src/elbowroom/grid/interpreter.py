@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class GridModel:
     shapes: ModelShapes
     placements: Mapping[str, Placement]
 
-    @property
+    @cached_property
     def last_readers(self) -> dict[str, str]:
         """For each layer the last one that reads it; results are read by nobody."""
         found = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +9,13 @@ import torch
 from elbowroom.core.layer_shapes import Kind
 from elbowroom.core.windows import NOTHING, Interval, part_of
 from elbowroom.plans.grid_layout import Layout
-from elbowroom.plans.grid_placement import Placement
+from elbowroom.plans.grid_placement import Placement, broadcast
 from elbowroom.training.operations.operation import Operation
 
 Intervals = tuple[tuple[Interval, ...], ...]
 """For each dimension of a parameter the intervals that a worker has of it, one behind the other."""
 
-_FEATURE_DIMS: dict[Kind, tuple[int | None, int | None]] = {
+_FEATURE_DIMS: dict[Kind, tuple[int, int]] = {
     "conv": (0, 1),
     "conv_transpose": (1, 0),
     "linear": (0, 1),
@@ -116,7 +115,6 @@ def _of_product(
     digits: list[tuple[int, ...]] = [()] * len(shape)
     if role == "weight":
         outputs, inputs = _FEATURE_DIMS[operation.shape.kind]
-        assert outputs is not None and inputs is not None
         digits[outputs], digits[inputs] = placement.outputs, placement.inputs
     else:
         digits[0] = placement.outputs
@@ -165,23 +163,12 @@ def _of_output(
     """What is applied to each element of the output: a norm's scale, a bias after a sum."""
     layer = operation.shape
     layout = placement.output if layer.is_weighted else placement.computed
-    digits: list[tuple[int, ...]] = [()] * len(shape)
     if layer.kind == "elementwise":
-        digits = _broadcast_digits(layout, layer.shape, shape)
-    elif shape == (layer.num_features,):
-        digits[0] = layout.dims[layer.features]
-    used = layout.used
-    return WeightUse(layer.name, role, name, shape, layout.with_dims(digits), used, False)
-
-
-def _broadcast_digits(
-    layout: Layout, output: Sequence[int], shape: Sequence[int]
-) -> list[tuple[int, ...]]:
-    missing = len(output) - len(shape)
-    return [
-        layout.dims[missing + dim] if size == output[missing + dim] else ()
-        for dim, size in enumerate(shape)
-    ]
+        own = broadcast(layout, layer.shape, shape)
+    else:
+        is_of_features = shape == (layer.num_features,)
+        own = layout.with_dims([layout.dims[layer.features] if is_of_features else ()] * len(shape))
+    return WeightUse(layer.name, role, name, shape, own, layout.used, False)
 
 
 def cut_intervals(whole: torch.Tensor, part: Intervals) -> torch.Tensor:

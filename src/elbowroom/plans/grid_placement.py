@@ -100,8 +100,7 @@ class _Placer:
         outputs = read.take(free, grid.outputs)
         if layer.kind == "attention":
             computed = read.with_dims((read.dims[0], *((),) * (len(layer.shape) - 1)))
-            wanted = self._wanted(layer)
-            output = computed.scattered(outputs, wanted, layer.shape)
+            output = computed.scattered(outputs, self._wanted(layer), layer.shape)
             return Placement((read,), computed, output, outputs, outputs)
         features = input_features(layer, source)
         inputs = read.take(free, grid.inputs) if features is None else read.dims[features]
@@ -178,7 +177,7 @@ class _Placer:
             layout = self._as_wanted(layer, before.workers)
         if grid is not None:
             layout = self._near(layout, grid).allotted(_parts(layer, grid, grid.outputs, layer))
-        reads = tuple(_broadcast(layout, layer.shape, each.shape) for each in sources)
+        reads = tuple(broadcast(layout, layer.shape, each.shape) for each in sources)
         return Placement(reads, layout, layout)
 
     def _joined(self, layer: LayerShape, grid: LayerGrid | None) -> Placement:
@@ -200,7 +199,7 @@ class _Placer:
         """Parts of the first dimension of each group of dimensions stay parts of the other's."""
         source = self._source(layer)
         before = self.placed[source.name].output
-        wanted = self._wish(layer.name) or (1,) * len(layer.shape)
+        wanted = self._wanted(layer)
         parts = [1] * len(source.shape)
         pairs = leading_dims(source.shape, layer.shape)
         for dim, other in pairs:
@@ -389,7 +388,7 @@ def _with_features(
     return tuple(dims)
 
 
-def _broadcast(layout: Layout, shape: Sequence[int], source: Sequence[int]) -> Layout:
+def broadcast(layout: Layout, shape: Sequence[int], source: Sequence[int]) -> Layout:
     """The layout of a tensor that is broadcast to one with this layout and shape."""
     missing = len(shape) - len(source)
     return layout.with_dims(

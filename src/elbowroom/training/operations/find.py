@@ -8,7 +8,7 @@ bound by memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -33,9 +33,13 @@ def operations_of(traced: TracedModel) -> tuple[Operation, ...]:
     return tuple(finder.operation(layer) for layer in traced.layers if layer.value is not None)
 
 
-def shapes_of(traced: TracedModel) -> ModelShapes:
-    """Facts of a model's layers, without seconds. Raises as ``operations_of`` does."""
-    shapes = tuple(operation.shape for operation in operations_of(traced))
+def shapes_of(traced: TracedModel, operations: Sequence[Operation] | None = None) -> ModelShapes:
+    """Facts of a model's layers, without seconds; ``operations`` are its own, if they are known.
+
+    Raises as ``operations_of`` does.
+    """
+    found = operations_of(traced) if operations is None else operations
+    shapes = tuple(operation.shape for operation in found)
     return ModelShapes(shapes, traced.results, _batch_of(traced), _element_bytes(traced))
 
 
