@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.table import Table
-
 from elbowroom.cli.screen import Console
 from elbowroom.core.units import format_bytes
 from elbowroom.planning.grid.explanation import GridExplanation, GridTerms, LayerExplanation
@@ -26,23 +24,11 @@ def print_grid_plan(screen: Console, planned: PlannedGrid, counted: GridExplanat
     ``counted`` is the same plan on a link whose seconds are bytes. There are fewer columns on a
     narrow terminal.
     """
-    width = screen.width if screen.is_terminal else max(screen.width, _FILE_WIDTH)
+    width = screen.width_of(_FILE_WIDTH)
     layers = planned.explanation.layers
     rows = [_row(*each) for each in zip(layers, (one.terms for one in counted.layers), strict=True)]
     columns = _columns(rows, width)
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(
-            name,
-            justify="left" if name in _TEXTS else "right",
-            no_wrap=name != "layer",  # only columns that may wrap are made narrower
-            overflow="ellipsis",
-        )
-    for row in rows:
-        table.add_row(*(row[name] for name in columns))
-    before, screen.width = screen.width, width
-    screen.print(table, markup=False, highlight=False)
-    screen.width = before
+    screen.print_rows(columns, rows, width, texts=_TEXTS, wraps="layer", cut=_COLUMNS)
     screen.say(f"grid       {_GRID}; bytes and ms are what the busiest worker sends")
     for name, text in _totals(planned, counted):
         screen.say(f"{name:<10} {text}")

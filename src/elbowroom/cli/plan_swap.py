@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Table
-
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError, MemoryPlanError
 from elbowroom.core.files import check_apart, check_writable
@@ -27,6 +25,7 @@ from elbowroom.profiling.tier_speed import tier_speed
 _MOST_ROWS = 40
 _COLUMNS = ("storage", "made by", "size", "gap", "does", "copies")
 _NARROW = ("made by", "size", "does", "copies")
+_TEXTS = ("made by", "does", "copies")
 _DOES = {Swapped: "swap", Recomputed: "recompute"}
 _FULL_WIDTH = 80
 """Columns of a screen that has room for all of the table's."""
@@ -119,25 +118,12 @@ def print_swap_plan(
 
     There are fewer columns on a narrow terminal.
     """
-    width = screen.width if screen.is_terminal else max(screen.width, _FULL_WIDTH)
+    width = screen.width_of(_FULL_WIDTH)
     columns = _COLUMNS if width >= _FULL_WIDTH else _NARROW
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in columns:
-        is_text = name in ("made by", "does", "copies")
-        overflow = "ellipsis" if name == "made by" else "fold"
-        table.add_column(
-            name,
-            justify="left" if is_text else "right",
-            no_wrap=name != "copies",
-            overflow=overflow,  # type: ignore[arg-type]
-        )
     by_size = sorted(profile.storages, key=lambda storage: -storage.num_bytes)[:most_rows]
-    for storage in sorted(by_size, key=lambda storage: storage.number):
-        row = _row(profile, plan, timeline, storage)
-        table.add_row(*(row[name] for name in columns))
-    before, screen.width = screen.width, width
-    screen.print(table, markup=False, highlight=False)
-    screen.width = before
+    in_order = sorted(by_size, key=lambda storage: storage.number)
+    rows = (_row(profile, plan, timeline, storage) for storage in in_order)
+    screen.print_rows(columns, rows, width, texts=_TEXTS, wraps="copies", cut=("made by",))
     if hidden := len(profile.storages) - len(by_size):
         screen.say(f"and {hidden} smaller ones: --all shows them")
     for name, text in _totals(profile, plan):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 
-from rich.table import Table
-
 from elbowroom.cli.screen import Console
 from elbowroom.core.errors import InputError
 from elbowroom.core.files import check_apart, check_writable
@@ -47,24 +45,11 @@ def print_shapes(screen: Console, shapes: ModelShapes) -> None:
 
     There are fewer columns on a narrow terminal.
     """
-    width = screen.width if screen.is_terminal else max(screen.width, _FULL_WIDTH)
+    width = screen.width_of(_FULL_WIDTH)
     columns = _COLUMNS if width >= _FULL_WIDTH else _NARROW
-    table = Table(box=None, padding=(0, 1, 0, 0))
-    for name in columns:
-        is_text = name in ("layer", "kind", "output")
-        overflow = "ellipsis" if name == "layer" else "fold"
-        table.add_column(
-            name,
-            justify="left" if is_text else "right",
-            no_wrap=name != "layer",  # only columns that may wrap are made narrower
-            overflow=overflow,  # type: ignore[arg-type]
-        )
-    for layer in shapes.layers:
-        row = _row(layer)
-        table.add_row(*(row[name] for name in columns))
-    before, screen.width = screen.width, width
-    screen.print(table, markup=False, highlight=False)
-    screen.width = before
+    texts = ("layer", "kind", "output")
+    rows = map(_row, shapes.layers)
+    screen.print_rows(columns, rows, width, texts=texts, wraps="layer", cut=("layer",))
     for name, text in _totals(shapes):
         screen.say(f"{name:<9} {text}")
 
