@@ -21,7 +21,7 @@ from elbowroom.grid.transport import Counted, Direction, Transport
 from elbowroom.grid.twin import run_twin
 from elbowroom.grid.weight_parts import put_intervals
 from elbowroom.plans.grid import GridPlan, LayerGrid
-from elbowroom.plans.grid_placement import check_grid
+from elbowroom.plans.grid_check import check_grid
 from elbowroom.training.layers import trace_model
 from elbowroom.training.operations.find import shapes_of
 from elbowroom.training.tracing import called

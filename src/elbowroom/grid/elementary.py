@@ -8,7 +8,7 @@ import torch
 
 from elbowroom.grid.call import Call
 from elbowroom.grid.parts import Part
-from elbowroom.plans.grid_placement import check_reshape
+from elbowroom.plans.grid_reshape import check_reshape
 from elbowroom.training.operations.operation import Cat, Dropout, Pointwise
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from elbowroom.core.errors import InputError
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes
 from elbowroom.plans.grid import GridPlan, LayerGrid
+from elbowroom.plans.grid_check import check_grid
 from elbowroom.plans.grid_layout import Layout, whole
+from elbowroom.plans.grid_reshape import before_reshape, is_aligned, leading_dims
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class _Placer:
         pairs = leading_dims(source.shape, layer.shape)
         for dim, other in pairs:
             for count in (wanted[other], before.parts[dim]):
-                if _is_aligned(source.shape[dim], layer.shape[other], count):
+                if is_aligned(source.shape[dim], layer.shape[other], count):
                     room = before.num_workers // math.prod(parts)
                     parts[dim] = count if room % count == 0 else 1
                     break
@@ -248,7 +249,7 @@ class _Placer:
             if wish is None:
                 continue
             if reader.kind == "reshape":
-                return _before_reshape(layer.shape, reader.shape, wish)
+                return before_reshape(layer.shape, reader.shape, wish)
             if reader.kind == "permute":
                 return tuple(wish[reader.order.index(dim)] for dim in range(len(layer.shape)))
             if len(wish) == len(layer.shape):
@@ -261,94 +262,6 @@ def _without(wish: tuple[int, ...], reader: LayerShape) -> tuple[int, ...]:
     if reader.kind not in ("cat", "layer_norm"):
         return wish
     return tuple(1 if dim == reader.features else parts for dim, parts in enumerate(wish))
-
-
-def check_grid(layer: LayerShape, grid: LayerGrid, source: LayerShape) -> None:
-    """Raise InputError for a grid with more parts than there are features, or than the layer has.
-
-    More parts than samples or rows are allowed: some workers then have none.
-    """
-    features = layer.groups if layer.kind == "attention" else layer.num_features
-    kinds = {"attention": 1, "embedding": layer.weights // max(1, layer.num_features)}
-    most_inputs = kinds.get(layer.kind, source.num_features)
-    is_grouped = layer.kind in ("conv", "conv_transpose") and layer.groups > 1
-    if is_grouped:
-        features = most_inputs = 1
-    space = () if layer.kind == "attention" else layer.space
-    for what, parts, most in (
-        ("out", grid.outputs, features),
-        ("in", grid.inputs, most_inputs),
-    ):
-        if parts > most:
-            why = ": its channels are in groups" if is_grouped else ""
-            raise InputError(
-                f"layer '{layer.name}' is split in {parts} parts of its {what} features, and can "
-                f"be in {most}{why}: plan again"
-            )
-    if len(grid.space) > len(space) and math.prod(grid.space) > 1:
-        raise InputError(
-            f"layer '{layer.name}' is split along {len(grid.space)} dimensions of space, and has "
-            f"{len(space)} to be split: plan again"
-        )
-
-
-def check_reshape(name: str, source: Sequence[int], target: Sequence[int], layout: Layout) -> None:
-    """Raise InputError for sizes with which the parts of a source are no parts of its reshape.
-
-    ``layout`` was made for a minibatch of another size.
-    """
-    for dim, other in leading_dims(source, target):
-        count = layout.parts[dim]
-        if count > 1 and not _is_aligned(source[dim], target[other], count):
-            raise InputError(
-                f"layer '{name}' cannot reshape {[*source]} to {[*target]} in {count} parts: give "
-                f"minibatches of a multiple of {count} samples"
-            )
-
-
-class LeadingDims(NamedTuple):
-    """Two dimensions, of a source and of what it is reshaped to, whose leading parts are alike."""
-
-    source: int
-    target: int
-
-
-def leading_dims(source: Sequence[int], target: Sequence[int]) -> tuple[LeadingDims, ...]:
-    """The first dimensions of each two smallest groups of dimensions with the same product.
-
-    Dimensions of size 1 are passed over; empty tensors have no pairs.
-    """
-    if 0 in (*source, *target):
-        return ()
-    ones = [dim for dim, size in enumerate(source) if size > 1]
-    others = [dim for dim, size in enumerate(target) if size > 1]
-    pairs = []
-    i = j = 0
-    while i < len(ones) and j < len(others):
-        pairs.append(LeadingDims(ones[i], others[j]))
-        one, other = source[ones[i]], target[others[j]]
-        i, j = i + 1, j + 1
-        while one != other:
-            if one < other:
-                one, i = one * source[ones[i]], i + 1
-            else:
-                other, j = other * target[others[j]], j + 1
-    return tuple(pairs)
-
-
-def _is_aligned(size: int, other: int, parts: int) -> bool:
-    """Whether parts of a leading dimension are the same elements after a reshape."""
-    return parts > 1 and (size == other or (size % parts == 0 and other % parts == 0))
-
-
-def _before_reshape(
-    source: Sequence[int], target: Sequence[int], wish: Sequence[int]
-) -> tuple[int, ...]:
-    parts = [1] * len(source)
-    for dim, other in leading_dims(source, target):
-        if _is_aligned(source[dim], target[other], wish[other]):
-            parts[dim] = wish[other]
-    return tuple(parts)
 
 
 def _parts(

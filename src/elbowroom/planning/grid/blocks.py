@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from elbowroom.core.layer_shapes import LayerShape, ModelShapes
-from elbowroom.plans.grid_placement import leading_dims
+from elbowroom.plans.grid_reshape import leading_dims
 
 BlockKind = Literal["weighted", "plain", "whole"]
 """``plain``: a join, a fork or a layer norm, whose layout no weights suggest."""
