@@ -19,7 +19,8 @@ from elbowroom.core.errors import InputError
 from elbowroom.grid.transport import Channel
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals, put_intervals
 from elbowroom.grid.weights import Weights
-from elbowroom.training.checkpoint import Checkpoint, StageContent, save, settings_of
+from elbowroom.training.checkpoint import Checkpoint, save
+from elbowroom.training.checkpoint_content import StageContent, settings_of
 
 GATHERED = "checkpoint"
 """What is sent for a checkpoint is counted by this name."""

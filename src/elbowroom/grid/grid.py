@@ -23,12 +23,11 @@ from elbowroom.grid.weight_parts import weight_uses
 from elbowroom.grid.weights import Weights
 from elbowroom.plans.grid import GridPlan
 from elbowroom.plans.grid_placement import place
-from elbowroom.training.checkpoint import (
-    Checkpoint,
+from elbowroom.training.checkpoint import Checkpoint, newest_of_run
+from elbowroom.training.checkpoint_content import (
     aliases_of,
     check_settings,
     kept_buffers,
-    newest_of_run,
     note_made,
 )
 from elbowroom.training.layers import trace_model

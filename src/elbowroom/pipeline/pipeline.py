@@ -31,15 +31,8 @@ from elbowroom.pipeline.stage_actions import Done
 from elbowroom.pipeline.worker import StageWorker
 from elbowroom.plans.pipeline import PipelinePlan, Semantics
 from elbowroom.plans.pipeline_shape import Pipe
-from elbowroom.training.checkpoint import (
-    Checkpoint,
-    check_settings,
-    content_of,
-    names_of,
-    newest_of_run,
-    note_made,
-    save,
-)
+from elbowroom.training.checkpoint import Checkpoint, newest_of_run, save
+from elbowroom.training.checkpoint_content import check_settings, content_of, names_of, note_made
 from elbowroom.training.keeping import Keeper
 from elbowroom.training.layers import trace_model
 from elbowroom.training.loop import check_optimizer, check_scheduler

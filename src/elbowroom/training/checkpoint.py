@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,33 +22,21 @@ from safetensors.torch import save_file
 from torch import distributed, nn
 
 from elbowroom.core.errors import InputError, OutputError
+from elbowroom.training.checkpoint_content import (
+    MADE,
+    StageContent,
+    StageSettings,
+    aliases_of,
+    group_names,
+    names_of,
+    weights_of,
+)
 from elbowroom.training.json_state import from_json, to_json
 
 _INDEX, _VERSION = "index.json", 2
 _KEPT = 2
 _GROUP_LISTS = {"base_lrs", "_last_lr"}
 """What schedulers keep for each parameter group."""
-
-_MADE = "made_with"
-"""Key of a parameter group: its settings as the script made them, before any schedule."""
-
-
-class StageSettings(NamedTuple):
-    """Settings of one stage: of its optimizer's parameter groups, and of its scheduler.
-
-    ``names`` are for each group the names that its parameters have in the model.
-    """
-
-    names: list[list[str]]
-    groups: list[dict[str, Any]]
-    scheduler: dict[str, Any] | None
-
-
-class StageContent(NamedTuple):
-    """What one writer puts into a checkpoint: tensors by name, and settings if it has any."""
-
-    tensors: dict[str, torch.Tensor]
-    settings: StageSettings | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class Checkpoint:
         Raises InputError if the checkpoint is of another model, or damaged.
         """
         aliases = aliases_of(module)
-        for name, tensor in _weights(module).items():
+        for name, tensor in weights_of(module).items():
             tensor.copy_(self.weight(aliases.get(name, [name]), tensor))
 
     def weight(self, names: Sequence[str], like: torch.Tensor | None = None) -> torch.Tensor:
@@ -134,11 +122,11 @@ class Checkpoint:
 
         ``names`` are those of the parameters in the model.
         """
-        places = [self._place(group) for group in _group_names(names, optimizer)]
+        places = [self._place(group) for group in group_names(names, optimizer)]
         for group, place in zip(optimizer.param_groups, places, strict=True):
             if place is not None:
                 saved = place[0].groups[place[1]]
-                self._check_made(group.get(_MADE, {}), saved.get(_MADE, {}))
+                self._check_made(group.get(MADE, {}), saved.get(MADE, {}))
                 group.update(saved)
         if scheduler is not None:
             known = next((place for place in places if place is not None), None)
@@ -269,93 +257,16 @@ def save(
     return path
 
 
-def content_of(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> StageContent:
-    """The content of a stage whose weights are a module's, whole."""
-    tensors = {f"model.{name}": tensor for name, tensor in _weights(module).items()}
-    for name, parameter in module.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                tensors[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
-    return StageContent(tensors, settings_of(names_of(module), optimizer, scheduler))
-
-
 def _whole(folder: Path) -> list[Path]:
     """The whole checkpoints of a folder, from the oldest to the newest."""
     names = sorted(folder.glob("step-*")) if folder.is_dir() else []
     return [p for p in names if re.fullmatch(r"step-\d{8}", p.name) and (p / _INDEX).exists()]
 
 
-def _weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters by name, tied ones once, and buffers that a state dict has."""
-    return {**{name: one.data for name, one in module.named_parameters()}, **kept_buffers(module)}
-
-
-def kept_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that a state dict has, and so a checkpoint, by name."""
-    kept = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
-
-
 def _write_stage(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def aliases_of(module: nn.Module) -> dict[str, list[str]]:
-    """All names of each parameter, by its first: tied ones have several."""
-    found: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        found.setdefault(parameter, []).append(name)
-    return {names[0]: names for names in found.values()}
-
-
-def names_of(module: nn.Module) -> dict[nn.Parameter, str]:
-    """The names of parameters, tied ones by their first."""
-    return {parameter: name for name, parameter in module.named_parameters()}
-
-
-def settings_of(
-    names: Mapping[nn.Parameter, str],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> StageSettings:
-    """Settings of an optimizer of parameters with these names, and of its scheduler."""
-    return StageSettings(
-        _group_names(names, optimizer),
-        [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ],
-        scheduler.state_dict() if scheduler else None,
-    )
-
-
-def _group_names(
-    names: Mapping[nn.Parameter, str], optimizer: torch.optim.Optimizer
-) -> list[list[str]]:
-    """For each parameter group the names of its parameters in the model."""
-    return [[names[p] for p in group["params"] if p in names] for group in optimizer.param_groups]
-
-
-def note_made(optimizer: torch.optim.Optimizer) -> None:
-    """Keep the settings of a new optimizer, so that a resume with others can be refused."""
-    for group in optimizer.param_groups:
-        settings = {key: value for key, value in group.items() if key != "params"}
-        group[_MADE] = {"optimizer": type(optimizer).__name__, **settings}
-
-
-def check_settings(
-    names: Mapping[nn.Parameter, str],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> None:
-    """Raise InputError for settings that no checkpoint can hold, before any training."""
-    to_json([*settings_of(names, optimizer, scheduler)])
 
 
 def _of_groups(state: Any, places: Sequence[tuple[StageSettings, int] | None]) -> Any:

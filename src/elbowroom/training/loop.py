@@ -13,14 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils import _pytree as pytree
 
 from elbowroom.core.errors import InputError
-from elbowroom.training.checkpoint import (
-    check_settings,
-    content_of,
-    names_of,
-    newest_of_run,
-    note_made,
-    save,
-)
+from elbowroom.training.checkpoint import newest_of_run, save
+from elbowroom.training.checkpoint_content import check_settings, content_of, names_of, note_made
 from elbowroom.training.outcome import in_training, seed_minibatch
 from elbowroom.training.script import TrainingScript
 from elbowroom.training.tracing import called
