@@ -95,6 +95,7 @@ bench: setup
 	$(BIN)/python -m bench.sidp_reproduction
 	$(BIN)/python -m bench.pipedream_reproduction
 	$(BIN)/python -m bench.grid_reproduction
+	$(BIN)/python -m bench.grid_prices
 	$(BIN)/python -m bench.shipping
 	$(BIN)/python -m bench.tail
 	$(BIN)/python -m bench.training

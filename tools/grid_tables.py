@@ -40,6 +40,21 @@ def communication() -> str:
     return table((f"{date}", "workers", "batch size", *forms, *gains), rows)
 
 
+def prices() -> str:
+    """Milliseconds of communication by a sketch's simpler prices, and what ours add to them."""
+    data = load("grid_prices")
+    rows = []
+    for row in data["rows"]:
+        cells = _case(row)
+        for forms in ("linear", "all"):
+            simpler, ours = row[forms]["simpler"], row[forms]["ours"]
+            cells += [_ms(simpler), f"{100 * (ours / simpler - 1):.2f} %"]
+        rows.append(cells)
+    date = f"{data['date']}, commit {data['commit'][:7]}"
+    forms = ("`linear`, simpler", "ours adds", "`all`, simpler", "ours adds")
+    return table((date, "workers", "batch size", *forms), rows)
+
+
 def overlapped() -> str:
     """Milliseconds of an iteration whose sums of weights run behind the backward."""
     rows = []
@@ -127,6 +142,7 @@ def _ms(seconds: float | None) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "grid-crossovers": crossovers,
     "grid-communication": communication,
+    "grid-prices": prices,
     "grid-overlapped": overlapped,
     "grid-memory": memory,
     "grid-peers": peers,
