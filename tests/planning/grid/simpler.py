@@ -20,13 +20,21 @@ from elbowroom.planning.grid.strategies import Floats, Strategies, all_strategie
 
 
 def simpler_problem(
-    net: str, procs: int, batch: int, forms: Forms, most_feature_parts: int | None = None
+    net: str,
+    procs: int,
+    batch: int,
+    forms: Forms,
+    most_feature_parts: int | None = None,
+    is_sketched: bool = True,
 ) -> SimplerProblem:
     """A known network on the paper's machine, with the sketch's prices.
 
     ``most_feature_parts``: of outputs and inputs together, which the sketch cut its list at.
+    ``is_sketched``: whether the network, too, is as the sketch read it.
     """
-    shapes = as_sketched(known_net(net).for_batch(batch))
+    shapes = known_net(net).for_batch(batch)
+    if is_sketched:
+        shapes = as_sketched(shapes)
     graph = block_graph(shapes)
     ways = all_strategies(graph, procs, batch, forms)
     if most_feature_parts is not None:

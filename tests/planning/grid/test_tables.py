@@ -149,3 +149,9 @@ def test_the_sketchs_list_for_the_unet_was_cut_at_16_parts_of_features(
 ) -> None:
     problem = simpler_problem("unet3d", procs, batch, "all", most_feature_parts=16)
     assert four_digits(problem.milliseconds()) == expected
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(8, 16.7), (64, 39.75)])
+def test_whole_cats_are_most_of_what_ours_adds_to_the_unet(batch: int, expected: float) -> None:
+    problem = simpler_problem("unet3d", 512, batch, "all", is_sketched=False)
+    assert four_digits(problem.milliseconds()) == expected
