@@ -1,6 +1,6 @@
 """What a pool costs and gives on one GPU that several processes share.
 
-    python -m bench.gpu.pool [--layers 6] [--repeats 3] [--ranks 2 4]
+    python -m bench.gpu.pool [--layers 6] [--repeats 3] [--ranks 2 4] [--rows 1 64 512]
 
 Decoder layers in the shape of Llama 3 70B (hidden 8192, FFN 28672) run in 2 and 4 processes at
 once. Measured: seconds of an iteration with local weights, streamed and shipped at 1 to 512 rows,
@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,11 +42,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
     shape = SMALL if args.small else LLAMA_70B
-    setup = Setup(shape, args.layers, 2, max(ROWS), device=args.device)
+    setup = Setup(shape, args.layers, 2, max(args.rows), device=args.device)
     copied = copy_bytes_per_second(setup)
     result: dict[str, Any] = {
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
@@ -56,23 +58,23 @@ def main() -> None:
     }
     for num_ranks in args.ranks:
         of_ranks = replace(setup, num_ranks=num_ranks, num_slots=min(2, num_ranks - 1))
-        result[f"{num_ranks} processes"] = compare(of_ranks, args.repeats, copied)
+        result[f"{num_ranks} processes"] = compare(of_ranks, args.rows, args.repeats, copied)
         print(json.dumps(result, indent=1), flush=True)
     if args.device != "cpu":
         write_result("gpu_pool", result)
 
 
-def compare(setup: Setup, repeats: int, copied: float) -> dict[str, Any]:
+def compare(setup: Setup, rows: Sequence[int], repeats: int, copied: float) -> dict[str, Any]:
     """Rounds in which modes alternate, all processes at work at once. The first is dropped."""
     fit = rows_that_fit(setup)
     with group(setup) as ranks:
         rounds = [
-            {mode: {rows: ranks.seconds(mode, rows) for rows in ROWS} for mode in MODES}
+            {mode: {count: ranks.seconds(mode, count) for count in rows} for mode in MODES}
             for _ in range(repeats + 1)
         ][1:]
         capped = tokens_per_second(ranks, fit, setup.num_ranks, repeats)
     seconds = {
-        mode: {rows: statistics.median(r[mode][rows] for r in rounds) for rows in ROWS}
+        mode: {count: statistics.median(r[mode][count] for r in rounds) for count in rows}
         for mode in MODES
     }
     return {

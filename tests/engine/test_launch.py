@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from elbowroom.core.gpus import Gpu
 from elbowroom.engine import launch
 from elbowroom.engine.launch import replica_environment, start_replica
 from elbowroom.engine.vllm_seam import ENVIRONMENT
@@ -58,6 +59,14 @@ def test_libraries_that_are_there_are_preloaded_behind_the_users(
 
 def test_without_libraries_nothing_is_preloaded(libraries: Path) -> None:
     assert replica_environment(1).get("LD_PRELOAD", "") == ""
+
+
+def test_a_replica_computes_on_its_own_gpu_first(libraries: Path) -> None:
+    (libraries / "libiomp5.so").touch()
+    gpus = [Gpu(f"GPU-{number}", "NVIDIA H100", 80 << 30, 80 << 30) for number in (1, 0)]
+    environment = replica_environment(4, gpus)
+    assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1,GPU-0"
+    assert environment.get("LD_PRELOAD", "") == "", "that is for engines on CPUs"
 
 
 def test_our_own_environment_is_not_changed(libraries: Path) -> None:

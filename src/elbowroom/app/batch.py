@@ -19,7 +19,7 @@ from rich.console import Console
 from elbowroom.app.hub import find_model
 from elbowroom.app.machine import THIS_MACHINE
 from elbowroom.app.plan_settings import PlanSettings
-from elbowroom.app.prepare import BatchSettings, check_devices, prepare
+from elbowroom.app.prepare import BatchSettings, prepare
 from elbowroom.core.errors import InputError, shown
 from elbowroom.core.files import check_writable
 from elbowroom.core.options import option_names, read_options
@@ -127,7 +127,6 @@ async def run_settings(
     """
     if importlib.util.find_spec("vllm") is None:
         raise InputError("to run a model needs vLLM: pip install 'elbowroom[cpu]', or [cuda]")
-    check_devices(settings)
     output = settings.output
     check_paths(
         settings.inputs,

@@ -8,11 +8,13 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
+from elbowroom.app.gpu_machine import assumed_gpus, check_gpus, free_bytes, gpus_here, on_gpus
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster, Device, Link, Rate
 from elbowroom.core.cluster_file import is_preset, read_cluster
-from elbowroom.core.errors import InputError, OutputError
+from elbowroom.core.errors import InputError, MeasuringError, OutputError
 from elbowroom.core.files import read_json, write_text
+from elbowroom.core.gpus import Gpu
 from elbowroom.core.units import GIB, format_bytes
 from elbowroom.plans.pool import RunPlan
 from elbowroom.profiling.machine import (
@@ -61,6 +63,8 @@ def find_cluster(
     """
     if name != THIS_MACHINE:
         return read_cluster(name)
+    if gpus_here():
+        raise MeasuringError("GPUs are not measured: --cluster h100-1, say, predicts their times")
     asked = cores or split_cores(len(host.cores()))
     groups = tuple(dict.fromkeys(map(tuple, asked)))
     cluster = _measured_once(groups, dtype, say)
@@ -113,6 +117,9 @@ def find_machines(
     that describes this machine (``runs_here``) stands for any number of such devices. ``calibrate``
     is for ``calibrated``. Raises InputError for more memory than a preset's device has.
     """
+    gpus = gpus_here() if runs_here or name == THIS_MACHINE else ()
+    if gpus:
+        return _gpu_machines(name, gpus, num_devices or len(gpus), memory_bytes, calibrate, say)
     if name != THIS_MACHINE:
         cluster = _calibrated(read_cluster(name), calibrate)
         if runs_here:
@@ -139,6 +146,26 @@ def find_machines(
             divided(clusters[0], number, format_cores(num_cores // number)) for number in parts
         ]
     return Machines(tuple(_with_memory(cluster, memory_bytes) for cluster in clusters), is_measured)
+
+
+def _gpu_machines(
+    name: str,
+    gpus: Sequence[Gpu],
+    num_devices: int,
+    memory_bytes: int | None,
+    calibrate: Path | None,
+    say: Say,
+) -> Machines:
+    """The GPUs that are there: assumed, or like those of a cluster with a name."""
+    is_known = name != THIS_MACHINE
+    if is_known:
+        cluster = on_gpus(_calibrated(read_cluster(name), calibrate), gpus, num_devices)
+    else:
+        say("GPUs are not measured, so no times are predicted (--cluster h100-1, say, has them)")
+        cluster = assumed_gpus(gpus, num_devices)
+    memory = free_bytes(gpus, num_devices) if memory_bytes is None else memory_bytes
+    check_gpus(gpus, num_devices, memory)
+    return Machines((cluster.with_memory(memory),), is_known)
 
 
 def cache_path(cores: Sequence[Sequence[int]], dtype: str = "bfloat16") -> Path | None:

@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 
 from elbowroom.app.architecture import built_tensors
+from elbowroom.app.gpu_machine import ONE_GPU, gpus_here
 from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cores
 from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
@@ -22,6 +23,7 @@ from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.pool.layouts import (
+    NOT_BETWEEN_GPUS,
     EngineLimits,
     enumerate_layouts,
     layout_shares,
@@ -109,7 +111,8 @@ def plan_job(
         choices = []
         for cluster in machines.clusters:
             layouts = enumerate_layouts(model, cluster, settings.slots)
-            asked = [x for x in layouts if is_asked(x, settings) and _runs_here(x, model, settings)]
+            asked = [x for x in layouts if is_asked(x, settings)]
+            asked = [x for x in asked if _runs_here(x, model, cluster, settings)]
             if asked:
                 choices.append(choose(model, cluster, rows, engine, asked))
         if not choices:
@@ -130,7 +133,7 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     if any("transformers" in option for option in settings.vllm_options):  # --model-impl
         why = "the Transformers backend, which is asked for, hands over no layers"
         model = replace(model, cannot_pool=model.cannot_pool or why)
-    if settings.is_here and settings.dtype == "auto":
+    if settings.is_here and settings.dtype == "auto" and not gpus_here():
         dtype = host.fastest_dtype(model.dtype)
         if dtype != model.dtype:
             say(
@@ -227,9 +230,10 @@ def read_workload(
     return of_file.workload, str(of_file)
 
 
-def _runs_here(layout: Layout, model: ModelFacts, settings: PlanSettings) -> bool:
-    """Whether a layout is left: on this machine, not where no pool can hold the model."""
-    return not settings.is_here or layout.pool == "none" or model.cannot_pool_here is None
+def _runs_here(layout: Layout, model: ModelFacts, cluster: Cluster, settings: PlanSettings) -> bool:
+    """Whether a layout is left: on this machine, not what it cannot run."""
+    can_pool = model.cannot_pool_here is None and cluster.device.maps_peers
+    return not settings.is_here or layout.pool == "none" or can_pool
 
 
 def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) -> str:
@@ -242,6 +246,8 @@ def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) 
         )
     if settings.is_here and model.cannot_pool_here and settings.pool not in (None, "none"):
         return f"{model.name} cannot be pooled: {model.cannot_pool_here}. Use --pool none"
+    if settings.is_here and not cluster.device.maps_peers and settings.pool not in (None, "none"):
+        return f"{NOT_BETWEEN_GPUS}: {ONE_GPU}"
     if replicas == 1 and settings.pool not in (None, "none"):
         return "a pool is shared by replicas: give --replicas 2 or more, or --pool none"
     if cluster.num_devices % width or cluster.num_devices != width * (
@@ -292,7 +298,7 @@ def _smallest_changes(
     if free != settings:
         cluster = machines.clusters[0]
         every = enumerate_layouts(model, cluster)
-        layouts = [x for x in every if is_asked(x, free) and _runs_here(x, model, free)]
+        layouts = [x for x in every if is_asked(x, free) and _runs_here(x, model, cluster, free)]
         found = choose(model, cluster, workload, settings.engine, layouts).best
         if found is not None:
             yield f"another layout: {found.layout} fits"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from elbowroom.app.gpu_machine import ONE_GPU, check_gpus, gpus_here
 from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
 from elbowroom.app.plan import (
     Planned,
@@ -29,12 +30,11 @@ from elbowroom.core.model import ModelFacts, check_runnable
 from elbowroom.core.options import option
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, workload
-from elbowroom.jobs.identity import engine_version
 from elbowroom.jobs.job import JobFiles, JobOptions, PredictActual, ScannedInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.parquet import is_named_parquet
 from elbowroom.jobs.preflight import FileSummary, Warned, warnings
-from elbowroom.planning.pool.layouts import engine_limits, replica_limits
+from elbowroom.planning.pool.layouts import NOT_BETWEEN_GPUS, engine_limits, replica_limits
 from elbowroom.planning.pool.memory import check_fits, longest_row
 from elbowroom.planning.pool.search import Candidate
 from elbowroom.plans.pool import RunPlan
@@ -88,18 +88,6 @@ class BatchSettings:
         return JobFiles(self.output, self.error_file, self.report_file, self.logs)
 
 
-def check_devices(settings: BatchSettings) -> None:
-    """Raise InputError where nothing is known of the devices that the engine would run on."""
-    asked, version = settings.plan, engine_version()
-    is_open = None in (asked.memory_bytes, asked.replicas, asked.pool) or asked.dtype == "auto"
-    on_gpus = version.startswith("vllm ") and "+cpu" not in version
-    if on_gpus and is_open and settings.given_plan is None:
-        raise InputError(
-            f"{version} runs on GPUs, of which nothing is decided yet: give --replicas 1, "
-            f"--pool none, --dtype and the --memory of one device"
-        )
-
-
 @dataclass(frozen=True)
 class Prepared:
     """A job that can start."""
@@ -138,9 +126,9 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
         if rows is None:
             plan = replace(plan, prediction=None)
         check_fits(plan.budget, plan.engine.max_model_len)
-        _check_machine(plan)
         _say_choice(planned, plan, say)
         cluster = best.cluster if planned.machines.is_measured else None
+    _check_machine(plan)
     options, predict_actual = settings.job, None
     if lengths is not None and rows is not None:
         options = replace(options, bytes_per_token=lengths.bytes_per_token)
@@ -213,7 +201,13 @@ def _decide(
 
 
 def _check_machine(plan: RunPlan) -> None:
-    """Raise MemoryPlanError for more memory than this machine has."""
+    """Raise MemoryPlanError for more memory than this machine has, InputError for its GPUs."""
+    if gpus := gpus_here():
+        num_devices = plan.layout.num_devices if plan.layout else plan.num_replicas
+        check_gpus(gpus, num_devices, plan.budget.memory_bytes)
+        if len(gpus) > 1 and plan.shares[0].mode != "none":
+            raise InputError(f"{NOT_BETWEEN_GPUS}: {ONE_GPU}")
+        return
     there, asked = host.memory_bytes(), plan.num_replicas * plan.budget.memory_bytes
     if there is not None and asked > there:
         raise MemoryPlanError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from elbowroom.core import host
+from elbowroom.core.gpus import DEVICES_VARIABLE, Gpu
 from elbowroom.engine.vllm_seam import ENVIRONMENT
 from elbowroom.engine.wire import Channel
 
@@ -46,8 +47,12 @@ async def start_replica(
     cores: Sequence[int],
     log: IO[bytes],
     command: Sequence[str] = REPLICA_COMMAND,
+    gpus: Sequence[Gpu] = (),
 ) -> ReplicaProcess:
-    """Start one replica on ``cores`` (none: on any); its output goes to ``log``."""
+    """Start one replica on ``cores`` (none: on any); its output goes to ``log``.
+
+    Of ``gpus`` it computes on the first.
+    """
     ours, theirs = socket.socketpair()
     with theirs:
         process = await asyncio.create_subprocess_exec(
@@ -57,20 +62,22 @@ async def start_replica(
             stdin=asyncio.subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=replica_environment(len(cores)),
+            env=replica_environment(len(cores), gpus),
             start_new_session=True,  # a Ctrl-C in the terminal is for the runner to handle
         )
     host.pin(process.pid, cores)
     return ReplicaProcess(replica, process, await Channel.over(ours))
 
 
-def replica_environment(num_cores: int) -> dict[str, str]:
-    """The user's environment, what the engine needs, and on CPU the OpenMP settings.
+def replica_environment(num_cores: int, gpus: Sequence[Gpu] = ()) -> dict[str, str]:
+    """The user's environment, what the engine needs, and its GPUs, or on CPU the OpenMP settings.
 
-    Intel's OpenMP runtime and tcmalloc are preloaded where they are found.
+    Without GPUs, Intel's OpenMP runtime and tcmalloc are preloaded where they are found.
     """
     environment = {**ENVIRONMENT, **os.environ}
-    if num_cores:
+    if gpus:
+        environment[DEVICES_VARIABLE] = ",".join(gpu.entry for gpu in gpus)
+    elif num_cores:
         environment["OMP_NUM_THREADS"] = str(num_cores)
         found = [_find_library(names) for names in _PRELOADS]
         preloads = [environment.get("LD_PRELOAD", ""), *(str(path) for path in found if path)]

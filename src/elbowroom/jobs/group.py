@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from elbowroom.core.gpus import Gpu, find_gpus, in_order_of
 from elbowroom.engine.launch import (
     REPLICA_COMMAND,
     ReplicaProcess,
@@ -28,6 +29,7 @@ from elbowroom.engine.wire import (
     Stopped,
     ToReplica,
 )
+from elbowroom.jobs.identity import engine_version, is_for_gpus
 from elbowroom.plans.pool import RunPlan
 
 _LOG_TAIL_LINES = 15
@@ -72,6 +74,7 @@ class ReplicaGroup:
         self._run_dir = run_dir
         self._log_dir = log_dir
         self._command = command
+        self._gpus = find_gpus() if is_for_gpus(engine_version()) else ()
         self._processes: dict[int, ReplicaProcess] = {}
         self._listeners: set[asyncio.Task[None]] = set()
         self._ready: set[int] = set()
@@ -96,13 +99,21 @@ class ReplicaGroup:
     async def start(self, replica: int) -> None:
         """Start a replica that does not run. Its log is appended to."""
         with open(self._log_path(replica), "ab", opener=_private) as log:
-            process = await start_replica(replica, self._plan.cores[replica], log, self._command)
+            process = await start_replica(
+                replica, self._plan.cores[replica], log, self._command, self._gpus_of(replica)
+            )
         self._processes[replica] = process
         self._ready.discard(replica)
         listener = asyncio.create_task(self._listen(process))
         self._listeners.add(listener)
         listener.add_done_callback(self._listeners.discard)
         self.send(replica, Start(self._plan, replica, str(self._run_dir)))
+
+    def _gpus_of(self, replica: int) -> tuple[Gpu, ...]:
+        """The GPUs that an engine for GPUs computes on, and those of its peers."""
+        layout = self._plan.layout
+        width = layout.tensor_parallel if layout else 1
+        return in_order_of(replica, width, self._gpus) if self._gpus else ()
 
     def send(self, replica: int, message: ToReplica) -> None:
         """Send, unless the replica has died meanwhile: its death is an event."""

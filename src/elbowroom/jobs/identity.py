@@ -124,6 +124,11 @@ def engine_version() -> str:
     return "none"
 
 
+def is_for_gpus(version: str) -> bool:
+    """Whether an engine, as ``engine_version`` names it, is vLLM's build for GPUs."""
+    return version.startswith("vllm ") and "+cpu" not in version
+
+
 def _digest(place: Path, suffixes: tuple[str, ...], own: Collection[Path]) -> str:
     """Digest of a file, or of a folder's files that answers may depend on. Raises OSError."""
     hasher = blake2b(digest_size=8)

@@ -36,9 +36,11 @@ class CudaStore(SharedMemoryStore):
         self._rank = rank
         self.device = device
         self._own: dict[int, torch.Tensor] = {}
+        self.device_bytes = 0
 
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
         self._own[layer] = _allocate(num_bytes, self.device, f"layer {layer}")
+        self.device_bytes += num_bytes
         return self._own[layer]
 
     def publish(self, layer: int) -> None:
@@ -56,6 +58,7 @@ class CudaStore(SharedMemoryStore):
         if borrower != self._rank:
             return _open(path, self.device)
         buffer = _allocate(num_bytes, self.device, f"a mailbox for rank {owner}")
+        self.device_bytes += num_bytes
         _write_handle(path, buffer)
         return buffer
 

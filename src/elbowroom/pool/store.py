@@ -23,6 +23,14 @@ class Store(Protocol):
     outlives_owner: bool
     """True if a peer's layers can still be read when it has died."""
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that this rank's store has taken from its device, where PyTorch does not count it.
+
+        0 on a host.
+        """
+        ...
+
     def allocate(self, layer: int, num_bytes: int) -> torch.Tensor:
         """Make a buffer for an owned layer, private until published.
 
@@ -68,6 +76,7 @@ class LocalStore:
     """A store within one process; ranks whose stores have the same hub are peers."""
 
     device = torch.device("cpu")
+    device_bytes = 0
     outlives_owner = True
 
     def __init__(self, hub: LocalHub | None = None) -> None:

@@ -16,6 +16,8 @@ ENVIRONMENT = {
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",
     # The engine core runs its one worker itself, instead of in one more process on the same core.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # A fork of a process that has threads, as ours has, may hang, and does not end with it.
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     # Rows may carry URLs, and a row that fails must not print its body.
     "VLLM_LOGGING_LEVEL": "WARNING",
 }

@@ -18,6 +18,7 @@ def register() -> None:
     that; where a runner was imported earlier, its copy is replaced too.
     """
     import vllm.model_executor.offloader as package  # vLLM has imported it by now
+    from vllm.platforms import current_platform
 
     original = package.create_offloader
     if getattr(original, CONFIG_KEY, False):
@@ -35,7 +36,7 @@ def register() -> None:
         parallel = config.parallel_config
         return PoolOffloader.from_config(wanted, parallel.world_size, parallel.tensor_parallel_size)
 
-    if REPLICA_MARK in os.environ:
+    if REPLICA_MARK in os.environ and current_platform.is_cpu():  # NCCL opens no port for one rank
         from elbowroom.engine.vllm_seam.single_rank import keep_off_network
 
         keep_off_network()

@@ -11,6 +11,7 @@ import vllm
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.entrypoints.openai.api_server import build_app, init_app_state
+from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
@@ -23,6 +24,11 @@ from elbowroom.plans.pool import RunPlan
 from elbowroom.pool.stats import PoolStats
 
 _WORKER_EXTENSION = "elbowroom.engine.vllm_seam.worker.PoolWorkerExtension"
+
+
+_LEAST_SHARE = "0.01"
+"""Share of a GPU that vLLM wants to find free. The plan says how large the cache is, and several
+replicas that load at the same time see each other's memory come and go."""
 
 
 class Reply(NamedTuple):
@@ -167,6 +173,7 @@ def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
         *("--max-num-batched-tokens", str(engine.max_num_batched_tokens)),
         *("--block-size", str(plan.budget.block_tokens)),
         *("--kv-cache-memory-bytes", str(plan.budget.kv_bytes)),
+        *(("--gpu-memory-utilization", _LEAST_SHARE) if current_platform.is_cuda() else ()),
         *("--tensor-parallel-size", str(width)),
         *("--distributed-executor-backend", "uni" if width == 1 else "mp"),
         *("--worker-extension-cls", _WORKER_EXTENSION),

@@ -55,9 +55,10 @@ class PoolOffloader(BaseOffloader):
             link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
         )
         self._loader = PoolLoader(share, store, options)
+        self._store = store
         self._pool: Pool | None = None
-        self.resident_before_bytes = resident_bytes()
-        self.resident_after_bytes = self.resident_before_bytes
+        self._before_bytes = self._held_bytes()
+        self.resident_bytes = 0
         self._share = share
         self._num_unloaded = 0
         self._is_plain = False
@@ -93,13 +94,13 @@ class PoolOffloader(BaseOffloader):
                 f"cannot be pooled: leave pipeline parallelism at 1, or run this model with vLLM"
             )
         share = PoolShare.from_json(config["share"])
-        if not current_platform.is_cpu() and share.mode != "none":
-            raise PoolError(
-                f"a pool on {current_platform.device_name} is not supported yet: use --pool none"
-            )
         if share.mode == "none":
             return PoolOffloader(share, LocalStore())
         run_dir = Path(config["run_dir"])
+        if not current_platform.is_cpu():
+            return PoolOffloader(
+                share, _device_store(run_dir, share.rank, tensor_parallel), run_dir
+            )
         if tensor_parallel == 1:
             return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
         run_dir = run_dir / f"tensor-rank-{get_tensor_model_parallel_rank()}"
@@ -145,16 +146,35 @@ class PoolOffloader(BaseOffloader):
             linear.quant_method = method
         self._is_plain = True
 
+    def _held_bytes(self) -> int:
+        """Memory that this process holds now, on the device that it computes on."""
+        if self._store.device.type == "cpu":
+            return resident_bytes()
+        torch.cuda.empty_cache()  # weights that went into the store leave as much behind
+        return torch.cuda.memory_allocated(self._store.device) + self._store.device_bytes
+
     def mark_loaded(self) -> None:
         """One more linear has its weights. After the last, the group shares what it has."""
         self._num_unloaded -= 1
         if self._num_unloaded == 0:
             self._pool = self._loader.attach()
             return_freed_memory()
-            self.resident_after_bytes = resident_bytes()
+            self.resident_bytes = self._held_bytes() - self._before_bytes
             self._pool.start()
             forget_shared_names()
             atexit.register(self._pool.close)  # a thread inside a kernel must not see Python end
+
+
+def _device_store(run_dir: Path, rank: int, tensor_parallel: int) -> Store:
+    """The store of a replica on a GPU. Raises PoolError for what has not been seen to work."""
+    if not current_platform.is_cuda() or tensor_parallel > 1:
+        raise PoolError(
+            f"a pool between replicas of {tensor_parallel} devices on "
+            f"{current_platform.device_name} is not supported yet: use --pool none"
+        )
+    from elbowroom.pool.cuda import CudaStore  # needs NVIDIA's bindings
+
+    return CudaStore(run_dir, rank, torch.device("cuda", torch.cuda.current_device()))
 
 
 class PooledLinearMethod(UnquantizedLinearMethod):
@@ -202,7 +222,7 @@ class PoolWorkerExtension:
         offloader = _pool_offloader(self)
         if offloader is None or offloader.pool is None:
             return 0
-        return offloader.resident_after_bytes - offloader.resident_before_bytes
+        return offloader.resident_bytes
 
 
 def partial_forward(module: nn.Module) -> Forward:

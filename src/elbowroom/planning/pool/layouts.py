@@ -41,6 +41,10 @@ class EngineLimits:
         return self.max_num_batched_tokens or max(USUAL_TOKENS, self.num_rows)
 
 
+NOT_BETWEEN_GPUS = "no pool has been run between several GPUs"
+"""Why pools are planned for clusters of GPUs, and run on CPUs and by replicas that share a GPU."""
+
+
 def enumerate_layouts(
     model: ModelFacts, cluster: Cluster, num_slots: int | None = None
 ) -> Iterator[Layout]:
@@ -91,7 +95,7 @@ def why_not_run(model: ModelFacts, cluster: Cluster, layout: Layout) -> str | No
         return None
     if model.cannot_pool:
         return model.cannot_pool
-    return None if cluster.device.maps_peers else "pools run on CPUs only"
+    return None if cluster.device.maps_peers else NOT_BETWEEN_GPUS
 
 
 def layout_budget(
