@@ -49,8 +49,9 @@ def main(
     _tell("ready")
     errors = []
     generator = torch.Generator(device).manual_seed(rank)
-    for _ in range(batches):
+    for batch in range(batches):
         rows = int(torch.randint(1, MOST_ROWS + 1, (1,), generator=generator, device=device))
+        rows = rows if batch else 1  # few enough to be shipped, where rows are
         x = torch.randn(rows, SHAPE.hidden, generator=generator, device=device).to(torch.bfloat16)
         expected, out = _run(local, x), _run(pooled, x)
         errors.append(float((out - expected).float().norm() / expected.float().norm()))

@@ -25,11 +25,9 @@ _HANDLE_BYTES = 64
 class CudaStore(SharedMemoryStore):
     """A store that keeps one rank's layers on ``device``, and their handles in ``run_dir``.
 
-    What a rank has published ends with its process: a group of which one member died has to be
-    started again.
+    When a rank dies, the driver keeps what peers have opened until they end, but nobody can open it
+    again. The next process of that rank takes new memory for its layers.
     """
-
-    outlives_owner = False
 
     def __init__(self, run_dir: Path, rank: int, device: torch.device) -> None:
         super().__init__(run_dir, rank)
@@ -50,7 +48,7 @@ class CudaStore(SharedMemoryStore):
         super().publish(layer)
 
     def reopen(self, layer: int, owner: int, num_bytes: int) -> None:
-        """Find nothing: device memory ends with the process that allocated it."""
+        """Find nothing: a handle is of no use when the process that made it has ended."""
 
     def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
         """Open memory that lies on the borrower's device. See ``Store.mailbox``."""
