@@ -68,6 +68,12 @@ class Housekeeper:
     def resume(self) -> None:
         self._slots.resume()
 
+    def sync(self) -> None:
+        """Do nothing: there are no graphs on a host."""
+
+    def join(self) -> None:
+        """Do nothing: see ``sync``."""
+
     def check_integrity(self) -> None:
         self._slots.check_integrity()
 

@@ -51,6 +51,12 @@ class Leases(ABC):
     def start(self) -> None:  # noqa: B027
         """Begin background work. Called once, after the whole group has been attached."""
 
+    def before_graph(self) -> None:  # noqa: B027
+        """Expect a whole pass to be captured in a graph, or such a graph to be replayed."""
+
+    def after_capture(self) -> None:  # noqa: B027
+        """End the capture of a pass, still within it."""
+
     def check_integrity(self) -> None:  # noqa: B027
         """Raise PoolError if open leases and what they stand for disagree."""
 
@@ -150,6 +156,14 @@ class SlottedLeases(Leases):
 
     def start(self) -> None:
         self._streamer.start()
+
+    def before_graph(self) -> None:
+        self._streamer.sync()
+        self._num_iterations += 1
+
+    def after_capture(self) -> None:
+        self._streamer.join()
+        self._num_iterations -= 2  # nothing ran: neither what it counted itself nor the line above
 
     def check_integrity(self) -> None:
         if self._slot is not None and self._slot.layer != self._leased:

@@ -92,6 +92,16 @@ class Pool:
         self._leased = None
         self._lessor.release(layer)
 
+    def before_graph(self) -> None:
+        """Expect a whole forward pass to be captured in a graph, or such a graph to be replayed."""
+        for residency in self._choice.residencies:
+            residency.before_graph()
+
+    def after_capture(self) -> None:
+        """End the capture of a forward pass, still within it."""
+        for residency in self._choice.residencies:
+            residency.after_capture()
+
     def stats(self) -> PoolStats:
         """Counters since the start, of all residencies together."""
         served = PoolStats(served_rows=self._server.served_rows if self._server else 0)

@@ -6,7 +6,7 @@ On a CPU, ``Housekeeper`` copies on a thread of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -52,6 +52,14 @@ class Streamer(Protocol):
         """Fetch again after ``pause``, from the first layer on."""
         ...
 
+    def sync(self) -> None:
+        """Have compute wait for all copies under way, before a graph is captured or replayed."""
+        ...
+
+    def join(self) -> None:
+        """Have compute wait, at the end of a capture, for the copies that the capture began."""
+        ...
+
     def check_integrity(self) -> None:
         """Raise PoolError if slots and layers disagree."""
         ...
@@ -59,6 +67,11 @@ class Streamer(Protocol):
     def close(self) -> None:
         """Stop, and wait for copies under way."""
         ...
+
+
+_Recorded = Literal["stream", "capture", "graph"]
+"""Where the event of a slot's last copy was recorded: as work of its stream, in the capture under
+way, or in a graph that is complete, outside of which nobody can wait for it."""
 
 
 class DeviceStreamer:
@@ -70,7 +83,13 @@ class DeviceStreamer:
     - free: recorded by the compute stream in ``release``; the slot's next copy waits for it.
 
     In every pass the layers take the same slots in turn, so that a layer's weights always lie at
-    the same address, as captured graphs need. A link's time is shared by all copies under way.
+    the same address, and between passes the slots hold the first layers. So a whole pass may be
+    captured in a graph (CUDA), and replays and passes without a graph may follow each other in any
+    order. What was recorded in a capture is known in that graph alone: ``sync`` before a capture
+    and before each replay stands for the waits for copies that began earlier, and ``join``, at the
+    end of a capture, brings the copies for the next pass into the graph.
+
+    A link's time is shared by all copies under way.
     """
 
     def __init__(
@@ -91,6 +110,7 @@ class DeviceStreamer:
         self._copies = [self._device.Stream() for _ in self._slots]
         self._ready = [self._device.Event() for _ in self._slots]
         self._free = [self._device.Event() for _ in self._slots]
+        self._recorded_in: list[_Recorded] = ["stream"] * len(self._slots)
         self.streamed_bytes = 0
 
     @property
@@ -102,7 +122,11 @@ class DeviceStreamer:
 
     def acquire(self, layer: int) -> Slot:
         slot = self._slots[self._layers.index(layer) % len(self._slots)]
-        self._ready[slot.index].wait()
+        here: _Recorded = "capture" if self._is_capturing() else "stream"
+        if self._recorded_in[slot.index] == here:
+            self._ready[slot.index].wait()
+        elif here == "stream":  # the event is that of a graph: wait for all there is
+            self._device.current_stream().wait_stream(self._copies[slot.index])
         slot.state = SlotState.IN_USE
         return slot
 
@@ -122,6 +146,23 @@ class DeviceStreamer:
     def resume(self) -> None:
         """Do nothing: see ``pause``."""
 
+    def sync(self) -> None:
+        """Have compute wait for all copies under way, before a graph is captured or replayed."""
+        for stream in self._copies:
+            self._device.current_stream().wait_stream(stream)
+        self.streamed_bytes += self._pass_bytes
+
+    def join(self) -> None:
+        """Have compute wait, at the end of a capture, for the copies that the capture began.
+
+        A capture copies nothing: what it and ``sync`` counted is taken back.
+        """
+        for slot in self._slots:
+            if self._recorded_in[slot.index] == "capture":
+                self._ready[slot.index].wait()
+                self._recorded_in[slot.index] = "graph"
+        self.streamed_bytes -= 2 * self._pass_bytes
+
     def check_integrity(self) -> None:
         check_slots(self._slots)
 
@@ -131,11 +172,20 @@ class DeviceStreamer:
             self._device.current_stream().wait_stream(stream)
         self._device.synchronize()
 
+    @property
+    def _pass_bytes(self) -> int:
+        return sum(self._sources[layer].numel() for layer in self._layers)
+
+    def _is_capturing(self) -> bool:
+        """Whether the current stream's work goes into a graph. Devices without graphs never say."""
+        return getattr(self._device, "is_current_stream_capturing", bool)()
+
     def _fetch(self, slot: Slot, position: int) -> None:
         """Begin to copy the layer at ``position`` of the order, after what was computed so far."""
         slot.layer = self._layers[position]
         slot.state = SlotState.FILLING
         source = self._sources[slot.layer]
+        self._recorded_in[slot.index] = "capture" if self._is_capturing() else "stream"
         self._free[slot.index].record()
         copies = self._copies[slot.index]
         with self._device.stream(copies):

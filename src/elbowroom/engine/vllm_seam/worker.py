@@ -153,6 +153,16 @@ class PoolOffloader(BaseOffloader):
         torch.cuda.empty_cache()  # weights that went into the store leave as much behind
         return torch.cuda.memory_allocated(self._store.device) + self._store.device_bytes
 
+    def sync_prev_onload(self) -> None:
+        """Before vLLM captures or replays a graph."""
+        if self._pool is not None:
+            self._pool.before_graph()
+
+    def join_after_forward(self) -> None:
+        """At the end of a forward pass that vLLM captures, within the capture."""
+        if self._pool is not None:
+            self._pool.after_capture()
+
     def mark_loaded(self) -> None:
         """One more linear has its weights. After the last, the group shares what it has."""
         self._num_unloaded -= 1
