@@ -31,7 +31,7 @@ from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
 PAGES = [*MADE_PAGES, ROOT / "CONTRIBUTING.md"]
 MODULES = ("tools.make_docs", "tools.draw_pictures", "elbowroom.pipeline")
 OF_OTHERS = {
-    *("--runner", "--convert"),  # vLLM
+    *("--runner", "--convert", "--enforce-eager", "--no-enforce-eager"),  # vLLM
     *("--nproc-per-node", "--shm-size", "--small", "--device"),  # torchrun, Docker, bench
 }
 _FENCE = re.compile(r"^```(bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)

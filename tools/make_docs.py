@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tools import batch_tables, grid_tables, swap_tables, training_tables
+from tools import batch_tables, gpu_tables, grid_tables, swap_tables, training_tables
 
 from elbowroom.cli.exit_codes import EXIT_CODES
 from elbowroom.cli.main import build_parser
@@ -165,7 +165,7 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
         made[name] = fenced("console", (OUTPUT / f"{name}.txt").read_text())
     made |= {name: fenced("console", excerpt(name)) for name in EXCERPTS}
     tables = {**batch_tables.TABLES, **training_tables.TABLES, **swap_tables.TABLES}
-    tables |= grid_tables.TABLES
+    tables |= {**grid_tables.TABLES, **gpu_tables.TABLES}
     made |= {f"table-{name}": make() for name, make in tables.items()}
     made["presets"] = "\n".join(preset_table()) + "\n"
     made["exit-codes"] = fenced("text", EXIT_CODES)

@@ -36,6 +36,7 @@ from elbowroom.planning.pool.shares import plan_shares
 LAYOUTS = ("none", "mapped", "streamed")
 MAX_NUM_BATCHED_TOKENS = 8192
 MAX_NUM_SEQS = 256
+GRAPHS = ("--no-enforce-eager", "-cc.mode=none", "-cc.cudagraph_mode=FULL_DECODE_ONLY")
 
 
 def main() -> None:
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layouts", nargs="+", default=LAYOUTS)
+    parser.add_argument("--graphs", action="store_true", help="decode in CUDA graphs, uncompiled")
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/elbowroom-bench"))
     args = parser.parse_args()
     model_dir = args.folder / f"qwen3-{args.layers}"
@@ -58,6 +60,7 @@ def main() -> None:
         "torch": torch.__version__,
         "copy_bytes_per_second": copied,
         "layers": args.layers,
+        "graphs": args.graphs,
     }
     torch.cuda.empty_cache()
     for num_replicas in args.replicas:
@@ -79,7 +82,7 @@ def compare(
     for _ in range(args.rounds):
         rounds.append({})
         for pool in args.layouts:
-            report = run(model_dir, requests, pool, memory, num_replicas)
+            report = run(model_dir, requests, pool, memory, num_replicas, args.graphs)
             rounds[-1][pool] = summarise(report)
             print(f"{num_replicas} replicas, {pool}: {rounds[-1][pool]}", flush=True)
     kv = {pool: rounds[0][pool]["kv_tokens"] for pool in args.layouts}
@@ -133,7 +136,7 @@ def floor_tokens_per_second(
 
 
 def run(
-    model_dir: Path, requests: Path, pool: str, memory_bytes: int, num_replicas: int
+    model_dir: Path, requests: Path, pool: str, memory_bytes: int, num_replicas: int, graphs: bool
 ) -> dict[str, Any]:
     """One ``elbowroom run``. Returns its report; prints the end of what it said if it fails."""
     output = BUILD / f"gpu-{pool}.jsonl"
@@ -143,6 +146,7 @@ def run(
         *("--replicas", str(num_replicas), "--pool", pool, "--memory", str(memory_bytes)),
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), "--restart"),
+        *(("--", *GRAPHS) if graphs else ()),
     ]
     begin = time.monotonic()
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)

@@ -137,7 +137,7 @@ def _take_free_memory() -> torch.Tensor | None:
     """Bytes of 0xFF in nearly all of the device's free memory."""
     if DEVICE == "cpu":
         return None
-    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     return torch.full((free - 2 * GIB,), 255, dtype=torch.uint8, device=DEVICE)
 

@@ -167,7 +167,8 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    if layout.pool == "none" and model.cannot_pool_here:  # then vLLM keeps all to itself
+    is_vllms = model.cannot_pool_here is not None or bool(gpus_here())
+    if layout.pool == "none" and is_vllms:  # then vLLM keeps all to itself
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:
