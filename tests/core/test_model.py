@@ -212,23 +212,26 @@ def test_layers_without_feed_forward_are_not_pooled(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["block_sparse_moe.experts.0.w1", "mlp.experts.0.gate_proj"])
-def test_mixtures_are_counted_and_not_pooled(tmp_path: Path, part: str) -> None:
+def test_mixtures_are_counted_without_their_routers(tmp_path: Path, part: str) -> None:
     shapes = {name: s for name, s in llama_shapes().items() if ".mlp." not in name}
     for layer in range(LAYERS):
         shapes[f"model.layers.{layer}.{part.split('.')[0]}.gate.weight"] = (4, HIDDEN)
         for expert in range(4):
             name = part.replace(".0.", f".{expert}.")
             shapes[f"model.layers.{layer}.{name}.weight"] = (INTERMEDIATE, HIDDEN)
-    config = {"model_type": "mixture", "num_experts": 4, "num_experts_per_tok": 2}
-    facts = read_model(write_model(tmp_path, shapes, **config))
-    expert, gate = INTERMEDIATE * HIDDEN, 4 * HIDDEN
-    assert facts.ffn_elements == (4 * expert + gate,) * LAYERS
-    assert facts.active_ffn_elements(0) == 2 * expert + gate
-    assert facts.touched_ffn_elements(0, 1) == 2 * expert + gate
-    assert facts.touched_ffn_elements(0, 2) == 3 * expert + gate
-    check_runnable(facts, tmp_path, None)
+    config = {"model_type": "mixtral", "num_experts": 4, "num_experts_per_tok": 2}
+    facts = read_model(write_model(tmp_path / "tried", shapes, **config))
+    expert, attention = INTERMEDIATE * HIDDEN, HIDDEN * HIDDEN
+    assert facts.ffn_elements == (4 * expert,) * LAYERS
+    assert facts.others[0].elements == attention + 4 * HIDDEN
+    assert facts.active_ffn_elements(0) == 2 * expert
+    assert facts.touched_ffn_elements(0, 1) == 2 * expert
+    assert facts.touched_ffn_elements(0, 2) == 3 * expert
+    check_runnable(facts, tmp_path / "tried", "streamed")
+    other = write_model(tmp_path / "other", shapes, **{**config, "model_type": "mixture"})
+    check_runnable(read_model(other), other, None)
     with pytest.raises(UnsupportedModelError, match="mixture of 4 experts"):
-        check_runnable(facts, tmp_path, "streamed")
+        check_runnable(read_model(other), other, "streamed")
 
 
 def test_mixture_without_a_number_of_experts(tmp_path: Path) -> None:

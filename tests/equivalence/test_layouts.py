@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,16 +11,12 @@ import pytest
 from tools.make_model import ARCHITECTURES, make_model
 
 from elbowroom.core.model import read_model
-from elbowroom.engine.vllm_seam import ENVIRONMENT
-from elbowroom.engine.vllm_seam.plugin import CONFIG_KEY
 from elbowroom.planning.pool.shares import SHIP_ROWS, plan_shares
-from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.run_dir import run_directory
+from tests.equivalence.ranks import ffn_bytes, pooled_case, run_ranks
 
 pytestmark = pytest.mark.vllm
 
 NUM_LAYERS = 5  # divisible by neither 2 nor 3
-ROOT = Path(__file__).parents[2]
 
 
 # Mode, slots, fetch order, and the batch below which rows are shipped.
@@ -46,10 +39,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def plain(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What ``--pool none`` answers, per model: the reference."""
     folder = tmp_path_factory.mktemp("plain")
-    cases = [_case(path, plan_shares(_ffn_bytes(path), 1, "none")[0]) for path in models.values()]
+    cases = [
+        pooled_case(path, plan_shares(ffn_bytes(path), 1, "none")[0]) for path in models.values()
+    ]
     halves = [cases[::2], cases[1::2]]  # two processes: none of these needs the other
     answers: list[Any] = [None] * len(cases)
-    answers[::2], answers[1::2] = _run_ranks(halves, folder)
+    answers[::2], answers[1::2] = run_ranks(halves, folder)
     return dict(zip(models, answers, strict=True))
 
 
@@ -79,7 +74,7 @@ def test_pooled_equals_plain(
     for name, (mode, slots, order, below) in pairs:
         path = models[name]
         shares = plan_shares(
-            _ffn_bytes(path),
+            ffn_bytes(path),
             num_ranks,
             mode,
             slots,
@@ -88,9 +83,9 @@ def test_pooled_equals_plain(
             ship_below_rows=below,
         )
         for rank, share in enumerate(shares):
-            cases[rank].append(_case(path, share))
+            cases[rank].append(pooled_case(path, share))
     expected = [plain[name] for name, _ in pairs]
-    results = _run_ranks(cases, tmp_path)
+    results = run_ranks(cases, tmp_path)
     assert len(results) == num_ranks
     for rank, answers in enumerate(results):
         for case, answer, wanted in zip(cases[rank], answers, expected, strict=True):
@@ -101,41 +96,3 @@ def test_reference_is_not_constant(plain: dict[str, Any]) -> None:
     """Guards the comparison above: models differ from each other, and prompts from prompts."""
     answers = [json.dumps(prompt) for model in plain.values() for prompt in model]
     assert len(set(answers)) == len(answers)
-
-
-def _ffn_bytes(path: Path) -> tuple[int, ...]:
-    return read_model(path).ffn_bytes()
-
-
-def _case(path: Path, share: PoolShare) -> dict[str, Any]:
-    pool = {"share": share.to_json()}
-    return {"model_dir": str(path), "additional_config": {CONFIG_KEY: pool}}
-
-
-def _run_ranks(cases: list[list[dict[str, Any]]], folder: Path) -> list[list[Any]]:
-    """Run every rank's cases, all ranks at once. Case i of all ranks meets in directory i."""
-    with run_directory() as run_dir:
-        for rank, of_rank in enumerate(cases):
-            for index, case in enumerate(of_rank):
-                meeting = run_dir / str(index)
-                meeting.mkdir(mode=0o700, exist_ok=True)
-                case["additional_config"][CONFIG_KEY]["run_dir"] = str(meeting)
-            (folder / f"cases-{rank}.json").write_text(json.dumps(of_rank))
-        processes = [
-            subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "tests.equivalence.rank"),
-                    str(folder / f"cases-{rank}.json"),
-                    str(folder / f"results-{rank}.json"),
-                ],
-                cwd=ROOT,
-                env={**ENVIRONMENT, **os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(len(cases))
-        ]
-        try:
-            assert [process.wait(timeout=500) for process in processes] == [0] * len(cases)
-        finally:
-            for process in processes:
-                process.kill()
-    return [json.loads((folder / f"results-{r}.json").read_text()) for r in range(len(cases))]

@@ -89,13 +89,17 @@ def test_matrices_do_not_overlap_and_are_aligned() -> None:
     ],
     ids=["mixtral", "qwen2-moe"],
 )
-def test_mixtures_of_experts_are_refused_by_name(block: nn.Module) -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        find_ffn(block)
-    message = str(caught.value)
-    assert type(block).__name__ in message
-    assert "SparseMoeBlock" in message or "Experts" in message
-    assert "--pool none" in message
+def test_a_mixture_is_its_experts_and_what_all_tokens_pass(block: nn.Module) -> None:
+    """Routers stay with every replica."""
+    ffn = find_ffn(block)
+    experts = [span for span in ffn.spans if span.holds_experts]
+    assert len(experts) == 2
+    pooled = {id(span.weight) for span in ffn.spans}
+    left = {
+        name: weight for name, weight in ffn.module.named_parameters() if id(weight) not in pooled
+    }
+    assert {name.split(".")[0] for name in left} <= {"gate", "shared_expert_gate"}
+    assert "gate.weight" in left
 
 
 @pytest.mark.parametrize(

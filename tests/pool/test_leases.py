@@ -56,7 +56,7 @@ def test_a_lease_binds_the_slot(ffns: dict[int, Ffn]) -> None:
     with _slotted(ffns) as (leases, given):
         for layer in LAYERS * 2:
             assert leases.acquire(layer) == ffns[layer].forward
-            weight = ffns[layer].spans[0].linear.get_parameter("weight")
+            weight = ffns[layer].spans[0].weight
             assert weight.data_ptr() == given[-1].buffer.data_ptr()
             leases.check_integrity()
             leases.release(layer)

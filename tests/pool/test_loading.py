@@ -30,7 +30,7 @@ def test_placeholders_hold_no_memory() -> None:
     loader = PoolLoader(share, LocalStore())
     for layer, block in enumerate(blocks_of(make_model("llama", NUM_LAYERS))):
         ffn = loader.add_block(block)
-        weights = [span.linear.get_parameter("weight") for span in ffn.spans]
+        weights = [span.weight for span in ffn.spans]
         assert all(weight.is_meta != loader.owns(layer) for weight in weights)
         assert [weight.shape for weight in weights] == [span.shape for span in ffn.spans]
 
@@ -43,7 +43,7 @@ def test_owned_weights_lie_in_the_store(keep: bool) -> None:
     hub = LocalHub()
     loader = PoolLoader(plan_shares((1,), 1, "none")[0], LocalStore(hub))
     ffn = loader.add_block(block, keep_weights=keep)
-    first = ffn.spans[0].linear.get_parameter("weight").data_ptr()
+    first = ffn.spans[0].weight.data_ptr()
     after = linear.get_parameter("weight").clone()
     loader.attach().close()
     assert first == hub.published[0].data_ptr()
@@ -64,8 +64,8 @@ def test_pack_is_applied_to_what_a_rank_owns_before_peers_see_it() -> None:
     for model in models:
         for block, other in zip(blocks_of(model), blocks_of(plain), strict=True):
             for span, other_span in zip(find_ffn(block).spans, find_ffn(other).spans, strict=True):
-                packed = span.linear.get_parameter("weight")
-                assert torch.equal(packed, 2 * other_span.linear.get_parameter("weight"))
+                packed = span.weight
+                assert torch.equal(packed, 2 * other_span.weight)
 
 
 @pytest.mark.parametrize("mode", ["mapped", "streamed"])
@@ -90,7 +90,7 @@ def test_a_rank_that_is_started_again_finds_its_layers(mode: PoolMode) -> None:
     published = {layer: buffer.data_ptr() for layer, buffer in hub.published.items()}
     again, loader = join(shares[0], keep_weights=False)
     for block in blocks_of(again):
-        assert all(span.linear.get_parameter("weight").is_meta for span in find_ffn(block).spans)
+        assert all(span.weight.is_meta for span in find_ffn(block).spans)
     pool = loader.attach()
     pool.start()
     assert torch.equal(logits(again), expected)

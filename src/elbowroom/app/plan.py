@@ -23,6 +23,7 @@ from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
 from elbowroom.planning.pool.layouts import (
+    MIXTURES_POOL,
     NOT_BETWEEN_GPUS,
     EngineLimits,
     enumerate_layouts,
@@ -233,7 +234,7 @@ def read_workload(
 
 def _runs_here(layout: Layout, model: ModelFacts, cluster: Cluster, settings: PlanSettings) -> bool:
     """Whether a layout is left: on this machine, not what it cannot run."""
-    can_pool = model.cannot_pool_here is None and cluster.device.maps_peers
+    can_pool = model.cannot_pool_here is None and why_not_run(model, cluster, layout) is None
     return not settings.is_here or layout.pool == "none" or can_pool
 
 
@@ -247,6 +248,8 @@ def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) 
         )
     if settings.is_here and model.cannot_pool_here and settings.pool not in (None, "none"):
         return f"{model.name} cannot be pooled: {model.cannot_pool_here}. Use --pool none"
+    if settings.is_here and model.experts and (settings.pool == "shipped" or width > 1):
+        return f"{model.name}: {MIXTURES_POOL}. Use --pool mapped, streamed or none"
     if settings.is_here and not cluster.device.maps_peers and settings.pool not in (None, "none"):
         return f"{NOT_BETWEEN_GPUS}: {ONE_GPU}"
     if replicas == 1 and settings.pool not in (None, "none"):

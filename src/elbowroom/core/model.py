@@ -30,6 +30,9 @@ DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 """Bytes per element of stored tensors: weights and KV cache may be smaller than activations."""
 
+POOLED_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
+"""Model types of mixtures of experts that were seen to give plain vLLM's answers in a pool."""
+
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 """Weights that vLLM reads, and plans do not."""
 
@@ -272,8 +275,9 @@ def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     if config.quantization is not None:
         method = config.quantization.get("quant_method", "in an unknown way")
         return f"its weights are quantised ({method})"
-    if any(weights.elements for weights in counted.experts):
-        return f"it is a mixture of {config.num_experts} experts"
+    is_mixture = any(weights.elements for weights in counted.experts)
+    if is_mixture and config.model_type not in POOLED_MIXTURES:
+        return f"it is a mixture of {config.num_experts} experts, of a kind that was not tried"
     if config.is_part:
         return "its language model is one of several parts"
     if not config.is_native:

@@ -29,7 +29,7 @@ _SCALE = re.compile(r"(?:scale|scales|scale_inv|scale_2|qzeros|zeros|zero_point|
 """Numbers by which a quantised matrix is scaled, and no elements of it."""
 
 _QUANTISED_MATRIX = re.compile(r"(?:proj|linear|experts|w[123]|fc[12])(?:\.weight)?$|experts\.")
-_GATE = re.compile(r"(?:^|\.)(?:gate|router)\.")
+_GATE = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate)\.")
 
 _COMPUTES_IN_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp8")
 
@@ -55,7 +55,7 @@ class Weights(NamedTuple):
 class CountedWeights:
     """Weights of a decoder: ``ffn[l]`` are layer l's, of which ``experts[l]`` are routed experts.
 
-    ``others[l]`` are its other matrices: attention, and networks that are not recognised.
+    ``others[l]`` are its other matrices: attention, routers, and networks that are not recognised.
     ``rest`` is everything outside ``ffn``. ``is_loose`` says that feed-forward matrices lie in
     their layer without a module of their own (OPT).
     """
@@ -86,7 +86,9 @@ def count_weights(tensors: Mapping[str, Stored], config: ModelConfig) -> Counted
             continue
         size = _size(name, tensor, bits)
         is_matrix = len(tensor.shape) >= 2
-        if layer is not None and _FFN.search(name) and (is_matrix or size.packed_bytes):
+        is_router = config.num_experts > 0 and _GATE.search(name) is not None
+        is_ffn = _FFN.search(name) is not None and not is_router
+        if layer is not None and is_ffn and (is_matrix or size.packed_bytes):
             counted.ffn[layer] = counted.ffn[layer].plus(*size)
             counted.is_loose = counted.is_loose or bool(_LOOSE.search(name))
             if _is_expert(name, tensor, config):

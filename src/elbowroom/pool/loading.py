@@ -37,7 +37,7 @@ class PoolLoader:
     def add_block(self, block: nn.Module, keep_weights: bool = True) -> Ffn:
         """Take over the next block's feed-forward weights.
 
-        An owned layer's matrices move into the store. Those of a borrowed layer, and of one that an
+        An owned layer's weights move into the store. Those of a borrowed layer, and of one that an
         earlier process of this rank has published, become placeholders on the meta device, which
         hold no memory. ``keep_weights`` False skips copying the present values, for weights that
         are loaded later.
@@ -89,7 +89,8 @@ class PoolLoader:
         pack = self._options.pack
         for layer, buffer in self._allocated.items():
             if pack is not None:
-                for matrix in (span.view(buffer) for span in self._ffns[layer].spans):
+                spans = (span for span in self._ffns[layer].spans if not span.holds_experts)
+                for matrix in (span.view(buffer) for span in spans):
                     matrix.copy_(pack(matrix))
             self._store.publish(layer)
 
@@ -103,15 +104,21 @@ class PoolLoader:
 
 
 def _move_weights(ffn: Ffn, buffer: torch.Tensor, keep_values: bool) -> None:
-    """Move the matrices of ``ffn`` into ``buffer`` (uint8), with or without their values."""
+    """Move the weights of ``ffn`` into ``buffer`` (uint8), with or without their values."""
     for span in ffn.spans:
         weight = span.view(buffer)
         if keep_values:
-            weight.copy_(span.linear.get_parameter("weight"))
-        span.linear.weight.data = weight
+            weight.copy_(span.weight)
+        span.weight.data = weight
 
 
 def _replace_with_placeholders(ffn: Ffn) -> None:
-    """Drop the matrices of ``ffn``: parameters on the meta device keep their shapes."""
+    """Drop the weights of ``ffn``: parameters on the meta device keep their shapes and attributes.
+
+    What is copied into them goes nowhere.
+    """
     for span in ffn.spans:
-        span.linear.weight = frozen(torch.empty(span.shape, dtype=span.dtype, device="meta"))
+        placeholder = frozen(torch.empty(span.shape, dtype=span.dtype, device="meta"))
+        if span.holds_experts:
+            vars(placeholder).update(vars(span.weight))
+        setattr(span.module, span.leaf, placeholder)

@@ -7,6 +7,7 @@ import copy
 import glob
 import os
 from collections.abc import Generator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from elbowroom.core import host
 from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam import CONFIG_KEY
+from elbowroom.engine.vllm_seam.experts import GiveBack, take_experts
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.ffn import Forward
+from elbowroom.pool.ffn import Forward, WeightSpan
 from elbowroom.pool.loading import PoolLoader
 from elbowroom.pool.options import PoolOptions, TensorParallel
 from elbowroom.pool.pool import Pool
@@ -62,7 +64,8 @@ class PoolOffloader(BaseOffloader):
         self._share = share
         self._num_unloaded = 0
         self._is_plain = False
-        self._originals: list[tuple[Any, Any]] = []
+        self._tensor_parallel = tensor_parallel
+        self._give_back: list[GiveBack] = []
 
     @property
     def pool(self) -> Pool | None:
@@ -74,8 +77,8 @@ class PoolOffloader(BaseOffloader):
             raise PoolError(
                 "vLLM built the model without handing its layers over, as it does with its "
                 "Transformers backend: use --pool none"
-                if not self._originals
-                else f"{self._num_unloaded} feed-forward matrices are still to be loaded"
+                if not self._give_back
+                else f"{self._num_unloaded} feed-forward modules are still to be loaded"
             )
         return self._pool
 
@@ -127,23 +130,44 @@ class PoolOffloader(BaseOffloader):
 
     def _hand_over(self, block: nn.Module) -> None:
         ffn = self._loader.add_block(block, keep_weights=False)
+        experts = [span for span in ffn.spans if span.holds_experts]
+        if experts:
+            self._check_experts(block)
         for span in ffn.spans:
-            linear: Any = span.linear
-            if type(linear.quant_method) is not UnquantizedLinearMethod:
-                raise UnsupportedModelError(
-                    f"feed-forward weights are quantised ({type(linear.quant_method).__name__}): "
-                    f"the pool holds plain bf16, fp16 or fp32 weights; use --pool none"
-                )
-            if linear.weight.is_meta:
-                linear.weight.weight_loader = _skip_loading
-            self._originals.append((linear, linear.quant_method))
-            linear.quant_method = PooledLinearMethod(self, span.shape, span.dtype)
+            if not span.holds_experts:
+                self._take_linear(span)
+        for module in dict.fromkeys(span.module for span in experts):
+            spans = [span for span in experts if span.module is module]
+            device, loaded = self._store.device, self.mark_loaded
+            self._give_back.append(take_experts(module, spans, device, loaded))
             self._num_unloaded += 1
+
+    def _take_linear(self, span: WeightSpan) -> None:
+        linear: Any = span.module
+        if type(linear.quant_method) is not UnquantizedLinearMethod:
+            raise UnsupportedModelError(
+                f"feed-forward weights are quantised ({type(linear.quant_method).__name__}): "
+                f"the pool holds plain bf16, fp16 or fp32 weights; use --pool none"
+            )
+        if linear.weight.is_meta:
+            linear.weight.weight_loader = _skip_loading
+        self._give_back.append(partial(setattr, linear, "quant_method", linear.quant_method))
+        linear.quant_method = PooledLinearMethod(self, span.shape, span.dtype)
+        self._num_unloaded += 1
+
+    def _check_experts(self, block: nn.Module) -> None:
+        """Raise UnsupportedModelError where a pool of mixtures cannot do what the plan asks for."""
+        if self._share.ship_bytes or self._tensor_parallel is not None:
+            raise UnsupportedModelError(
+                f"{type(block).__name__} is a layer of a mixture, whose rows are not shipped, and "
+                f"whose experts are not divided: use --pool mapped or streamed, and replicas of "
+                f"one device"
+            )
 
     def _stand_back(self) -> None:
         """Leave a model that no pool can hold to vLLM alone, as --pool none asks for."""
-        for linear, method in self._originals:
-            linear.quant_method = method
+        for give_back in self._give_back:
+            give_back()
         self._is_plain = True
 
     def _held_bytes(self) -> int:

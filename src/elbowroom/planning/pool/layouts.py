@@ -45,6 +45,11 @@ NOT_BETWEEN_GPUS = "no pool has been run between several GPUs"
 """Why pools are planned for clusters of GPUs, and run on CPUs and by replicas that share a GPU."""
 
 
+MIXTURES_POOL = "rows of a mixture are not shipped, and its experts not divided, in a pool"
+"""Why such layouts of mixtures are planned and not run: an engine runs experts only in its own
+forward pass, and their matrices whole."""
+
+
 def enumerate_layouts(
     model: ModelFacts, cluster: Cluster, num_slots: int | None = None
 ) -> Iterator[Layout]:
@@ -95,6 +100,8 @@ def why_not_run(model: ModelFacts, cluster: Cluster, layout: Layout) -> str | No
         return None
     if model.cannot_pool:
         return model.cannot_pool
+    if model.experts and (layout.pool == "shipped" or layout.tensor_parallel > 1):
+        return MIXTURES_POOL
     return None if cluster.device.maps_peers else NOT_BETWEEN_GPUS
 
 
