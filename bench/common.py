@@ -108,11 +108,13 @@ def with_link(cluster: Cluster, bytes_per_second: float) -> Cluster:
     return replace(cluster, device=device, links=links)
 
 
-def run_elbowroom(requests: Path, pool: str, memory_bytes: int, *options: str) -> dict[str, Any]:
-    """One ``elbowroom run`` with two replicas, without shipping. Returns its report."""
+def run_elbowroom(
+    requests: Path, pool: str, memory_bytes: int, *options: str, model: Path | None = None
+) -> dict[str, Any]:
+    """One ``elbowroom run`` with two replicas of the bench model or another. Returns its report."""
     output = BUILD / "elbowroom.jsonl"
     command = [
-        *(sys.executable, "-m", "elbowroom", "run", "--model", str(bench_model())),
+        *(sys.executable, "-m", "elbowroom", "run", "--model", str(model or bench_model())),
         *("--input", str(requests), "--output", str(output), "--replicas", "2"),
         *("--memory", str(memory_bytes), "--pool", pool, "--served-model-name", "bench"),
         "--restart",

@@ -47,7 +47,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**SMALL_EXPERTS, "num_experts": 4, "head_dim": 32},
     "olmoe": {"num_experts": 4},
     "deepseek_v2": {**DEEPSEEK, "n_group": 1, "q_lora_rank": None},
-    "deepseek_v3": {**DEEPSEEK, "n_group": 2, "q_lora_rank": 64},
+    "deepseek_v3": {
+        **DEEPSEEK,
+        "n_group": 2,
+        "q_lora_rank": 64,
+        "topk_method": "noaux_tc",  # as published configs say, and classes do not
+        "scoring_func": "sigmoid",
+    },
 }
 LAYOUTS = ("mapped", "streamed")
 

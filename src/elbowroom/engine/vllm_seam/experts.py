@@ -51,18 +51,27 @@ def _process(
     homes = [span.weight.data for span in spans]
     for span in spans:
         if span.weight.is_meta:
-            zeros = frozen(torch.zeros(span.shape, dtype=span.dtype, device=device))
-            vars(zeros).update(vars(span.weight))
-            setattr(span.module, span.leaf, zeros)
+            _fill_with_zeros(span, device)
     original(layer)
     for span, home in zip(spans, homes, strict=True):
-        made = span.weight.data
-        if (made.shape, made.dtype) != (span.shape, span.dtype) or not made.is_contiguous():
-            raise UnsupportedModelError(
-                f"vLLM makes {made.dtype} {list(made.shape)} of the experts' {span.leaf}, which is "
-                f"{span.dtype} {list(span.shape)}: no pool holds such a form; use --pool none"
-            )
-        if not home.is_meta:
-            home.copy_(made)
-        setattr(span.module, span.leaf, frozen(home))
-    loaded()
+        _bring_home(span, home)
+    loaded()  # which may measure memory: nothing may be left here
+
+
+def _fill_with_zeros(span: WeightSpan, device: torch.device) -> None:
+    zeros = frozen(torch.zeros(span.shape, dtype=span.dtype, device=device))
+    vars(zeros).update(vars(span.weight))
+    setattr(span.module, span.leaf, zeros)
+
+
+def _bring_home(span: WeightSpan, home: torch.Tensor) -> None:
+    """Keep what vLLM made in ``home``, or, where that is a placeholder, drop it."""
+    made = span.weight.data
+    if (made.shape, made.dtype) != (span.shape, span.dtype) or not made.is_contiguous():
+        raise UnsupportedModelError(
+            f"vLLM makes {made.dtype} {list(made.shape)} of the experts' {span.leaf}, which is "
+            f"{span.dtype} {list(span.shape)}: no pool holds such a form; use --pool none"
+        )
+    if not home.is_meta:
+        home.copy_(made)
+    setattr(span.module, span.leaf, frozen(home))
