@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from elbowroom.core.windows import AxisWindow, Exchange, Interval, exchange
+from elbowroom.grid.move_steps import run_move
 from elbowroom.grid.parts import Part
-from elbowroom.grid.transport import Channel, Direction, Route
-from elbowroom.plans.grid_layout import Box, Layout, Move, move_between, volume
+from elbowroom.grid.transport import Channel, Route
+from elbowroom.plans.grid_layout import Layout, Move, move_between
 
 
 def moved(part: Part, target: Layout, channel: Channel) -> Part:
@@ -72,48 +73,6 @@ class _Moved(torch.autograd.Function):
         for move in ctx.back:
             gradient = run_move(move, gradient, ctx.channel, ctx.route, "backward")
         return gradient, None, None, None, None
-
-
-def run_move(
-    move: Move, local: torch.Tensor, channel: Channel, route: Route, direction: Direction
-) -> torch.Tensor:
-    """What this worker has after a move, from what it had. Raises PeerLostError."""
-    me = channel.worker
-    own, wanted = move.source.box(me, move.shape), move.target.box(me, move.shape)
-    sends = {
-        taker: torch.cat([_within(local, box, own).reshape(-1) for box in boxes])
-        for (giver, taker), boxes in move.pieces.items()
-        if giver == me != taker
-    }
-    taken = {giver: boxes for (giver, taker), boxes in move.pieces.items() if taker == me}
-    receives = {
-        giver: local.new_empty(sum(map(volume, boxes)))
-        for giver, boxes in taken.items()
-        if giver != me
-    }
-    channel.swap(sends, receives, route, direction)
-    shape = [interval.size for interval in wanted]
-    result = local.new_zeros(shape) if move.is_sum else local.new_empty(shape)
-    for giver, boxes in taken.items():
-        at = 0
-        for box in boxes:
-            place = _within(result, box, wanted)
-            if giver == me:
-                piece = _within(local, box, own)
-            else:
-                piece = receives[giver][at : at + volume(box)].view(place.shape)
-                at += volume(box)
-            if move.is_sum:
-                place.add_(piece)
-            else:
-                place.copy_(piece)
-    return result
-
-
-def _within(tensor: torch.Tensor, box: Box, of: Box) -> torch.Tensor:
-    """A box of a tensor that has the box ``of``."""
-    places = zip(box, of, strict=True)
-    return tensor[tuple(slice(a - start, b - start) for (a, b), (start, _) in places)]
 
 
 @dataclass(frozen=True, eq=False)

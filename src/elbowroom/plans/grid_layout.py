@@ -225,9 +225,9 @@ class Sent(NamedTuple):
         return Sent(self.messages + other.messages, self.elements + other.elements)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Move:
-    """What goes from worker to worker so that a tensor lies otherwise.
+    """What goes from worker to worker so that a tensor lies otherwise; ``move_between`` makes it.
 
     ``pieces[giver, taker]`` are the boxes that one gives to another, or keeps. A taker that is
     given the same box by several adds up what they give, in the order of ``pieces``: that of the
