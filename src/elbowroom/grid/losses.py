@@ -16,7 +16,7 @@ from elbowroom.grid.flags import LossPlace
 from elbowroom.grid.interpreter import SECTIONS, GridModel
 from elbowroom.grid.moves import moved
 from elbowroom.grid.parts import Part, cut
-from elbowroom.grid.transport import Channel, all_sum
+from elbowroom.grid.transport import Channel, Sum
 from elbowroom.plans.grid_layout import Layout, whole
 from elbowroom.training.values import copy_of
 
@@ -33,12 +33,12 @@ LOSS = "loss"
 class LocalLoss:
     """One worker's share of a loss: its own value times the share of elements that it has.
 
-    ``counts`` is whether it is in the sum of all workers', which replicas of the same share are
-    once; None where each worker has the whole loss.
+    ``total`` is the sum of all workers' shares, on its way while the backward runs; None where each
+    worker has the whole loss.
     """
 
     share: torch.Tensor
-    counts: bool | None
+    total: Sum | None
 
 
 class _Probe(NamedTuple):
@@ -82,25 +82,28 @@ class GridLoss:
 
     def total(self, shared: LocalLoss) -> float:
         """The loss of the whole minibatch, the same on all workers."""
-        own = shared.share.detach().reshape(1)
-        if shared.counts is None:
-            return own.item()
-        return self._sum(own if shared.counts else torch.zeros_like(own)).item()
+        found = shared.share.detach() if shared.total is None else shared.total.finish()
+        return found.item()
 
-    def _sum(self, own: torch.Tensor) -> torch.Tensor:
+    def _local(self, share: torch.Tensor, *, counts: bool) -> LocalLoss:
+        """A share, and its sum; replicas of the same share count once."""
+        own = share.detach().reshape(1)
+        return LocalLoss(share, self._sum(own if counts else torch.zeros_like(own)))
+
+    def _sum(self, own: torch.Tensor) -> Sum:
         """The sum over all workers, in double precision whatever type each has."""
         route, everyone = self._channel.route("SUM"), range(self._channel.num_workers)
-        return all_sum(own.double(), everyone, self._channel, route, "forward")
+        return Sum(own.double(), everyone, self._channel, route, "forward")
 
     def _share(self, model: GridModel, local: Mapping[str, Part], targets: Any) -> LocalLoss:
         one = next(iter(local.values()))
         if not one.local.numel():
             assert self._used is not None  # by other results no worker sends gradients
             nothing = [local[name].local.sum() * 0 for name in local if name in self._used]
-            return LocalLoss(torch.stack(nothing).sum(), counts=False)
+            return self._local(torch.stack(nothing).sum(), counts=False)
         values = {name: part.local for name, part in local.items()}
         loss = self._of(self._outputs(model, values), self._own_targets(model, local, targets))
-        return LocalLoss(loss * _share_of(one), _is_first(one))
+        return self._local(loss * _share_of(one), counts=_is_first(one))
 
     def _layouts(self, model: GridModel, results: Mapping[str, Part]) -> dict[str, Layout]:
         """Where the loss needs the results: features whole, the rest as in the first of them."""
@@ -205,7 +208,7 @@ class GridLoss:
                 error = right if found is None else right - found.double() * _share_of(one)
                 sums[1] += error.square().sum().cpu()
                 sums[2] += right.square().sum().cpu()
-        total, error_squared, size_squared = self._sum(sums).tolist()
+        total, error_squared, size_squared = self._sum(sums).finish().tolist()
         value = expected.value.item()
         _check_shares(total, value, math.sqrt(error_squared), math.sqrt(size_squared))
 
