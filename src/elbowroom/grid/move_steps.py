@@ -124,12 +124,10 @@ def _packed(local: torch.Tensor, pieces: Sequence[_Piece]) -> torch.Tensor:
 
 
 def _unpacked(message: torch.Tensor, pieces: Sequence[_Piece]) -> Sequence[torch.Tensor]:
-    return message.split([piece.numel for piece in pieces])
+    return torch.split(message, [piece.numel for piece in pieces])
 
 
-def _put(
-    result: torch.Tensor, given: _Given, found: Sequence[torch.Tensor], *, adds: bool
-) -> None:
+def _put(result: torch.Tensor, given: _Given, found: Sequence[torch.Tensor], *, adds: bool) -> None:
     """Write or add what was given to its places."""
     for piece, values in zip(given.pieces, found, strict=False):
         place = piece.of(result)

@@ -12,6 +12,7 @@ from torch import distributed
 from elbowroom.core.errors import PeerLostError
 from elbowroom.core.windows import bounds
 from elbowroom.plans.grid_traffic import SMALL_SUM
+from elbowroom.training.process_group import group_for_messages
 
 Direction = Literal["forward", "backward", "update"]
 
@@ -46,14 +47,15 @@ class Transport(Protocol):
 
 
 class ProcessTransport:
-    """Transport of a worker that is a process of torch's default process group."""
+    """Transport of a worker that is a process of torch's default process group.
+
+    Every worker must make one, and as many as the others: each has a group of its own.
+    """
 
     def __init__(self) -> None:
         self.worker = distributed.get_rank()
         self.num_workers = distributed.get_world_size()
-        group = distributed.group.WORLD
-        assert group is not None, "there is a process group: it has ranks"
-        self._group = group
+        self._group = group_for_messages()
         self._sending: list[tuple[int, distributed.Work, torch.Tensor]] = []
 
     def start(
