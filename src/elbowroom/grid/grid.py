@@ -145,7 +145,7 @@ class Grid:
             results = run_forward(model, values, built.weights, channel, draws)
             shared = built.loss.share(model, results, targets)
         shared.share.backward()  # type: ignore[no-untyped-call]
-        built.weights.finish_sums()
+        built.weights.sums.finish()
         loss = built.loss.total(shared)
         self._update(built)
         return loss

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -210,10 +212,11 @@ class Route(NamedTuple):
 class Sum:
     """A sum over some workers of a tensor as large on each, the same bits on all of them.
 
-    Summands are added in the order of ``workers``. Few elements go to all workers at once; of more,
-    each worker adds up a part and hands it out, so that each sends 2(q-1)/q of the tensor. Both
-    rounds use one key, in this order. Call ``advance`` when there is time, and ``finish`` for the
-    result; all workers must start sums of one route in the same order.
+    Few elements go to all workers at once, and each adds them in the order of ``workers``. Of more,
+    each worker adds up a part, to its own, and hands it out, so that each sends 2(q-1)/q of the
+    tensor; it is summed in its own memory, if it is contiguous, which is not to be written into
+    until ``drain``. Both rounds use one key, in this order. Call ``advance`` when there is time,
+    and ``finish`` for the result; all workers must start sums of one route in the same order.
     """
 
     def __init__(
@@ -225,55 +228,47 @@ class Sum:
         direction: Direction,
     ) -> None:
         self._shape = tensor.shape
-        self._workers, self._channel = workers, channel
-        self._route, self._direction = route, direction
-        self._place = workers.index(channel.worker)
+        self._channel, self._route, self._direction = channel, route, direction
         self._flat = tensor.detach().reshape(-1)
         self._is_small = tensor.numel() <= SMALL_SUM
-        self._bounds = bounds(self._flat.numel(), len(workers))
-        self._total: torch.Tensor | None = None
-        own = self._flat if self._is_small else self._part(self._flat, self._place)
-        self._summands = own.new_empty(len(workers), own.numel())
-        self._summands[self._place] = own
-        sends = {
-            worker: self._flat if self._is_small else self._part(self._flat, place)
-            for place, worker in self._others()
-        }
-        receives = {worker: self._summands[place] for place, worker in self._others()}
+        self._place = workers.index(channel.worker)
+        edges = bounds(self._flat.numel(), len(workers))
+        parts = [self._flat[a:b] for a, b in itertools.pairwise(edges)]
+        self._own = parts.pop(self._place)
+        others = [worker for worker in workers if worker != channel.worker]
+        self._parts = dict(zip(others, parts, strict=True))
+        sent = self._flat if self._is_small else self._own
+        self._summands = sent.new_empty(len(others), sent.numel())
+        self._is_advanced = False
+        sends = dict.fromkeys(others, self._flat) if self._is_small else self._parts
+        receives = dict(zip(others, self._summands, strict=True))
         self._pending = channel.start(sends, receives, route, direction)
 
     def finish(self) -> torch.Tensor:
         """The sum, of the tensor's shape. Raises PeerLostError."""
         self.advance()
-        assert self._total is not None
         self._wait()
-        return self._total.view(self._shape)
+        return self._flat.view(self._shape)
 
     def advance(self) -> None:
         """Wait for the first round, and begin the second, if that has not been done."""
-        if self._total is not None:
+        if self._is_advanced:
             return
+        self._is_advanced = True
         self._wait()
-        added = self._summands[0]
-        for summand in self._summands[1:]:
-            added += summand
         if self._is_small:
-            self._total = added
+            summands = [*self._summands]
+            summands.insert(self._place, self._flat)
+            self._flat = functools.reduce(torch.add, summands)
             return
-        self._total = torch.empty_like(self._flat)
-        self._part(self._total, self._place).copy_(added)
-        sends = {worker: added for _, worker in self._others()}
-        receives = {w: self._part(self._total, place) for place, w in self._others()}
-        self._pending = self._channel.start(sends, receives, self._route, self._direction)
+        for summand in self._summands:
+            self._own += summand
+        # Who sends a part of the sum has had ours of it: it has left.
+        sends = dict.fromkeys(self._parts, self._own)
+        self._pending = self._channel.start(sends, self._parts, self._route, self._direction)
 
     def _wait(self) -> None:
         self._channel.wait(self._pending, self._route, self._direction)
-
-    def _others(self) -> list[tuple[int, int]]:
-        return [(k, w) for k, w in enumerate(self._workers) if k != self._place]
-
-    def _part(self, flat: torch.Tensor, place: int) -> torch.Tensor:
-        return flat[self._bounds[place] : self._bounds[place + 1]]
 
 
 def all_sum(
@@ -286,4 +281,5 @@ def all_sum(
     """The sum over some workers, by ``Sum``; the tensor itself for one. Raises PeerLostError."""
     if len(workers) == 1:
         return tensor
-    return Sum(tensor, workers, channel, route, direction).finish()
+    own = tensor if tensor.numel() <= SMALL_SUM else tensor.clone()
+    return Sum(own, workers, channel, route, direction).finish()

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from elbowroom.core.errors import InputError
-from elbowroom.grid.transport import LATER_KEYS, Channel, Route, Sum, all_sum
+from elbowroom.grid.gradient_sums import GradientSums
+from elbowroom.grid.transport import Channel, Route, all_sum
 from elbowroom.grid.weight_parts import WeightUse, cut_intervals
-from elbowroom.plans.grid_traffic import SMALL_SUM, SMALL_WEIGHTS
 
 _UPDATED = ("running_mean", "running_var")
 """Buffers of which each worker updates its part."""
-
-
-class _Together(NamedTuple):
-    """Small gradients that are summed in the same messages."""
-
-    workers: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class Weights:
@@ -30,9 +23,8 @@ class Weights:
 
     A parameter that one layer uses, as a factor of its product, is stored as this worker's slice;
     others are whole on every worker. ``local`` has them by their names in the model. Gradients are
-    summed over workers that use the same on other samples or rows: as soon as the backward has
-    them, and until ``finish_sums``. Small ones of the same workers wait for each other, and go
-    together.
+    summed over workers that use the same on other samples or rows, by ``sums``: as soon as the
+    backward has them, and until ``sums.finish``.
 
     ``slices`` tells how each stored slice is cut, ``partial`` which part of a buffer this worker
     keeps up to date: running statistics of its channels.
@@ -43,10 +35,7 @@ class Weights:
         self._uses = {(use.layer, use.role): use for use in uses}
         counts = Counter(use.name for use in self._uses.values())
         self._is_shared = {name: count > 1 for name, count in counts.items()}
-        self._sums: list[tuple[list[str], Sum]] = []
-        self._together: dict[_Together, list[str]] = {}
-        self._waiting: dict[_Together, set[str]] = {}
-        self._routes: dict[str, Route] = {}
+        self.sums = GradientSums(channel)
         self.slices: dict[str, WeightUse] = {}
         buffers = dict(model.named_buffers())
         self.partial = {
@@ -56,16 +45,14 @@ class Weights:
         parameters = dict(model.named_parameters())
         self._by_name = {use.name: use for use in self._uses.values()}
         _check_shared(self._uses.values())
-        for number, (name, parameter) in enumerate(parameters.items()):
-            self._routes[name] = Route(f"weights of {name}", LATER_KEYS + 2 * number, "SUM")
+        for name, parameter in parameters.items():
             use = self._by_name.get(name)
             if use is not None and self._is_sliced(use):
                 self.slices[name] = use
                 self.local[name] = self._sliced(parameter, use)
             else:
                 self.local[name] = parameter
-            if use is not None and not self._is_shared[name] and use.sharers:
-                self._sum_when_ready(name, use)
+        self._begin_sums([*parameters])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -102,19 +89,6 @@ class Weights:
         use = self.slices.get(name)
         return self.home(name).start if use is None else use.owner(self._channel.worker)
 
-    def finish_sums(self) -> None:
-        """Put the summed gradients in their places. Raises PeerLostError."""
-        for together in list(self._waiting):  # where some had no gradient
-            self._sum_together(together)
-        for _, sum_ in self._sums:
-            sum_.advance()
-        for names, sum_ in self._sums:  # the old gradients may be on their way still
-            locals_ = [self.local[name] for name in names]
-            pieces = torch.split(sum_.finish().reshape(-1), [each.numel() for each in locals_])
-            for each, piece in zip(locals_, pieces, strict=True):
-                each.grad = piece.view(each.shape)
-        self._sums.clear()
-
     def _is_sliced(self, use: WeightUse) -> bool:
         """Whether workers store a part of a parameter, or some of them nothing of it."""
         is_part = use.is_split or len(use.layout.workers) < self._channel.num_workers
@@ -125,40 +99,16 @@ class Weights:
         parameter.data = parameter.data.new_empty(0)
         return nn.Parameter(part.contiguous(), requires_grad=parameter.requires_grad)
 
-    def _sum_when_ready(self, name: str, use: WeightUse) -> None:
-        workers, parameter = self._workers(use, use.sharers), self.local[name]
-        if len(workers) == 1 or not parameter.requires_grad:
-            return
-
-        together = _Together(workers, parameter.dtype)
-        is_small = parameter.numel() <= SMALL_SUM
-        if is_small:
-            self._together.setdefault(together, []).append(name)
-
-        def start(_: torch.Tensor) -> None:
-            if not is_small:
-                self._start([name], workers)
-                return
-            waiting = self._waiting.setdefault(together, set())
-            waiting.add(name)
-            if len(waiting) == len(self._together[together]):
-                self._sum_together(together)
-
-        parameter.register_post_accumulate_grad_hook(start)  # type: ignore[no-untyped-call]
-
-    def _sum_together(self, together: _Together) -> None:
-        waiting = self._waiting.pop(together)
-        names = [name for name in self._together[together] if name in waiting]
-        self._start(names, together.workers, SMALL_WEIGHTS)
-
-    def _start(self, names: list[str], workers: tuple[int, ...], said: str | None = None) -> None:
-        """Begin to sum gradients, as one tensor; ``said`` is what their messages are counted as."""
-        gradients = [self.local[name].grad for name in names]
-        flat = [each.reshape(-1) for each in gradients if each is not None]
-        route = self._routes[names[0]]
-        route = route._replace(layer=said or route.layer)
-        joint = flat[0] if len(flat) == 1 else torch.cat(flat)
-        self._sums.append((names, Sum(joint, workers, self._channel, route, "update")))
+    def _begin_sums(self, names: list[str]) -> None:
+        """Have gradients summed, layer by layer, of parameters with these names."""
+        number = {name: k for k, name in enumerate(names)}
+        for name, use in self._by_name.items():
+            workers, local = self._workers(use, use.sharers), self.local[name]
+            if not isinstance(local, nn.Parameter) or not local.requires_grad:
+                continue
+            if len(workers) > 1 and not self._is_shared[name]:
+                self.sums.add(local, use, workers, number[name])
+        self.sums.begin()
 
 
 def _check_shared(uses: Iterable[WeightUse]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,13 +14,16 @@ from elbowroom.plans.grid_layout import Layout, Sent, move_between
 from elbowroom.plans.grid_placement import Placement, place
 
 SMALL_SUM = 4096
-"""Up to so many elements are summed in one round: each worker sends all of its own to all.
+"""Up to so many elements are summed in one round: each worker sends all of its own to all."""
 
-Gradients of parameters of so many, or less, are summed together.
-"""
+JOINED_GRADIENT = 1 << 16
+"""Up to so many elements, gradients of the same workers are joined, and summed in one."""
+
+JOINED_SUM = 1 << 20
+"""From so many elements on no more layers are joined, so that their sum can begin."""
 
 SMALL_WEIGHTS = "small weights"
-"""What is sent for the gradients that are summed together; no layer has such a name."""
+"""What is sent for joined gradients; no layer has such a name."""
 
 _NOTHING = Sent()
 
@@ -39,7 +42,7 @@ class LayerTraffic(NamedTuple):
 def traffic(shapes: ModelShapes, plan: GridPlan) -> dict[str, LayerTraffic]:
     """The traffic of every layer in one step with ``shapes.batch`` samples, by name.
 
-    Small gradients, which go together, are ``SMALL_WEIGHTS``. What the loss and a limit on the norm
+    Small gradients, which are joined, are ``SMALL_WEIGHTS``. What the loss and a limit on the norm
     of gradients send is not among it. Takes time and memory that grow with the square of the
     workers. Raises InputError as ``place`` does.
     """
@@ -49,18 +52,35 @@ def traffic(shapes: ModelShapes, plan: GridPlan) -> dict[str, LayerTraffic]:
     return {**sent, SMALL_WEIGHTS: counter.small_weights()}
 
 
+def joined(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Layers whose small gradients are joined, from elements of each layer in their order.
+
+    The last layers are joined first: the backward has them first.
+    """
+    found: list[list[str]] = []
+    room = 0
+    for name, size in reversed([*sizes.items()]):
+        if room <= 0:
+            found.append([])
+            room = JOINED_SUM
+        found[-1].append(name)
+        room -= size
+    return found
+
+
 class _Counter:
     def __init__(self, shapes: ModelShapes, placements: Mapping[str, Placement]) -> None:
         self.shapes, self.placements = shapes, placements
         self.has_gradient: dict[str, bool] = {}
-        self.small: Counter[tuple[int, tuple[int, ...]]] = Counter()
-        """Elements of small gradients, by worker and the workers whose gradients are summands."""
+        self.small: dict[tuple[int, tuple[int, ...]], Counter[str]] = defaultdict(Counter)
+        """Elements of small gradients of each layer, by worker and those with summands."""
 
     def small_weights(self) -> LayerTraffic:
-        """Of all layers that were counted before."""
+        """Sums of all small gradients of the layers that were counted before."""
         update = _NOTHING
-        for (worker, group), size in self.small.items():
-            update = update.plus(_summed(worker, group, size))
+        for (worker, group), sizes in self.small.items():
+            for names in joined(sizes):
+                update = update.plus(_summed(worker, group, sum(sizes[name] for name in names)))
         return LayerTraffic(update=update)
 
     def layer(self, layer: LayerShape) -> LayerTraffic:
@@ -78,15 +98,15 @@ class _Counter:
             total = total.plus(self._collected(layer, placement))
         update = _NOTHING
         for numel, digits in _parameters(layer, placement):
-            update = update.plus(self._large(numel, placement.computed, digits))
+            update = update.plus(self._large(layer.name, numel, placement.computed, digits))
         return total.plus(LayerTraffic(update=update))
 
-    def _large(self, numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
+    def _large(self, name: str, numel: list[int], layout: Layout, digits: tuple[int, ...]) -> Sent:
         """What summing a gradient by itself sends; a small one is noted, and sends nothing."""
         for worker, size in zip(layout.workers, numel, strict=True):
-            if size <= SMALL_SUM:
-                self.small[worker, tuple(sorted(layout.group(worker, digits)))] += size
-        return sum_sent([size if size > SMALL_SUM else 0 for size in numel], layout, digits)
+            if size <= JOINED_GRADIENT:
+                self.small[worker, tuple(sorted(layout.group(worker, digits)))][name] += size
+        return sum_sent([size if size > JOINED_GRADIENT else 0 for size in numel], layout, digits)
 
     def _reads(self, layer: LayerShape, placement: Placement) -> LayerTraffic:
         total = LayerTraffic()
