@@ -39,7 +39,7 @@ def group_for_messages() -> distributed.ProcessGroup:
     that sends a message holds the lock, and is often interrupted right then: by that thread, which
     the answer wakes. It cannot have the lock, polls for it until the kernel takes its core away, 3
     ms later, and nobody sends. Where workers have a core each, or less, a step of many messages
-    took 1.4 times as long (``bench.grid_peers``).
+    took 1.3 to 1.5 times as long (``bench.grid_peers``).
     """
     default = distributed.group.WORLD
     assert default is not None, "workers have joined the default group"
