@@ -7,11 +7,17 @@ from pathlib import Path
 import pytest
 
 import elbowroom
-from elbowroom.core.errors import InputError
+from elbowroom.app.machine import THIS_MACHINE, find_cluster, find_engine_cluster, split_cores
+from elbowroom.app.plan import model_facts, plan_job, run_plan
+from elbowroom.app.plan_settings import PlanSettings
+from elbowroom.core.cluster_file import read_cluster
+from elbowroom.core.errors import InputError, MeasuringError
 from elbowroom.core.units import GIB
+from elbowroom.core.workload import parse_lengths
 from tests.app.stub_command import Jobs
 from tests.fake_gpus import Show, engine_for_gpus, show_gpus  # noqa: F401 (fixtures)
 from tests.jobs.plans import write_batch
+from tests.planning.facts import MODELS
 from tests.tiny_model import write_model
 
 pytestmark = pytest.mark.usefixtures("engine_for_gpus", "jobs")
@@ -66,3 +72,25 @@ def test_refused(
     show_gpus(num_gpus)
     with pytest.raises(InputError, match=why):
         elbowroom.run_batch(*files, **options)
+
+
+def test_only_what_the_engine_computes_on_is_not_measured(show_gpus: Show) -> None:  # noqa: F811
+    """Training computes on the CPU, whatever the engine is built for."""
+    show_gpus(1)
+    cores = split_cores(2)
+    assert find_cluster(THIS_MACHINE, cores).num_devices == 2
+    with pytest.raises(MeasuringError, match="GPUs are not measured"):
+        find_engine_cluster(THIS_MACHINE, cores, "bfloat16")
+    shared = find_engine_cluster("h100-1", cores, "bfloat16")
+    assert (shared.num_devices, shared.device.maps_peers) == (2, True)
+    alone = read_cluster("h100-1").device
+    assert shared.device.memory_bandwidth.peak == alone.memory_bandwidth.peak / 2
+
+
+def test_plans_for_other_clusters_need_no_gpu(show_gpus: Show) -> None:  # noqa: F811
+    show_gpus(0)
+    settings = PlanSettings(MODELS / "Qwen3-32B", "h200-8", tensor_parallel=1, pool="none")
+    model = model_facts(settings)
+    planned = plan_job(settings, model, parse_lengths("64:256x20"), "")
+    assert planned.choice.best is not None
+    assert run_plan(planned, planned.choice.best, settings).num_replicas == 8

@@ -63,14 +63,27 @@ def find_cluster(
     """
     if name != THIS_MACHINE:
         return read_cluster(name)
-    if gpus_here():
-        raise MeasuringError("GPUs are not measured: --cluster h100-1, say, predicts their times")
     asked = cores or split_cores(len(host.cores()))
     groups = tuple(dict.fromkeys(map(tuple, asked)))
     cluster = _measured_once(groups, dtype, say)
     if len(groups) == len(asked):
         return cluster
     return divided(cluster, len(asked), cluster.device.name)
+
+
+def find_engine_cluster(
+    name: str, cores: Sequence[Sequence[int]], dtype: str, say: Say = quiet
+) -> Cluster:
+    """What ``find_cluster`` finds, on the GPUs that are there if the engine computes on GPUs.
+
+    Raises MeasuringError for GPUs of which no cluster tells.
+    """
+    gpus = gpus_here()
+    if not gpus:
+        return find_cluster(name, cores, dtype, say)
+    if name == THIS_MACHINE:
+        raise MeasuringError("GPUs are not measured: --cluster h100-1, say, predicts their times")
+    return on_gpus(read_cluster(name), gpus, len(cores))
 
 
 def _measured_once(groups: Sequence[Sequence[int]], dtype: str, say: Say) -> Cluster:

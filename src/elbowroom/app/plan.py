@@ -168,8 +168,10 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    is_vllms = model.cannot_pool_here is not None or bool(gpus_here())
-    if layout.pool == "none" and is_vllms:  # then vLLM keeps all to itself
+    on_gpus = settings.is_here and bool(gpus_here())
+    if layout.pool == "none" and (
+        model.cannot_pool_here or on_gpus
+    ):  # then vLLM keeps all to itself
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from elbowroom.app.gpu_machine import ONE_GPU, check_gpus, gpus_here
-from elbowroom.app.machine import Say, device_cores, find_cluster, split_cores
+from elbowroom.app.machine import Say, device_cores, find_engine_cluster, split_cores
 from elbowroom.app.plan import (
     Planned,
     check_possible,
@@ -119,7 +119,8 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
         plan = _renewed(settings.given_plan, batch.name, say)
         cluster = None
         with optional("prediction", say):
-            cluster = find_cluster(asked.cluster, device_cores(plan), plan.engine.dtype, say)
+            cores = device_cores(plan)
+            cluster = find_engine_cluster(asked.cluster, cores, plan.engine.dtype, say)
     else:
         planned, best = _decide(asked, model, rows, str(lengths), console, say)
         plan = run_plan(planned, best, asked, batch.name)

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from elbowroom.app.architecture import built_tensors
-from elbowroom.app.machine import THIS_MACHINE, device_cores, find_cluster
+from elbowroom.app.machine import (
+    THIS_MACHINE,
+    device_cores,
+    find_cluster,
+    find_engine_cluster,
+)
 from elbowroom.app.plan import read_workload
 from elbowroom.core.cluster_file import is_preset
 from elbowroom.core.errors import InputError
@@ -90,9 +95,9 @@ def simulate_plan(settings: SimulationSettings) -> Simulated:
     plan, layout = settings.plan, settings.plan.layout
     assert layout is not None
     model = _model(plan)
-    cluster = find_cluster(
-        settings.cluster or _planned_for(plan), device_cores(plan), plan.engine.dtype
-    )
+    name = settings.cluster or _planned_for(plan)
+    find = find_engine_cluster if name == THIS_MACHINE else find_cluster
+    cluster = find(name, device_cores(plan), plan.engine.dtype)
     limits = replica_limits(plan.budget, engine_limits(plan.engine))
     rows = _workload(settings).longest_first()
     times = pool_times(model, cluster, layout)
