@@ -168,8 +168,6 @@ class DeviceStreamer:
 
     def close(self) -> None:
         """Wait for copies under way: they read memory that peers may give back after this."""
-        for stream in self._copies:
-            self._device.current_stream().wait_stream(stream)
         self._device.synchronize()
 
     @property
