@@ -1,6 +1,7 @@
 """Streaming with a device's streams and events. On a CPU these do nothing: the order is tested.
 
-Whether copies and compute wait for each other is tested on a GPU, in tests/gpu.
+Whether copies and compute wait for each other is tested in test_streamer_order.py, and on a GPU in
+tests/gpu.
 """
 
 from __future__ import annotations
