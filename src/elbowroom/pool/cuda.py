@@ -43,7 +43,7 @@ class CudaStore(SharedMemoryStore):
 
     def publish(self, layer: int) -> None:
         # A peer copies on streams of its own, which know nothing of ours: all must be written.
-        torch.cuda.synchronize(self.device)
+        torch.get_device_module(self.device).synchronize(self.device)
         _write_handle(self._part_path(layer), self._own[layer])
         super().publish(layer)
 
@@ -98,7 +98,7 @@ def _allocate(num_bytes: int, device: torch.device, what: str) -> torch.Tensor:
     _check(runtime.cudaSetDevice(device.index or 0))
     error, address = runtime.cudaMalloc(num_bytes)
     if error == runtime.cudaError_t.cudaErrorMemoryAllocation:
-        free, _ = torch.cuda.mem_get_info(device)
+        free, _ = _check(runtime.cudaMemGetInfo())
         raise PoolError(
             f"{what} needs {format_bytes(num_bytes)} on {device}, {format_bytes(free)} is free: "
             f"lower --memory, or use --pool none"
@@ -134,7 +134,15 @@ def _tensor(memory: _DeviceMemory, address: int) -> torch.Tensor:
     """Make a uint8 vector of ``memory`` without a copy."""
     # It has to be on the device where the bytes are: on another, PyTorch would copy them.
     (attributes,) = _check(runtime.cudaPointerGetAttributes(address))
-    return torch.as_tensor(memory, device=torch.device("cuda", attributes.device))
+    return as_tensor(memory, torch.device("cuda", attributes.device))
+
+
+def as_tensor(memory: Any, device: torch.device) -> torch.Tensor:
+    """View memory that has ``__cuda_array_interface__`` as a tensor on ``device``.
+
+    Tests without a GPU put another function here.
+    """
+    return torch.as_tensor(memory, device=device)
 
 
 def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
