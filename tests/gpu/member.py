@@ -2,6 +2,9 @@
 
     python -m tests.gpu.member RUN_DIR RANK NUM_RANKS MODE NUM_SLOTS NUM_BATCHES DEVICE
 
+``DEVICE`` is PyTorch's name of one, or ``fake``: a CPU, whose memory is a store's by way of the
+stand-in for CUDA's runtime, with the folder RUN_DIR/fake-gpu for a device.
+
 Prints "ready", waits for a line, runs so many random batches and prints what it saw; waits again,
 so that it serves others until it is told to end.
 """
@@ -19,14 +22,18 @@ from bench.pool_group import ALWAYS, finish, kernel, open_store
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.pool.loading import PoolLoader
 from elbowroom.pool.options import PoolOptions
+from elbowroom.pool.store import Store
+from tests.pool.fake_cudart import FakeRuntime, fake_folder, load_store
 
 SHAPE = Shape(512, 1024, 8, 4, 64, 32)
-NUM_LAYERS, MOST_ROWS = 7, 256
+NUM_LAYERS = 7
+MOST_ROWS = 256 if torch.cuda.is_available() else 16
 
 
 def main(
-    run_dir: Path, rank: int, num_ranks: int, mode: str, num_slots: int, batches: int, device: str
+    run_dir: Path, rank: int, num_ranks: int, mode: str, num_slots: int, batches: int, store: Store
 ) -> None:
+    device = store.device.type
     ships = mode == "shipped"
     share = plan_shares(
         (1,) * NUM_LAYERS,
@@ -38,7 +45,7 @@ def main(
     )[rank]
     local, pooled = _stack(device), _stack(device)
     options = PoolOptions(pack=kernel(device)[0], run_dir=run_dir)
-    loader = PoolLoader(share, open_store(device, run_dir, rank), options)
+    loader = PoolLoader(share, store, options)
     for block in pooled:
         loader.add_block(block)
     for linear in (module for block in local for module in block.mlp.modules()):
@@ -59,6 +66,15 @@ def main(
     finish(device)
     _tell(json.dumps({"worst": float(torch.tensor(errors).max()), "stats": vars(pool.stats())}))
     pool.close()
+
+
+def _store(device: str, run_dir: Path, rank: int) -> Store:
+    if device != "fake":
+        return open_store(device, run_dir, rank)
+    store: Store = load_store(FakeRuntime(fake_folder(run_dir))).CudaStore(
+        run_dir, rank, torch.device("cpu")
+    )
+    return store
 
 
 def _stack(device: str) -> list[Block]:
@@ -82,8 +98,9 @@ def _tell(line: str) -> None:
 
 
 if __name__ == "__main__":
-    folder, mode, device = sys.argv[1], sys.argv[4], sys.argv[7]
-    numbers = [int(sys.argv[n]) for n in (2, 3, 5, 6)]
+    folder, mode = Path(sys.argv[1]), sys.argv[4]
+    rank, num_ranks, num_slots, batches = (int(sys.argv[n]) for n in (2, 3, 5, 6))
     torch.set_num_threads(1)  # where the device is a CPU, its cores are shared by all members
-    with torch.inference_mode(), torch.device(device):
-        main(Path(folder), numbers[0], numbers[1], mode, numbers[2], numbers[3], device)
+    store = _store(sys.argv[7], folder, rank)
+    with torch.inference_mode(), torch.device(store.device):
+        main(folder, rank, num_ranks, mode, num_slots, batches, store)

@@ -100,7 +100,8 @@ class FakeDevice:
     def is_current_stream_capturing(self) -> bool:
         return self._current.is_capturing
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: object = None) -> None:
+        """Run everything. There is one ``device``."""
         if self.capture is not None:
             raise UnsupportedError("the host waits for a device during a capture")
         for stream in list(self.streams):
