@@ -14,6 +14,7 @@ import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
 from elbowroom.core.units import KIB, MIB
+from elbowroom.pool.shipping import Shipper, ShipServer
 from elbowroom.pool.store import Store
 from tests.pool.fake_cudart import FakeRuntime, cudaError_t, fake_folder, load_store
 from tests.pool.fake_device import FakeDevice
@@ -153,6 +154,22 @@ def test_a_new_process_of_a_rank_takes_new_memory(start: Start) -> None:
     second.publish(value=9)
     assert set(peer.open().tolist()) == {9}
     assert set(opened.tolist()) == {7}, "what was opened before stays"
+
+
+def test_rows_of_a_borrower_that_was_started_again(start: Start, tmp_path: Path) -> None:
+    """Its mailbox is new memory, while the owner still has that of the process before it open."""
+    owner = start(0)
+    layers = {LAYER: (lambda x: x + 1, torch.float32)}
+    server = ShipServer(tmp_path, 0, 2, KIB, layers, owner.store.mailbox)
+    server.start()
+    for value in (1.0, 2.0):
+        borrower = start(1)
+        shipper = Shipper(tmp_path, 1, KIB, borrower.store.mailbox)
+        rows = torch.full((2, 4), value)
+        assert torch.equal(shipper.wait(shipper.start(0, LAYER, rows)), rows + 1)
+        shipper.close()
+        borrower.end()
+    server.close()
 
 
 def test_a_full_device_names_what_needs_memory_and_what_is_free(start: Start) -> None:

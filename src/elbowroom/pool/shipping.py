@@ -6,7 +6,7 @@ thread beside its forward passes, waits for messages, takes all that are there, 
 layer in one pass, writes each borrower's part back and rings in turn. No rank waits for one that
 has nothing to ship. Buffers are made once; a call allocates what any layer does, its activations.
 Mailboxes lie on the device that computes; before a bell rings, the host waits until what it
-announces is there.
+announces is there. A borrower's first message says that its mailbox is a new one.
 
 On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
 interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
@@ -49,6 +49,7 @@ _MESSAGE = struct.Struct("<IIIIQ")  # short enough for a pipe to keep it whole
 _MOST_MESSAGES = 128
 _FAILED = 2**32 - 1  # as the number of columns of an answer
 _CLOSE = 2**32 - 1  # as the layer of a message that a server sends to itself
+_NEW_MAILBOX = 2**32 - 2  # as the layer of a borrower's first message
 
 
 class _Request(NamedTuple):
@@ -109,6 +110,9 @@ class Shipper:
             buffer = self._open_mailbox(self._rank, owner, 2 * self._buffer_bytes)
             self._mailboxes[owner] = _Mailbox(buffer, self._buffer_bytes)
             self._bells[owner] = _Bell(_calls_path(self._run_dir, owner))
+            # The owner may have the mailbox of an earlier process of this rank open. One that does
+            # not hear this has ended, and the next one has none.
+            self._bells[owner].ring(_Request(self._rank, _NEW_MAILBOX, 0, 0, 0))
         self._mailboxes[owner].rows(x.shape, x.dtype).copy_(x)
         _finish(self._device)
         self._next_call += 1
@@ -201,18 +205,33 @@ class ShipServer:
             bell.close()
 
     def _run(self) -> None:
-        """Answer calls until ``close`` rings. Waits in ``_read``, for a borrower's bell."""
+        """Answer calls until ``close`` rings. Waits in ``_receive``, for a borrower's bell."""
         module = torch.get_device_module(self._device)
         module.set_device(self._device)
         with torch.inference_mode(), module.stream(module.Stream()):
             while True:
-                calls_by_layer: dict[int, list[_Request]] = {}
-                for call in _read(self._calls):
-                    calls_by_layer.setdefault(call.layer, []).append(call)
+                calls_by_layer = self._receive()
                 if calls_by_layer.pop(_CLOSE, None):
                     return
                 for layer, calls in calls_by_layer.items():
                     self._serve(layer, calls)
+
+    def _receive(self) -> dict[int, list[_Request]]:
+        """Wait for calls, and give those that are there by their layer.
+
+        Calls before a new mailbox of their borrower are those of a process that has ended.
+        """
+        calls: list[_Request] = []
+        for call in _read(self._calls):
+            if call.layer == _NEW_MAILBOX:
+                self._mailboxes.pop(call.borrower, None)
+                calls = [other for other in calls if other.borrower != call.borrower]
+            else:
+                calls.append(call)
+        calls_by_layer: dict[int, list[_Request]] = {}
+        for call in calls:
+            calls_by_layer.setdefault(call.layer, []).append(call)
+        return calls_by_layer
 
     def _serve(self, layer: int, calls: list[_Request]) -> None:
         """Run ``layer`` once for all ``calls``, and answer each.
