@@ -170,7 +170,11 @@ class Grid:
         return self._ready().state.save(folder, self.num_done, {"seed": self._options.seed})
 
     def close(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all that was sent has left.
+
+        A profiler of torch has to end after this: torch 2.13 notes the end of each message in the
+        profiler's memory, also when that has been freed.
+        """
         self.channel.transport.drain()
 
     def _update(self, built: _Built) -> None:
