@@ -45,7 +45,8 @@ def ratios(values: Iterable[float]) -> str:
 def where(data: dict[str, Any]) -> str:
     """When, at which commit (older files do not say) and on what it was measured."""
     machine = data["machine"]
-    commit = f"commit {data['commit'][:7]}, " if "commit" in data else ""
+    changed = " with changes" if data.get("commit", "").endswith("-dirty") else ""
+    commit = f"commit {data['commit'][:7]}{changed}, " if "commit" in data else ""
     return f"{data['date']}, {commit}{machine['cpu']}, {machine['cores']} cores"
 
 

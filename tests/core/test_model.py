@@ -219,7 +219,12 @@ def test_mixtures_are_counted_without_their_routers(tmp_path: Path, part: str) -
         for expert in range(4):
             name = part.replace(".0.", f".{expert}.")
             shapes[f"model.layers.{layer}.{name}.weight"] = (INTERMEDIATE, HIDDEN)
-    config = {"model_type": "mixtral", "num_experts": 4, "num_experts_per_tok": 2}
+    config = {
+        "model_type": "mixtral",
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
     facts = read_model(write_model(tmp_path / "tried", shapes, **config))
     expert, attention = INTERMEDIATE * HIDDEN, HIDDEN * HIDDEN
     assert facts.ffn_elements == (4 * expert,) * LAYERS
@@ -232,6 +237,10 @@ def test_mixtures_are_counted_without_their_routers(tmp_path: Path, part: str) -
     check_runnable(read_model(other), other, None)
     with pytest.raises(UnsupportedModelError, match="mixture of 4 experts"):
         check_runnable(read_model(other), other, "streamed")
+    narrow = write_model(tmp_path / "narrow", shapes, **{**config, "moe_intermediate_size": 80})
+    check_runnable(read_model(narrow), narrow, "none")
+    with pytest.raises(UnsupportedModelError, match="width, 80, is no multiple of 32"):
+        check_runnable(read_model(narrow), narrow, "mapped")
 
 
 def test_mixture_without_a_number_of_experts(tmp_path: Path) -> None:

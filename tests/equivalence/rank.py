@@ -43,6 +43,9 @@ def answer(case: dict[str, Any]) -> list[Any]:
         pool = get_offloader().pool
         share, stats = pool.share, pool.stats()
         assert (stats.shipped_rows > 0) == (share.ship_bytes > 0), "as the case says"
+        borrows = any(owner != share.rank for owner in share.owners)
+        assert (stats.mapped_bytes > 0) == (borrows and share.mode == "mapped"), "as the case says"
+        assert (stats.streamed_bytes > 0) == bool(share.fetches), "as the case says"
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()

@@ -14,6 +14,7 @@ from elbowroom.pool.ffn import Ffn, find_ffn
 from elbowroom.pool.housekeeper import Housekeeper
 from elbowroom.pool.leases import SlottedLeases
 from elbowroom.pool.slots import Slot
+from elbowroom.pool.streamer import DeviceStreamer
 from tests.pool.hf import blocks_of, make_model
 
 LAYERS = (1, 3)
@@ -80,3 +81,18 @@ def test_failure_of_the_housekeeper_reaches_the_lease(ffns: dict[int, Ffn]) -> N
         with pytest.raises(PoolError, match="layer 3 was not streamed") as caught:
             leases.acquire(3)
         assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_a_graph_begins_with_the_first_layer(ffns: dict[int, Ffn]) -> None:
+    """Also after a pass that was cut short, which left a later layer in the slot."""
+    sources = {layer: torch.full((ffns[layer].num_bytes,), layer) for layer in LAYERS}
+    bytes_of = {layer: source.to(torch.uint8) for layer, source in sources.items()}
+    streamer = DeviceStreamer([Fetch(n, 0, 1) for n in LAYERS], bytes_of, 1, torch.device("cpu"))
+    leases = SlottedLeases(ffns, streamer)
+    leases.start()
+    leases.acquire(1)
+    leases.release(1)
+    assert streamer.buffers[0][0] == 3
+    leases.before_graph()
+    assert streamer.buffers[0][0] == 1
+    leases.close()

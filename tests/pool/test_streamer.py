@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from elbowroom.core.errors import PoolError
 from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot
 from elbowroom.pool.streamer import DeviceStreamer
@@ -72,3 +73,20 @@ def test_passes_without_streaming_between(streamer: DeviceStreamer) -> None:
     streamer.resume()
     assert streamer.streamed_bytes == before, "what was fetched ahead is still there"
     _run(streamer, LAYERS)
+
+
+def test_a_pause_in_the_middle_of_a_pass(streamer: DeviceStreamer) -> None:
+    """The next pass begins with the first layer, whatever the last one left in the slots."""
+    _run(streamer, LAYERS[:2])
+    streamer.pause()
+    streamer.resume()
+    _run(streamer, LAYERS)
+    streamer.close()
+
+
+def test_no_slot_stands_for_another_layer(streamer: DeviceStreamer) -> None:
+    if len(streamer.buffers) == len(LAYERS):
+        pytest.skip("every layer has a slot")
+    with pytest.raises(PoolError, match=f"asked for was {LAYERS[-1]}"):
+        streamer.acquire(LAYERS[-1])
+    streamer.close()

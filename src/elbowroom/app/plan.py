@@ -134,7 +134,11 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     if any("transformers" in option for option in settings.vllm_options):  # --model-impl
         why = "the Transformers backend, which is asked for, hands over no layers"
         model = replace(model, cannot_pool=model.cannot_pool or why)
-    if settings.is_here and settings.dtype == "auto" and not gpus_here():
+    on_gpus = settings.is_here and bool(gpus_here())
+    if on_gpus and model.experts:
+        why = "no pool of a mixture has been run on GPUs"
+        model = replace(model, cannot_pool=model.cannot_pool or why)
+    if settings.is_here and settings.dtype == "auto" and not on_gpus:
         dtype = host.fastest_dtype(model.dtype)
         if dtype != model.dtype:
             say(
@@ -168,10 +172,9 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    on_gpus = settings.is_here and bool(gpus_here())
-    if layout.pool == "none" and (
-        model.cannot_pool_here or on_gpus
-    ):  # then vLLM keeps all to itself
+    # On GPUs, and of models that no pool was made for, vLLM keeps all to itself.
+    is_vllms = model.cannot_pool_here or model.experts or (settings.is_here and gpus_here())
+    if layout.pool == "none" and is_vllms:
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:
@@ -250,8 +253,11 @@ def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) 
         )
     if settings.is_here and model.cannot_pool_here and settings.pool not in (None, "none"):
         return f"{model.name} cannot be pooled: {model.cannot_pool_here}. Use --pool none"
-    if settings.is_here and model.experts and (settings.pool == "shipped" or width > 1):
-        return f"{model.name}: {MIXTURES_POOL}. Use --pool mapped, streamed or none"
+    if settings.is_here and model.experts and settings.pool not in (None, "none"):
+        if settings.pool == "shipped":
+            return f"{model.name}: {MIXTURES_POOL}. Use --pool mapped, streamed or none"
+        if width > 1:
+            return f"{model.name}: {MIXTURES_POOL}. Leave out --tensor-parallel, or use --pool none"
     if settings.is_here and not cluster.device.maps_peers and settings.pool not in (None, "none"):
         return f"{NOT_BETWEEN_GPUS}: {ONE_GPU}"
     if replicas == 1 and settings.pool not in (None, "none"):

@@ -205,6 +205,11 @@ def _check_machine(plan: RunPlan) -> None:
     """Raise MemoryPlanError for more memory than this machine has, InputError for its GPUs."""
     if gpus := gpus_here():
         num_devices = plan.layout.num_devices if plan.layout else plan.num_replicas
+        if plan.layout and plan.layout.tensor_parallel > len(gpus):
+            raise InputError(
+                f"--tensor-parallel {plan.layout.tensor_parallel} needs as many GPUs, and there "
+                f"are {len(gpus)}"
+            )
         check_gpus(gpus, num_devices, plan.budget.memory_bytes)
         if len(gpus) > 1 and plan.shares[0].mode != "none":
             raise InputError(f"{NOT_BETWEEN_GPUS}: {ONE_GPU}")
@@ -235,6 +240,8 @@ def _renewed(plan: RunPlan, source_name: str, say: Say) -> RunPlan:
     """A given plan on the cores that this process has."""
     if plan.made_for not in ("", source_name):
         say(f"the plan was made for {plan.made_for}, and is now run for {source_name}")
+    if gpus_here() and plan.shares[0].mode == "none":  # wherever it was made: vLLM keeps all
+        plan = replace(plan, shares=tuple(replace(share, owners=()) for share in plan.shares))
     return replace(plan, cores=split_cores(plan.num_replicas))
 
 

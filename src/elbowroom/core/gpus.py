@@ -27,9 +27,10 @@ class Gpu:
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """The GPUs that this process may use, in CUDA's order; none where no driver answers.
+    """The GPUs that this process may use, in the order of ``CUDA_VISIBLE_DEVICES``.
 
-    An entry of ``CUDA_VISIBLE_DEVICES`` may be a number, or the beginning of a UUID. Parts of a GPU
+    None where no driver answers. An entry may be a number, as nvidia-smi counts, or the beginning
+    of a UUID. Parts of a GPU
     (MIG) are not found.
     """
     command = ["nvidia-smi", f"--query-gpu={_FIELDS}", "--format=csv,noheader,nounits"]

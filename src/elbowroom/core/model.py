@@ -33,6 +33,9 @@ STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 POOLED_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
 """Model types of mixtures of experts that were seen to give plain vLLM's answers in a pool."""
 
+EXPERT_ALIGNMENT = 32
+"""What vLLM's kernels for experts on CPUs make the width of an expert a multiple of."""
+
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 """Weights that vLLM reads, and plans do not."""
 
@@ -278,6 +281,9 @@ def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     is_mixture = any(weights.elements for weights in counted.experts)
     if is_mixture and config.model_type not in POOLED_MIXTURES:
         return f"it is a mixture of {config.num_experts} experts, of a kind that was not tried"
+    width = config.text.get("moe_intermediate_size") or config.intermediate_size
+    if is_mixture and isinstance(width, int) and width % EXPERT_ALIGNMENT:
+        return f"its experts' width, {width}, is no multiple of {EXPERT_ALIGNMENT}: vLLM pads them"
     if config.is_part:
         return "its language model is one of several parts"
     if not config.is_native:

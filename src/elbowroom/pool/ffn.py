@@ -99,7 +99,10 @@ def find_ffn(block: nn.Module) -> Ffn:
         if len(of_linears) < 2 or len(of_linears) != num_matrices:
             raise _unsupported(block, f"{num_matrices} matrices in {len(of_linears)} linear layers")
         return _lay_out(module, of_linears)
-    return _lay_out(module, of_experts + of_linears)
+    found = of_experts + of_linears
+    if len({id(weight) for *_, weight in found}) < len(found):
+        raise _unsupported(block, "weights that several modules share")
+    return _lay_out(module, found)
 
 
 def _without_routers(module: nn.Module, seen: set[nn.Module]) -> Iterator[nn.Module]:
@@ -130,6 +133,6 @@ def _lay_out(module: nn.Module, found: list[tuple[nn.Module, str, nn.Parameter]]
 def _unsupported(block: nn.Module, found: str) -> UnsupportedModelError:
     types = sorted({type(module).__name__ for module in block.modules()})
     return UnsupportedModelError(
-        f"no dense feed-forward network recognised in {type(block).__name__} ({found}); "
-        f"modules seen: {', '.join(types)}. Use --pool none, or a dense model"
+        f"no feed-forward network recognised in {type(block).__name__} ({found}); "
+        f"modules seen: {', '.join(types)}. Use --pool none"
     )

@@ -158,6 +158,9 @@ class SlottedLeases(Leases):
         self._streamer.start()
 
     def before_graph(self) -> None:
+        if self._next:  # a pass was cut short, and a graph begins with the first layer
+            self._streamer.restart()
+            self._next = 0
         self._streamer.sync()
         self._num_iterations += 1
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from elbowroom.core.errors import PoolError
 from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.slots import Slot, SlotState, check_slots
 
@@ -122,6 +123,8 @@ class DeviceStreamer:
 
     def acquire(self, layer: int) -> Slot:
         slot = self._slots[self._layers.index(layer) % len(self._slots)]
+        if slot.layer != layer:
+            raise PoolError(f"slot {slot.index} holds layer {slot.layer}, asked for was {layer}")
         here: _Recorded = "capture" if self._is_capturing() else "stream"
         if self._recorded_in[slot.index] == here:
             self._ready[slot.index].wait()
@@ -141,7 +144,8 @@ class DeviceStreamer:
                 self._fetch(slot, slot.index)
 
     def pause(self) -> None:
-        """Do nothing: what was fetched for the next pass stays where it is."""
+        """Fetch the first layers, if the last pass was cut short: they stay where they are."""
+        self.restart()
 
     def resume(self) -> None:
         """Do nothing: see ``pause``."""

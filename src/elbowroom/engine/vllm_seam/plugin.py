@@ -31,8 +31,10 @@ def register() -> None:
         wanted = (config.additional_config or {}).get(CONFIG_KEY) if config else None
         if not wanted:
             return original(offload_config)
+        from elbowroom.engine.vllm_seam.compilation import check_compilation
         from elbowroom.engine.vllm_seam.worker import PoolOffloader
 
+        check_compilation(wanted, config.compilation_config)
         parallel = config.parallel_config
         return PoolOffloader.from_config(wanted, parallel.world_size, parallel.tensor_parallel_size)
 

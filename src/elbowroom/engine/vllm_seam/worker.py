@@ -157,6 +157,11 @@ class PoolOffloader(BaseOffloader):
 
     def _check_experts(self, block: nn.Module) -> None:
         """Raise UnsupportedModelError where a pool of mixtures cannot do what the plan asks for."""
+        if self._store.device.type != "cpu":
+            raise UnsupportedModelError(
+                f"{type(block).__name__} is a layer of a mixture, and no pool of mixtures has been "
+                f"run on GPUs: use --pool none"
+            )
         if self._share.ship_bytes or self._tensor_parallel is not None:
             raise UnsupportedModelError(
                 f"{type(block).__name__} is a layer of a mixture, whose rows are not shipped, and "
@@ -188,7 +193,7 @@ class PoolOffloader(BaseOffloader):
             self._pool.after_capture()
 
     def mark_loaded(self) -> None:
-        """One more linear has its weights. After the last, the group shares what it has."""
+        """One more module has its weights. After the last, the group shares what it has."""
         self._num_unloaded -= 1
         if self._num_unloaded == 0:
             self._pool = self._loader.attach()
