@@ -1,4 +1,4 @@
-"""Claim: a pool gives a mixture of experts more tokens per second at equal memory, on two cores.
+"""Question: how many more tokens a second does a pool give a mixture at equal memory, on two cores?
 
     python -m bench.mixture [--rounds 3] [--rows 48]
 
