@@ -137,6 +137,5 @@ def _make_shipped(layers: Layers, run_dir: Path) -> ShippedLeases:
         layers.opened,
         share.owners,
         shipper,
-        store.outlives_owner,
         tensor_parallel.reduce if tensor_parallel else None,
     )

@@ -204,9 +204,9 @@ class SlottedLeases(Leases):
 class ShippedLeases(Leases):
     """Leases on peers' layers to whose owners the rows are shipped.
 
-    A layer is read in place, from what the store ``opened``, where its owner died but left its
-    weights (``outlives_owner``), and where the module is given more than its rows, which stays
-    here. ``reduce`` sums what comes back over tensor-parallel ranks, if the replica has several.
+    A layer is read in place, from what the store ``opened``, where its owner died, whose weights
+    stay, and where the module is given more than its rows, which stays here. ``reduce`` sums what
+    comes back over tensor-parallel ranks, if the replica has several.
     """
 
     def __init__(
@@ -215,14 +215,12 @@ class ShippedLeases(Leases):
         opened: Mapping[int, torch.Tensor],
         owners: Sequence[int],
         shipper: Shipper,
-        outlives_owner: bool,
         reduce: Reduce | None = None,
     ) -> None:
         self._ffns = ffns
         self._opened = opened
         self._owners = owners
         self._shipper = shipper
-        self._outlives_owner = outlives_owner
         self._reduce = reduce
         self._forwards = {layer: partial(self._run, layer) for layer in ffns}
         self._lost_until: dict[int, float] = {}
@@ -255,9 +253,9 @@ class ShippedLeases(Leases):
         return ffn.forward(x, *args, **kwargs)
 
     def _ship(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
-        """Have the owner run ``layer`` on ``x`` [..., columns]; None if it died but left weights.
+        """Have the owner run ``layer`` on ``x`` [..., columns]; None if it died.
 
-        Raises PeerLostError where it left none, and PoolError where it failed.
+        Raises PoolError where it failed.
         """
         owner = self._owners[layer]
         begin = time.perf_counter()
@@ -269,8 +267,6 @@ class ShippedLeases(Leases):
             if self._reduce is not None:
                 out = self._reduce(out)
         except PeerLostError:
-            if not self._outlives_owner:
-                raise
             self._lost_until[owner] = time.perf_counter() + LOST_SECONDS
             return None
         self.wait_seconds += time.perf_counter() - begin

@@ -31,7 +31,6 @@ class SharedMemoryStore:
 
     device = torch.device("cpu")
     device_bytes = 0
-    outlives_owner = True
 
     def __init__(self, run_dir: Path, rank: int, grace_seconds: float = GRACE_SECONDS) -> None:
         self._run_dir = run_dir

@@ -20,9 +20,6 @@ class Store(Protocol):
     device: torch.device
     """The device that this rank computes on, and that its buffers and slots lie on."""
 
-    outlives_owner: bool
-    """True if a peer's layers can still be read when it has died."""
-
     @property
     def device_bytes(self) -> int:
         """Memory that this rank's store has taken from its device, where PyTorch does not count it.
@@ -48,6 +45,8 @@ class Store(Protocol):
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         """Open a peer's layer, which is only to be read; wait until it is published.
+
+        It can be read as long as it is open, also when the peer has died.
 
         Raises PeerLostError when the owner died and did not come back, did not publish in time, or
         published another number of bytes.
@@ -77,7 +76,6 @@ class LocalStore:
 
     device = torch.device("cpu")
     device_bytes = 0
-    outlives_owner = True
 
     def __init__(self, hub: LocalHub | None = None) -> None:
         self._hub = hub or LocalHub()

@@ -112,6 +112,7 @@ class DeviceStreamer:
         self._ready = [self._device.Event() for _ in self._slots]
         self._free = [self._device.Event() for _ in self._slots]
         self._recorded_in: list[_Recorded] = ["stream"] * len(self._slots)
+        self._pass_bytes = sum(sources[layer].numel() for layer in self._layers)
         self.streamed_bytes = 0
 
     @property
@@ -173,10 +174,6 @@ class DeviceStreamer:
     def close(self) -> None:
         """Wait for copies under way: they read memory that peers may give back after this."""
         self._device.synchronize()
-
-    @property
-    def _pass_bytes(self) -> int:
-        return sum(self._sources[layer].numel() for layer in self._layers)
 
     def _is_capturing(self) -> bool:
         """Whether the current stream's work goes into a graph. Devices without graphs never say."""
