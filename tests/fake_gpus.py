@@ -30,5 +30,5 @@ def show_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Show:
 @pytest.fixture
 def engine_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """An installed vLLM that is built for GPUs, by its version."""
-    for module in ("elbowroom.app.gpu_machine", "elbowroom.jobs.group"):
-        monkeypatch.setattr(f"{module}.engine_version", lambda: "vllm 0.32.0")
+    for module in ("app.gpu_machine", "app.plan", "jobs.group"):
+        monkeypatch.setattr(f"elbowroom.{module}.engine_version", lambda: "vllm 0.32.0")

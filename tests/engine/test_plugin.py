@@ -6,9 +6,13 @@ import importlib.metadata
 
 import pytest
 
+from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.core.errors import PoolError
+from elbowroom.core.units import MIB
 from elbowroom.engine.vllm_seam import plugin
-from elbowroom.plans.pool import PoolShare
+from elbowroom.plans.pool import PoolMode, PoolShare
+from tests.demo_job import DEMO
+from tests.jobs.plans import plan_here
 
 pytestmark = pytest.mark.vllm
 
@@ -50,3 +54,17 @@ def test_replicas_of_several_ranks_are_refused() -> None:
     share = PoolShare("none", rank=0, num_ranks=1, owners=(0,))
     with pytest.raises(PoolError, match="2 ranks"):
         PoolOffloader.from_config({"share": share.to_json()}, world_size=2)
+
+
+@pytest.mark.parametrize(("on_gpus", "pool"), [(False, "none"), (True, "none"), (True, "mapped")])
+def test_without_a_pool_an_engine_on_gpus_is_left_to_itself(
+    monkeypatch: pytest.MonkeyPatch, on_gpus: bool, pool: PoolMode
+) -> None:
+    """On a CPU all layouts run our kernel, so that they give the same to the last bit."""
+    from elbowroom.engine.vllm_seam import server
+
+    settings = PlanSettings(DEMO / "model", replicas=2, pool=pool, memory_bytes=64 * MIB)
+    plan = plan_here(settings)
+    monkeypatch.setattr(server.current_platform, "is_cuda", lambda: on_gpus)
+    is_ours = "--additional-config" in server.engine_arguments(plan, 0, "run")
+    assert is_ours == (pool != "none" or not on_gpus)

@@ -8,7 +8,7 @@ from math import inf
 from pathlib import Path
 
 from elbowroom.app.architecture import built_tensors
-from elbowroom.app.gpu_machine import ONE_GPU, gpus_here
+from elbowroom.app.gpu_machine import ONE_GPU
 from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cores
 from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
@@ -19,6 +19,7 @@ from elbowroom.core.model import STORAGE_BYTES, ModelFacts, model_name, read_mod
 from elbowroom.core.units import format_bytes
 from elbowroom.core.workload import Workload, parse_lengths
 from elbowroom.jobs.batch_file import BatchFile
+from elbowroom.jobs.identity import engine_version, is_for_gpus
 from elbowroom.jobs.inputs import BatchInput
 from elbowroom.jobs.lengths import read_lengths
 from elbowroom.jobs.limits import RowLimits
@@ -134,7 +135,7 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     if any("transformers" in option for option in settings.vllm_options):  # --model-impl
         why = "the Transformers backend, which is asked for, hands over no layers"
         model = replace(model, cannot_pool=model.cannot_pool or why)
-    on_gpus = settings.is_here and bool(gpus_here())
+    on_gpus = settings.is_here and is_for_gpus(engine_version())
     if on_gpus and model.experts:
         why = "no pool of a mixture has been run on GPUs"
         model = replace(model, cannot_pool=model.cannot_pool or why)
@@ -172,9 +173,7 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    # On GPUs, and of models that no pool was made for, vLLM keeps all to itself.
-    is_vllms = model.cannot_pool_here or model.experts or (settings.is_here and gpus_here())
-    if layout.pool == "none" and is_vllms:
+    if layout.pool == "none" and (model.cannot_pool_here or model.experts):  # all is vLLM's
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:

@@ -240,8 +240,6 @@ def _renewed(plan: RunPlan, source_name: str, say: Say) -> RunPlan:
     """A given plan on the cores that this process has."""
     if plan.made_for not in ("", source_name):
         say(f"the plan was made for {plan.made_for}, and is now run for {source_name}")
-    if gpus_here() and plan.shares[0].mode == "none":  # wherever it was made: vLLM keeps all
-        plan = replace(plan, shares=tuple(replace(share, owners=()) for share in plan.shares))
     return replace(plan, cores=split_cores(plan.num_replicas))
 
 

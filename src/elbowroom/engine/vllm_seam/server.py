@@ -53,7 +53,7 @@ class Engine:
         """Start the engine of one replica. Raises whatever vLLM raises, or InputError for flags."""
         try:
             args = make_arg_parser(FlexibleArgumentParser()).parse_args(
-                _arguments(plan, replica, run_dir)
+                engine_arguments(plan, replica, run_dir)
             )
         except SystemExit as error:
             raise InputError(f"vLLM refused the options {' '.join(plan.engine.extra)}") from error
@@ -158,10 +158,12 @@ def _cores(num_ranks: int) -> str:
     return "|".join(",".join(map(str, of_rank)) for of_rank in of_ranks)
 
 
-def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
+def engine_arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
     """VLLM's command line for one replica of the plan."""
     engine, share = plan.engine, plan.shares[replica]
     pool = {CONFIG_KEY: {"share": share.to_json(), "run_dir": run_dir}}
+    # Without a pool, vLLM keeps all to itself on GPUs: there are no kernels of ours.
+    is_ours = bool(share.owners) and not (share.mode == "none" and current_platform.is_cuda())
     width = plan.layout.tensor_parallel if plan.layout else 1
     arguments = [
         *("--model", plan.model_dir),
@@ -177,8 +179,8 @@ def _arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
         *("--tensor-parallel-size", str(width)),
         *("--distributed-executor-backend", "uni" if width == 1 else "mp"),
         *("--worker-extension-cls", _WORKER_EXTENSION),
-        *(("--load-format", "safetensors") if share.owners else ()),
-        *(("--additional-config", json.dumps(pool)) if share.owners else ()),
+        *(("--load-format", "safetensors") if is_ours else ()),
+        *(("--additional-config", json.dumps(pool)) if is_ours else ()),
         # By default it is a hash over all settings, which differ from replica to replica.
         *("--fingerprint-mode", "custom", "--fingerprint-value", f"vllm-{vllm.__version__}"),
         "--enable-prefix-caching" if engine.prefix_caching else "--no-enable-prefix-caching",
