@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tools.make_model import make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from elbowroom.plans.pool import RunPlan
+from tests.equivalence.random_models import write_random_model
 
 pytestmark = pytest.mark.vllm
 
@@ -101,13 +101,7 @@ def _make(folder: Path, kind: str, quantise: bool = True) -> Path:
     )
     if getattr(config, "sliding_window", None):
         config.sliding_window = 64
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-    make_tokenizer(VOCABULARY).save_pretrained(folder)
+    write_random_model(folder, config)
     if kind == "int8" and quantise:
         _quantise(folder)
     if kind == "linear rope":

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tools.make_model import make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from elbowroom.core.model import POOLED_MIXTURES
 from elbowroom.planning.pool.shares import plan_shares
+from tests.equivalence.random_models import write_random_model
 from tests.equivalence.ranks import ffn_bytes, pooled_case, run_ranks
 
 pytestmark = pytest.mark.vllm
@@ -92,11 +91,4 @@ def _make(folder: Path, kind: str) -> Path:
         pad_token_id=0,
         **{**LIKE, **KINDS[kind]},
     )
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data.normal_(0, 1.2 / parameter.shape[-1] ** 0.5)
-    model.save_pretrained(folder)
-    make_tokenizer(VOCABULARY).save_pretrained(folder)
-    return folder
+    return write_random_model(folder, config)

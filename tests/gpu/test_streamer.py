@@ -8,8 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool.streamer import DeviceStreamer
+from tests.pool.streamed import FETCHES, LAYERS, NUM_LAYERS, published, run_plainly, run_streamed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,39 +17,26 @@ pytestmark = [
 ]
 
 WIDTH, NUM_ROWS = 2048, 64
-LAYERS = (1, 2, 4, 5, 7)  # those that a rank borrows
-NUM_LAYERS = 8
 
 
 class _Stack(NamedTuple):
     """Products one after the other; those of ``LAYERS`` come through the streamer."""
 
-    weights: list[torch.Tensor]
+    weights: torch.Tensor
     streamer: DeviceStreamer
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        for layer, weight in enumerate(self.weights):
-            if layer in LAYERS:
-                slot = self.streamer.acquire(layer)
-                x = torch.tanh(x @ slot.buffer.view(weight.dtype).view(weight.shape))
-                self.streamer.release(slot)
-            else:
-                x = torch.tanh(x @ weight)
-        return x
+        return run_streamed(self.streamer, self.weights, x)
 
     def expected(self, x: torch.Tensor) -> torch.Tensor:
-        for weight in self.weights:
-            x = torch.tanh(x @ weight)
-        return x
+        return run_plainly(self.weights, x)
 
 
 def _stack(num_slots: int) -> _Stack:
     torch.manual_seed(0)
     size = (NUM_LAYERS, WIDTH, WIDTH)
-    weights = list((torch.randn(size, device="cuda") / WIDTH**0.5).to(torch.bfloat16))
-    sources = {layer: weights[layer].clone().view(-1).view(torch.uint8) for layer in LAYERS}
-    fetches = [Fetch(layer, 0, 1) for layer in LAYERS]
-    streamer = DeviceStreamer(fetches, sources, num_slots, torch.device("cuda"))
+    weights = (torch.randn(size, device="cuda") / WIDTH**0.5).to(torch.bfloat16)
+    streamer = DeviceStreamer(FETCHES, published(weights), num_slots, torch.device("cuda"))
     torch.cuda.synchronize()  # sources are published before anybody streams them
     streamer.start()
     return _Stack(weights, streamer)

@@ -17,15 +17,21 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from elbowroom.plans.pool_actions import Fetch
 from elbowroom.pool import streamer as streamer_module
 from elbowroom.pool.streamer import DeviceStreamer
 from tests.pool.fake_device import CaptureError, FakeDevice, FakeStream, Graph
 from tests.pool.fake_operations import Issuing
+from tests.pool.streamed import (
+    FETCHES,
+    LAYERS,
+    NUM_LAYERS,
+    published,
+    run_plainly,
+    run_streamed,
+)
 
 CPU = torch.device("cpu")
-WIDTH, NUM_ROWS, NUM_LAYERS = 8, 2, 8
-LAYERS = (1, 2, 4, 5, 7)  # those that a rank borrows
+WIDTH, NUM_ROWS = 8, 2
 SLOTS = (1, 2, 3)
 COPY_PACES = (1e-4, 1.0, 1e4)  # copies come as late as they may, at any time, as early as they may
 NUM_PASSES = 12
@@ -97,20 +103,10 @@ class _Stack:
         self._note(out.clone(), value)
 
     def _run(self, num_layers: int = NUM_LAYERS) -> torch.Tensor:
-        x = self._x
-        for layer, weight in enumerate(self._weights[:num_layers]):
-            if layer in LAYERS:
-                slot = self.streamer.acquire(layer)
-                x = torch.tanh(x @ slot.buffer.view(weight.dtype).view(weight.shape))
-                self.streamer.release(slot)
-            else:
-                x = torch.tanh(x @ weight)
-        return x
+        return run_streamed(self.streamer, self._weights[:num_layers], self._x)
 
     def _note(self, out: torch.Tensor, value: float) -> None:
-        expected = torch.full((NUM_ROWS, WIDTH), value)
-        for weight in self._weights:
-            expected = torch.tanh(expected @ weight)
+        expected = run_plainly(self._weights, torch.full((NUM_ROWS, WIDTH), value))
         self._passes.append(_Pass(out, expected))
 
 
@@ -129,11 +125,10 @@ def _make(
     device = FakeDevice(setting.seed, setting.copy_pace)
     torch.manual_seed(0)
     weights = torch.randn(NUM_LAYERS, WIDTH, WIDTH)
-    sources = {layer: weights[layer].clone().view(-1).view(torch.uint8) for layer in LAYERS}
-    fetches = [Fetch(layer, 0, 1) for layer in LAYERS]
+    sources = published(weights)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "get_device_module", lambda _: device)
-        streamer = streamer_class(fetches, sources, setting.num_slots, CPU)
+        streamer = streamer_class(FETCHES, sources, setting.num_slots, CPU)
     return device, _Stack(device, streamer, weights, leave_out), sources
 
 
