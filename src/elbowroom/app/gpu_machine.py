@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from elbowroom.core.cluster import Cluster, Device, Link, Rate
+from elbowroom.app.assumed import assumed_device
+from elbowroom.core.cluster import Cluster, Link
 from elbowroom.core.errors import InputError
 from elbowroom.core.gpus import Gpu, find_gpus
 from elbowroom.core.units import GIB, format_bytes
@@ -20,7 +21,7 @@ CUDA's context and modules, cuBLAS's workspace, buffers of the sampler.
 _FREE_FRACTION = 0.95
 """Share of a GPU's free memory that engines may take."""
 
-_FLOPS, _BANDWIDTH = Rate(100e12), Rate(1e12)
+_FLOPS, _BYTES_PER_SECOND = 100e12, 1e12
 """Assumed: enough to compare layouts, not for times."""
 
 
@@ -48,16 +49,12 @@ def gpus_here() -> tuple[Gpu, ...]:
 def assumed_gpus(gpus: Sequence[Gpu], num_devices: int) -> Cluster:
     """GPUs of which nothing is known but their memory: good to compare layouts, not for times."""
     gpu = min(gpus, key=lambda gpu: gpu.free_bytes)
-    device = Device(
-        name=gpu.name,
-        memory_bytes=gpu.memory_bytes,
-        memory_fraction=_FREE_FRACTION,
-        flops=_FLOPS,
-        flops_fp8=_FLOPS,
-        memory_bandwidth=_BANDWIDTH,
-        attention_flops=_FLOPS,
-        attention_bandwidth=_BANDWIDTH,
-        elementwise_bandwidth=_BANDWIDTH,
+    device = assumed_device(
+        gpu.name,
+        gpu.memory_bytes,
+        _FREE_FRACTION,
+        _FLOPS,
+        _BYTES_PER_SECOND,
         layer_seconds=1e-4,
         iteration_seconds=3e-3,
         row_seconds=5e-6,

@@ -8,9 +8,10 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 
+from elbowroom.app.assumed import assumed_device
 from elbowroom.app.gpu_machine import assumed_gpus, check_gpus, free_bytes, gpus_here, on_gpus
 from elbowroom.core import host
-from elbowroom.core.cluster import Cluster, Device, Link, Rate
+from elbowroom.core.cluster import Cluster, Link, Rate
 from elbowroom.core.cluster_file import is_preset, read_cluster
 from elbowroom.core.errors import InputError, MeasuringError, OutputError
 from elbowroom.core.files import read_json, write_text
@@ -197,23 +198,18 @@ def assumed_machine(cores: Sequence[Sequence[int]]) -> Cluster:
     A core is taken to compute 50 GFLOP/s and to read 5 GB/s, as those of small servers do.
     """
     per_device = len(cores[0])
-    flops, bandwidth = Rate(50e9 * per_device), Rate(5e9 * per_device)
-    device = Device(
-        name=format_cores(per_device),
-        memory_bytes=(host.memory_bytes() or ASSUMED_MEMORY_BYTES) // len(cores),
-        memory_fraction=MEMORY_FRACTION,
-        flops=flops,
-        flops_fp8=flops,
-        memory_bandwidth=bandwidth,
-        attention_flops=flops,
-        attention_bandwidth=bandwidth,
-        elementwise_bandwidth=bandwidth,
+    device = assumed_device(
+        format_cores(per_device),
+        (host.memory_bytes() or ASSUMED_MEMORY_BYTES) // len(cores),
+        MEMORY_FRACTION,
+        50e9 * per_device,
+        5e9 * per_device,
         layer_seconds=1e-3,
         iteration_seconds=2e-3,
         row_seconds=5e-5,
         copies_overlap=False,
-        maps_peers=True,
     )
+    bandwidth = device.memory_bandwidth
     links = (Link("shared memory", len(cores), bandwidth, 0.0),) if len(cores) > 1 else ()
     return Cluster(THIS_MACHINE, len(cores), device, links, uncertainty=1.0)
 
