@@ -51,13 +51,19 @@ def bench_model() -> Path:
     return path
 
 
-def memory_for_rows(model: ModelFacts, num_rows: int, row_tokens: int = 1024) -> int:
+def memory_for_rows(
+    model: ModelFacts,
+    num_rows: int,
+    row_tokens: int = 1024,
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+    max_num_seqs: int = MAX_NUM_SEQS,
+) -> int:
     """Memory at which a replica with full copies holds ``num_rows`` rows, and vLLM's own block."""
     blocks = num_rows * -(-row_tokens // BLOCK_TOKENS) + 1
     return (
         model.replicated_bytes()
         + sum(model.ffn_bytes())
-        + workspace_bytes(model, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
+        + workspace_bytes(model, max_num_batched_tokens, max_num_seqs)
         + blocks * BLOCK_TOKENS * model.kv_bytes_per_token()
     )
 
@@ -121,7 +127,10 @@ def run_elbowroom(
         *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
         *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), *options),
     ]
-    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(done.stderr[-6000:], flush=True)
+        done.check_returncode()
     report: dict[str, Any] = json.loads(output.with_suffix(".report.json").read_text())
     return report
 

@@ -15,22 +15,25 @@ with all rows in flight, at the bandwidth of a copy within the device.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from tools.make_model import make_model
 
-from bench.common import BUILD, MAX_MODEL_LEN, write_requests, write_result
+from bench.common import (
+    BUILD,
+    MAX_MODEL_LEN,
+    memory_for_rows,
+    run_elbowroom,
+    write_requests,
+    write_result,
+)
+from bench.gpu.pool import copy_bytes_per_second
 from bench.pool_throughput import summarise
 from elbowroom.core.gpus import find_gpus
 from elbowroom.core.model import ModelFacts, read_model
-from elbowroom.planning.pool.memory import BLOCK_TOKENS, workspace_bytes
 from elbowroom.planning.pool.shares import plan_shares
 
 LAYOUTS = ("none", "mapped", "streamed")
@@ -54,7 +57,7 @@ def main() -> None:
         with torch.device("cuda"):  # random numbers come faster there
             make_model(model_dir, "qwen3", args.layers, 4096, 12288, 32, 8, 4096)
     model = read_model(model_dir)
-    copied = copy_bytes_per_second()
+    copied = copy_bytes_per_second(1 << 30, "cuda")
     result: dict[str, Any] = {
         "gpus": [gpu.name for gpu in find_gpus()],
         "torch": torch.__version__,
@@ -75,7 +78,12 @@ def compare(
     model_dir: Path, model: ModelFacts, num_replicas: int, copied: float, args: argparse.Namespace
 ) -> dict[str, Any]:
     """All layouts in turns."""
-    memory = memory_for(model, args.rows)
+    memory = memory_for_rows(
+        model,
+        args.rows,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs=MAX_NUM_SEQS,
+    )
     pooled_rows = args.rows + sum(model.ffn_bytes()) * (1 - 1 / num_replicas) / row_bytes(model)
     requests = write_requests(BUILD / "gpu.jsonl", int(num_replicas * pooled_rows))
     rounds: list[dict[str, Any]] = []
@@ -105,14 +113,6 @@ def compare(
     }
 
 
-def memory_for(model: ModelFacts, num_rows: int) -> int:
-    """Memory at which a replica with full copies holds ``num_rows`` rows of 1,024 tokens."""
-    weights = model.replicated_bytes() + sum(model.ffn_bytes())
-    workspace = workspace_bytes(model, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS)
-    own_block = BLOCK_TOKENS * model.kv_bytes_per_token()  # vLLM keeps one for itself
-    return weights + workspace + own_block + int(num_rows * row_bytes(model))
-
-
 def row_bytes(model: ModelFacts) -> float:
     return MAX_MODEL_LEN * model.kv_bytes_per_token()
 
@@ -136,40 +136,15 @@ def floor_tokens_per_second(
 
 
 def run(
-    model_dir: Path, requests: Path, pool: str, memory_bytes: int, num_replicas: int, graphs: bool
+    model: Path, requests: Path, pool: str, memory_bytes: int, num_replicas: int, graphs: bool
 ) -> dict[str, Any]:
-    """One ``elbowroom run``. Returns its report; prints the end of what it said if it fails."""
-    output = BUILD / f"gpu-{pool}.jsonl"
-    command = [
-        *(sys.executable, "-m", "elbowroom", "run", "--model", str(model_dir)),
-        *("--served-model-name", "bench", "--input", str(requests), "--output", str(output)),
-        *("--replicas", str(num_replicas), "--pool", pool, "--memory", str(memory_bytes)),
-        *("--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)),
-        *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), "--restart"),
+    """One ``elbowroom run``. Returns its report."""
+    options = (
+        *("--replicas", str(num_replicas), "--max-num-seqs", str(MAX_NUM_SEQS)),
+        *("--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS)),
         *(("--", *GRAPHS) if graphs else ()),
-    ]
-    begin = time.monotonic()
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(done.stderr[-6000:], flush=True)
-        done.check_returncode()
-    print(f"{pool}: {time.monotonic() - begin:.0f} s in all", flush=True)
-    report: dict[str, Any] = json.loads(output.with_suffix(".report.json").read_text())
-    return report
-
-
-def copy_bytes_per_second() -> float:
-    """Bytes that a copy within the device moves in a second, each counted once."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    seconds = []
-    for _ in range(10):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    return source.numel() / statistics.median(seconds[1:])
+    )
+    return run_elbowroom(requests, pool, memory_bytes, *options, model=model)
 
 
 if __name__ == "__main__":

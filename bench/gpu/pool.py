@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     shape = SMALL if args.small else LLAMA_70B
     setup = Setup(shape, args.layers, 2, max(args.rows), device=args.device)
-    copied = copy_bytes_per_second(setup)
+    copied = copy_bytes_per_second(setup.shape.ffn_bytes, setup.device)
     result: dict[str, Any] = {
         "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -122,18 +122,18 @@ def floors(setup: Setup, copied: float) -> dict[str, float]:
     return {"local": weights / memory, "streamed": (weights + 2 * borrowed) / memory}
 
 
-def copy_bytes_per_second(setup: Setup) -> float:
-    """Seconds of a copy of one layer's weights within the device."""
-    source = torch.empty(setup.shape.ffn_bytes, dtype=torch.uint8, device=setup.device).random_()
+def copy_bytes_per_second(num_bytes: int, device: str) -> float:
+    """Bytes that a copy of ``num_bytes`` within a device moves in a second, each counted once."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     seconds = []
     for _ in range(10):
-        finish(setup.device)
+        finish(device)
         begin = time.perf_counter()
         target.copy_(source)
-        finish(setup.device)
+        finish(device)
         seconds.append(time.perf_counter() - begin)
-    return setup.shape.ffn_bytes / statistics.median(seconds[1:])
+    return num_bytes / statistics.median(seconds[1:])
 
 
 if __name__ == "__main__":
