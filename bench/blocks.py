@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
 
 class PackedLinear(nn.Module):
-    """A matrix [out, in] in the form of ``linear``, once the pool or the block has packed it."""
+    """A matrix [out, in] in the form of ``linear``, once the block has packed it."""
 
     def __init__(self, num_out: int, num_in: int, linear: Linear) -> None:
         super().__init__()
@@ -80,10 +80,11 @@ class Block(nn.Module):
             heads + 2 * shape.num_kv_heads * shape.head_dim, shape.hidden, linear
         )
         self.out = PackedLinear(shape.hidden, heads, linear)
-        for one in (self.qkv, self.out):
-            one.weight.copy_(pack(one.weight))
         self.kv = kv
         self.mlp = Mlp(shape, linear)
+        for one in self.modules():
+            if isinstance(one, PackedLinear):
+                one.weight.copy_(pack(one.weight))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attend(functional.rms_norm(x, x.shape[1:]))

@@ -159,10 +159,11 @@ def make_stack(
     loader = PoolLoader(
         _share(setup, mode, rank),
         open_store(setup.device, folder, rank),
-        PoolOptions(pack, folder, link_bytes_per_second=setup.bytes_per_second),
+        PoolOptions(folder, link_bytes_per_second=setup.bytes_per_second),
     )
     blocks = []
     for layer in range(setup.num_layers):  # one after the other: a stack may not fit twice
+        torch.manual_seed(layer)  # all ranks have the same model
         blocks.append(Block(setup.shape, linear, pack, kv[layer]))
         loader.add_block(blocks[-1])
     loader.attach().start()

@@ -203,12 +203,51 @@ def test_corrupt_weights_are_refused(tmp_path: Path, data: bytes) -> None:
         read_model(tmp_path)
 
 
-def test_layers_without_feed_forward_are_not_pooled(tmp_path: Path) -> None:
-    shapes = {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
+def test_models_without_feed_forward_are_not_pooled(tmp_path: Path) -> None:
+    """Some layers of a hybrid have none; some models have none at all."""
+    some = {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
+    hybrid = write_model(tmp_path / "hybrid", some)
+    assert [bool(weights.elements) for weights in read_model(hybrid).ffn] == [True, False, True]
+    check_runnable(read_model(hybrid), hybrid, "mapped")
+    shapes = {name: s for name, s in llama_shapes().items() if "mlp" not in name}
+    mixer = write_model(tmp_path / "mixer", shapes)
+    check_runnable(read_model(mixer), mixer, "none")
+    with pytest.raises(UnsupportedModelError, match="none of its 3 layers has feed-forward"):
+        check_runnable(read_model(mixer), mixer, "mapped")
+
+
+def test_modules_beside_each_other_are_pooled_and_not_shipped(tmp_path: Path) -> None:
+    names = {"mlp.gate_proj": "fc1", "mlp.up_proj": "fc1", "mlp.down_proj": "fc2"}
+    shapes = llama_shapes()
+    for name in list(shapes):
+        for old, new in names.items():
+            if old in name:
+                shapes[name.replace(old, new)] = shapes.pop(name)
     facts = read_model(write_model(tmp_path, shapes))
-    check_runnable(facts, tmp_path, "none")
-    with pytest.raises(UnsupportedModelError, match=r"layers \[1\] of 3 have no feed-forward"):
-        check_runnable(facts, tmp_path, "mapped")
+    assert facts.cannot_pool is None
+    assert facts.cannot_ship == "its layers have several feed-forward modules"
+
+
+@pytest.mark.parametrize(
+    ("quantization", "is_pooled"),
+    [
+        ({"type": "float", "num_bits": 8, "strategy": "channel"}, True),
+        ({"type": "float", "num_bits": 8, "strategy": "tensor"}, False),
+        ({"type": "int", "num_bits": 8, "strategy": "channel"}, False),
+        ({"type": "int", "num_bits": 4, "strategy": "group", "group_size": 128}, False),
+    ],
+)
+def test_quantised_weights_that_stay_tensors_are_pooled(
+    tmp_path: Path, quantization: dict[str, object], is_pooled: bool
+) -> None:
+    config = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": quantization}},
+    }
+    facts = read_model(write_model(tmp_path, quantization_config=config))
+    assert (facts.cannot_pool is None) == is_pooled
+    if not is_pooled:
+        assert facts.cannot_pool == "its weights are quantised (compressed-tensors)"
 
 
 @pytest.mark.parametrize("part", ["block_sparse_moe.experts.0.w1", "mlp.experts.0.gate_proj"])
@@ -233,14 +272,6 @@ def test_mixtures_are_counted_without_their_routers(tmp_path: Path, part: str) -
     assert facts.touched_ffn_elements(0, 1) == 2 * expert
     assert facts.touched_ffn_elements(0, 2) == 3 * expert
     check_runnable(facts, tmp_path / "tried", "streamed")
-    other = write_model(tmp_path / "other", shapes, **{**config, "model_type": "mixture"})
-    check_runnable(read_model(other), other, None)
-    with pytest.raises(UnsupportedModelError, match="mixture of 4 experts"):
-        check_runnable(read_model(other), other, "streamed")
-    narrow = write_model(tmp_path / "narrow", shapes, **{**config, "moe_intermediate_size": 80})
-    check_runnable(read_model(narrow), narrow, "none")
-    with pytest.raises(UnsupportedModelError, match="width, 80, is no multiple of 32"):
-        check_runnable(read_model(narrow), narrow, "mapped")
 
 
 def test_mixture_without_a_number_of_experts(tmp_path: Path) -> None:

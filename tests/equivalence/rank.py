@@ -16,6 +16,11 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.offloader.base import get_offloader
 
+from elbowroom.engine.vllm_seam import CONFIG_KEY
+from elbowroom.plans.pool import PoolShare
+from elbowroom.pool.stats import PoolStats
+from tests.pool.spoiled import spoil_released_slots
+
 PROMPTS = [list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 130)]
 
 
@@ -31,6 +36,7 @@ def answer(case: dict[str, Any]) -> list[Any]:
         kv_cache_memory_bytes=4 << 20,
         seed=0,
         disable_log_stats=True,
+        load_format=CONFIG_KEY if "additional_config" in case else "auto",
         additional_config=case.get("additional_config") or {},
     )
     params = [
@@ -41,7 +47,9 @@ def answer(case: dict[str, Any]) -> list[Any]:
     outputs = llm.generate(prompts, params, use_tqdm=False)
     if "additional_config" in case:
         pool = get_offloader().pool
-        share, stats = pool.share, pool.stats()
+        share = PoolShare.from_json(case["additional_config"][CONFIG_KEY]["share"])
+        stats = PoolStats() if pool is None else pool.stats()
+        assert (pool is None) == (share.mode == "none"), "as the case says"
         assert (stats.shipped_rows > 0) == (share.ship_bytes > 0), "as the case says"
         borrows = any(owner != share.rank for owner in share.owners)
         assert (stats.mapped_bytes > 0) == (borrows and share.mode == "mapped"), "as the case says"
@@ -59,6 +67,7 @@ def answer(case: dict[str, Any]) -> list[Any]:
 
 
 def main() -> None:
+    spoil_released_slots()
     cases = json.loads(Path(sys.argv[1]).read_text())
     Path(sys.argv[2]).write_text(json.dumps([answer(case) for case in cases]))
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from bench.blocks import Block, PackedLinear, Shape
+from bench.blocks import Block, Shape
 from bench.pool_group import ALWAYS, finish, kernel, open_store
 
 from elbowroom.planning.pool.shares import plan_shares
@@ -44,13 +44,10 @@ def main(
         ship_below_rows=ALWAYS if ships else 0,
     )[rank]
     local, pooled = _stack(device), _stack(device)
-    options = PoolOptions(pack=kernel(device)[0], run_dir=run_dir)
+    options = PoolOptions(run_dir=run_dir)
     loader = PoolLoader(share, store, options)
     for block in pooled:
         loader.add_block(block)
-    for linear in (module for block in local for module in block.mlp.modules()):
-        if isinstance(linear, PackedLinear):
-            linear.weight.copy_(kernel(device)[0](linear.weight))
     pool = loader.attach()
     pool.start()
     _tell("ready")

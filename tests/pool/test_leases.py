@@ -10,8 +10,8 @@ import torch
 
 from elbowroom.core.errors import PoolError
 from elbowroom.plans.pool_actions import Fetch
-from elbowroom.pool.ffn import Ffn, find_ffn
 from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.layer import PooledLayer, pooled_layer
 from elbowroom.pool.leases import SlottedLeases
 from elbowroom.pool.slots import Slot
 from elbowroom.pool.streamer import DeviceStreamer
@@ -35,38 +35,42 @@ class RecordingHousekeeper(Housekeeper):
 
 @contextmanager
 def _slotted(
-    ffns: dict[int, Ffn], layers_there: tuple[int, ...] = LAYERS
+    layers: dict[int, PooledLayer], those_there: tuple[int, ...] = LAYERS
 ) -> Iterator[tuple[SlottedLeases, list[Slot]]]:
     """Leases on ``LAYERS``, and the slots given so far."""
     streamer = RecordingHousekeeper(
-        {layer: torch.ones(ffns[layer].num_bytes, dtype=torch.uint8) for layer in layers_there}
+        {layer: torch.ones(layers[layer].num_bytes, dtype=torch.uint8) for layer in those_there}
     )
-    leases = SlottedLeases(ffns, streamer)
+    leases = SlottedLeases(layers, streamer)
     leases.start()
     yield leases, streamer.given
     leases.close()
 
 
 @pytest.fixture
-def ffns() -> dict[int, Ffn]:
+def layers() -> dict[int, PooledLayer]:
     blocks = blocks_of(make_model("llama", 5))
-    return {layer: find_ffn(blocks[layer]) for layer in LAYERS}
+    found = {layer: pooled_layer(blocks[layer]) for layer in LAYERS}
+    for one in found.values():
+        assert one is not None
+        one.settle()
+    return {layer: one for layer, one in found.items() if one is not None}
 
 
-def test_a_lease_binds_the_slot(ffns: dict[int, Ffn]) -> None:
-    with _slotted(ffns) as (leases, given):
+def test_a_lease_binds_the_slot(layers: dict[int, PooledLayer]) -> None:
+    with _slotted(layers) as (leases, given):
         for layer in LAYERS * 2:
-            assert leases.acquire(layer) == ffns[layer].forward
-            weight = ffns[layer].spans[0].weight
+            assert leases.acquire(layer) == layers[layer].forwards[0]
+            weight = layers[layer].tensors()[0].tensor
             assert weight.data_ptr() == given[-1].buffer.data_ptr()
             leases.check_integrity()
             leases.release(layer)
         assert len({slot.index for slot in given}) == 1
-        assert leases.stats().streamed_bytes >= 4 * ffns[3].num_bytes
+        assert leases.stats().streamed_bytes >= 4 * layers[3].num_bytes
 
 
-def test_integrity_compares_lease_and_slot(ffns: dict[int, Ffn]) -> None:
-    with _slotted(ffns) as (leases, given):
+def test_integrity_compares_lease_and_slot(layers: dict[int, PooledLayer]) -> None:
+    with _slotted(layers) as (leases, given):
         leases.acquire(1)
         leases.check_integrity()
         given[0].layer = 3
@@ -74,8 +78,8 @@ def test_integrity_compares_lease_and_slot(ffns: dict[int, Ffn]) -> None:
             leases.check_integrity()
 
 
-def test_failure_of_the_housekeeper_reaches_the_lease(ffns: dict[int, Ffn]) -> None:
-    with _slotted(ffns, layers_there=(1,)) as (leases, _):
+def test_failure_of_the_housekeeper_reaches_the_lease(layers: dict[int, PooledLayer]) -> None:
+    with _slotted(layers, those_there=(1,)) as (leases, _):
         leases.acquire(1)
         leases.release(1)
         with pytest.raises(PoolError, match="layer 3 was not streamed") as caught:
@@ -83,12 +87,12 @@ def test_failure_of_the_housekeeper_reaches_the_lease(ffns: dict[int, Ffn]) -> N
         assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_graph_begins_with_the_first_layer(ffns: dict[int, Ffn]) -> None:
+def test_a_graph_begins_with_the_first_layer(layers: dict[int, PooledLayer]) -> None:
     """Also after a pass that was cut short, which left a later layer in the slot."""
-    sources = {layer: torch.full((ffns[layer].num_bytes,), layer) for layer in LAYERS}
+    sources = {layer: torch.full((layers[layer].num_bytes,), layer) for layer in LAYERS}
     bytes_of = {layer: source.to(torch.uint8) for layer, source in sources.items()}
     streamer = DeviceStreamer([Fetch(n, 0, 1) for n in LAYERS], bytes_of, 1, torch.device("cpu"))
-    leases = SlottedLeases(ffns, streamer)
+    leases = SlottedLeases(layers, streamer)
     leases.start()
     leases.acquire(1)
     leases.release(1)

@@ -11,7 +11,7 @@ import torch
 from elbowroom.core.errors import PoolError
 from elbowroom.planning.pool.shares import plan_shares
 from elbowroom.plans.pool import FetchOrder
-from elbowroom.pool.ffn import find_ffn
+from elbowroom.pool.layer import pooled_layer
 from tests.pool.groups import (
     NUM_LAYERS,
     TOKENS,
@@ -105,7 +105,10 @@ def test_a_dead_owner_is_read_instead(tmp_path: Path) -> None:
 
 def test_layers_in_many_slices() -> None:
     """Slices that do not divide a layer's bytes leave no byte out."""
-    ffn_bytes = (find_ffn(blocks_of(make_model())[0]).num_bytes,) * NUM_LAYERS
+    layer = pooled_layer(blocks_of(make_model())[0])
+    assert layer is not None
+    layer.settle()
+    ffn_bytes = (layer.manifest.data_bytes,) * NUM_LAYERS
     shares = plan_shares(ffn_bytes, 3, "streamed", 2, "sliced", slice_bytes=1000)
     assert shares[0].fetches[0].num_chunks == 19
     plain = logits(make_model("llama", NUM_LAYERS))

@@ -137,15 +137,16 @@ def test_what_was_published_is_opened_again(tmp_path: Path) -> None:
         owner.kill()
         owner.wait()
     store = SharedMemoryStore(tmp_path, 0)
-    again = store.reopen(2, 0, NUM_BYTES)
+    assert store.was_published(2)
+    again = store.open(2, 0, NUM_BYTES, 0)
     assert again is not None
     assert bytes(again.numpy()) == bytes(theirs.numpy()) == pattern(2, NUM_BYTES)
     again[0] += 1  # a stray write stays with us
     assert bytes(theirs.numpy()) == pattern(2, NUM_BYTES)
     assert (tmp_path / "layer-0002").stat().st_ino == inode
-    assert store.reopen(3, 0, NUM_BYTES) is None
+    assert not store.was_published(3)
     with pytest.raises(PeerLostError, match="layer 2 of rank 0 has"):
-        store.reopen(2, 0, NUM_BYTES * 2)
+        store.open(2, 0, NUM_BYTES * 2, 0)
     store.close()
     peer.close()
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
-from elbowroom.pool.ffn import Forward
+from elbowroom.pool.layer import Forward
 from elbowroom.pool.run_dir import hold_lock
 from elbowroom.pool.shared_memory import alive_path, shared_mailbox
 from elbowroom.pool.shipping import Shipper, ShipServer

@@ -10,6 +10,9 @@ import pytest
 from elbowroom.core.errors import PoolError
 from elbowroom.pool.slots import Slot, Slots, SlotState
 
+ONE = {1: 0, 2: 0, 3: 0}
+TWO = {1: 0, 2: 1}
+
 
 def _filled(slots: Slots, layer: int) -> Slot:
     slot = slots.reserve(layer, slots.epoch)
@@ -19,7 +22,7 @@ def _filled(slots: Slots, layer: int) -> Slot:
 
 
 def test_a_slot_goes_through_its_states() -> None:
-    slots = Slots(1, 8)
+    slots = Slots(ONE, 8)
     slot = slots.reserve(3, slots.epoch)
     assert slot is not None
     assert (slot.state, slot.layer) == (SlotState.FILLING, 3)
@@ -34,7 +37,7 @@ def test_a_slot_goes_through_its_states() -> None:
 
 
 def test_reserve_waits_for_a_free_slot() -> None:
-    slots = Slots(1, 8)
+    slots = Slots(ONE, 8)
     _filled(slots, 1)
     got: list[Slot | None] = []
     thread = threading.Thread(target=lambda: got.append(slots.reserve(2, slots.epoch)))
@@ -48,7 +51,7 @@ def test_reserve_waits_for_a_free_slot() -> None:
 
 
 def test_a_layer_never_has_two_slots() -> None:
-    slots = Slots(2, 8)
+    slots = Slots(TWO, 8)
     _filled(slots, 1)
     thread = threading.Thread(target=slots.reserve, args=(1, slots.epoch), daemon=True)
     thread.start()
@@ -61,7 +64,7 @@ def test_a_layer_never_has_two_slots() -> None:
 
 
 def test_wait_times_out_with_the_state_of_the_slots() -> None:
-    slots = Slots(2, 8)
+    slots = Slots(TWO, 8)
     _filled(slots, 1)
     start = time.monotonic()
     with pytest.raises(PoolError, match=r"layer 2 was not streamed within 0\.05 s .*ready layer 1"):
@@ -70,7 +73,7 @@ def test_wait_times_out_with_the_state_of_the_slots() -> None:
 
 
 def test_failure_reaches_the_waiter() -> None:
-    slots = Slots(1, 8)
+    slots = Slots(ONE, 8)
     cause = OSError("the owner's memory is gone")
     timer = threading.Timer(0.05, slots.fail, [cause])
     timer.start()
@@ -82,7 +85,7 @@ def test_failure_reaches_the_waiter() -> None:
 
 
 def test_restart_drops_what_was_fetched_ahead() -> None:
-    slots = Slots(3, 8)
+    slots = Slots({1: 0, 2: 1, 3: 2, 4: 2}, 8)
     in_use = slots.wait_ready(_filled(slots, 1).layer or 0, 1)
     ready = _filled(slots, 2)
     filling, epoch = slots.reserve(3, slots.epoch), slots.epoch
@@ -98,7 +101,7 @@ def test_restart_drops_what_was_fetched_ahead() -> None:
 
 def test_restart_and_close_wake_the_housekeeper() -> None:
     for wake in (Slots.restart, Slots.close):
-        slots = Slots(1, 8)
+        slots = Slots(ONE, 8)
         _filled(slots, 1)
         slots.wait_ready(1, 1)
         got: list[Slot | None] = []
@@ -110,14 +113,14 @@ def test_restart_and_close_wake_the_housekeeper() -> None:
 
 
 def test_release_of_a_slot_that_is_not_in_use() -> None:
-    slots = Slots(1, 8)
+    slots = Slots(ONE, 8)
     slot = _filled(slots, 1)
     with pytest.raises(PoolError, match="slot 0 released while ready"):
         slots.release(slot)
 
 
 def test_integrity_notices_torn_states() -> None:
-    slots = Slots(2, 8)
+    slots = Slots(TWO, 8)
     one, two = _filled(slots, 1), _filled(slots, 2)
     two.layer = 1
     with pytest.raises(PoolError, match="inconsistent"):

@@ -173,7 +173,7 @@ def run_plan(
     )
     threshold = ship_threshold(model, candidate.cluster, layout, planned.workload.mean_context)
     shares = layout_shares(model, layout, settings.fetch_order, threshold)
-    if layout.pool == "none" and (model.cannot_pool_here or model.experts):  # all is vLLM's
+    if layout.pool == "none" and model.cannot_pool_here:  # all is vLLM's
         shares = tuple(replace(share, owners=()) for share in shares)
     prediction = None
     if planned.machines.is_measured:

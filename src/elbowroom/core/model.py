@@ -23,18 +23,13 @@ from elbowroom.core.model_weights import (
     Weights,
     computes_in_fp8,
     count_weights,
+    is_fp8_by_channel,
     quantised,
 )
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 """Bytes per element of stored tensors: weights and KV cache may be smaller than activations."""
-
-POOLED_MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3")
-"""Model types of mixtures of experts that were seen to give plain vLLM's answers in a pool."""
-
-EXPERT_ALIGNMENT = 32
-"""What vLLM's kernels for experts on CPUs make the width of an expert a multiple of."""
 
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 """Weights that vLLM reads, and plans do not."""
@@ -58,7 +53,7 @@ class ModelFacts:
     ``weight_dtype`` and ``kv_dtype`` say otherwise. ``max_model_len`` is the most tokens of a row.
 
     ``has_weights`` is False when only the config was there. ``cannot_pool`` says why no pool can
-    hold the layers, None where one can.
+    hold the layers, and ``cannot_ship`` why rows cannot be shipped in one, None where they can.
     """
 
     name: str
@@ -85,6 +80,7 @@ class ModelFacts:
     weight_dtype: str | None = None
     kv_dtype: str | None = None
     cannot_pool: str | None = None
+    cannot_ship: str | None = None
 
     @property
     def cannot_pool_here(self) -> str | None:
@@ -221,6 +217,7 @@ def read_model(
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
         cannot_pool=_cannot_pool(config, counted),
+        cannot_ship="its layers have several feed-forward modules" if counted.is_loose else None,
     )
 
 
@@ -275,24 +272,13 @@ def _count(tensors: Mapping[str, Stored], config: ModelConfig, model_dir: Path) 
 
 def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     """Why no pool can hold the layers of a model."""
-    if config.quantization is not None:
-        method = config.quantization.get("quant_method", "in an unknown way")
-        return f"its weights are quantised ({method})"
-    is_mixture = any(weights.elements for weights in counted.experts)
-    if is_mixture and config.model_type not in POOLED_MIXTURES:
-        return f"it is a mixture of {config.num_experts} experts, of a kind that was not tried"
-    width = config.text.get("moe_intermediate_size") or config.intermediate_size
-    if is_mixture and isinstance(width, int) and width % EXPERT_ALIGNMENT:
-        return f"its experts' width, {width}, is no multiple of {EXPERT_ALIGNMENT}: vLLM pads them"
-    if config.is_part:
-        return "its language model is one of several parts"
-    if not config.is_native:
-        return "vLLM runs it with its Transformers backend, which hands over no layers"
-    empty = [layer for layer, weights in enumerate(counted.ffn) if not weights.elements]
-    if empty:
-        return f"layers {empty[:5]} of {config.num_layers} have no feed-forward matrices"
-    if counted.is_loose:
-        return "its feed-forward matrices have no module of their own"
+    quantization = config.quantization
+    if quantization is not None and not is_fp8_by_channel(quantization):
+        return (
+            f"its weights are quantised ({quantization.get('quant_method', 'in an unknown way')})"
+        )
+    if not any(weights.elements for weights in counted.ffn):
+        return f"none of its {config.num_layers} layers has feed-forward matrices"
     return None
 
 

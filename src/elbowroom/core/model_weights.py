@@ -172,6 +172,19 @@ def computes_in_fp8(quantization: Mapping[str, Any] | None) -> bool:
     )
 
 
+def is_fp8_by_channel(quantization: Mapping[str, Any]) -> bool:
+    """Whether weights are FP8 numbers with one scale for each output channel, and no others.
+
+    Of the quantised forms that vLLM runs on CPUs, it is the one that leaves weights in tensors.
+    """
+    if str(quantization.get("quant_method", "")).replace("_", "-") != "compressed-tensors":
+        return False
+    groups = (quantization.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups if isinstance(group, dict)]
+    kinds = {(each.get("type"), each.get("num_bits"), each.get("strategy")) for each in weights}
+    return kinds == {("float", 8, "channel")}
+
+
 def _size(name: str, tensor: Stored, bits: int | None) -> Weights:
     """A tensor's elements and, where it is kept as stored, its bytes."""
     if _SCALE.search(name):

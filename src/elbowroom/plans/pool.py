@@ -21,6 +21,9 @@ POOL_MODES: tuple[PoolMode, ...] = get_args(PoolMode)
 FETCH_ORDERS: tuple[FetchOrder, ...] = get_args(FetchOrder)
 _FORMAT, _VERSION = "elbowroom run plan", 1
 
+NO_OWNER = -1
+"""Owner of a layer without a feed-forward network."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -84,10 +87,10 @@ class Layout:
 class PoolShare:
     """One replica's part in a pool: which layers it owns, and how it borrows the others.
 
-    ``owners[l]`` is the number, within the group, of the replica that keeps layer l. In a pool of
-    one replica that one owns every layer: this is what ``mode`` "none" means; without any owner,
-    vLLM keeps the layers to itself. ``fetches`` lists the
-    copies of one forward pass, in order; it is empty unless ``mode`` is "streamed" or "shipped".
+    ``owners[l]`` is the number, within the group, of the replica that keeps layer l, or
+    ``NO_OWNER``. In a pool of one replica that one owns every layer: this is what ``mode`` "none"
+    means; without any owner, vLLM keeps the layers to itself. ``fetches`` lists the copies of one
+    forward pass, in order; it is empty unless ``mode`` is "streamed" or "shipped".
 
     A batch of fewer than about ``ship_below_rows`` rows may be shipped to the owners instead, if it
     has no more than ``ship_bytes``, the size of a buffer; 0 never ships.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from elbowroom.core.errors import PoolError
+from elbowroom.core.errors import PoolError, UnsupportedModelError
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.choice import LeaseChoice, OneMode, StreamedOrShipped
-from elbowroom.pool.ffn import Ffn
 from elbowroom.pool.housekeeper import Housekeeper
+from elbowroom.pool.layer import PooledLayer
 from elbowroom.pool.leases import Leases, MappedLeases, OwnedLeases, ShippedLeases, SlottedLeases
 from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.shipping import Shipper, ShipServer
@@ -24,14 +24,14 @@ from elbowroom.pool.streamer import DeviceStreamer, Streamer
 class Layers:
     """The layers of a group as one of its replicas has them, once all are published.
 
-    ``ffns`` has every layer in order. ``owned`` and ``opened`` have the bytes (uint8) of this
-    replica's own layers and of its peers'; a layer is in one of the two.
+    ``pooled`` has every layer that the pool holds something of. ``owned`` and ``opened`` have the
+    bytes (uint8) of this replica's own layers and of its peers'; each is in one of the two.
     """
 
     share: PoolShare
     store: Store
     options: PoolOptions
-    ffns: Sequence[Ffn]
+    pooled: Mapping[int, PooledLayer]
     owned: Mapping[int, torch.Tensor]
     opened: Mapping[int, torch.Tensor]
 
@@ -40,13 +40,14 @@ class Layers:
         """The directory that rows are shipped through. None where they may not be."""
         return self.options.run_dir if self.share.ship_bytes else None
 
-    def ffns_of(self, layers: Iterable[int]) -> dict[int, Ffn]:
-        """The feed-forward networks of some layers."""
-        return {layer: self.ffns[layer] for layer in layers}
+    def of(self, layers: Iterable[int]) -> dict[int, PooledLayer]:
+        """Some of the layers."""
+        return {layer: self.pooled[layer] for layer in layers}
 
     def by_layer(self, owned: Leases, borrowed: Leases) -> list[Leases]:
         """The leases that each layer is used by, where owned and borrowed layers have one kind."""
-        return [borrowed if layer in self.opened else owned for layer in range(len(self.ffns))]
+        num_layers = len(self.share.owners)
+        return [borrowed if layer in self.opened else owned for layer in range(num_layers)]
 
 
 def choose_leases(layers: Layers) -> LeaseChoice:
@@ -56,21 +57,22 @@ def choose_leases(layers: Layers) -> LeaseChoice:
     of the borrowed layers.
     """
     share, opened = layers.share, layers.opened
-    owned = OwnedLeases(layers.ffns_of(layers.owned), layers.owned)
+    owned = OwnedLeases(layers.of(layers.owned), layers.owned)
     if share.streams:
         _check_fetches(layers)
     if not opened:
         return OneMode(layers.by_layer(owned, owned))
     if not share.streams:
-        return OneMode(layers.by_layer(owned, MappedLeases(layers.ffns_of(opened), opened)))
-    slotted = SlottedLeases(layers.ffns_of(opened), _make_streamer(layers))
+        return OneMode(layers.by_layer(owned, MappedLeases(layers.of(opened), opened)))
+    slotted = SlottedLeases(layers.of(opened), _make_streamer(layers))
     if layers.shipping_dir is None:
         return OneMode(layers.by_layer(owned, slotted))
+    _check_shippable(layers)
     return StreamedOrShipped(
         owned,
         slotted,
         _make_shipped(layers, layers.shipping_dir),
-        [layer in opened for layer in range(len(layers.ffns))],
+        [layer in opened for layer in range(len(share.owners))],
         share.ship_below_rows,
         share.ship_bytes,
     )
@@ -83,10 +85,10 @@ def make_server(layers: Layers) -> ShipServer | None:
     share, store, tensor_parallel = layers.share, layers.store, layers.options.tensor_parallel
     served = {
         layer: (
-            tensor_parallel.partial(ffn.module) if tensor_parallel else ffn.forward,
-            ffn.spans[0].dtype,
+            tensor_parallel.partial(one.modules[0]) if tensor_parallel else one.forwards[0],
+            layers.options.dtype or one.tensors()[0].tensor.dtype,
         )
-        for layer, ffn in layers.ffns_of(layers.owned).items()
+        for layer, one in layers.of(layers.owned).items()
     }
     return ShipServer(
         layers.shipping_dir,
@@ -109,13 +111,26 @@ def _check_fetches(layers: Layers) -> None:
         )
 
 
+def _check_shippable(layers: Layers) -> None:
+    several = [layer for layer, one in layers.pooled.items() if len(one.modules) > 1]
+    if several:
+        raise UnsupportedModelError(
+            f"layers {several[:5]} have several feed-forward modules, whose rows cannot be shipped "
+            f"as one: use --pool streamed"
+        )
+
+
 def _make_streamer(layers: Layers) -> Streamer:
     fetches, num_slots = layers.share.fetches, layers.share.num_slots
+    sources = {
+        layer: buffer[: layers.pooled[layer].manifest.data_bytes]
+        for layer, buffer in layers.opened.items()
+    }
     if layers.store.device.type != "cpu":
-        return DeviceStreamer(fetches, layers.opened, num_slots, layers.store.device)
+        return DeviceStreamer(fetches, sources, num_slots, layers.store.device)
     return Housekeeper(
         fetches,
-        layers.opened,
+        sources,
         num_slots,
         layers.options.stream_timeout_seconds,
         layers.options.link_bytes_per_second,
@@ -133,7 +148,7 @@ def _make_shipped(layers: Layers, run_dir: Path) -> ShippedLeases:
         store.device,
     )
     return ShippedLeases(
-        layers.ffns_of(layers.opened),
+        layers.of(layers.opened),
         layers.opened,
         share.owners,
         shipper,

@@ -47,8 +47,9 @@ class CudaStore(SharedMemoryStore):
         _write_handle(self._part_path(layer), self._own[layer])
         super().publish(layer)
 
-    def reopen(self, layer: int, owner: int, num_bytes: int) -> None:
-        """Find nothing: a handle is of no use when the process that made it has ended."""
+    def was_published(self, layer: int) -> bool:
+        """Never: a handle is of no use when the process that made it has ended."""
+        return False
 
     def mailbox(self, borrower: int, owner: int, num_bytes: int) -> torch.Tensor:
         """Open memory that lies on the borrower's device. See ``Store.mailbox``."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from elbowroom.plans.pool_actions import Fetch
+from elbowroom.pool.slot_order import SlotOrder
 from elbowroom.pool.slots import Slot, Slots
 
 STREAM_TIMEOUT_SECONDS = 60.0
@@ -19,7 +20,8 @@ STREAM_TIMEOUT_SECONDS = 60.0
 class Housekeeper:
     """A ``Streamer`` within a host's memory: a thread that copies as far ahead as slots allow.
 
-    The thread carries out ``fetches`` pass after pass, from ``sources`` (uint8, by layer). It waits
+    The thread carries out ``fetches`` pass after pass, from ``sources`` (uint8, by layer), each
+    layer into a slot of its own choice that stays the same (``SlotOrder``). It waits
     for free slots, which the compute thread signals (``release``), and signals ready ones, which
     the compute thread waits for (``acquire``). An error ends it and is raised by ``acquire``.
     Copies are one-sided and release the interpreter lock.
@@ -36,9 +38,9 @@ class Housekeeper:
         timeout_seconds: float = STREAM_TIMEOUT_SECONDS,
         bytes_per_second: float = float("inf"),
     ) -> None:
-        self._fetches = tuple(fetches)
+        self._order = SlotOrder.of(fetches, num_slots)
         self._sources = {layer: source.numpy() for layer, source in sources.items()}
-        self._slots = Slots(num_slots, max(source.numel() for source in sources.values()))
+        self._slots = Slots(self._order.slot_of, max(source.numel() for source in sources.values()))
         self._targets = [buffer.numpy() for buffer in self._slots.buffers]
         self._timeout_seconds = timeout_seconds
         self._thread = threading.Thread(target=self._run, name="elbowroom-pool", daemon=True)
@@ -49,6 +51,9 @@ class Housekeeper:
     @property
     def buffers(self) -> list[torch.Tensor]:
         return self._slots.buffers
+
+    def buffer_of(self, layer: int) -> torch.Tensor:
+        return self._slots.buffer_of(layer)
 
     def start(self) -> None:
         self._thread.start()
@@ -87,14 +92,14 @@ class Housekeeper:
     def _run(self) -> None:
         try:
             while not self._is_closing:
-                self._run_pass(self._slots.epoch)
+                self._run_passes(self._slots.epoch)
         except BaseException as error:  # the compute thread raises it
             self._slots.fail(error)
 
-    def _run_pass(self, epoch: int) -> None:
-        """Carry out the fetches of one forward pass, and stop early when the order starts anew."""
+    def _run_passes(self, epoch: int) -> None:
+        """Carry out the fetches of forward passes, until the order starts anew."""
         filling: dict[int, Slot] = {}
-        for fetch in self._fetches:
+        for fetch in self._order.all_passes():
             if fetch.chunk == 0:
                 slot = self._slots.reserve(fetch.layer, epoch)
                 if slot is None:

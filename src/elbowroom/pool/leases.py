@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
-from elbowroom.pool.ffn import Ffn, Forward
+from elbowroom.pool.layer import Forward, PooledLayer
 from elbowroom.pool.shipping import Shipper
 from elbowroom.pool.slots import Slot
 from elbowroom.pool.stats import PoolStats
@@ -71,14 +71,16 @@ class Leases(ABC):
 class _BoundLeases(Leases):
     """Leases on weights that stay where they are: they are bound once, and leasing is free.
 
-    ``buffers`` holds a layer's bytes (uint8) for each of ``ffns``.
+    ``buffers`` holds a layer's bytes (uint8) for each of ``layers``.
     """
 
-    def __init__(self, ffns: Mapping[int, Ffn], buffers: Mapping[int, torch.Tensor]) -> None:
-        self._forwards = {layer: ffn.forward for layer, ffn in ffns.items()}
-        self._num_bytes = sum(ffn.num_bytes for ffn in ffns.values())
-        for layer, ffn in ffns.items():
-            ffn.bind(ffn.weights_in(buffers[layer]))
+    def __init__(
+        self, layers: Mapping[int, PooledLayer], buffers: Mapping[int, torch.Tensor]
+    ) -> None:
+        self._forwards = {number: layer.forwards[0] for number, layer in layers.items()}
+        self._num_bytes = sum(layer.manifest.data_bytes for layer in layers.values())
+        for number, layer in layers.items():
+            layer.bind(buffers[number])
 
     def acquire(self, layer: int) -> Forward:
         return self._forwards[layer]
@@ -101,28 +103,25 @@ class MappedLeases(_BoundLeases):
 class SlottedLeases(Leases):
     """Leases on peers' layers that are streamed into slots, in ascending order of layers.
 
-    The lease holds the slot: released, the streamer may fill it with a later layer. A pass that
-    was cut short may be followed by one from the first layer on.
+    A layer always comes into the same slot, to which its modules are bound once. The lease holds
+    the slot: released, the streamer may fill it with a later layer. A pass that was cut short may
+    be followed by one from the first layer on.
     """
 
-    def __init__(self, ffns: Mapping[int, Ffn], streamer: Streamer) -> None:
-        self._ffns = ffns
+    def __init__(self, layers: Mapping[int, PooledLayer], streamer: Streamer) -> None:
+        self._forwards = {number: layer.forwards[0] for number, layer in layers.items()}
         self._streamer = streamer
-        self._layers = sorted(ffns)
+        self._layers = sorted(layers)
         self._next = 0
         self._slot: Slot | None = None
         self._leased: int | None = None
-        # Parameters are made once: in the forward pass, only references change.
-        self._weights = {
-            (index, layer): ffn.weights_in(buffer)
-            for layer, ffn in ffns.items()
-            for index, buffer in enumerate(streamer.buffers)
-        }
+        for number, layer in layers.items():
+            layer.bind(streamer.buffer_of(number))
         self._num_iterations = 0
         self.wait_seconds = 0.0
 
     def acquire(self, layer: int) -> Forward:
-        """Wait for the slot of ``layer``, and bind it. See ``Leases.acquire``.
+        """Wait until ``layer`` is in its slot. See ``Leases.acquire``.
 
         Raises PoolError when the layer is not the next in order or does not arrive in time.
         """
@@ -133,9 +132,7 @@ class SlottedLeases(Leases):
         self.wait_seconds += time.perf_counter() - begin
         self._next = (self._next + 1) % len(self._layers)
         self._slot, self._leased = slot, layer
-        ffn = self._ffns[layer]
-        ffn.bind(self._weights[slot.index, layer])
-        return ffn.forward
+        return self._forwards[layer]
 
     def release(self, layer: int) -> None:
         slot, self._slot, self._leased = self._slot, None, None
@@ -211,18 +208,18 @@ class ShippedLeases(Leases):
 
     def __init__(
         self,
-        ffns: Mapping[int, Ffn],
+        layers: Mapping[int, PooledLayer],
         opened: Mapping[int, torch.Tensor],
         owners: Sequence[int],
         shipper: Shipper,
         reduce: Reduce | None = None,
     ) -> None:
-        self._ffns = ffns
+        self._layers = layers
         self._opened = opened
         self._owners = owners
         self._shipper = shipper
         self._reduce = reduce
-        self._forwards = {layer: partial(self._run, layer) for layer in ffns}
+        self._forwards = {layer: partial(self._run, layer) for layer in layers}
         self._lost_until: dict[int, float] = {}
         self._num_iterations = self._num_rows = 0
         self.num_layers_shipped = 0
@@ -248,9 +245,9 @@ class ShippedLeases(Leases):
         out = None if args or kwargs else self._ship(layer, x)
         if out is not None:
             return out
-        ffn = self._ffns[layer]
-        ffn.bind(ffn.weights_in(self._opened[layer]))
-        return ffn.forward(x, *args, **kwargs)
+        pooled = self._layers[layer]
+        with pooled.bound_to(self._opened[layer]):
+            return pooled.forwards[0](x, *args, **kwargs)
 
     def _ship(self, layer: int, x: torch.Tensor) -> torch.Tensor | None:
         """Have the owner run ``layer`` on ``x`` [..., columns]; None if it died.

@@ -10,16 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from elbowroom.pool.ffn import Forward
 from elbowroom.pool.housekeeper import STREAM_TIMEOUT_SECONDS
+from elbowroom.pool.layer import Forward
 from elbowroom.pool.leases import Reduce
 from elbowroom.pool.shipping import SHIP_TIMEOUT_SECONDS
 
 PEER_TIMEOUT_SECONDS = 600.0
 """Seconds to wait until a peer publishes a layer: reading a large model takes minutes."""
-
-Pack = Callable[[torch.Tensor], torch.Tensor]
-"""A function that brings a matrix into its kernel's form, of the same shape, dtype and size."""
 
 
 class TensorParallel(NamedTuple):
@@ -37,14 +34,14 @@ class TensorParallel(NamedTuple):
 class PoolOptions:
     """Settings of a pool that its plan does not hold.
 
-    ``pack`` is applied to every matrix before it is published. ``run_dir`` is where rows are
-    shipped through, if the share says that they may be; without it none are.
+    ``run_dir`` is where rows are shipped through, if the share says that they may be; without it
+    none are. ``dtype`` is that of rows, None where weights have the same.
     ``link_bytes_per_second`` holds streaming back, see ``Housekeeper``.
     """
 
-    pack: Pack | None = None
     run_dir: Path | None = None
     tensor_parallel: TensorParallel | None = None
+    dtype: torch.dtype | None = None
     link_bytes_per_second: float = float("inf")
     peer_timeout_seconds: float = PEER_TIMEOUT_SECONDS
     stream_timeout_seconds: float = STREAM_TIMEOUT_SECONDS

@@ -15,7 +15,7 @@ import torch
 from elbowroom.core.errors import PoolError
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.choice import LeaseChoice
-from elbowroom.pool.ffn import Forward
+from elbowroom.pool.layer import Forward
 from elbowroom.pool.leases import Leases
 from elbowroom.pool.shipping import ShipServer
 from elbowroom.pool.stats import PoolStats
@@ -30,6 +30,7 @@ class Pool:
         store: where its layers are published; closed with the pool.
         choice: by which leases each layer is used, in every iteration.
         server: runs this replica's layers for peers that ship rows, if they may.
+        first_layer: the first layer of a pass that the pool holds something of.
 
     """
 
@@ -39,11 +40,13 @@ class Pool:
         store: Store,
         choice: LeaseChoice,
         server: ShipServer | None,
+        first_layer: int = 0,
     ) -> None:
         self.share = share
         self._store = store
         self._choice = choice
         self._server = server
+        self._first_layer = first_layer
         self._leased: int | None = None
         self._lessor: Leases | None = None  # of the layer leased: the next choice may be another
         self._is_closed = False
@@ -58,12 +61,30 @@ class Pool:
     def run(self, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a layer's feed-forward network on ``x`` [..., columns].
 
-        Layer 0 begins an iteration. What is passed beside ``x`` goes to the module's own forward.
+        The first layer begins an iteration. What is passed beside ``x`` goes to the module's own
+        forward.
         Raises PoolError, and what the module raises.
         """
-        if layer == 0:
+        if layer == self._first_layer:
             self._choice.begin_iteration(x)
         forward = self.acquire(layer)
+        try:
+            return forward(x, *args, **kwargs)
+        finally:
+            self.release(layer)
+
+    def run_first(self, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run the first of several modules of a layer. The lease is open until ``run_last``."""
+        if layer == self._first_layer:
+            if self._leased is not None:  # a pass was cut short between two modules
+                self.release(self._leased)
+            self._choice.begin_iteration(x)
+        return self.acquire(layer)(x, *args, **kwargs)
+
+    def run_last(
+        self, layer: int, forward: Forward, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Run ``forward``, of the last module of a layer, under the lease that is open."""
         try:
             return forward(x, *args, **kwargs)
         finally:

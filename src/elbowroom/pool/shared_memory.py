@@ -61,10 +61,8 @@ class SharedMemoryStore:
     def publish(self, layer: int) -> None:
         self._part_path(layer).rename(self._path(layer))
 
-    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
-        if not self._path(layer).exists():
-            return None
-        return self._open_published(layer, owner, num_bytes)
+    def was_published(self, layer: int) -> bool:
+        return self._path(layer).exists()
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         path = self._path(layer)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
-from elbowroom.pool.ffn import Forward
+from elbowroom.pool.layer import Forward
 from elbowroom.pool.run_dir import is_held
 from elbowroom.pool.shared_memory import alive_path
 from elbowroom.pool.store import tensor_in

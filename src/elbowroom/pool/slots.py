@@ -9,7 +9,7 @@ it, and each change of state notifies the other side.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -36,12 +36,17 @@ class Slot:
 
 
 class Slots:
-    """The slots of one rank, of ``slot_bytes`` each. All memory is taken, and touched, at once."""
+    """The slots of one rank, of ``slot_bytes`` each. All memory is taken, and touched, at once.
 
-    def __init__(self, num_slots: int, slot_bytes: int) -> None:
+    ``slot_of`` has the number of the slot that each layer always comes into.
+    """
+
+    def __init__(self, slot_of: Mapping[int, int], slot_bytes: int) -> None:
         self._slots = [
-            Slot(index, torch.zeros(slot_bytes, dtype=torch.uint8)) for index in range(num_slots)
+            Slot(index, torch.zeros(slot_bytes, dtype=torch.uint8))
+            for index in range(1 + max(slot_of.values()))
         ]
+        self._slot_of = {layer: self._slots[index] for layer, index in slot_of.items()}
         self._changed = threading.Condition()
         self._epoch = 0
         self._failure: BaseException | None = None
@@ -52,13 +57,17 @@ class Slots:
     def buffers(self) -> list[torch.Tensor]:
         return [slot.buffer for slot in self._slots]
 
+    def buffer_of(self, layer: int) -> torch.Tensor:
+        """The memory of the slot that ``layer`` comes into."""
+        return self._slot_of[layer].buffer
+
     @property
     def epoch(self) -> int:
         """The number of restarts so far: the housekeeper starts its order anew when it changes."""
         return self._epoch
 
     def reserve(self, layer: int, epoch: int) -> Slot | None:
-        """Wait for a free slot and reserve it for ``layer``. Called by the housekeeper.
+        """Wait until the slot of ``layer`` is free and reserve it. Called by the housekeeper.
 
         None when the order was restarted since ``epoch``, or the slots were closed.
         """
@@ -161,15 +170,12 @@ class Slots:
         return self._is_closed or epoch != self._epoch
 
     def _free_slot(self, layer: int) -> Slot | None:
-        """Find a free slot, unless ``layer`` still has one from the pass before."""
-        if any(slot.layer == layer for slot in self._slots):
-            return None
-        return next((slot for slot in self._slots if slot.state is SlotState.FREE), None)
+        slot = self._slot_of[layer]
+        return slot if slot.state is SlotState.FREE else None
 
     def _ready_slot(self, layer: int) -> Slot | None:
-        return next(
-            (s for s in self._slots if s.layer == layer and s.state is SlotState.READY), None
-        )
+        slot = self._slot_of[layer]
+        return slot if slot.layer == layer and slot.state is SlotState.READY else None
 
 
 def check_slots(slots: Sequence[Slot]) -> None:

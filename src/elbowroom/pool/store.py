@@ -39,12 +39,12 @@ class Store(Protocol):
         """Make an owned layer visible to peers. Its bytes must not change afterwards."""
         ...
 
-    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
-        """Open an owned layer that an earlier process of this rank has published, if one has."""
+    def was_published(self, layer: int) -> bool:
+        """Whether an earlier process of this rank has published an owned layer."""
         ...
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
-        """Open a peer's layer, which is only to be read; wait until it is published.
+        """Open a published layer, which is only to be read; wait until it is there.
 
         It can be read as long as it is open, also when the peer has died.
 
@@ -90,10 +90,9 @@ class LocalStore:
             self._hub.published[layer] = self._own[layer]
             self._hub.changed.notify_all()
 
-    def reopen(self, layer: int, owner: int, num_bytes: int) -> torch.Tensor | None:
+    def was_published(self, layer: int) -> bool:
         with self._hub.changed:
-            buffer = self._hub.published.get(layer)
-        return None if buffer is None else check_size(buffer, layer, owner, num_bytes)
+            return layer in self._hub.published
 
     def open(self, layer: int, owner: int, num_bytes: int, timeout_seconds: float) -> torch.Tensor:
         with self._hub.changed:

@@ -26,6 +26,10 @@ class Streamer(Protocol):
         """The memory of the slots, uint8. All of it is taken when the streamer is made."""
         ...
 
+    def buffer_of(self, layer: int) -> torch.Tensor:
+        """The memory that ``layer`` comes into, in every pass."""
+        ...
+
     def start(self) -> None:
         """Begin to fetch, once all sources are published."""
         ...
@@ -119,11 +123,14 @@ class DeviceStreamer:
     def buffers(self) -> list[torch.Tensor]:
         return [slot.buffer for slot in self._slots]
 
+    def buffer_of(self, layer: int) -> torch.Tensor:
+        return self._slot_of(layer).buffer
+
     def start(self) -> None:
         self.restart()
 
     def acquire(self, layer: int) -> Slot:
-        slot = self._slots[self._layers.index(layer) % len(self._slots)]
+        slot = self._slot_of(layer)
         if slot.layer != layer:
             raise PoolError(f"slot {slot.index} holds layer {slot.layer}, asked for was {layer}")
         here: _Recorded = "capture" if self._is_capturing() else "stream"
@@ -174,6 +181,9 @@ class DeviceStreamer:
     def close(self) -> None:
         """Wait for copies under way: they read memory that peers may give back after this."""
         self._device.synchronize()
+
+    def _slot_of(self, layer: int) -> Slot:
+        return self._slots[self._layers.index(layer) % len(self._slots)]
 
     def _is_capturing(self) -> bool:
         """Whether the current stream's work goes into a graph. Devices without graphs never say."""

@@ -24,4 +24,5 @@ ENVIRONMENT = {
 """Set for the process of a replica, before vLLM is imported; what the user set wins."""
 
 CONFIG_KEY = "elbowroom"
-"""Key in vLLM's ``additional_config`` that holds our share of the pool."""
+"""Key in vLLM's ``additional_config`` that holds our share of the pool, and the name of our loader
+for ``--load-format``."""

@@ -36,12 +36,21 @@ def register() -> None:
 
         check_compilation(wanted, config.compilation_config)
         parallel = config.parallel_config
-        return PoolOffloader.from_config(wanted, parallel.world_size, parallel.tensor_parallel_size)
+        return PoolOffloader.from_config(
+            wanted,
+            parallel.world_size,
+            parallel.tensor_parallel_size,
+            config.model_config.dtype,
+        )
 
     if REPLICA_MARK in os.environ and current_platform.is_cpu():  # NCCL opens no port for one rank
         from elbowroom.engine.vllm_seam.single_rank import keep_off_network
 
         keep_off_network()
+    if REPLICA_MARK in os.environ:
+        from elbowroom.engine.vllm_seam.loader import register_loader
+
+        register_loader()
     setattr(create_offloader, CONFIG_KEY, True)
     for name in (_PACKAGE, *_RUNNERS):
         if name in sys.modules:

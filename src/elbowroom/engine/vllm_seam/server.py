@@ -179,7 +179,7 @@ def engine_arguments(plan: RunPlan, replica: int, run_dir: str) -> list[str]:
         *("--tensor-parallel-size", str(width)),
         *("--distributed-executor-backend", "uni" if width == 1 else "mp"),
         *("--worker-extension-cls", _WORKER_EXTENSION),
-        *(("--load-format", "safetensors") if is_ours else ()),
+        *(("--load-format", CONFIG_KEY) if is_ours else ()),
         *(("--additional-config", json.dumps(pool)) if is_ours else ()),
         # By default it is a hash over all settings, which differ from replica to replica.
         *("--fingerprint-mode", "custom", "--fingerprint-value", f"vllm-{vllm.__version__}"),

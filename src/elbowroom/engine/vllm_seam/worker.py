@@ -7,25 +7,23 @@ import copy
 import glob
 import os
 from collections.abc import Generator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.distributed import get_tensor_model_parallel_rank, tensor_model_parallel_all_reduce
-from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.offloader.base import BaseOffloader, get_offloader
 from vllm.platforms import current_platform
 
 from elbowroom.core import host
-from elbowroom.core.errors import PoolError, UnsupportedModelError
+from elbowroom.core.errors import PoolError
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam import CONFIG_KEY
-from elbowroom.engine.vllm_seam.experts import GiveBack, take_experts
-from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
+from elbowroom.engine.vllm_seam.linears import take_linears
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.ffn import Forward, WeightSpan
+from elbowroom.pool.find import find_modules
+from elbowroom.pool.layer import Forward
 from elbowroom.pool.loading import PoolLoader
 from elbowroom.pool.options import PoolOptions, TensorParallel
 from elbowroom.pool.pool import Pool
@@ -40,7 +38,9 @@ LINK_VARIABLE = "ELBOWROOM_LINK_BYTES_PER_SECOND"
 class PoolOffloader(BaseOffloader):
     """Gives every decoder layer's feed-forward weights to the pool.
 
-    vLLM asks its offloader to wrap each layer right after building it, before weights are loaded.
+    vLLM asks its offloader to wrap each layer right after building it, before weights are loaded;
+    layers of models that it builds otherwise come through ``take_layers``. ``PoolModelLoader``
+    loads what is lent out, and has the pool attached when all is loaded.
     """
 
     def __init__(
@@ -49,23 +49,22 @@ class PoolOffloader(BaseOffloader):
         store: Store,
         run_dir: Path | None = None,
         tensor_parallel: TensorParallel | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         options = PoolOptions(
-            pack=pack_weight,
             run_dir=run_dir,
             tensor_parallel=tensor_parallel,
+            dtype=dtype,
             link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
         )
-        self._loader = PoolLoader(share, store, options)
+        self.loader = PoolLoader(share, store, options)
         self._store = store
         self._pool: Pool | None = None
         self._before_bytes = self._held_bytes()
         self.resident_bytes = 0
         self._share = share
-        self._num_unloaded = 0
-        self._is_plain = False
         self._tensor_parallel = tensor_parallel
-        self._give_back: list[GiveBack] = []
+        self._has_stack = False
 
     @property
     def pool(self) -> Pool | None:
@@ -75,18 +74,21 @@ class PoolOffloader(BaseOffloader):
         """
         if self._pool is None and self._share.mode != "none":
             raise PoolError(
-                "vLLM built the model without handing its layers over, as it does with its "
-                "Transformers backend: use --pool none"
-                if not self._give_back
-                else f"{self._num_unloaded} feed-forward modules are still to be loaded"
+                "vLLM loaded the model by another loader than the pool's: leave out --load-format "
+                "behind --, or use --pool none"
             )
         return self._pool
 
     @staticmethod
     def from_config(
-        config: dict[str, Any], world_size: int = 1, tensor_parallel: int = 1
+        config: dict[str, Any],
+        world_size: int = 1,
+        tensor_parallel: int = 1,
+        dtype: torch.dtype | None = None,
     ) -> PoolOffloader:
         """The offloader that ``additional_config`` describes: a share and where the group meets.
+
+        ``dtype`` is what the model computes in, None where its weights have the same.
 
         Each rank of a tensor-parallel replica pools with the same rank of the other replicas.
         Raises PoolError on devices that no store reaches yet, and for other kinds of parallelism.
@@ -102,78 +104,47 @@ class PoolOffloader(BaseOffloader):
         run_dir = Path(config["run_dir"])
         if not current_platform.is_cpu():
             return PoolOffloader(
-                share, _device_store(run_dir, share.rank, tensor_parallel), run_dir
+                share, _device_store(run_dir, share.rank, tensor_parallel), run_dir, dtype=dtype
             )
         if tensor_parallel == 1:
-            return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir)
+            store = SharedMemoryStore(run_dir, share.rank)
+            return PoolOffloader(share, store, run_dir, dtype=dtype)
         run_dir = run_dir / f"tensor-rank-{get_tensor_model_parallel_rank()}"
         run_dir.mkdir(mode=0o700, exist_ok=True)
         sums = TensorParallel(partial_forward, tensor_model_parallel_all_reduce)
-        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir, sums)
+        return PoolOffloader(share, SharedMemoryStore(run_dir, share.rank), run_dir, sums, dtype)
 
     def wrap_modules(
         self, modules_generator: Generator[nn.Module, None, None], prefix: str = ""
     ) -> list[nn.Module]:
+        """Hand over the decoder layers. Another stack, of a draft model, is left to vLLM."""
+        if self._has_stack:
+            return list(modules_generator)
+        self._has_stack = True
         return [self._wrap(module) for module in modules_generator]
 
+    def take_layers(self, model: nn.Module) -> None:
+        """Hand over the layers of a model that vLLM has built without asking for it.
+
+        Raises PoolError where no list of modules has as many entries as the plan has layers, and a
+        pool is asked for.
+        """
+        if self._has_stack:
+            return
+        num_layers = len(self._share.owners)
+        lists = (part for part in model.modules() if isinstance(part, nn.ModuleList))
+        blocks = next((part for part in lists if len(part) == num_layers), None)
+        if blocks is None and self._share.mode != "none":
+            raise PoolError(f"vLLM built no stack of {num_layers} layers: use --pool none")
+        self.wrap_modules(block for block in blocks or ())
+
     def _wrap(self, block: nn.Module) -> nn.Module:
-        """Hand one block over. Its linears load and compute through ``PooledLinearMethod``."""
-        if self._is_plain:
-            return block
-        try:
-            self._hand_over(block)
-        except UnsupportedModelError:
-            if self._share.mode != "none":
-                raise
-            self._stand_back()
+        """Hand one block over. Its plain linears compute through ``PooledLinearMethod``."""
+        if self._share.mode != "none":
+            self.loader.add_block(block, is_loaded=False)
+        for module in find_modules(block).values():
+            take_linears(module)
         return block
-
-    def _hand_over(self, block: nn.Module) -> None:
-        ffn = self._loader.add_block(block, keep_weights=False)
-        experts = [span for span in ffn.spans if span.holds_experts]
-        if experts:
-            self._check_experts(block)
-        for span in ffn.spans:
-            if not span.holds_experts:
-                self._take_linear(span)
-        for module in dict.fromkeys(span.module for span in experts):
-            spans = [span for span in experts if span.module is module]
-            device, loaded = self._store.device, self.mark_loaded
-            self._give_back.append(take_experts(module, spans, device, loaded))
-            self._num_unloaded += 1
-
-    def _take_linear(self, span: WeightSpan) -> None:
-        linear: Any = span.module
-        if type(linear.quant_method) is not UnquantizedLinearMethod:
-            raise UnsupportedModelError(
-                f"feed-forward weights are quantised ({type(linear.quant_method).__name__}): "
-                f"the pool holds plain bf16, fp16 or fp32 weights; use --pool none"
-            )
-        if linear.weight.is_meta:
-            linear.weight.weight_loader = _skip_loading
-        self._give_back.append(partial(setattr, linear, "quant_method", linear.quant_method))
-        linear.quant_method = PooledLinearMethod(self, span.shape, span.dtype)
-        self._num_unloaded += 1
-
-    def _check_experts(self, block: nn.Module) -> None:
-        """Raise UnsupportedModelError where a pool of mixtures cannot do what the plan asks for."""
-        if self._store.device.type != "cpu":
-            raise UnsupportedModelError(
-                f"{type(block).__name__} is a layer of a mixture, and no pool of mixtures has been "
-                f"run on GPUs: use --pool none"
-            )
-        if self._share.ship_bytes or self._tensor_parallel is not None:
-            raise UnsupportedModelError(
-                f"{type(block).__name__} is a layer of a mixture, whose rows are not shipped, and "
-                f"whose experts are not divided: use --pool mapped or streamed, and replicas of "
-                f"one device"
-            )
-
-    def _stand_back(self) -> None:
-        """Leave a model that no pool can hold to vLLM alone, as --pool none asks for."""
-        for give_back in self._give_back:
-            give_back()
-        self._is_plain = True
 
     def _held_bytes(self) -> int:
         """Memory that this process holds now, on the device that it computes on."""
@@ -192,16 +163,17 @@ class PoolOffloader(BaseOffloader):
         if self._pool is not None:
             self._pool.after_capture()
 
-    def mark_loaded(self) -> None:
-        """One more module has its weights. After the last, the group shares what it has."""
-        self._num_unloaded -= 1
-        if self._num_unloaded == 0:
-            self._pool = self._loader.attach()
-            return_freed_memory()
-            self.resident_bytes = self._held_bytes() - self._before_bytes
-            self._pool.start()
-            forget_shared_names()
-            atexit.register(self._pool.close)  # a thread inside a kernel must not see Python end
+    def attach(self) -> None:
+        """Share with the group what this replica has loaded, once all of it is."""
+        if self._share.mode != "none":
+            self._pool = self.loader.attach()
+        return_freed_memory()
+        self.resident_bytes = self._held_bytes() - self._before_bytes
+        if self._pool is None:
+            return
+        self._pool.start()
+        forget_shared_names()
+        atexit.register(self._pool.close)  # a thread inside a kernel must not see Python end
 
 
 def _device_store(run_dir: Path, rank: int, tensor_parallel: int) -> Store:
@@ -214,31 +186,6 @@ def _device_store(run_dir: Path, rank: int, tensor_parallel: int) -> Store:
     from elbowroom.pool.cuda import CudaStore  # needs NVIDIA's bindings
 
     return CudaStore(run_dir, rank, torch.device("cuda", torch.cuda.current_device()))
-
-
-class PooledLinearMethod(UnquantizedLinearMethod):
-    """A linear layer whose weight is whatever the pool leases to it, in the packed form if any.
-
-    Every layout, with or without a pool, runs this one kernel, so that results do not depend on
-    the layout: a row comes out the same whatever the batch.
-    """
-
-    def __init__(self, offloader: PoolOffloader, shape: torch.Size, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._offloader = offloader
-        self._is_packed = is_packable(shape, dtype)
-
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
-        self._offloader.mark_loaded()
-
-    def apply(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        if not self._is_packed:
-            return nn.functional.linear(x, weight, bias)
-        return packed_linear(x, weight, bias)
 
 
 class PoolWorkerExtension:
@@ -259,8 +206,9 @@ class PoolWorkerExtension:
         0 where vLLM loads by itself. Raises PoolError for a model without the pool it should have.
         """
         offloader = _pool_offloader(self)
-        if offloader is None or offloader.pool is None:
+        if offloader is None:
             return 0
+        _ = offloader.pool  # raises where there should be one
         return offloader.resident_bytes
 
 
@@ -298,7 +246,3 @@ def _pool_offloader(worker: Any) -> PoolOffloader | None:
     if CONFIG_KEY in (worker.vllm_config.additional_config or {}):
         raise PoolError("vLLM built this model without our plugin: reinstall elbowroom beside vllm")
     return None
-
-
-def _skip_loading(*_: object, **__: object) -> None:
-    """Weight loader of a placeholder: a borrower never reads the owner's weights from disk."""

@@ -100,6 +100,8 @@ def why_not_run(model: ModelFacts, cluster: Cluster, layout: Layout) -> str | No
         return None
     if model.cannot_pool:
         return model.cannot_pool
+    if model.cannot_ship and layout.pool == "shipped":
+        return model.cannot_ship
     if model.experts and (layout.pool == "shipped" or layout.tensor_parallel > 1):
         return MIXTURES_POOL
     return None if cluster.device.maps_peers else NOT_BETWEEN_GPUS

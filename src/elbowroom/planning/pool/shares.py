@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from elbowroom.core.errors import MemoryPlanError
-from elbowroom.plans.pool import FetchOrder, PoolMode, PoolShare
+from elbowroom.plans.pool import NO_OWNER, FetchOrder, PoolMode, PoolShare
 from elbowroom.plans.pool_actions import Fetch
 
 SHIP_ROWS = 256
@@ -20,7 +20,7 @@ def assign_owners(ffn_bytes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
 
     Layers are dealt in cycles of ``num_ranks``; within a cycle each replica takes at most one
     layer, the largest layer going to the replica that holds least. Equal layers give l mod d (SiDP,
-    section 3, figure of the pool).
+    section 3, figure of the pool). Layers without feed-forward weights have no owner.
 
     Args:
         ffn_bytes: feed-forward bytes of each layer.
@@ -28,12 +28,11 @@ def assign_owners(ffn_bytes: Sequence[int], num_ranks: int) -> tuple[int, ...]:
 
     """
     held = [0] * num_ranks
-    owners = [0] * len(ffn_bytes)
-    for start in range(0, len(ffn_bytes), num_ranks):
-        cycle = range(start, min(start + num_ranks, len(ffn_bytes)))
+    owners = [NO_OWNER] * len(ffn_bytes)
+    for cycle in _cycles([layer for layer, size in enumerate(ffn_bytes) if size], num_ranks):
         free = set(range(num_ranks))
-        for layer in sorted(cycle, key=lambda layer: (-ffn_bytes[layer], layer)):
-            rank = min(free, key=lambda rank: (held[rank], rank != layer % num_ranks, rank))
+        for turn, layer in sorted(enumerate(cycle), key=lambda one: (-ffn_bytes[one[1]], one[1])):
+            rank = min(free, key=lambda rank: (held[rank], rank != turn, rank))
             free.remove(rank)
             held[rank] += ffn_bytes[layer]
             owners[layer] = rank
@@ -61,16 +60,21 @@ def fetch_order(
     meet at the owner of the next layer; it is a baseline for comparison.
     """
     fetches: list[Fetch] = []
-    for start in range(0, len(owners), num_ranks):
-        cycle = range(start, min(start + num_ranks, len(owners)))
+    owned = [layer for layer, owner in enumerate(owners) if owner != NO_OWNER]
+    for cycle in _cycles(owned, num_ranks):
         borrowed = [layer for layer in cycle if owners[layer] != rank]
-        own = next((layer for layer in cycle if owners[layer] == rank), start + rank)
+        own = next((layer for layer in cycle if owners[layer] == rank), cycle[0] + rank)
         for at in range(0, len(borrowed), num_slots):
             window = borrowed[at : at + num_slots]
             turn = sum(layer < own for layer in window) % len(window)
             turn = 0 if order == "in-order" else turn
             fetches += _fetch_window(window[turn:] + window[:turn], ffn_bytes, order, slice_bytes)
     return tuple(fetches)
+
+
+def _cycles(layers: Sequence[int], num_ranks: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(layers), num_ranks):
+        yield layers[start : start + num_ranks]
 
 
 def _fetch_window(
