@@ -24,12 +24,15 @@ _OTHER_PARTS = re.compile(
 """Parts that read or make pictures or sound, or predict further tokens: they have own blocks."""
 
 _HEAD = re.compile(r"(?:^|\.)lm_head\.")
-_NOT_LOADED = re.compile(r"\.attn\.(?:masked_)?bias$|rotary_emb\.inv_freq$")
+_NOT_LOADED = re.compile(r"\.attn\.(?:masked_)?bias$|rotary_emb\.inv_freq$|(?:^|\.)mtp\.")
 _SCALE = re.compile(r"(?:scale|scales|scale_inv|scale_2|qzeros|zeros|zero_point|g_idx|absmax)$")
 """Numbers by which a quantised matrix is scaled, and no elements of it."""
 
-_QUANTISED_MATRIX = re.compile(r"(?:proj|linear|experts|w[123]|fc[12])(?:\.weight)?$|experts\.")
 _GATE = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate)\.")
+
+_LEFT_OUT_KEYS = ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
+_TEXT_MODULE = re.compile(r"(?:^|(?<=\.))(?:language_model|model)\.")
+"""What stands before a text model's layers: in a checkpoint, and in the class, in another order."""
 
 _COMPUTES_IN_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp8")
 
@@ -56,14 +59,16 @@ class CountedWeights:
     """Weights of a decoder: ``ffn[l]`` are layer l's, of which ``experts[l]`` are routed experts.
 
     ``others[l]`` are its other matrices: attention, routers, and networks that are not recognised.
-    ``rest`` is everything outside ``ffn``. ``is_loose`` says that feed-forward matrices lie in
-    their layer without a module of their own (OPT).
+    ``rest`` is everything outside ``ffn``, of which ``outside`` elements are of parts that text
+    does not pass, such as a vision tower. ``is_loose`` says that feed-forward matrices lie in their
+    layer without a module of their own (OPT).
     """
 
     ffn: list[Weights]
     experts: list[Weights]
     others: list[Weights]
     rest: Weights = field(default_factory=Weights)
+    outside: int = 0
     is_loose: bool = False
 
 
@@ -95,6 +100,7 @@ def count_weights(tensors: Mapping[str, Stored], config: ModelConfig) -> Counted
                 counted.experts[layer] = counted.experts[layer].plus(*size)
             continue
         counted.rest = counted.rest.plus(*size)
+        counted.outside += 0 if of_text else size.elements
         if layer is not None and is_matrix:
             counted.others[layer] = counted.others[layer].plus(*size)
     return counted
@@ -109,26 +115,58 @@ def quantised(tensors: Mapping[str, Stored], config: ModelConfig) -> dict[str, S
     if bits is None or config.quantization is None:
         return dict(tensors)
     bytes_each = bits / 8 + _scale_bytes(config.quantization, bits)
-    left_out = [
-        str(name).replace("re:", "").replace("*", "").strip(".^$")
-        for key in ("modules_to_not_convert", "ignore", "ignored_layers", "exclude_modules")
-        for name in _names(config.quantization.get(key))
-    ]
+    left_out = _left_out(config.quantization)
     only_experts = config.quantization.get("quant_method") == "mxfp4"
     found = {}
     for name, tensor in tensors.items():
         takes = (
             tensor.dtype is None  # a file says what it stores
-            and len(tensor.shape) >= 2
-            and _LAYER.search(name) is not None
-            and _QUANTISED_MATRIX.search(name) is not None
-            and not _GATE.search(name)
+            and _is_layer_matrix(name, tensor)
             and ("experts" in name or not only_experts)
-            and not any(part and part in name for part in left_out)
+            and not (left_out and _is_left_out(name, left_out))
         )
         num_bytes = int(tensor.num_elements * bytes_each)
         found[name] = Stored(tensor.shape, "PACKED", num_bytes) if takes else tensor
     return found
+
+
+def _is_layer_matrix(name: str, tensor: Stored) -> bool:
+    """Whether a tensor is of the kind that is quantised: a layer's matrices, and no router."""
+    if _LAYER.search(name) is None or _GATE.search(name):
+        return False
+    is_fused = "experts" in name and len(tensor.shape) == 3  # their biases have two dimensions
+    return is_fused or (name.endswith(".weight") and len(tensor.shape) == 2)
+
+
+def _left_out(quantization: Mapping[str, Any]) -> list[re.Pattern[str]]:
+    """Patterns of the modules that a config leaves unquantised.
+
+    They are named in full or in part, part by part of their path; with ``*``; or by a regular
+    expression after ``re:``. Raises ValueError for one that is none.
+    """
+    found = []
+    for name in (name for key in _LEFT_OUT_KEYS for name in _names(quantization.get(key))):
+        text = str(name)
+        if text.startswith("re:"):
+            pattern = text.removeprefix("re:")
+        else:
+            parts = re.escape(_module(text.strip("."))).replace(r"\*", ".*")
+            pattern = rf"(?:^|\.){parts}(?:\.|$)"
+        try:
+            found.append(re.compile(pattern))
+        except re.error as error:
+            raise ValueError(f"'{text}' names no modules: {error}") from error
+    return found
+
+
+def _is_left_out(name: str, left_out: list[re.Pattern[str]]) -> bool:
+    module = _module(name)
+    return any(found.search(module) or found.search(f"model.{module}") for found in left_out)
+
+
+def _module(name: str) -> str:
+    """The module of a tensor, by a name that checkpoints and classes share."""
+    return _TEXT_MODULE.sub("", name.removesuffix(".weight"))
 
 
 def stored_bits(quantization: Mapping[str, Any] | None) -> int | None:
@@ -145,9 +183,8 @@ def stored_bits(quantization: Mapping[str, Any] | None) -> int | None:
 def _bits(quantization: Mapping[str, Any]) -> int | None:
     method = str(quantization.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
-        groups = quantization.get("config_groups") or {}
-        parts = [group.get("weights") or {} for group in groups.values() if isinstance(group, dict)]
-        return next((int(part["num_bits"]) for part in parts if part.get("num_bits")), None)
+        num_bits = _compressed(quantization).get("num_bits")
+        return int(num_bits) if num_bits else None
     if type(quantization.get("bits")) is int:
         return int(quantization["bits"])
     if quantization.get("load_in_8bit") or "fp8" in method or method == "modelopt":
@@ -216,7 +253,18 @@ def _scale_bytes(quantization: Mapping[str, Any], bits: int) -> float:
     method = str(quantization.get("quant_method", "")).lower()
     if "fp4" in method:
         return 1 / 32 if method == "mxfp4" else 1 / 16  # one byte each
-    group = quantization.get("group_size")
-    if type(group) is int and group > 0:
-        return (2 + bits / 8) / group  # a float16 and a zero each
-    return 0.0
+    compressed = _compressed(quantization)
+    group = quantization.get("group_size") or compressed.get("group_size")
+    if type(group) is not int or group <= 0:
+        return 0.0  # one each row or matrix: next to nothing
+    if compressed.get("type") == "float":
+        return 1 / group
+    zero_bytes = 0.0 if compressed.get("symmetric") else bits / 8
+    return (2 + zero_bytes) / group  # a float16 and a zero each
+
+
+def _compressed(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How compressed-tensors stores the weights of its first group; empty for other methods."""
+    groups = quantization.get("config_groups") or {}
+    parts = (group.get("weights") for group in groups.values() if isinstance(group, dict))
+    return next((part for part in parts if isinstance(part, dict) and part.get("num_bits")), {})
