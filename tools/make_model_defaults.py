@@ -29,6 +29,8 @@ _KEYS = (
     "multi_query",
     "kv_lora_rank",
     "qk_rope_head_dim",
+    "attention_chunk_size",
+    "no_rope_layer_interval",
 )
 _EXPERTS = {
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),

@@ -58,6 +58,7 @@ def test_latents_are_whole_on_every_device_and_heads_at_least_one() -> None:
         ("c4ai-command-r7b", (4096, 4096, 4096, 0) * 8),
         ("mistral-7b-v0.1", (4096,) * 32),
         ("qwen2.5-vl-7b", (0,) * 28),  # use_sliding_window is off
+        ("llama-4-scout", (8192, 8192, 8192, 0) * 12),
     ],
 )
 def test_windows(name: str, windows: tuple[int, ...]) -> None:
@@ -104,6 +105,7 @@ def test_values_of_the_class_stand_for_missing_keys_and_never_for_impossible_one
 
 
 MISTRAL = {"model_type": "mistral", "num_hidden_layers": 4, "num_attention_heads": 8}
+LLAMA4 = {"model_type": "llama4_text"}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,10 @@ MISTRAL = {"model_type": "mistral", "num_hidden_layers": 4, "num_attention_heads
         ({"sliding_window": -1000}, (0,) * 4),
         ({"model_type": "afmoe", "sliding_window": 64}, (64, 64, 64, 0)),
         ({"model_type": "jamba"}, None),
-        ({"model_type": "llama4_text"}, None),
+        (LLAMA4, (8192, 8192, 8192, 0)),  # chunks, and every fourth layer none
+        ({**LLAMA4, "no_rope_layers": []}, (8192, 8192, 8192, 0)),
+        ({**LLAMA4, "no_rope_layers": [0, 1, 1, 0], "attention_chunk_size": 64}, (0, 64, 64, 0)),
+        ({**LLAMA4, "attention_chunk_size": None}, (0,) * 4),
         ({"model_type": "minicpm3", "kv_lora_rank": 256}, None),  # vLLM keeps whole heads
     ],
 )
@@ -148,6 +153,8 @@ def test_dtypes_by_other_names(dtype: str, found: str) -> None:
         {"quantization_config": {"bits": -4}},
         {"quantization_config": {"quant_method": "fp8", "weight_block_size": [0, 0]}},
         {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": [1]}},
+        {"quantization_config": {"quant_method": "fp8", "ignore": ["re:*layers"]}},
+        {"model_type": "llama4_text", "no_rope_layers": [1]},
     ],
 )
 def test_what_cannot_be_is_refused(keys: dict[str, Any], tmp_path: Path) -> None:

@@ -44,7 +44,11 @@ def test_config_says_what_vllm_reads(path: Path, tmp_path: Path) -> None:
         assert f"torch.{resolve_dtype(ours, 'float32', 'auto', is_pooling)}" == str(dtype)
     kinds = getattr(text, "layer_types", None)
     if kinds:
-        windows = [(kind == "sliding_attention") * (text.sliding_window or 0) for kind in kinds]
+        sizes = {
+            "sliding_attention": getattr(text, "sliding_window", None) or 0,
+            "chunked_attention": getattr(text, "attention_chunk_size", None) or 0,
+        }
+        windows = [sizes.get(kind, 0) for kind in kinds]
         assert ours.windows == tuple(windows)
 
 

@@ -309,6 +309,8 @@ def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None
     of_latents = bool(text.get("kv_lora_rank")) and model_type not in _LATENT_TYPES
     if any(text.get(key) for key in _OTHER_KEYS) or of_latents:
         return None
+    if model_type.startswith("llama4"):
+        return _chunks(text, num_layers)
     kinds = text.get("layer_types")
     if isinstance(kinds, list) and len(kinds) >= num_layers:
         if not {*kinds} <= {"full_attention", "sliding_attention"}:
@@ -325,6 +327,18 @@ def _windows(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...] | None
     if "max_window_layers" in text:
         return tuple(window * (layer >= text["max_window_layers"]) for layer in range(num_layers))
     return (window,) * num_layers
+
+
+def _chunks(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Windows of Llama 4: layers with rotary embedding attend within chunks, the others to all.
+
+    A token attends to no more than its whole chunk, which is counted as a window of that size.
+    """
+    size = config_int(text, "attention_chunk_size") if text.get("attention_chunk_size") else 0
+    every = config_int(text, "no_rope_layer_interval")
+    in_order = [(layer + 1) % every for layer in range(num_layers)]
+    is_rotary = text.get("no_rope_layers") or in_order
+    return tuple(size * bool(is_rotary[layer]) for layer in range(num_layers))
 
 
 def _dtype(config: Mapping[str, Any], text: Mapping[str, Any]) -> str | None:
