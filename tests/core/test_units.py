@@ -13,6 +13,7 @@ from elbowroom.core.units import (
     MIB,
     format_bandwidth,
     format_bytes,
+    format_count,
     format_flops,
     parse_bandwidth,
     parse_bytes,
@@ -133,3 +134,19 @@ def test_rates_of_work(text: str, expected: float, shown: str) -> None:
 def test_what_is_no_rate_of_work(text: str) -> None:
     with pytest.raises(InputError, match=r"write for example 2\.9TFLOP/s"):
         parse_flops(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (0, "0"),
+        (999, "999"),
+        (1000, "1K"),
+        (1_536_000, "1.536M"),
+        (30_532_122_624, "30.53B"),
+        (671_026_404_352, "671B"),
+        (1_026_408_232_448, "1.026T"),
+    ],
+)
+def test_counts_are_written_as_models_are_named(number: int, text: str) -> None:
+    assert format_count(number) == text

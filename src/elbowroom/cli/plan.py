@@ -37,6 +37,7 @@ from elbowroom.core.files import write_text
 from elbowroom.core.flag_kinds import count
 from elbowroom.core.model import DTYPE_BYTES
 from elbowroom.core.model_config import is_known_type
+from elbowroom.core.parameters import describe_parameters
 from elbowroom.core.trace import write_trace
 from elbowroom.jobs.inputs import input_name
 from elbowroom.planning.pool.search import Candidate
@@ -143,7 +144,8 @@ def _simulate(args: argparse.Namespace, console: Console) -> int:
 
 def _print_plan(screen: Console, planned: Planned) -> None:
     model, cluster = planned.model, planned.cluster
-    about = f"{model.name} in {model.dtype} on {cluster.name}: {planned.about_workload}"
+    named = f"{model.name} ({describe_parameters(model)}) in {model.dtype}"
+    about = f"{named} on {cluster.name}: {planned.about_workload}"
     screen.print(about, highlight=False, soft_wrap=True)
     if not is_known_type(model.model_type):
         screen.print(f"model type '{model.model_type}' is not known: planned from its shapes alone")

@@ -44,8 +44,9 @@ class ModelFacts:
 
     ``ffn[l]`` counts the feed-forward matrices of layer l, which the pool holds once; ``rest``
     counts everything else (attention, embeddings, head, norms, biases), of which ``others[l]`` are
-    the other matrices of layer l. In a mixture of experts, ``experts[l]`` is the part of ``ffn[l]``
-    that lies in routed experts, of which a token takes ``experts_per_token``.
+    the other matrices of layer l, and ``outside`` elements are of parts that text does not pass. In
+    a mixture of experts, ``experts[l]`` is the part of ``ffn[l]`` that lies in routed experts, of
+    which a token takes ``experts_per_token``. With ``ties_embeddings`` the embedding is the head.
 
     ``pair_flops`` are a layer's FLOPs for a query and a key of all heads, ``latent_flops`` those
     for a cached latent vector (0 without latent attention). ``dtype`` is what the model computes
@@ -72,6 +73,8 @@ class ModelFacts:
     others: tuple[Weights, ...]
     pair_flops: int
     latent_flops: int = 0
+    outside: int = 0
+    ties_embeddings: bool = False
     num_experts: int = 0
     experts_per_token: int = 0
     experts: tuple[Weights, ...] = ()
@@ -211,6 +214,8 @@ def read_model(
         others=tuple(counted.others),
         pair_flops=config.pair_flops,
         latent_flops=config.latent_flops,
+        outside=counted.outside,
+        ties_embeddings=config.ties_embeddings,
         num_experts=config.num_experts if has_experts else 0,
         experts_per_token=max(1, config.experts_per_token) if has_experts else 0,
         experts=tuple(counted.experts) if has_experts else (),

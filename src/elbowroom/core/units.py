@@ -59,6 +59,14 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes} B"
 
 
+def format_count(number: int) -> str:
+    """Format a large number for people, as models are named: ``30.53B``, ``1.5M``."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.4g}{unit}"
+    return str(number)
+
+
 def parse_bandwidth(text: str) -> float:
     """Parse a rate such as ``10Gbit/s``, ``1.25GB/s`` or ``800MiB/s`` into bytes per second.
 
