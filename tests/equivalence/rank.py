@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 from vllm.model_executor.offloader.base import get_offloader
 
+from elbowroom.core.errors import UnsupportedModelError
 from elbowroom.engine.vllm_seam import CONFIG_KEY
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.stats import PoolStats
@@ -25,7 +27,23 @@ PROMPTS = [list(range(5, 5 + length)) for length in (1, 3, 7, 33, 64, 65, 100, 1
 
 
 def answer(case: dict[str, Any]) -> list[Any]:
-    """Tokens and log-probabilities of every prompt, greedy and sampled, as plain JSON values."""
+    """Tokens and log-probabilities of every prompt, greedy and sampled, as plain JSON values.
+
+    A case may name a module to ``import`` before vLLM is started. Where it says ``is_refused``, the
+    text of the error is returned.
+    """
+    if "import" in case:
+        import_module(case["import"])
+    if not case.get("is_refused"):
+        return _answer(case)
+    try:
+        _answer(case)
+    except UnsupportedModelError as error:
+        return [str(error)]
+    raise AssertionError("the model was not refused")
+
+
+def _answer(case: dict[str, Any]) -> list[Any]:
     llm = LLM(
         case["model_dir"],
         dtype="bfloat16",

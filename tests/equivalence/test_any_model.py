@@ -75,21 +75,18 @@ def test_pool_none_answers_as_plain_vllm(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_pool_that_gets_no_layers_is_an_error_before_any_row(tmp_path: Path) -> None:
-    """The Transformers backend hands over none, whatever the plan believes."""
+    """Another loader hands over none, whatever the plan believes."""
     model, requests = _make(tmp_path / "model", "int8", quantise=False), tmp_path / "in.jsonl"
     command = _command(model, _requests(requests), tmp_path / "out.jsonl")
-    # Through the environment of vLLM's own command line, which no plan looks at.
-    config = tmp_path / "vllm.yaml"
-    config.write_text("model-impl: transformers\n")
     done = subprocess.run(
-        [*command, "--pool", "mapped", "--replicas", "2", "--", "--config", str(config)],
+        [*command, "--pool", "mapped", "--replicas", "2", "--", "--load-format", "safetensors"],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 1
-    assert "use --pool none" in done.stderr
+    assert "leave out --load-format" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
 
 
