@@ -132,12 +132,11 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     """Facts of the model, in the dtype in which it is to be computed."""
     is_pooling = any("pooling" in option for option in settings.vllm_options)
     model = read_model(settings.model, settings.dtype, is_pooling, built_tensors)
-    if any("transformers" in option for option in settings.vllm_options):  # --model-impl
-        why = "the Transformers backend, which is asked for, hands over no layers"
-        model = replace(model, cannot_pool=model.cannot_pool or why)
     on_gpus = settings.is_here and is_for_gpus(engine_version())
-    if on_gpus and model.experts:
-        why = "no pool of a mixture has been run on GPUs"
+    asks_for_backend = any("transformers" in option for option in settings.vllm_options)
+    kind = model.not_tried_on_gpus or ("--model-impl transformers" if asks_for_backend else None)
+    if on_gpus and kind:
+        why = f"no pool of {kind} has been run on GPUs"
         model = replace(model, cannot_pool=model.cannot_pool or why)
     if settings.is_here and settings.dtype == "auto" and not on_gpus:
         dtype = host.fastest_dtype(model.dtype)

@@ -55,6 +55,7 @@ class ModelFacts:
 
     ``has_weights`` is False when only the config was there. ``cannot_pool`` says why no pool can
     hold the layers, and ``cannot_ship`` why rows cannot be shipped in one, None where they can.
+    ``not_tried_on_gpus`` says what kind of pool was run on CPUs alone.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ModelFacts:
     kv_dtype: str | None = None
     cannot_pool: str | None = None
     cannot_ship: str | None = None
+    not_tried_on_gpus: str | None = None
 
     @property
     def cannot_pool_here(self) -> str | None:
@@ -222,6 +224,7 @@ def read_model(
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
         cannot_pool=_cannot_pool(config, counted),
+        not_tried_on_gpus=_not_tried_on_gpus(config, has_experts),
         cannot_ship="its layers have several feed-forward modules" if counted.is_loose else None,
     )
 
@@ -285,6 +288,14 @@ def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     if not any(weights.elements for weights in counted.ffn):
         return f"none of its {config.num_layers} layers has feed-forward matrices"
     return None
+
+
+def _not_tried_on_gpus(config: ModelConfig, has_experts: bool) -> str | None:
+    if has_experts:
+        return "a mixture"
+    if config.quantization is not None:
+        return "quantised weights"
+    return None if config.is_native else "a model of vLLM's Transformers backend"
 
 
 def _stored_dtype(tensors: Mapping[str, Stored]) -> str:
