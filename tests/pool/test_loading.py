@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -289,14 +291,10 @@ def test_layers_that_only_mix_tokens_are_passed_over() -> None:
                 out = block(out)
         return out
 
-    def attach(share: PoolShare) -> tuple[list[Block], Pool]:
-        loader, blocks = PoolLoader(share, LocalStore(hub)), stack()
-        for block in blocks:
-            loader.add_block(block)
-        return blocks, loader.attach()
-
     expected = run(stack())
-    for blocks, pool in all_at_once([lambda s=share: attach(s) for share in shares]):  # type: ignore[misc]
+    stacks = [stack() for _ in shares]
+    pools = _attach_all(hub, shares, stacks)
+    for blocks, pool in zip(stacks, pools, strict=True):
         pool.start()
         assert all(torch.equal(run(blocks), expected) for _ in range(3))
         pool.close()
@@ -325,18 +323,15 @@ def test_several_modules_run_under_one_lease(mode: PoolMode) -> None:
                 out = block(out)
         return out
 
-    def attach(share: PoolShare) -> tuple[list[TwoLinears], Pool]:
+    def stack() -> list[TwoLinears]:
         torch.manual_seed(0)
-        loader, blocks = PoolLoader(share, LocalStore(hub)), [TwoLinears() for _ in range(5)]
-        for block in blocks:
-            loader.add_block(block)
-        return blocks, loader.attach()
+        return [TwoLinears() for _ in range(5)]
 
-    torch.manual_seed(0)
-    expected = run([TwoLinears() for _ in range(5)])
+    expected = run(stack())
     shares = plan_shares((1,) * 5, 2, mode, 1)
-    groups = all_at_once([lambda s=share: attach(s) for share in shares])  # type: ignore[misc]
-    for blocks, pool in groups:
+    stacks = [stack() for _ in shares]
+    pools = _attach_all(hub, shares, stacks)
+    for blocks, pool in zip(stacks, pools, strict=True):
         pool.start()
         for cut in (None, 0, 1, 4):
             if cut is not None:
@@ -349,6 +344,16 @@ def test_several_modules_run_under_one_lease(mode: PoolMode) -> None:
         pool.close()
 
 
+def _attach_all(
+    hub: LocalHub, shares: Sequence[PoolShare], stacks: Sequence[Sequence[nn.Module]]
+) -> list[Pool]:
+    loaders = [PoolLoader(share, LocalStore(hub)) for share in shares]
+    for loader, blocks in zip(loaders, stacks, strict=True):
+        for block in blocks:
+            loader.add_block(block)
+    return all_at_once([loader.attach for loader in loaders])
+
+
 def _explode(*_: object) -> None:
     raise RuntimeError("boom")
 
@@ -359,15 +364,18 @@ def test_several_modules_are_not_shipped(tmp_path: Path) -> None:
         LocalHub(),
     )
 
-    def attach(share: PoolShare) -> None:
-        loader = PoolLoader(share, LocalStore(hub), PoolOptions(run_dir=tmp_path))
-        torch.manual_seed(0)
-        for _ in shares[0].owners:
-            loader.add_block(TwoLinears())
+    torch.manual_seed(0)
+    blocks = [TwoLinears() for _ in range(2)]
+    loaders = [PoolLoader(s, LocalStore(hub), PoolOptions(run_dir=tmp_path)) for s in shares]
+    for loader in loaders:
+        for block in blocks:
+            loader.add_block(copy.deepcopy(block))
+
+    def attach(loader: PoolLoader) -> None:
         with pytest.raises(UnsupportedModelError, match=r"layers \[0, 1\] have several"):
             loader.attach()
 
-    all_at_once([lambda s=share: attach(s) for share in shares])  # type: ignore[misc]
+    all_at_once([partial(attach, loader) for loader in loaders])
 
 
 def test_weights_of_several_layers_are_refused() -> None:

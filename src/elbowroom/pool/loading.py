@@ -47,8 +47,9 @@ class PoolLoader:
         return self._share.owners[layer] == self._share.rank
 
     def layers_to_read(self) -> list[int]:
-        """Layers that are loaded one at a time: those of peers, and those that an earlier process
-        of this rank has published.
+        """Layers that are loaded one at a time; none any more once the pool is attached.
+
+        They are those of peers, and those that an earlier process of this rank has published.
         """
         return sorted(self._held)
 
@@ -119,6 +120,7 @@ class PoolLoader:
         layers = Layers(self._share, self._store, self._options, pooled, owned | here, opened)
         choice = choose_leases(layers)
         self._check_bound(layers)
+        self._held.clear()
         pool = Pool(self._share, self._store, choice, make_server(layers), min(pooled))
         if self._share.streams:
             for layer, one in pooled.items():

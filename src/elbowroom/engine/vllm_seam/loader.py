@@ -41,7 +41,7 @@ class PoolModelLoader(DefaultModelLoader):
         own.load_format = "safetensors"
         super().__init__(own)
         self._passed_over: dict[int, list[tuple[str, torch.Tensor]]] = {}
-        self._loaded: set[str] | None = set()
+        self._loaded: set[str] | None = None  # names so far, of models that tell them
 
     def create_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -67,13 +67,15 @@ class PoolModelLoader(DefaultModelLoader):
         loader = _offloader().loader
         for layer in loader.layers_to_read():
             loaded = model.load_weights(iter(self._passed_over.pop(layer)))
-            if self._loaded is not None and loaded is not None:
+            if self._loaded is not None:
                 self._loaded |= loaded
             for module in loader.modules_of(layer):
                 _process(module)
             loader.take(layer)
-        if model_config.quantization is None and self._loaded is not None:
-            super().track_weights_loading(model, self._loaded)
+        if self._loaded is not None:
+            super().track_weights_loading(
+                model, self._loaded, model_config.quantization is not None
+            )
 
     def track_weights_loading(
         self, model: nn.Module, loaded_weights: set[str] | None, quantized: bool = False

@@ -164,7 +164,12 @@ class PoolOffloader(BaseOffloader):
             self._pool.after_capture()
 
     def attach(self) -> None:
-        """Share with the group what this replica has loaded, once all of it is."""
+        """Share with the group what this replica has loaded, once all of it is.
+
+        Of another model that is loaded afterwards, to draft tokens, nothing is shared.
+        """
+        if self._pool is not None:
+            return
         if self._share.mode != "none":
             self._pool = self.loader.attach()
         return_freed_memory()
