@@ -155,7 +155,7 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
     part = _text_config(config)
     text = _with_defaults(part)
     model_type = str(text.get("model_type", "unknown"))
-    num_layers = config_int(text, "num_hidden_layers")
+    num_layers = _num_layers(part, text)
     if num_layers > _MOST_LAYERS:
         raise InputError(f"config.json: {num_layers} layers are more than {_MOST_LAYERS}")
     num_heads = config_int(text, "num_attention_heads")
@@ -184,6 +184,13 @@ def parse_config(config: Mapping[str, Any]) -> ModelConfig:
         is_native=bool(text.get("is_native", True)),
         needs_bfloat16=config.get("model_type") in _NO_FLOAT16,
     )
+
+
+def _num_layers(part: Mapping[str, Any], text: Mapping[str, Any]) -> int:
+    """Layers of a model. A config that names none of them may have a kind for each (Nemotron-H)."""
+    kinds = part.get("layers_block_type") or part.get("hybrid_override_pattern")
+    is_named = any(part.get(name) is not None for name in _names("num_hidden_layers"))
+    return len(kinds) if kinds and not is_named else config_int(text, "num_hidden_layers")
 
 
 def resolve_dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool = False) -> str:

@@ -14,7 +14,8 @@ from elbowroom.core.model_shapes import Stored
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FFN = re.compile(
     r"(?:^|\.)(?:layers|h|blocks)\.\d+\."
-    r"(?:(?:mlp|feed_forward|ffn|block_sparse_moe|block_sparse_mlp|moe|shared_mlp)\.|fc[12]\.)"
+    r"(?:(?:mlp|feed_forward|ffn|block_sparse_moe|block_sparse_mlp|moe|shared_mlp)\.|fc[12]\."
+    r"|mixer\.(?:up_proj|down_proj|experts|shared_experts)\.)"  # Nemotron-H calls all layers so
 )
 _LOOSE = re.compile(r"\.\d+\.fc[12]\.")
 _OTHER_PARTS = re.compile(
