@@ -228,6 +228,28 @@ def test_modules_beside_each_other_are_pooled_and_not_shipped(tmp_path: Path) ->
     assert facts.cannot_ship == "its layers have several feed-forward modules"
 
 
+def test_layers_that_are_nothing_but_mixers(tmp_path: Path) -> None:
+    """Nemotron-H calls attention, state spaces and feed-forward networks the same."""
+    shapes = {name: s for name, s in llama_shapes().items() if ".layers." not in name}
+    ffn = {"up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
+    others = {"in_proj": (HIDDEN, HIDDEN), "q_proj": (HIDDEN, HIDDEN)}
+    for layer, parts in enumerate((others, ffn, others, ffn)):
+        shapes |= {f"backbone.layers.{layer}.mixer.{name}.weight": s for name, s in parts.items()}
+    kinds = ["mamba", "mlp", "attention", "mlp"]
+    folder = write_model(tmp_path, shapes, model_type="nemotron_h", layers_block_type=kinds)
+    config = json.loads((folder / "config.json").read_text())
+    del config["num_hidden_layers"]  # as Transformers writes it
+    (folder / "config.json").write_text(json.dumps(config))
+    size = 2 * HIDDEN * INTERMEDIATE
+    assert read_model(folder).ffn_elements == (0, size, 0, size)
+
+
+def test_modules_that_give_more_than_rows_are_pooled_and_not_shipped(tmp_path: Path) -> None:
+    facts = read_model(write_model(tmp_path, model_type="falcon"))
+    assert facts.cannot_pool is None
+    assert facts.cannot_ship is not None
+
+
 @pytest.mark.parametrize(
     ("quantization", "is_pooled"),
     [

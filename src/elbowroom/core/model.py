@@ -34,6 +34,9 @@ STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
 OTHER_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.gguf")
 """Weights that vLLM reads, and plans do not."""
 
+_GIVE_MORE = ("falcon",)
+"""Types whose feed-forward modules, as vLLM has them, give a bias to be added later."""
+
 BuildTensors = Callable[[Path], Mapping[str, Stored]]
 """Gives the tensors of the architecture that a model folder's config names."""
 
@@ -224,8 +227,8 @@ def read_model(
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
         cannot_pool=_cannot_pool(config, counted),
+        cannot_ship=_cannot_ship(config, counted),
         not_tried_on_gpus=_not_tried_on_gpus(config, has_experts),
-        cannot_ship="its layers have several feed-forward modules" if counted.is_loose else None,
     )
 
 
@@ -296,6 +299,13 @@ def _not_tried_on_gpus(config: ModelConfig, has_experts: bool) -> str | None:
     if config.quantization is not None:
         return "quantised weights"
     return None if config.is_native else "a model of vLLM's Transformers backend"
+
+
+def _cannot_ship(config: ModelConfig, counted: CountedWeights) -> str | None:
+    """Why rows cannot be shipped in a pool: an owner answers rows with rows, and nothing else."""
+    if config.model_type in _GIVE_MORE:
+        return "its feed-forward modules give something beside their rows"
+    return "its layers have several feed-forward modules" if counted.is_loose else None
 
 
 def _stored_dtype(tensors: Mapping[str, Stored]) -> str:
