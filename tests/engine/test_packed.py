@@ -35,6 +35,14 @@ def test_product(num_columns: int, num_rows: int, has_bias: bool) -> None:
     assert (out.double() - exact).abs().max() < num_roundings * largest * 2**-9
 
 
+def test_a_bias_is_added_before_the_product_is_rounded() -> None:
+    weight, x, bias = matrix(96, 64), matrix(5, 64), matrix(96)
+    exact = (x.double() @ weight.double().T + bias.double()).bfloat16()
+    rounded = (x.double() @ weight.double().T).bfloat16() + bias
+    assert not torch.equal(rounded, exact), "it makes a difference"
+    assert torch.equal(packed_linear(x, pack_weight(weight), bias), exact)
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     packed, x = pack_weight(matrix(96, 5632)), matrix(40, 5632)
     whole = packed_linear(x, packed, None)

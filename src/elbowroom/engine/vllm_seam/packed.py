@@ -31,21 +31,21 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor:
 def packed_linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x`` [..., in] times the transpose of a packed weight [out, in]: [..., out].
 
-    A row comes out the same whatever the batch. A matrix of more than 4,096 columns is summed from
-    parts rounded to bf16, as it is by two tensor-parallel ranks.
+    A row comes out the same whatever the batch. The bias is added before the product is rounded. A
+    matrix of more than 4,096 columns is summed from parts rounded to bf16, as it is by two
+    tensor-parallel ranks.
     """
     rows = x.reshape(-1, x.shape[-1])
     num_parts = _num_parts(rows.shape[1])
     out = torch.empty(rows.shape[0], packed.shape[0], dtype=x.dtype)
     partial = torch.empty_like(out) if num_parts > 1 else out
+    added = None if bias is None else bias.float()  # the one type that the kernel takes
     parts = packed.view(num_parts, packed.shape[0], -1)
     for number, (columns, part) in enumerate(zip(rows.chunk(num_parts, 1), parts, strict=True)):
         target = partial if number else out
-        torch.ops._C.weight_packed_linear(target, columns, part, None, True)
+        torch.ops._C.weight_packed_linear(target, columns, part, None if number else added, True)
         if number:
             out += partial
-    if bias is not None:
-        out += bias
     return out.view(*x.shape[:-1], packed.shape[0])
 
 
