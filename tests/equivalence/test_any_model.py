@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from elbowroom.plans.pool import RunPlan
+from tests.equivalence.batch_runs import (
+    elbowroom_command,
+    run_elbowroom,
+    run_vllm,
+    settings_of,
+    texts,
+    write_chats,
+)
 from tests.equivalence.random_models import write_random_model
 
 pytestmark = pytest.mark.vllm
@@ -53,16 +60,19 @@ FLAGS = (
     *("--max-model-len", str(LONGEST), "--max-num-seqs", "8", "--max-num-batched-tokens", "256"),
     *("--served-model-name", "m"),
 )
+OURS = (*FLAGS, "--memory", "64MiB", "--dtype", "bfloat16")
 
 
 @pytest.mark.nightly  # two starts each, of what the matrix has on every push
 @pytest.mark.parametrize("kind", KINDS)
 def test_pool_none_answers_as_plain_vllm(kind: str, tmp_path: Path) -> None:
     model, requests = _make(tmp_path / "model", kind), _requests(tmp_path / "in.jsonl")
-    ours, report = _run(model, requests, tmp_path, "--pool", "none", "--replicas", "1")
+    output, plain = tmp_path / "out.jsonl", tmp_path / "plain.jsonl"
+    report = run_elbowroom(model, requests, output, *OURS, "--pool", "none", "--replicas", "1")
     plan = RunPlan.from_json(report["plan"])
-    plain = _run_vllm(model, requests, tmp_path / "plain.jsonl", plan)
-    assert ours == plain
+    run_vllm(model, requests, plain, *FLAGS, *settings_of(plan))
+    ours = texts(output)
+    assert ours == texts(plain)
     assert len(set(map(str, ours.values()))) > 1, "not always the same answer"
     planned = plan.budget.kv_tokens_of(plan.engine.max_model_len)
     assert plan.budget.kv_is_known
@@ -72,7 +82,7 @@ def test_pool_none_answers_as_plain_vllm(kind: str, tmp_path: Path) -> None:
 def test_a_pool_that_gets_no_layers_is_an_error_before_any_row(tmp_path: Path) -> None:
     """Another loader hands over none, whatever the plan believes."""
     model, requests = _make(tmp_path / "model", "int8", quantise=False), tmp_path / "in.jsonl"
-    command = _command(model, _requests(requests), tmp_path / "out.jsonl")
+    command = elbowroom_command(model, _requests(requests), tmp_path / "out.jsonl", *OURS)
     done = subprocess.run(
         [*command, "--pool", "mapped", "--replicas", "2", "--", "--load-format", "safetensors"],
         capture_output=True,
@@ -135,42 +145,9 @@ def _edit(folder: Path, **keys: object) -> None:
 
 def _requests(path: Path) -> Path:
     chance = random.Random(0)
-    with path.open("w") as file:
-        for index in range(NUM_ROWS):
-            words = " ".join(f"w{chance.randrange(5, 250)}" for _ in range(chance.randint(5, 200)))
-            body = {"model": "m", "messages": [{"role": "user", "content": words}]}
-            body |= {"max_tokens": 16, "temperature": 0, "ignore_eos": True}
-            line = {"custom_id": str(index), "method": "POST", "url": "/v1/chat/completions"}
-            file.write(json.dumps({**line, "body": body}) + "\n")
-    return path
-
-
-def _command(model: Path, requests: Path, output: Path) -> list[str]:
-    files = ("--model", str(model), "--input", str(requests), "--output", str(output))
-    command = (sys.executable, "-m", "elbowroom", "run", *files, *FLAGS)
-    return [*command, "--memory", "64MiB", "--dtype", "bfloat16"]
-
-
-def _run(model: Path, requests: Path, folder: Path, *flags: str) -> tuple[dict[str, Any], Any]:
-    output = folder / "out.jsonl"
-    subprocess.run([*_command(model, requests, output), *flags], check=True, timeout=300)
-    return _answers(output), json.loads(output.with_suffix(".report.json").read_text())
-
-
-def _run_vllm(model: Path, requests: Path, output: Path, plan: RunPlan) -> dict[str, Any]:
-    """``vllm run-batch``, with the settings of the plan."""
-    module = "vllm.entrypoints.openai.run_batch"
-    files = ("-i", str(requests), "-o", str(output), "--model", str(model))
-    cache = ("--kv-cache-memory-bytes", str(plan.budget.kv_bytes), "--block-size", "32")
-    options = (*FLAGS, *cache, "--enforce-eager", "--dtype", plan.engine.dtype)
-    subprocess.run([sys.executable, "-m", module, *files, *options], check=True, timeout=300)
-    return _answers(output)
-
-
-def _answers(path: Path) -> dict[str, Any]:
-    """The text of each row."""
-    rows = map(json.loads, path.read_text().splitlines())
-    return {
-        row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"]
-        for row in rows
-    }
+    bodies = []
+    for _ in range(NUM_ROWS):
+        words = " ".join(f"w{chance.randrange(5, 250)}" for _ in range(chance.randint(5, 200)))
+        body = {"model": "m", "messages": [{"role": "user", "content": words}]}
+        bodies.append({**body, "max_tokens": 16, "temperature": 0, "ignore_eos": True})
+    return write_chats(path, bodies)
