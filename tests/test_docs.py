@@ -29,10 +29,11 @@ from elbowroom.cli.main import build_parser
 from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
 
 PAGES = [*MADE_PAGES, ROOT / "CONTRIBUTING.md"]
-MODULES = ("tools.make_docs", "tools.draw_pictures", "elbowroom.pipeline")
+MODULES = ("tools.make_docs", "tools.draw_pictures", "tools.make_smollm2", "elbowroom.pipeline")
 OF_OTHERS = {
     *("--runner", "--convert", "--enforce-eager", "--no-enforce-eager"),  # vLLM
     *("--nproc-per-node", "--shm-size", "--small", "--device"),  # torchrun, Docker, bench
+    "--wheel",  # tools.make_smollm2
 }
 _FENCE = re.compile(r"^```(bash|console)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _CODE = re.compile(r"`([^`\n]+)`")

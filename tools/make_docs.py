@@ -1,7 +1,7 @@
 """What the docs show of commands and results, made by running and reading them.
 
     python -m tools.make_docs            # the marked blocks of README.md and docs/
-    python -m tools.make_docs engine     # docs/output: what needs vLLM or torchrun (minutes)
+    python -m tools.make_docs engine     # docs/output: what needs vLLM, torchrun, PyPI (minutes)
     python -m tools.make_docs links      # links of README and its neighbours
 
 A block stands between ``<!-- made: NAME -->`` and ``<!-- end -->``; ``make_blocks`` has the names.
@@ -66,6 +66,10 @@ ENGINE = {
     "first-run": "elbowroom run --model examples/demo/model --served-model-name demo \\\n"
     "    --input requests.jsonl --output results.jsonl",
     "status": "elbowroom status results.jsonl",
+    "smollm2": "python -m tools.make_smollm2 smollm2",
+    "smollm2-check": "elbowroom check examples/questions.jsonl --model smollm2",
+    "smollm2-run": "elbowroom run --model smollm2 --input examples/questions.jsonl \\\n"
+    "    --output answers.jsonl --replicas 2 --pool mapped --memory 1GiB",
     "demo": "elbowroom run --model examples/demo/model --served-model-name demo \\\n"
     "    --input examples/demo/requests.jsonl --output demo.jsonl \\\n"
     "    --replicas 2 --memory 160MiB",
@@ -91,6 +95,7 @@ REFUSED = {"plan-no-fit": 2}
 
 KEPT = {
     "results.jsonl": "first-results.jsonl",
+    "answers.jsonl": "smollm2-answers.jsonl",
     "lm.json": "lm.json",
     "step.json": "step.json",
     "shapes.json": "shapes.json",
@@ -104,9 +109,16 @@ EXCERPTS = {
         "first-run",
         ("taken: ", "next best: ", " rows  ", " tokens  ", " seconds  ", " output tokens/s"),
     ),
+    "smollm2-run-short": (
+        "smollm2-run",
+        ("$ ", "    --output", "taken: ", " rows  ", " tokens  ", " seconds  ", " weights "),
+    ),
     "train-run-short": ("train-run", ("loss: ", "50 minibatches", "a minibatch: ")),
 }
 """Lines of stored output, by how they begin."""
+
+SHORTENED = {"smollm2-run"}
+"""Stored outputs that pages show only in excerpts."""
 
 _BLOCK = re.compile(r"(<!-- made: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)|(?:src|href)=\"([^\"#]+)\"")
@@ -114,11 +126,11 @@ _LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)(?:#[^)\s]*)?\)|(?:src|href)=\"([^\"#
 
 def run(command: str, folder: Path = WORK, exit_code: int = 0) -> str:
     """A command and what a terminal would show of it. Ends the program on another exit code."""
-    words = shlex.split(command.replace("\\\n", ""))
+    words = shlex.split(command.replace("\\\n", "").removeprefix("python -m "))
     environment = {
         **os.environ,
         "COLUMNS": str(COLUMNS),
-        "PYTHONPATH": str(ROOT / "src"),
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT))),
         "NO_COLOR": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
@@ -161,7 +173,7 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
         name: fenced("console", run(command, folder, REFUSED.get(name, 0)))
         for name, command in LIVE.items()
     }
-    for name in ENGINE.keys() - LIVE.keys():
+    for name in ENGINE.keys() - LIVE.keys() - SHORTENED:
         made[name] = fenced("console", (OUTPUT / f"{name}.txt").read_text())
     made |= {name: fenced("console", excerpt(name)) for name in EXCERPTS}
     tables = {**batch_tables.TABLES, **training_tables.TABLES, **swap_tables.TABLES}
@@ -171,7 +183,8 @@ def make_blocks(folder: Path = WORK) -> dict[str, str]:
     made["exit-codes"] = fenced("text", EXIT_CODES)
     made["cli"] = "\n".join(cli_page(build_parser()))
     made["requests"] = fenced("json", (folder / "requests.jsonl").read_text())
-    made["answer"] = fenced("text", answers())
+    made["answer"] = fenced("text", answers("first-results.jsonl"))
+    made["smollm2-answers"] = fenced("text", answers("smollm2-answers.jsonl"))
     for name in ("plan", "train-plan", "grid"):
         plan = shortened(json.loads((folder / f"{name}.json").read_text()), folder)
         made[f"{name}-json"] = fenced("json", json.dumps(plan, indent=1) + "\n")
@@ -209,10 +222,10 @@ def fenced(language: str, text: str) -> str:
     return f"```{language}\n{text.rstrip()}\n```\n"
 
 
-def answers() -> str:
-    """The stored answers, without what an OpenAI client does not look at."""
+def answers(stored: str) -> str:
+    """Stored answers, without what an OpenAI client does not look at."""
     lines = []
-    for line in (OUTPUT / "first-results.jsonl").read_text().splitlines():
+    for line in (OUTPUT / stored).read_text().splitlines():
         row = json.loads(line)
         body = row["response"]["body"]
         message = body["choices"][0]["message"]["content"]
