@@ -27,6 +27,7 @@ def test_measured_products_are_followed_between_and_beyond_points() -> None:
     assert device.matmul_seconds(512, 0.39e9, 0.39e9, 0.78e9) == pytest.approx(2.0)
     between = (1 / 7 + (1 / 5 - 1 / 7) * 7 / 15) * 1e-9
     assert device.matmul_seconds(8, 1, 1, 2) == pytest.approx(between)
+    assert device.matmul_seconds(8, 0, 0, 0) == 0, "of a layer without such a matrix"
 
 
 def test_all_reduce_takes_the_better_way() -> None:

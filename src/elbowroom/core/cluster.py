@@ -92,6 +92,8 @@ class Device:
             is_fp8: whether the product is computed at the FP8 rate.
 
         """
+        if not read:  # a layer without such a network
+            return 0.0
         if self.matmul:
             # In a mixture each row meets only part of the weights read: per matrix, this many rows
             # on average.
