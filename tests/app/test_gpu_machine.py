@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import elbowroom
+from elbowroom.app import runnable
 from elbowroom.app.machine import THIS_MACHINE, find_cluster, find_engine_cluster, split_cores
 from elbowroom.app.plan import model_facts, plan_job, run_plan
 from elbowroom.app.plan_settings import PlanSettings
@@ -14,6 +17,7 @@ from elbowroom.core.cluster_file import read_cluster
 from elbowroom.core.errors import InputError, MeasuringError
 from elbowroom.core.units import GIB
 from elbowroom.core.workload import parse_lengths
+from elbowroom.planning.pool.layouts import NOT_BETWEEN_GPUS
 from tests.app.stub_command import Jobs
 from tests.fake_gpus import Show, engine_for_gpus, show_gpus  # noqa: F401 (fixtures)
 from tests.jobs.plans import write_batch
@@ -50,8 +54,21 @@ def test_a_preset_predicts(files: tuple[Path, Path, Path], show_gpus: Show) -> N
 
 def test_one_replica_for_each_gpu(files: tuple[Path, Path, Path], show_gpus: Show) -> None:  # noqa: F811
     show_gpus(2)
-    report = elbowroom.run_batch(*files, memory="1GiB")
+    said = io.StringIO()
+    report = elbowroom.run_batch(*files, memory="1GiB", console=Console(file=said, width=200))
     assert (report.plan.num_replicas, report.plan.shares[0].mode) == (2, "none")
+    assert f"pool none: {NOT_BETWEEN_GPUS}\n" in said.getvalue()
+
+
+def test_kernels_for_quantised_weights_are_left_to_vllm(
+    files: tuple[Path, Path, Path],
+    show_gpus: Show,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runnable, "is_known_engine", lambda _: pytest.fail("it was asked"))
+    write_model(files[0], quantization_config={"quant_method": "awq", "bits": 4})
+    show_gpus(1)
+    assert elbowroom.run_batch(*files, memory="1GiB").num_succeeded == 4
 
 
 @pytest.mark.parametrize(
@@ -59,6 +76,7 @@ def test_one_replica_for_each_gpu(files: tuple[Path, Path, Path], show_gpus: Sho
     [
         (2, {"replicas": 2, "pool": "streamed"}, "between several GPUs"),
         (1, {"replicas": 2, "memory": 60 * GIB}, "lower --memory or --replicas"),
+        (1, {"replicas": 1, "tensor_parallel": 2, "memory": GIB}, "2 needs as many .* there are 1"),
         (0, {}, "nvidia-smi shows none"),
     ],
 )

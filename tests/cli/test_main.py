@@ -6,7 +6,6 @@ import json
 import os
 from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -14,56 +13,7 @@ from elbowroom.app.machine import split_cores
 from elbowroom.cli.main import main
 from elbowroom.core.errors import InputError, JobStoppedError, ReplicaError
 from elbowroom.jobs.job import Job, JobOptions
-from tests.jobs.plans import write_batch
-from tests.tiny_model import write_model
-
-
-class Command:
-    """A command line that would run, in a folder of its own, to be spoiled by each test."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        write_model(folder / "model")
-        write_batch(folder / "in.jsonl", 3)
-        self.flags = {
-            "--model": str(folder / "model"),
-            "--input": str(folder / "in.jsonl"),
-            "--output": str(folder / "out.jsonl"),
-            "--memory": "64MiB",
-            "--max-num-batched-tokens": "64",
-            "--max-num-seqs": "4",
-        }
-        self.before = self.files()
-
-    def files(self) -> dict[str, bytes]:
-        paths = [path for path in self.folder.rglob("*") if path.is_file()]
-        return {str(path): path.read_bytes() for path in paths}
-
-    def run(self, **changes: str) -> int:
-        flags = {**self.flags, **{f"--{key.replace('_', '-')}": v for key, v in changes.items()}}
-        return main(["run", *(part for flag in flags.items() for part in flag)])
-
-
-@pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    async def refuse(*_: object) -> None:
-        pytest.fail("the job was started")
-
-    monkeypatch.setattr("elbowroom.app.batch.run_job", refuse)
-    return Command(tmp_path)
-
-
-def _check_refused(
-    command: Command, capsys: pytest.CaptureFixture[str], words: str, **changes: str
-) -> None:
-    """Exit code 2, the words on stderr, stdout and disk untouched."""
-    assert command.run(**changes) == 2
-    out, err = capsys.readouterr()
-    assert "elbowroom: " in err
-    assert "Traceback" not in err
-    assert "".join(words.split()) in "".join(err.split()), err  # rich wraps long lines
-    assert out == ""
-    assert command.files() == command.before
+from tests.cli.command import Command, check_refused
 
 
 @pytest.mark.parametrize(
@@ -87,27 +37,27 @@ def test_refused_with_the_reason(
     changes: dict[str, str],
     words: str,
 ) -> None:
-    _check_refused(command, capsys, words, **changes)
+    check_refused(command, capsys, words, **changes)
 
 
 def test_output_that_is_the_input(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     words = "input and --output are the same file"
-    _check_refused(command, capsys, words, output=command.flags["--input"])
+    check_refused(command, capsys, words, output=command.flags["--input"])
 
 
 def test_output_that_is_a_folder(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    _check_refused(command, capsys, "name a file", output=str(command.folder))
+    check_refused(command, capsys, "name a file", output=str(command.folder))
 
 
 def test_a_folder_that_cannot_be_made(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     inside_a_file = str(command.folder / "in.jsonl" / "sub" / "out.jsonl")
-    _check_refused(command, capsys, "in.jsonl", output=inside_a_file)
+    check_refused(command, capsys, "in.jsonl", output=inside_a_file)
 
 
 def test_a_corrupt_model(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
     (command.folder / "model" / "model.safetensors").write_bytes(b"rubbish")
     command.before = command.files()
-    _check_refused(command, capsys, "is corrupt")
+    check_refused(command, capsys, "is corrupt")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from elbowroom.app.gpu_machine import ONE_GPU
 from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cores
 from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
+from elbowroom.app.runnable import check_quantised, takes_float32
+from elbowroom.app.vllm_options import check_options, why_no_pool
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
@@ -129,16 +131,22 @@ def plan_job(
 
 
 def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
-    """Facts of the model, in the dtype in which it is to be computed."""
+    """Facts of the model, in the dtype in which it is to be computed.
+
+    Raises InputError and UnsupportedModelError for what this machine's engine is known not to run.
+    """
+    check_options(settings.vllm_options)
     is_pooling = any("pooling" in option for option in settings.vllm_options)
     model = read_model(settings.model, settings.dtype, is_pooling, built_tensors)
+    model = replace(model, cannot_pool=model.cannot_pool or why_no_pool(settings.vllm_options))
     on_gpus = settings.is_here and is_for_gpus(engine_version())
     asks_for_backend = any("transformers" in option for option in settings.vllm_options)
     kind = model.not_tried_on_gpus or ("--model-impl transformers" if asks_for_backend else None)
     if on_gpus and kind:
         why = f"no pool of {kind} has been run on GPUs"
         model = replace(model, cannot_pool=model.cannot_pool or why)
-    if settings.is_here and settings.dtype == "auto" and not on_gpus:
+    is_free = settings.dtype == "auto" and takes_float32(model, settings.vllm_options)
+    if settings.is_here and is_free and not on_gpus:
         dtype = host.fastest_dtype(model.dtype)
         if dtype != model.dtype:
             say(
@@ -146,6 +154,8 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
                 f"(--dtype {model.dtype} asks for it all the same)"
             )
             model = replace(model, dtype=dtype)
+    if settings.is_here and not on_gpus:  # on GPUs, vLLM has kernels for most
+        check_quantised(model, settings.model, settings.vllm_options)
     return replace(
         model,
         weight_dtype=_storage(settings.weight_dtype, "--weight-dtype"),

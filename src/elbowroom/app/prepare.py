@@ -22,6 +22,7 @@ from elbowroom.app.plan import (
 from elbowroom.app.plan_settings import PlanSettings
 from elbowroom.app.plan_table import print_plan_table
 from elbowroom.app.predict import Predictor
+from elbowroom.app.runnable import check_plan, check_room, check_tokenizer
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError, optional
@@ -103,12 +104,14 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
     Raises InputError and UnsupportedModelError for a model that cannot be run, InputError too when
     no row could be answered, MemoryPlanError when none fits.
     """
-    asked, batch = settings.plan, given.batch
+    asked, batch = _asked(settings), given.batch
     for warning in _warnings(settings, given.summary):
         say(warning.text)
     model = model_facts(asked, say)
-    layout = settings.given_plan.layout if settings.given_plan else None
-    check_runnable(model, asked.model, layout.pool if layout else asked.pool)
+    check_runnable(model, asked.model, asked.pool)
+    check_tokenizer(asked.model, asked.vllm_options)
+    if settings.given_plan is not None:
+        check_plan(settings.given_plan, model)
     lengths = None
     with optional("prediction", say):
         lengths = read_lengths(batch, asked.model, PREDICTION_ROWS)
@@ -140,6 +143,16 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
                 predict_actual = predictor.for_actual
                 say(f"predicted for {lengths}: {predictor.prediction}")
     return Prepared(plan, options, predict_actual)
+
+
+def _asked(settings: BatchSettings) -> PlanSettings:
+    """What is asked of model and engine: what a given plan says, where there is one."""
+    plan = settings.given_plan
+    if plan is None:
+        return settings.plan
+    pool = plan.layout.pool if plan.layout else plan.shares[0].mode
+    engine = plan.engine
+    return replace(settings.plan, pool=pool, dtype=engine.dtype, vllm_options=engine.extra)
 
 
 def _warnings(settings: BatchSettings, summary: FileSummary) -> Iterator[Warned]:
@@ -214,6 +227,8 @@ def _check_machine(plan: RunPlan) -> None:
         if len(gpus) > 1 and plan.shares[0].mode != "none":
             raise InputError(f"{NOT_BETWEEN_GPUS}: {ONE_GPU}")
         return
+    if plan.shared_bytes:
+        check_room(plan.shared_bytes)
     there, asked = host.memory_bytes(), plan.num_replicas * plan.budget.memory_bytes
     if there is not None and asked > there:
         raise MemoryPlanError(

@@ -8,6 +8,7 @@ from elbowroom.core.errors import (
     JobStoppedError,
     MemoryPlanError,
     OutputError,
+    UnsupportedModelError,
 )
 
 EXIT_CODES = """\
@@ -47,6 +48,6 @@ VERIFY_CODES = {
 def exit_code(error: ElbowroomError) -> int:
     if isinstance(error, JobStoppedError):
         return EXIT_RESUMABLE
-    if isinstance(error, InputError | OutputError | MemoryPlanError):
+    if isinstance(error, InputError | OutputError | MemoryPlanError | UnsupportedModelError):
         return EXIT_BAD_INPUT
     return EXIT_FAILURE

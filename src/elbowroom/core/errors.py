@@ -37,7 +37,7 @@ class SplitError(InputError):
 
 
 class UnsupportedModelError(ElbowroomError):
-    """The model has no feed-forward network that we recognise, or one that the pool cannot hold."""
+    """The model has no feed-forward network that the pool can hold, or weights without a kernel."""
 
 
 class PoolError(ElbowroomError):

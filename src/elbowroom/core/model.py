@@ -23,9 +23,10 @@ from elbowroom.core.model_weights import (
     Weights,
     computes_in_fp8,
     count_weights,
-    is_fp8_by_channel,
+    forms_of,
     quantised,
 )
+from elbowroom.core.weight_forms import QuantisedWeights
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 STORAGE_BYTES = {**DTYPE_BYTES, "fp8": 1}
@@ -58,7 +59,8 @@ class ModelFacts:
 
     ``has_weights`` is False when only the config was there. ``cannot_pool`` says why no pool can
     hold the layers, and ``cannot_ship`` why rows cannot be shipped in one, None where they can.
-    ``not_tried_on_gpus`` says what kind of pool was run on CPUs alone.
+    ``not_tried_on_gpus`` says what kind of pool was run on CPUs alone. ``quantised`` is None for
+    weights that are not.
     """
 
     name: str
@@ -89,6 +91,7 @@ class ModelFacts:
     cannot_pool: str | None = None
     cannot_ship: str | None = None
     not_tried_on_gpus: str | None = None
+    quantised: QuantisedWeights | None = None
 
     @property
     def cannot_pool_here(self) -> str | None:
@@ -229,6 +232,7 @@ def read_model(
         cannot_pool=_cannot_pool(config, counted),
         cannot_ship=_cannot_ship(config, counted),
         not_tried_on_gpus=_not_tried_on_gpus(config, has_experts),
+        quantised=forms_of(counted, config),
     )
 
 
@@ -283,11 +287,9 @@ def _count(tensors: Mapping[str, Stored], config: ModelConfig, model_dir: Path) 
 
 def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
     """Why no pool can hold the layers of a model."""
-    quantization = config.quantization
-    if quantization is not None and not is_fp8_by_channel(quantization):
-        return (
-            f"its weights are quantised ({quantization.get('quant_method', 'in an unknown way')})"
-        )
+    quantised = forms_of(counted, config)
+    if quantised is not None and not quantised.stays_in_tensors:
+        return f"its weights are quantised ({quantised.method})"
     if not any(weights.elements for weights in counted.ffn):
         return f"none of its {config.num_layers} layers has feed-forward matrices"
     return None
@@ -316,6 +318,10 @@ def _stored_dtype(tensors: Mapping[str, Stored]) -> str:
 
 def _dtype(config: ModelConfig, stored: str, asked: str, is_pooling: bool) -> str:
     dtype = resolve_dtype(config, stored, asked, is_pooling)
+    if dtype == "float16" and config.needs_bfloat16:
+        raise InputError(
+            f"--dtype float16: vLLM computes a '{config.model_type}' in bfloat16 or float32 only"
+        )
     if dtype not in DTYPE_BYTES:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(DTYPE_BYTES)}: set --dtype")
     return dtype

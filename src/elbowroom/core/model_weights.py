@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from elbowroom.core.errors import InputError
 from elbowroom.core.model_config import ModelConfig
 from elbowroom.core.model_shapes import Stored
+from elbowroom.core.weight_forms import QuantisedWeights, quantised_weights
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 _FFN = re.compile(
@@ -170,6 +171,17 @@ def _module(name: str) -> str:
     return _TEXT_MODULE.sub("", name.removesuffix(".weight"))
 
 
+def forms_of(counted: CountedWeights, config: ModelConfig) -> QuantisedWeights | None:
+    """The forms of a model's quantised weights; None where the config says nothing of any."""
+    if config.quantization is None:
+        return None
+    of_experts = sum(weights.packed for weights in counted.experts)
+    in_all = counted.rest.packed + sum(weights.packed for weights in counted.ffn)
+    return quantised_weights(
+        config.quantization, has_matrices=in_all > of_experts, has_experts=of_experts > 0
+    )
+
+
 def stored_bits(quantization: Mapping[str, Any] | None) -> int | None:
     """Bits of a quantised weight; None where none is, or the config does not say.
 
@@ -208,19 +220,6 @@ def computes_in_fp8(quantization: Mapping[str, Any] | None) -> bool:
         for group in groups.values()
         if isinstance(group, dict)
     )
-
-
-def is_fp8_by_channel(quantization: Mapping[str, Any]) -> bool:
-    """Whether weights are FP8 numbers with one scale for each output channel, and no others.
-
-    Of the quantised forms that vLLM runs on CPUs, it is the one that leaves weights in tensors.
-    """
-    if str(quantization.get("quant_method", "")).replace("_", "-") != "compressed-tensors":
-        return False
-    groups = (quantization.get("config_groups") or {}).values()
-    weights = [group.get("weights") or {} for group in groups if isinstance(group, dict)]
-    kinds = {(each.get("type"), each.get("num_bits"), each.get("strategy")) for each in weights}
-    return kinds == {("float", 8, "channel")}
 
 
 def _size(name: str, tensor: Stored, bits: int | None) -> Weights:

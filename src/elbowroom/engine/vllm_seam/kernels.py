@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,16 +27,48 @@ def find_kernel(dtype: torch.dtype = torch.bfloat16) -> tuple[Pack, Linear]:
 
 def _load_vllm_kernels() -> bool:
     """Whether vLLM's packed kernel for bf16 can be had on this CPU."""
-    package = importlib.util.find_spec("vllm")
-    for folder in (package and package.submodule_search_locations) or ():
-        library = Path(folder) / "_C.abi3.so"
+    for folder in _vllm_folders():
+        library = folder / "_C.abi3.so"
         if library.exists() and torch.cpu._is_avx512_bf16_supported():
             with suppress(OSError):  # of another PyTorch, or without a library that it needs
                 torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     return hasattr(torch.ops._C, "weight_packed_linear")
 
 
+def _vllm_folders() -> Iterator[Path]:
+    package = importlib.util.find_spec("vllm")
+    return map(Path, (package and package.submodule_search_locations) or ())
+
+
 def _packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape[0], packed.shape[0], dtype=x.dtype)
     torch.ops._C.weight_packed_linear(out, x, packed, None, True)
     return out
+
+
+class OwnKernels:
+    """What this CPU has, and vLLM's library, which is loaded."""
+
+    @property
+    def has_amx(self) -> bool:
+        return bool(torch.cpu._is_amx_tile_supported())
+
+    def has_operator(self, name: str) -> bool:
+        """Whether there is such an operator; one that takes nothing stands for a missing one."""
+        operator = getattr(torch.ops._C, name, None)
+        return operator is not None and bool(operator.default._schema.arguments)
+
+
+def own_kernels() -> OwnKernels | None:
+    """What vLLM has for this CPU: of its libraries for x86-64, the one that it would load here.
+
+    None where it cannot be loaded, and on CPUs that multiply FP8, for which it has further kernels.
+    """
+    library = "_C_AVX2.abi3.so"
+    if torch.cpu._is_avx512_supported():
+        library = "_C.abi3.so" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512.abi3.so"
+    for folder in _vllm_folders():
+        with suppress(OSError):
+            torch.ops.load_library(folder / library)  # type: ignore[no-untyped-call]
+            return None if torch.ops._C.cpu_has_amx_fp8() else OwnKernels()
+    return None

@@ -98,13 +98,20 @@ def why_not_run(model: ModelFacts, cluster: Cluster, layout: Layout) -> str | No
         return "not run by this version"
     if layout.pool == "none":
         return None
+    not_here = None if cluster.device.maps_peers else NOT_BETWEEN_GPUS
+    return why_not_pooled(model, layout) or not_here
+
+
+def why_not_pooled(model: ModelFacts, layout: Layout) -> str | None:
+    """Why no pool of a layout can hold this model, whatever it runs on; None where one can."""
+    if layout.pool == "none":
+        return None
     if model.cannot_pool:
         return model.cannot_pool
-    if model.cannot_ship and layout.pool == "shipped":
+    if layout.pool == "shipped" and model.cannot_ship:
         return model.cannot_ship
-    if model.experts and (layout.pool == "shipped" or layout.tensor_parallel > 1):
-        return MIXTURES_POOL
-    return None if cluster.device.maps_peers else NOT_BETWEEN_GPUS
+    is_divided = layout.pool == "shipped" or layout.tensor_parallel > 1
+    return MIXTURES_POOL if model.experts and is_divided else None
 
 
 def layout_budget(
