@@ -104,10 +104,18 @@ KEPT = {
 """Files of ``ENGINE`` that ``LIVE`` uses, or pages show."""
 
 EXCERPTS = {
-    "taken": ("first-run", ("taken: ", "next best: ")),
+    "taken": ("first-run", ("taken: ", "pool ", "next best: ")),
     "first-run-short": (
         "first-run",
-        ("taken: ", "next best: ", " rows  ", " tokens  ", " seconds  ", " output tokens/s"),
+        (
+            "taken: ",
+            "pool ",
+            "next best: ",
+            " rows  ",
+            " tokens  ",
+            " seconds  ",
+            " output tokens/s",
+        ),
     ),
     "smollm2-run-short": (
         "smollm2-run",

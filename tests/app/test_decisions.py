@@ -22,7 +22,7 @@ from elbowroom.planning.pool.search import LEAST_TOKENS, MOST_ROWS, evaluate, fi
 from elbowroom.plans.pool import Layout, RunPlan, read_any_plan
 from tests.jobs.plans import write_batch
 from tests.planning.facts import CPU, H200, MODELS
-from tests.tiny_model import CONFIG, write_model
+from tests.tiny_model import CONFIG, llama_shapes, write_model
 
 MIB, GIB = 2**20, 2**30
 
@@ -90,6 +90,42 @@ def test_a_pool_means_replicas_and_replicas_mean_a_pool(run: Runs) -> None:
     plan = run("--replicas", "2", "--dtype", "bfloat16")
     assert plan.layout is not None
     assert plan.layout.pool != "none", "what replicas share is cache"
+
+
+SCARCE = ("--replicas", "2", "--max-num-batched-tokens", "64", "--max-num-seqs", "2")
+SCARCE += ("--max-model-len", "64", "--dtype", "bfloat16")
+
+
+def test_the_pool_is_told_with_what_it_gains(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = ("--memory", "40KiB")
+    copies = run(*SCARCE, *memory, "--pool", "none").budget.num_kv_tokens
+    assert "pool none: as asked for" in capsys.readouterr().err
+    for pool in ("auto", "mapped", "streamed"):
+        plan = run(*SCARCE, *memory, "--pool", pool)
+        gain = plan.budget.num_kv_tokens / copies
+        assert gain > 1.01 or pool == "streamed", "its slots are as large as a third of the layers"
+        line = f"pool {plan.shares[0].mode}: {gain:.2f}x the KV cache of full copies"
+        assert capsys.readouterr().err.count(line) == 1, (pool, line)
+    pooled = run(*SCARCE, "--memory", "22300B").budget
+    lacking = next(x for x in capsys.readouterr().err.splitlines() if x.startswith("pool "))
+    assert lacking.startswith("pool mapped: full copies lack ")
+    assert pooled.kv_bytes > 0
+
+
+def test_no_pool_is_told_with_the_reason(run: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*flags: str) -> str:
+        run(*flags, "--memory", "64MiB")
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pool ")]
+        assert len(lines) == 1, "one line"
+        return lines[0]
+
+    assert said() == "pool none: one replica shares with nobody: --replicas 2 or more might pool"
+    two = ("--replicas", "2")
+    assert said(*two, "--", "--quantization", "fp8").startswith("pool none: --quantization fp8")
+    shapes = {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
+    write_model(run.folder / "model", shapes)
+    assert said(*two).startswith("pool none: layers [1] of 3 have no feed-forward matrices")
+    assert said(*two, "--pool", "none") == "pool none: as asked for"
 
 
 def test_memory_is_divided_among_replicas_and_what_engines_hold(

@@ -43,6 +43,7 @@ from elbowroom.planning.pool.search import (
     first_that_fits,
     without_idle_cache,
 )
+from elbowroom.planning.pool.why_pool import describe_pool
 from elbowroom.plans.pool import (
     EngineOptions,
     Layout,
@@ -75,6 +76,12 @@ class Planned:
         """The fastest candidate that fits and that this version runs."""
         fitting = (c for c in self.candidates if c.fits and self.why_not_run(c) is None)
         return next(fitting, None)
+
+    def describe_pool(self, best: Candidate, settings: PlanSettings) -> str:
+        """The pool of a layout that is taken for this machine, and why, in one line."""
+        return describe_pool(
+            self.model, self.workload, best, self.candidates, settings.pool, settings.engine
+        )
 
     @property
     def cluster(self) -> Cluster:

@@ -130,7 +130,7 @@ def prepare(settings: BatchSettings, given: ScannedInput, console: Console, say:
         if rows is None:
             plan = replace(plan, prediction=None)
         check_fits(plan.budget, plan.engine.max_model_len)
-        _say_choice(planned, plan, say)
+        _say_choice(planned, plan, asked, say)
         cluster = best.cluster if planned.machines.is_measured else None
     _check_machine(plan)
     options, predict_actual = settings.job, None
@@ -237,8 +237,8 @@ def _check_machine(plan: RunPlan) -> None:
         )
 
 
-def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
-    """What is taken, and what the next best would take."""
+def _say_choice(planned: Planned, plan: RunPlan, asked: PlanSettings, say: Say) -> None:
+    """What is taken, with which pool and why, and what the next best would take."""
     best, other = planned.choice.best, planned.choice.next_best
     assert best is not None
     budget = plan.budget.kv_tokens_text(plan.engine.max_model_len)
@@ -246,6 +246,7 @@ def _say_choice(planned: Planned, plan: RunPlan, say: Say) -> None:
         f"taken: {best.describe()}, {plan.engine.dtype}: {budget} KV tokens, "
         f"{plan.engine.max_num_seqs} rows at once"
     )
+    say(planned.describe_pool(best, asked))
     if other is not None and planned.machines.is_measured:
         longer = other.seconds / best.seconds
         say(f"next best: {other.describe()}: {longer:.2f}x as long, by prediction")

@@ -107,6 +107,9 @@ def _plan(args: argparse.Namespace, console: Console) -> int:
         runs = planned.best_to_run
         instead = f"the best that it runs: {runs.layout}" if runs else "it runs none that fits"
         screen.print(f"  {why}; {instead}", highlight=False, soft_wrap=True)
+    if settings.is_here:
+        pool = planned.describe_pool(best, settings)
+        screen.print(f"  {pool}", highlight=False, soft_wrap=True)
     if args.explain:
         screen.print(_terms(planned, best))
     if args.json is not None:

@@ -40,7 +40,7 @@ MOST_ROWS, LEAST_TOKENS = 1024, 256
 The first is vLLM's own for its largest devices; few tokens take prompts in small chunks.
 """
 
-_TIE = 0.01
+TIE = 0.01
 """Relative difference of finish times that counts as equal: most KV tokens then decide."""
 
 
@@ -131,7 +131,7 @@ def choose(
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return Choice(tuple(candidates), None, "no layout fits")
-    near = [c for c in fitting if c.seconds <= fitting[0].seconds * (1 + _TIE)]
+    near = [c for c in fitting if c.seconds <= fitting[0].seconds * (1 + TIE)]
     best = max(near, key=lambda c: (c.budget.num_kv_tokens, -c.seconds, -c.layout.num_ranks))
     return Choice(tuple(candidates), best, _reason(best, fitting))
 
@@ -309,8 +309,8 @@ def _reason(best: Candidate, fitting: Sequence[Candidate]) -> str:
         return "the only kind of layout that fits"
     ratio = other.seconds / best.seconds
     tokens = best.budget.num_kv_tokens / max(1, other.budget.num_kv_tokens)
-    if ratio < 1 - _TIE:
+    if ratio < 1 - TIE:
         return f"one engine on all cores; {other.layout} might take {ratio:.2f}x as long"
-    if ratio > 1 + _TIE:
+    if ratio > 1 + TIE:
         return f"{ratio:.2f}x as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
     return f"as fast as {other.layout}, with {tokens:.2f}x its KV tokens"
