@@ -14,7 +14,6 @@ from elbowroom.cli.main import main
 from elbowroom.core import host
 from elbowroom.engine.vllm_seam import kernels
 from tests.cli.command import Command, check_refused
-from tests.planning.facts import CPU, MODELS
 from tests.tiny_model import HIDDEN, LAYERS, Shapes, llama_shapes, write_model
 
 
@@ -241,51 +240,6 @@ def test_what_vllm_is_told_of_weights_is_left_to_it(
         command.run("--quantization", "other", pool="none")
 
 
-PLANS = {
-    "layers": ({"num_hidden_layers": LAYERS - 1}, "for 3 layers, and model has 2"),
-    "no pool": ({"quantization_config": FP8_ROWS}, "cannot be pooled"),
-}
-
-
-@pytest.mark.parametrize(("config", "words"), PLANS.values(), ids=PLANS)
-def test_a_plan_for_another_model(
-    command: Command,
-    capsys: pytest.CaptureFixture[str],
-    config: dict[str, Any],
-    words: str,
-) -> None:
-    path, model = command.folder / "plan.json", command.folder / "model"
-    job = ("--model", str(model), "--lengths", "8:8x4", "--memory", "64MiB")
-    asked = ("--replicas", "2", "--pool", "streamed", "--dtype", "bfloat16")
-    assert main(["plan", *job, *asked, "--json", str(path)]) == 0
-    write_model(model, **config)
-    capsys.readouterr()
-    assert run_plan(command, path) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
-
-
-def test_a_plan_of_a_mixture_whose_rows_would_be_shipped(
-    command: Command, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Plans for other clusters have such layouts, to compare with."""
-    path, model = command.folder / "plan.json", command.folder / "model"
-    write_model(model, mixture(), **MIXTURE)
-    cluster = command.folder / "cluster.toml"
-    cluster.write_text(CPU.to_toml())
-    job = ("--model", str(model), "--lengths", "8:8x4", "--cluster", str(cluster))
-    asked = ("--replicas", "2", "--tensor-parallel", "1", "--pool", "shipped", "--slots", "2")
-    assert main(["plan", *job, *asked, "--json", str(path)]) == 0
-    capsys.readouterr()
-    assert run_plan(command, path) == 2
-    said = " ".join(capsys.readouterr().err.split())
-    assert "model cannot be run as t1d2 shipped 2 slots: rows of a mixture are not shipped" in said
-
-
-def run_plan(command: Command, path: Path) -> int:
-    files = [part for flag in ("--input", "--output") for part in (flag, command.flags[flag])]
-    return main(["run", "--plan", str(path), *files])
-
-
 def test_a_pool_without_room(
     command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,25 +251,3 @@ def test_a_pool_without_room(
     assert "--pool none" in said
     with pytest.raises(pytest.fail.Exception, match="the job was started"):
         command.run(**TWO, pool="none")
-
-
-PLANNED = {
-    "devices": (
-        ("--tensor-parallel", "2", "--replicas", "3"),
-        "3 replicas of 2 devices cannot be had: h200-8 has 8 devices",
-    ),
-    "rows": (("--max-model-len", "10"), "the shortest has 128, and it takes 10"),
-    "memory": (
-        ("--memory", "200GiB"),
-        "200 GiB of each NVIDIA H200 SXM, which has 140.4 GiB",
-    ),
-}
-
-
-@pytest.mark.parametrize(("flags", "words"), PLANNED.values(), ids=PLANNED)
-def test_a_plan_is_refused(
-    capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], words: str
-) -> None:
-    job = ("--model", str(MODELS / "Llama-3.1-8B"), "--cluster", "h200-8", "--lengths", "64:64x50")
-    assert main(["plan", *job, *flags]) == 2
-    assert words in " ".join(capsys.readouterr().err.split())
