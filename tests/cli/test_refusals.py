@@ -42,7 +42,7 @@ def mixture() -> Shapes:
 
 
 def without_ffn() -> Shapes:
-    return {name: s for name, s in llama_shapes().items() if "layers.1.mlp" not in name}
+    return {name: s for name, s in llama_shapes().items() if ".mlp." not in name}
 
 
 MIXTURE = {
@@ -140,13 +140,15 @@ def test_refused(command: Command, capsys: pytest.CaptureFixture[str], case: Cas
 
 POOLS = ("mapped", "streamed", "shipped")
 UNPOOLED = {
-    "layers without a network": Case("layers [1] of 3 have no", shapes=without_ffn),
+    "no layer with a network": Case("none of its 3 layers has", shapes=without_ffn),
     "quantised weights": Case("quantised (compressed-tensors)", {"quantization_config": FP8_ROWS}),
-    "Transformers backend": Case("backend", behind=("--model-impl", "transformers")),
     "quantised by vLLM": Case("--quantization fp8 has vLLM", behind=("--quantization", "fp8")),
     "draft model": Case(
         "a model with layers of its own",
         behind=("--speculative-config", '{"method": "draft_model", "model": "d"}'),
+    ),
+    "draft model by its name": Case(
+        "a model with layers of its own", behind=("--speculative_config.model=d",)
     ),
 }
 

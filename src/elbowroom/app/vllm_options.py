@@ -37,6 +37,7 @@ def why_no_pool(options: Sequence[str]) -> str | None:
     method = option_value(options, "--quantization", "-q")
     if method is not None:
         return f"--quantization {method} has vLLM quantise its weights"
-    if "model" in (option_value(options, "--speculative-config", "-sc") or ""):
+    draft = option_value(options, "--speculative-config.model", "-sc.model")
+    if draft or "model" in (option_value(options, "--speculative-config", "-sc") or ""):
         return "--speculative-config adds a model with layers of its own"
     return None
