@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,11 +49,13 @@ PACKED = ("--worker-extension-cls", "tests.equivalence.packed_kernel.PackedFeedF
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     try:
-        return make_smollm2(tmp_path_factory.mktemp("real") / NAME)
+        made = make_smollm2(tmp_path_factory.mktemp("real") / NAME)
     except NotAvailableError as error:
         pytest.skip(str(error))
+    yield made
+    shutil.rmtree(made)  # pytest keeps the folders of three runs, and this one has 269 MB
 
 
 @pytest.fixture(scope="module")
