@@ -18,17 +18,24 @@ from __future__ import annotations
 
 import os
 import select
-import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
+from elbowroom.pool.bells import (
+    Bell,
+    Request,
+    answers_path,
+    calls_path,
+    open_pipe,
+    read_messages,
+    write_message,
+)
 from elbowroom.pool.layer import Forward
 from elbowroom.pool.run_dir import is_held
 from elbowroom.pool.shared_memory import alive_path
@@ -45,21 +52,9 @@ CPU = torch.device("cpu")
 _LOOK_SECONDS = 0.1
 """Seconds between two checks that an owner still lives."""
 
-_MESSAGE = struct.Struct("<IIIIQ")  # short enough for a pipe to keep it whole
-_MOST_MESSAGES = 128
 _FAILED = 2**32 - 1  # as the number of columns of an answer
 _CLOSE = 2**32 - 1  # as the layer of a message that a server sends to itself
 _NEW_MAILBOX = 2**32 - 2  # as the layer of a borrower's first message
-
-
-class _Request(NamedTuple):
-    """A borrower's call, or its owner's answer, which tells the shape that comes back."""
-
-    borrower: int
-    layer: int
-    num_rows: int
-    num_columns: int
-    call: int
 
 
 @dataclass(frozen=True)
@@ -94,11 +89,11 @@ class Shipper:
         self._device = device
         self._buffer_bytes = buffer_bytes
         self._timeout_seconds = timeout_seconds
-        self._answers = _open_pipe(_answers_path(run_dir, rank))
+        self._answers = open_pipe(answers_path(run_dir, rank))
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
         self._mailboxes: dict[int, _Mailbox] = {}
-        self._bells: dict[int, _Bell] = {}
+        self._bells: dict[int, Bell] = {}
         self._next_call = time.monotonic_ns()  # no answer to an earlier process of this rank fits
 
     def start(self, owner: int, layer: int, x: torch.Tensor) -> Call:
@@ -109,14 +104,14 @@ class Shipper:
         if owner not in self._bells:
             buffer = self._open_mailbox(self._rank, owner, 2 * self._buffer_bytes)
             self._mailboxes[owner] = _Mailbox(buffer, self._buffer_bytes)
-            self._bells[owner] = _Bell(_calls_path(self._run_dir, owner))
+            self._bells[owner] = Bell(calls_path(self._run_dir, owner))
             # The owner may have the mailbox of an earlier process of this rank open. One that does
             # not hear this has ended, and the next one has none.
-            self._bells[owner].ring(_Request(self._rank, _NEW_MAILBOX, 0, 0, 0))
+            self._bells[owner].ring(Request(self._rank, _NEW_MAILBOX, 0, 0, 0))
         self._mailboxes[owner].rows(x.shape, x.dtype).copy_(x)
         _finish(self._device)
         self._next_call += 1
-        message = _Request(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
+        message = Request(self._rank, layer, x.shape[0], x.shape[1], self._next_call)
         if not self._bells[owner].ring(message):
             raise _lost(owner, layer)
         return Call(owner, layer, self._next_call, x.dtype)
@@ -148,11 +143,11 @@ class Shipper:
         for bell in self._bells.values():
             bell.close()
 
-    def _receive(self, call: Call) -> _Request | None:
+    def _receive(self, call: Call) -> Request | None:
         """Wait a moment for the answer to ``call``, and drop answers to calls given up."""
         if not self._poll.poll(_LOOK_SECONDS * 1000):
             return None
-        answers = _read(self._answers)
+        answers = read_messages(self._answers)
         return next((answer for answer in answers if answer.call == call.number), None)
 
 
@@ -181,9 +176,9 @@ class ShipServer:
         self._buffer_bytes = buffer_bytes
         self._layers = layers
         self._joined = torch.zeros(num_ranks * buffer_bytes, dtype=torch.uint8, device=device)
-        self._calls = _open_pipe(_calls_path(run_dir, rank), blocking=True)
+        self._calls = open_pipe(calls_path(run_dir, rank), blocking=True)
         self._mailboxes: dict[int, _Mailbox] = {}
-        self._bells: dict[int, _Bell] = {}
+        self._bells: dict[int, Bell] = {}
         self._thread = threading.Thread(target=self._run, name="elbowroom-ship", daemon=True)
         self.served_rows = 0
         self.served_calls = 0
@@ -198,7 +193,7 @@ class ShipServer:
         Calls that come later are not answered.
         """
         if self._thread.ident is not None:
-            os.write(self._calls, _MESSAGE.pack(self._rank, _CLOSE, 0, 0, 0))
+            write_message(self._calls, Request(self._rank, _CLOSE, 0, 0, 0))
             self._thread.join()
         os.close(self._calls)
         for bell in self._bells.values():
@@ -216,24 +211,24 @@ class ShipServer:
                 for layer, calls in calls_by_layer.items():
                     self._serve(layer, calls)
 
-    def _receive(self) -> dict[int, list[_Request]]:
+    def _receive(self) -> dict[int, list[Request]]:
         """Wait for calls, and give those that are there by their layer.
 
         Calls before a new mailbox of their borrower are those of a process that has ended.
         """
-        calls: list[_Request] = []
-        for call in _read(self._calls):
+        calls: list[Request] = []
+        for call in read_messages(self._calls):
             if call.layer == _NEW_MAILBOX:
                 self._mailboxes.pop(call.borrower, None)
                 calls = [other for other in calls if other.borrower != call.borrower]
             else:
                 calls.append(call)
-        calls_by_layer: dict[int, list[_Request]] = {}
+        calls_by_layer: dict[int, list[Request]] = {}
         for call in calls:
             calls_by_layer.setdefault(call.layer, []).append(call)
         return calls_by_layer
 
-    def _serve(self, layer: int, calls: list[_Request]) -> None:
+    def _serve(self, layer: int, calls: list[Request]) -> None:
         """Run ``layer`` once for all ``calls``, and answer each.
 
         A failure is printed and told to every caller; the thread continues.
@@ -273,36 +268,10 @@ class ShipServer:
             self._mailboxes[borrower] = _Mailbox(buffer, self._buffer_bytes)
         return self._mailboxes[borrower]
 
-    def _bell(self, borrower: int) -> _Bell:
+    def _bell(self, borrower: int) -> Bell:
         if borrower not in self._bells:
-            self._bells[borrower] = _Bell(_answers_path(self._run_dir, borrower))
+            self._bells[borrower] = Bell(answers_path(self._run_dir, borrower))
         return self._bells[borrower]
-
-
-class _Bell:
-    """The writing end of a peer's named pipe, opened again when that peer is started again."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = -1
-
-    def ring(self, message: _Request) -> bool:
-        """Send ``message`` without waiting. False when no live process reads the pipe."""
-        for _ in range(2):
-            try:
-                if self._descriptor < 0:
-                    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
-                    self._descriptor = os.open(self._path, flags)
-                os.write(self._descriptor, _MESSAGE.pack(*message))
-                return True
-            except OSError:  # no such pipe, or nobody has it open any more
-                self.close()
-        return False
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 @dataclass(frozen=True)
@@ -323,33 +292,8 @@ class _Mailbox:
         return tensor_in(self.buffer, self.answers_at, shape, dtype)
 
 
-def _read(descriptor: int) -> list[_Request]:
-    """Read all messages that are there; wait for one where the pipe blocks."""
-    data = os.read(descriptor, _MOST_MESSAGES * _MESSAGE.size)
-    return [_Request(*fields) for fields in _MESSAGE.iter_unpack(data)]
-
-
-def _open_pipe(path: Path, blocking: bool = False) -> int:
-    """Make a named pipe at ``path``, in place of what is there, and open it for reading.
-
-    The descriptor writes, too, so that the pipe never breaks when the last peer closes it.
-    """
-    path.unlink(missing_ok=True)
-    os.mkfifo(path, 0o600)
-    flags = os.O_RDWR | os.O_CLOEXEC | (0 if blocking else os.O_NONBLOCK)
-    return os.open(path, flags)
-
-
 def _lost(owner: int, layer: int) -> PeerLostError:
     return PeerLostError(f"rank {owner} died before it ran layer {layer}: see its log")
-
-
-def _calls_path(run_dir: Path, owner: int) -> Path:
-    return run_dir / f"calls-{owner}"
-
-
-def _answers_path(run_dir: Path, borrower: int) -> Path:
-    return run_dir / f"answers-{borrower}"
 
 
 def _finish(device: torch.device) -> None:
