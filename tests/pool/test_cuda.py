@@ -14,7 +14,8 @@ import torch
 
 from elbowroom.core.errors import PeerLostError, PoolError
 from elbowroom.core.units import KIB, MIB
-from elbowroom.pool.shipping import Shipper, ShipServer
+from elbowroom.pool.serving import ShipServer
+from elbowroom.pool.shipping import Shipper
 from elbowroom.pool.store import Store
 from tests.pool.fake_cudart import FakeRuntime, cudaError_t, fake_folder, load_store
 from tests.pool.fake_device import FakeDevice

@@ -20,8 +20,9 @@ import torch
 from elbowroom.core.errors import PeerLostError, PoolError
 from elbowroom.pool.layer import Forward
 from elbowroom.pool.run_dir import hold_lock
+from elbowroom.pool.serving import ShipServer
 from elbowroom.pool.shared_memory import alive_path, shared_mailbox
-from elbowroom.pool.shipping import Shipper, ShipServer
+from elbowroom.pool.shipping import Shipper
 
 COLUMNS = 64
 MOST_ROWS = 256

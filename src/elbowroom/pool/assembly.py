@@ -15,7 +15,8 @@ from elbowroom.pool.housekeeper import Housekeeper
 from elbowroom.pool.layer import PooledLayer
 from elbowroom.pool.leases import Leases, MappedLeases, OwnedLeases, ShippedLeases, SlottedLeases
 from elbowroom.pool.options import PoolOptions
-from elbowroom.pool.shipping import Shipper, ShipServer
+from elbowroom.pool.serving import ShipServer
+from elbowroom.pool.shipping import Shipper
 from elbowroom.pool.store import Store
 from elbowroom.pool.streamer import DeviceStreamer, Streamer
 

@@ -1,11 +1,31 @@
-"""Bells between the processes of a group: short messages in named pipes, which wake who reads."""
+"""What borrowers and owners share to ship rows: mailboxes of rows, and bells that announce them.
+
+A bell is a short message in a named pipe, which wakes who reads it.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
+
+from elbowroom.pool.store import tensor_in
+
+OpenMailbox = Callable[[int, int, int], torch.Tensor]
+"""``Store.mailbox``, called with a borrower, an owner and a number of bytes."""
+
+CPU = torch.device("cpu")
+
+FAILED = 2**32 - 1
+"""As the number of columns of an answer."""
+
+NEW_MAILBOX = 2**32 - 2
+"""As the layer of a borrower's first message, which says that its mailbox is a new one."""
 
 _MESSAGE = struct.Struct("<IIIIQ")  # short enough for a pipe to keep it whole
 _MOST_MESSAGES = 128
@@ -19,6 +39,24 @@ class Request(NamedTuple):
     num_rows: int
     num_columns: int
     call: int
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Memory that one borrower shares with one owner: rows, and from ``answers_at`` the answer.
+
+    An owner answers in the order of calls, so an answer to a call that was given up is overwritten
+    by the next.
+    """
+
+    buffer: torch.Tensor
+    answers_at: int
+
+    def rows(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return tensor_in(self.buffer, 0, shape, dtype)
+
+    def answers(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return tensor_in(self.buffer, self.answers_at, shape, dtype)
 
 
 class Bell:
@@ -75,3 +113,9 @@ def calls_path(run_dir: Path, owner: int) -> Path:
 
 def answers_path(run_dir: Path, borrower: int) -> Path:
     return run_dir / f"answers-{borrower}"
+
+
+def finish(device: torch.device) -> None:
+    """Wait until the device's current stream has done all. On a CPU that is always so."""
+    if device.type != "cpu":
+        torch.get_device_module(device).current_stream().synchronize()

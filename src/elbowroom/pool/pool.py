@@ -17,7 +17,7 @@ from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.choice import LeaseChoice
 from elbowroom.pool.layer import Forward
 from elbowroom.pool.leases import Leases
-from elbowroom.pool.shipping import ShipServer
+from elbowroom.pool.serving import ShipServer
 from elbowroom.pool.stats import PoolStats
 from elbowroom.pool.store import Store
 
