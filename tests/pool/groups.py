@@ -18,6 +18,7 @@ from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.pool import Pool
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import LocalHub, LocalStore, Store
+from elbowroom.pool.turns import Turns
 from tests.pool.hf import blocks_of, make_model
 
 Result = TypeVar("Result")
@@ -53,14 +54,22 @@ def make_shares(
 
 @contextmanager
 def make_group(
-    shares: tuple[PoolShare, ...], name: str = "llama", run_dir: Path | None = None
+    shares: tuple[PoolShare, ...],
+    name: str = "llama",
+    run_dir: Path | None = None,
+    in_turns: bool = False,
 ) -> Iterator[tuple[list[nn.Module], list[Pool]]]:
     """One model per rank, pooled and started; in shared memory if a run directory is given."""
     hub = LocalHub()
     models = [make_model(name, NUM_LAYERS) for _ in shares]
-    options = PoolOptions(run_dir=run_dir, peer_timeout_seconds=5, stream_timeout_seconds=5)
     loaders = []
     for share, model in zip(shares, models, strict=True):
+        options = PoolOptions(
+            run_dir=run_dir,
+            peer_timeout_seconds=5,
+            stream_timeout_seconds=5,
+            turns=Turns() if in_turns else None,
+        )
         store = SharedMemoryStore(run_dir, share.rank) if run_dir else LocalStore(hub)
         loaders.append(make_loader(share, store, model, options))
     with ExitStack() as stack:

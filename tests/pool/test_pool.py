@@ -45,12 +45,17 @@ def test_streamed_equals_plain(num_ranks: int, slots: int | None, order: FetchOr
                 pool.check_integrity()
 
 
+@pytest.mark.parametrize("in_turns", [False, True])
 @pytest.mark.parametrize("num_ranks", [2, 3])
-def test_shipped_equals_plain_within_rounding(tmp_path: Path, num_ranks: int) -> None:
+def test_shipped_equals_plain_within_rounding(
+    tmp_path: Path, num_ranks: int, in_turns: bool
+) -> None:
     """All ranks at once; PyTorch's fp32 products round a row as the size of its batch has it."""
     expected = logits(make_model("llama", NUM_LAYERS))
     with make_group(
-        make_shares(num_ranks, "streamed", ship_below_rows=100), run_dir=tmp_path
+        make_shares(num_ranks, "streamed", ship_below_rows=100),
+        run_dir=tmp_path,
+        in_turns=in_turns,
     ) as group:
         models, pools = group
         for out in [

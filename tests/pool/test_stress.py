@@ -23,12 +23,12 @@ WARM_UP_SECONDS = 5.0
 GROWTH_BYTES = 32 * 1024**2
 
 
-def _stress(run_dir: Path, seconds: float) -> None:
+def _stress(run_dir: Path, seconds: float, in_turns: bool = False) -> None:
     plain = make_model("llama", NUM_LAYERS)
     with torch.inference_mode():
         expected = {n: plain(torch.arange(n)[None]).logits for n in range(1, MOST_TOKENS + 1)}
     shares = make_shares(NUM_RANKS, "streamed", 1, ship_below_rows=20, ship_rows=40)
-    with make_group(shares, run_dir=run_dir) as (models, pools):
+    with make_group(shares, run_dir=run_dir, in_turns=in_turns) as (models, pools):
         for block in blocks_of(models[2]):  # slow now and then, for itself and for others
             block.get_submodule("mlp.gate_proj").register_forward_pre_hook(
                 lambda *_: time.sleep(random.choice((0, 0, 0, 0, 3e-3)))
@@ -90,8 +90,9 @@ def _on_threads(calls: list[object]) -> None:
         thread.join()
 
 
-def test_some_seconds(tmp_path: Path) -> None:
-    _stress(tmp_path, 6.0)
+@pytest.mark.parametrize("in_turns", [False, True])
+def test_some_seconds(tmp_path: Path, in_turns: bool) -> None:
+    _stress(tmp_path, 6.0, in_turns)
 
 
 @pytest.mark.nightly

@@ -99,6 +99,7 @@ def make_server(layers: Layers) -> ShipServer | None:
         served,
         store.mailbox,
         store.device,
+        layers.options.turns,
     )
 
 
@@ -147,6 +148,7 @@ def _make_shipped(layers: Layers, run_dir: Path) -> ShippedLeases:
         store.mailbox,
         layers.options.ship_timeout_seconds,
         store.device,
+        layers.options.turns,
     )
     return ShippedLeases(
         layers.of(layers.opened),

@@ -62,16 +62,20 @@ class Pool:
         """Run a layer's feed-forward network on ``x`` [..., columns].
 
         The first layer begins an iteration. What is passed beside ``x`` goes to the module's own
-        forward.
+        forward. Where modules are run in turns, what peers wait for is run after it.
         Raises PoolError, and what the module raises.
         """
         if layer == self._first_layer:
             self._choice.begin_iteration(x)
-        forward = self.acquire(layer)
-        try:
-            return forward(x, *args, **kwargs)
-        finally:
-            self.release(layer)
+        server = self._server
+        if server is None or server.turns is None:
+            return self._run(self.acquire(layer), layer, x, *args, **kwargs)
+        with server.turns.forward_pass():  # of this layer alone, unless the engine has begun one
+            with server.turns.pause():  # weights may have to be waited for
+                forward = self.acquire(layer)
+            out = self._run(forward, layer, x, *args, **kwargs)
+            server.serve_waiting()
+        return out
 
     def run_first(self, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run the first of several modules of a layer. The lease is open until ``run_last``."""
@@ -112,6 +116,14 @@ class Pool:
             raise PoolError(f"layer {layer} released, but {self._leased} is leased")
         self._leased = None
         self._lessor.release(layer)
+
+    def _run(
+        self, forward: Forward, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        try:
+            return forward(x, *args, **kwargs)
+        finally:
+            self.release(layer)
 
     def before_graph(self) -> None:
         """Expect a whole forward pass to be captured in a graph, or such a graph to be replayed."""

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -36,17 +38,18 @@ from elbowroom.pool.bells import (
 )
 from elbowroom.pool.layer import Forward
 from elbowroom.pool.store import tensor_in
+from elbowroom.pool.turns import Turns
 
-_CLOSE = 2**32 - 1
-"""As the layer of a message that a server sends to itself."""
+_CLOSE, _WAKE = 2**32 - 1, 2**32 - 3
+"""As the layer of messages that a server sends to itself."""
 
 
 class ShipServer:
-    """The owner's end of shipping: a thread that runs layers for borrowers.
+    """The owner's end of shipping: it runs layers for borrowers, those that asked first first.
 
-    ``layers`` has the forward and the dtype of rows for every layer owned. ``served_rows`` and
-    ``served_calls`` count what the thread ran, ``passes`` how often: calls that came together ran
-    as one.
+    ``layers`` has the forward and the dtype of rows for every layer owned. ``turns`` says when it
+    may; without them the thread serves beside forward passes. ``served_rows`` and ``served_calls``
+    count what was run, ``passes`` how often: calls that came together ran as one.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ShipServer:
         layers: Mapping[int, tuple[Forward, torch.dtype]],
         open_mailbox: OpenMailbox,
         device: torch.device = CPU,
+        turns: Turns | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._rank = rank
@@ -70,18 +74,25 @@ class ShipServer:
         self._mailboxes: dict[int, Mailbox] = {}
         self._bells: dict[int, Bell] = {}
         self._thread = threading.Thread(target=self._run, name="elbowroom-ship", daemon=True)
+        self._arrived: deque[Request] = deque()  # filled by the thread, emptied in a turn
+        self._waiting: list[Request] = []  # touched in a turn alone
+        self.turns = turns
         self.served_rows = 0
         self.served_calls = 0
         self.passes = 0
 
     def start(self) -> None:
         self._thread.start()
+        if self.turns is not None:
+            self.turns.when_open(self._wake)
 
     def close(self) -> None:
-        """Stop after the pass under way, and wait for the thread.
+        """Stop after the layer under way, and wait for the thread.
 
         Calls that come later are not answered.
         """
+        if self.turns is not None:
+            self.turns.when_open(_do_nothing)
         if self._thread.ident is not None:
             write_message(self._calls, Request(self._rank, _CLOSE, 0, 0, 0))
             self._thread.join()
@@ -89,46 +100,86 @@ class ShipServer:
         for bell in self._bells.values():
             bell.close()
 
+    def serve_waiting(self) -> None:
+        """Run what waits now, within a forward pass: each layer once. Costs nothing if none does.
+
+        Calls that come meanwhile wait for the next time, so that the pass goes on.
+        """
+        if not self._arrived and not self._waiting:
+            return
+        with torch.inference_mode():
+            self._sort_in()
+            for _ in range(len({call.layer for call in self._waiting})):
+                self._serve(self._take_layer())
+
     def _run(self) -> None:
-        """Answer calls until ``close`` rings. Waits in ``_receive``, for a borrower's bell."""
+        """Serve until ``close`` rings. Waits for bells: a borrower's, or that of a pass that ended.
+
+        Whether a pass has the turn is asked after a call has been put down: a pass that ends
+        meanwhile sees the call, and rings.
+        """
         module = torch.get_device_module(self._device)
         module.set_device(self._device)
         with torch.inference_mode(), module.stream(module.Stream()):
             while True:
-                calls_by_layer = self._receive()
-                if calls_by_layer.pop(_CLOSE, None):
+                messages = read_messages(self._calls)
+                if any(message.layer == _CLOSE for message in messages):
                     return
-                for layer, calls in calls_by_layer.items():
-                    self._serve(layer, calls)
+                self._arrived.extend(one for one in messages if one.layer != _WAKE)
+                while self._serve_next():
+                    pass
 
-    def _receive(self) -> dict[int, list[Request]]:
-        """Wait for calls, and give those that are there by their layer.
+    def _wake(self) -> None:
+        if self._arrived or self._waiting:
+            write_message(self._calls, Request(self._rank, _WAKE, 0, 0, 0))
+
+    def _serve_next(self) -> bool:
+        """Serve the next layer that is asked for, on the thread. False if none is, or not now."""
+        if self.turns is not None and not self.turns.try_serve():
+            return False
+        try:
+            self._sort_in()
+            calls = self._take_layer()
+            if calls:
+                self._serve(calls)
+            return bool(calls)
+        finally:
+            if self.turns is not None:
+                self.turns.end_serving()
+
+    def _sort_in(self) -> None:
+        """Queue what has arrived.
 
         Calls before a new mailbox of their borrower are those of a process that has ended.
         """
-        calls: list[Request] = []
-        for call in read_messages(self._calls):
+        while self._arrived:
+            call = self._arrived.popleft()
             if call.layer == NEW_MAILBOX:
                 self._mailboxes.pop(call.borrower, None)
-                calls = [other for other in calls if other.borrower != call.borrower]
+                self._waiting = [one for one in self._waiting if one.borrower != call.borrower]
             else:
-                calls.append(call)
-        calls_by_layer: dict[int, list[Request]] = {}
-        for call in calls:
-            calls_by_layer.setdefault(call.layer, []).append(call)
-        return calls_by_layer
+                self._waiting.append(call)
 
-    def _serve(self, layer: int, calls: list[Request]) -> None:
-        """Run ``layer`` once for all ``calls``, and answer each.
+    def _take_layer(self) -> list[Request]:
+        """Take the calls of the layer that was asked for first; there may be none."""
+        layer = self._waiting[0].layer if self._waiting else None
+        calls = [call for call in self._waiting if call.layer == layer]
+        self._waiting = [call for call in self._waiting if call.layer != layer]
+        return calls
 
-        A failure is printed and told to every caller; the thread continues.
+    def _serve(self, calls: list[Request]) -> None:
+        """Run a layer once for all ``calls``, which are of that layer, and answer each.
+
+        A failure is printed and told to every caller; the server continues.
         """
+        layer, num_rows = calls[0].layer, sum(call.num_rows for call in calls)
         try:
             forward, dtype = self._layers[layer]
             inputs = [
                 self._mailbox(call.borrower).rows(torch.Size(call[2:4]), dtype) for call in calls
             ]
-            joined = forward(self._join(inputs))
+            with self.turns.context(num_rows) if self.turns else nullcontext():
+                joined = forward(self._join(inputs))
             answers, begin = [], 0
             for call in calls:
                 rows = joined[begin : begin + call.num_rows]
@@ -162,3 +213,7 @@ class ShipServer:
         if borrower not in self._bells:
             self._bells[borrower] = Bell(answers_path(self._run_dir, borrower))
         return self._bells[borrower]
+
+
+def _do_nothing() -> None:
+    """Wake nobody: the thread has ended."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import select
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from elbowroom.pool.bells import (
 )
 from elbowroom.pool.run_dir import is_held
 from elbowroom.pool.shared_memory import alive_path
+from elbowroom.pool.turns import Turns
 
 SHIP_TIMEOUT_SECONDS = 60.0
 """Seconds that a borrower waits for its rows while the owner lives."""
@@ -56,7 +58,8 @@ class Shipper:
     """The borrower's end of shipping. One call at a time.
 
     ``buffer_bytes`` is the most that can be shipped at once. ``timeout_seconds`` is how long
-    ``wait`` waits for an owner that lives.
+    ``wait`` waits for an owner that lives. ``turns`` are those of this replica's own server, if
+    it has any: peers are served while ``wait`` waits.
     """
 
     def __init__(
@@ -67,7 +70,9 @@ class Shipper:
         open_mailbox: OpenMailbox,
         timeout_seconds: float = SHIP_TIMEOUT_SECONDS,
         device: torch.device = CPU,
+        turns: Turns | None = None,
     ) -> None:
+        self._turns = turns
         self._run_dir = run_dir
         self._rank = rank
         self._open_mailbox = open_mailbox
@@ -106,6 +111,17 @@ class Shipper:
 
         Raises PeerLostError when the owner dies, PoolError when it fails or takes too long.
         """
+        with self._turns.pause() if self._turns else nullcontext():
+            answer = self._await(call)
+        if answer.num_columns == FAILED:
+            raise PoolError(
+                f"rank {call.owner} failed to run layer {call.layer} for rank {self._rank}: "
+                f"see its log"
+            )
+        shape = torch.Size((answer.num_rows, answer.num_columns))
+        return self._mailboxes[call.owner].answers(shape, call.dtype).clone()
+
+    def _await(self, call: Call) -> Request:
         deadline = time.monotonic() + self._timeout_seconds
         while (answer := self._receive(call)) is None:
             if not is_held(alive_path(self._run_dir, call.owner)):
@@ -115,13 +131,7 @@ class Shipper:
                     f"rank {call.owner} did not run layer {call.layer} for rank {self._rank} "
                     f"within {self._timeout_seconds:g} s: see its log"
                 )
-        if answer.num_columns == FAILED:
-            raise PoolError(
-                f"rank {call.owner} failed to run layer {call.layer} for rank {self._rank}: "
-                f"see its log"
-            )
-        shape = torch.Size((answer.num_rows, answer.num_columns))
-        return self._mailboxes[call.owner].answers(shape, call.dtype).clone()
+        return answer
 
     def close(self) -> None:
         os.close(self._answers)
