@@ -20,6 +20,7 @@ from elbowroom.core import host
 from elbowroom.core.errors import PoolError
 from elbowroom.engine.process import resident_bytes, return_freed_memory
 from elbowroom.engine.vllm_seam import CONFIG_KEY
+from elbowroom.engine.vllm_seam.forward_context import turns_of_passes
 from elbowroom.engine.vllm_seam.linears import take_linears
 from elbowroom.plans.pool import PoolShare
 from elbowroom.pool.find import find_modules
@@ -56,6 +57,7 @@ class PoolOffloader(BaseOffloader):
             tensor_parallel=tensor_parallel,
             dtype=dtype,
             link_bytes_per_second=float(os.environ.get(LINK_VARIABLE, "inf")),
+            turns=turns_of_passes(share, store.device, tensor_parallel is not None),
         )
         self.loader = PoolLoader(share, store, options)
         self._store = store
