@@ -30,9 +30,6 @@ from tests.equivalence.ranks import (
 )
 
 NUM_RANKS = 2
-SHIPS_MIXTURES = False
-"""Whether rows can be shipped in mixtures of experts."""
-
 ROUNDING = 0.05
 """The largest difference of log-probabilities that other kernels may make."""
 
@@ -59,8 +56,7 @@ def layouts_of(architecture: Architecture) -> tuple[str, ...]:
     """The layouts that are run: those that can be expected to give an answer."""
     if architecture.vllm_error is not None or not architecture.is_pooled:
         return ("none",)
-    ships = architecture.ships and (SHIPS_MIXTURES or not architecture.has_experts)
-    return ("none", "mapped", "streamed", *(["shipped"] if ships else []))
+    return ("none", "mapped", "streamed", *(["shipped"] if architecture.ships else []))
 
 
 def run(names: Sequence[str], folder: Path, may_end: bool = False) -> dict[str, Seen]:

@@ -18,6 +18,8 @@ from elbowroom.planning.pool.layouts import (
     policy_of,
     pool_times,
     replica_limits,
+    ship_threshold,
+    why_not_run,
 )
 from elbowroom.planning.pool.search import choose, evaluate, job_seconds
 from elbowroom.plans.pool import Layout
@@ -128,3 +130,13 @@ def test_samples_stand_for_long_jobs() -> None:
     times = pool_times(facts, H200, layout)
     exact = simulate_job(times, limits, rows, layout.num_replicas, policy_of(layout)).seconds
     assert guessed == pytest.approx(exact, rel=0.1)
+
+
+def test_mixtures_are_pooled_whole() -> None:
+    """In every mode where replicas map each other's memory, but with experts in one piece."""
+    facts = model("Qwen3-30B-A3B")
+    for pool, slots in (("mapped", 0), ("streamed", 2), ("shipped", 2)):
+        assert why_not_run(facts, CPU, Layout(1, 2, 1, pool, slots)) is None
+        assert why_not_run(facts, CPU, Layout(2, 2, 1, pool, slots)) is not None
+        assert why_not_run(model("Llama-3.1-8B"), CPU, Layout(2, 2, 1, pool, slots)) is None
+    assert ship_threshold(facts, CPU, Layout(1, 2, 1, "shipped", 2), 1000) > 0

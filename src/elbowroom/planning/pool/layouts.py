@@ -45,9 +45,8 @@ NOT_BETWEEN_GPUS = "no pool has been run between several GPUs"
 """Why pools are planned for clusters of GPUs, and run on CPUs and by replicas that share a GPU."""
 
 
-MIXTURES_POOL = "rows of a mixture are not shipped, and its experts not divided, in a pool"
-"""Why such layouts of mixtures are planned and not run: an engine runs experts only in its own
-forward pass, and their matrices whole."""
+MIXTURES_POOL = "the experts of a mixture are not divided in a pool"
+"""Why such layouts of mixtures are planned and not run: pools hold experts' matrices whole."""
 
 
 def enumerate_layouts(
@@ -110,8 +109,7 @@ def why_not_pooled(model: ModelFacts, layout: Layout) -> str | None:
         return model.cannot_pool
     if layout.pool == "shipped" and model.cannot_ship:
         return model.cannot_ship
-    is_divided = layout.pool == "shipped" or layout.tensor_parallel > 1
-    return MIXTURES_POOL if model.experts and is_divided else None
+    return MIXTURES_POOL if model.experts and layout.tensor_parallel > 1 else None
 
 
 def layout_budget(
