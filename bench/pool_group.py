@@ -14,8 +14,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,10 @@ from elbowroom.pool.options import PoolOptions
 from elbowroom.pool.run_dir import run_directory
 from elbowroom.pool.shared_memory import SharedMemoryStore
 from elbowroom.pool.store import Store
+from elbowroom.pool.turns import Turns
 
 MODES = ("local", "streamed", "shipped")
+TAKES_TURNS = ("shipped", "own")  # the layers that this rank owns, in the pool that ships
 LEAST_SECONDS, LEAST_ITERATIONS = 1.0, 4
 ALWAYS = 10**6
 
@@ -133,11 +135,16 @@ def work(setup: Setup, rank: int, run_dir: Path) -> None:
     torch.manual_seed(0)
     with torch.device(setup.device):
         kv = make_kv(setup)
-        stacks = {mode: make_stack(setup, mode, rank, run_dir, kv) for mode in MODES}
+        # As the engine has it: on a CPU what is served and passes take turns, on a device nothing.
+        turns = Turns() if setup.device == "cpu" else None
+        stacks = {mode: make_stack(setup, mode, rank, run_dir, kv, turns) for mode in MODES}
+        stacks["own"] = stacks["shipped"][rank :: setup.num_ranks]
         print("ready", flush=True)
         for line in sys.stdin:
             mode, rows = line.split()
-            measured = measure(stacks[mode], int(rows), setup, rank)
+            passes = turns.forward_pass if turns and mode in TAKES_TURNS else nullcontext
+            own = stacks[mode][0 if mode == "own" else rank]
+            measured = measure(stacks[mode], int(rows), setup, own.mlp, passes)
             print(json.dumps([*asdict(measured).values()]), flush=True)
 
 
@@ -150,7 +157,12 @@ def make_kv(setup: Setup) -> list[KeysAndValues]:
 
 
 def make_stack(
-    setup: Setup, mode: str, rank: int, run_dir: Path, kv: Sequence[KeysAndValues]
+    setup: Setup,
+    mode: str,
+    rank: int,
+    run_dir: Path,
+    kv: Sequence[KeysAndValues],
+    turns: Turns | None,
 ) -> list[Block]:
     """Decoder layers that take their feed-forward weights from a pool of one or of all."""
     pack, linear = kernel(setup.device)
@@ -159,7 +171,11 @@ def make_stack(
     loader = PoolLoader(
         _share(setup, mode, rank),
         open_store(setup.device, folder, rank),
-        PoolOptions(folder, link_bytes_per_second=setup.bytes_per_second),
+        PoolOptions(
+            folder,
+            link_bytes_per_second=setup.bytes_per_second,
+            turns=turns if mode in TAKES_TURNS else None,
+        ),
     )
     blocks = []
     for layer in range(setup.num_layers):  # one after the other: a stack may not fit twice
@@ -200,19 +216,25 @@ def _share(setup: Setup, mode: str, rank: int) -> PoolShare:
     return shares[rank % num_ranks]
 
 
-def measure(blocks: Sequence[Block], rows: int, setup: Setup, rank: int) -> Measured:
-    """Iterations for a second, of which the first is dropped."""
+def measure(
+    blocks: Sequence[Block],
+    rows: int,
+    setup: Setup,
+    own: nn.Module,
+    passes: Callable[[], AbstractContextManager[None]],
+) -> Measured:
+    """Iterations for a second, of which the first is dropped, with a clock around ``own``."""
     x = torch.randn(rows, setup.shape.hidden).to(torch.bfloat16)
     iterations: list[float] = []
     ffns: list[float] = []
-    own = blocks[rank].mlp
     forward = own.forward
     own.forward = partial(_timed, forward, ffns, setup.device)
     while len(iterations) < LEAST_ITERATIONS or sum(iterations) < LEAST_SECONDS:
         begin = time.perf_counter()
         y = x
-        for block in blocks:
-            y = block(y)
+        with passes():
+            for block in blocks:
+                y = block(y)
         finish(setup.device)
         iterations.append(time.perf_counter() - begin)
     own.forward = forward

@@ -8,8 +8,8 @@ them. Every round runs one iteration after the other with local weights, streame
 replicas at once, at several batches; links are throttled to 1 GB/s, or not at all. The crossover of
 streamed and shipped stands beside B_th, which the planner makes of this machine's profile.
 
-Then one replica runs local layers while the other ships to it, to see what serving costs the owner:
-its own FFN must not take longer than one FFN more.
+Then one replica runs the layers that it owns while the other ships to it, to see what serving costs
+the owner: its own FFN must not take longer than one FFN more.
 
 The floor of a streamed iteration is the fetch: borrowed bytes / bandwidth. That of a shipped one is
 the local iteration: the same products run, if elsewhere.
@@ -95,8 +95,8 @@ def cost_of_serving(ranks: Group, rows: int, repeats: int) -> dict[str, float]:
     """
     ratios, slow = [], []
     for _ in range(repeats):
-        alone, _ = ranks.ask(("local", rows), ("local", rows))
-        serving, _ = ranks.ask(("local", rows), ("shipped", rows))
+        alone, _ = ranks.ask(("own", rows), ("own", rows))
+        serving, _ = ranks.ask(("own", rows), ("shipped", rows))
         ratios.append(serving.ffn_seconds / alone.ffn_seconds)
         slow.append(serving.slow_ffn_seconds / alone.ffn_seconds)
     return {"median": statistics.median(ratios), "19_of_20": statistics.median(slow)}
