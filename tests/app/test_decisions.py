@@ -324,3 +324,11 @@ def test_every_option_of_a_plan_reaches_it(tmp_path: Path) -> None:
     assert read_cluster("h200-8").num_devices == plan.num_replicas * (
         plan.layout.tensor_parallel if plan.layout else 1
     )
+
+
+def test_state_of_layers_is_not_shared_by_prefixes(run: Runs) -> None:
+    """Of layers that keep a state: vLLM's engine on CPUs fails if it is asked to."""
+    flags = ("--memory", "64MiB", "--replicas", "2")
+    assert run(*flags).engine.prefix_caching
+    write_model(run.folder / "model", mamba_d_state=16)
+    assert not run(*flags).engine.prefix_caching

@@ -270,6 +270,7 @@ TABLE: dict[str, Architecture] = {
             **{"mamba_headdim": 32, "num_mem_blocks": 1, "adapter_rank": 16},
             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
         },
+        is_pooled=False,  # its layers share one network
         engine=NO_PREFIXES,
     ),
     "Qwen3-Next": Architecture(

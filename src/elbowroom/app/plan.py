@@ -206,7 +206,8 @@ def run_plan(
             max_num_batched_tokens=engine.num_tokens,
             served_model_names=served_names(settings.model, settings.served_model_names),
             seed=settings.seed,
-            prefix_caching=settings.prefix_caching,
+            # The state that layers of hybrids keep is no block that rows could share.
+            prefix_caching=settings.prefix_caching and model.attention.is_known,
             kv_dtype=model.kv_dtype,
             extra=extra,
         ),

@@ -53,7 +53,7 @@ class PooledLayer:
         seen: set[int] = set()
         found = []
         for name, module in zip(self._names, self.modules, strict=True):
-            for path, part in _without_routers(module, name, set()):
+            for path, part in without_routers(module, name):
                 own = (*part._parameters.items(), *part._buffers.items())
                 for leaf, tensor in own:
                     if tensor is None or tensor.nbytes < SMALL_BYTES or id(tensor) in seen:
@@ -125,14 +125,15 @@ def _bind(tensors: list[NamedTensor], manifest: Manifest, buffer: torch.Tensor) 
         tensor.data = place.view(buffer)
 
 
-def _without_routers(
-    module: nn.Module, path: str, seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in ``module``, itself included and each once, but for routers."""
-    if module in seen:
-        return
-    seen.add(module)
-    yield path, module
-    for name, child in module.named_children():
-        if name not in _ROUTERS:
-            yield from _without_routers(child, f"{path}.{name}", seen)
+def without_routers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules in ``module`` and their paths, itself included and each once, but for routers."""
+    seen: set[nn.Module] = set()
+    found = [(path, module)]
+    while found:
+        path, part = found.pop(0)
+        if part in seen:
+            continue
+        seen.add(part)
+        yield path, part
+        children = [(name, child) for name, child in part.named_children() if name not in _ROUTERS]
+        found[:0] = [(f"{path}.{name}", child) for name, child in children]

@@ -8,16 +8,18 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.platforms import current_platform
 
 from elbowroom.engine.vllm_seam.packed import is_packable, pack_weight, packed_linear
+from elbowroom.pool.layer import without_routers
 
 
 def take_linears(module: nn.Module) -> None:
     """Have the plain linear layers in ``module`` compute by ``OrdinaryLinearMethod``.
 
-    Others are quantised, and left to vLLM, as all are on devices whose kernels take tensors anyway.
+    Others are quantised, and left to vLLM, as routers are, and all on devices whose kernels take
+    tensors anyway.
     """
     if not current_platform.is_cpu():
         return
-    for part in module.modules():
+    for _, part in without_routers(module):
         if type(getattr(part, "quant_method", None)) is UnquantizedLinearMethod:
             part.quant_method = OrdinaryLinearMethod()
 
