@@ -1,13 +1,13 @@
 """The owner's end of shipping: it runs its layers on the rows of borrowers.
 
-A thread beside the forward passes waits for messages, takes all that are there, runs the rows of
-one layer in one pass, writes each borrower's part back and rings. A call allocates what any layer
-does, its activations.
+A thread waits for messages. What has come is run layer by layer, the rows of all borrowers of a
+layer in one pass; each borrower's part is written back, and its bell rung. A call allocates what
+any layer does, its activations.
 
-On a CPU the server shares its replica's cores with the replica's own passes. Kernels release the
-interpreter lock, so neither waits for more than one kernel of the other to begin; the system's
-scheduler divides the cores between them: 19 of 20 of the owner's FFNs take at most twice as long
-(``bench/shipping.py``). A server on cores of its own would idle most of the time.
+On a CPU the server shares its replica's cores with the replica's own passes, and takes ``turns``
+with them: between two layers of a pass the thread that computes serves what waits, otherwise the
+server's own. An owner's layer is then delayed by those that were waiting, one for each of its peers
+at most. On a device the thread serves beside the passes, on a stream of its own.
 """
 
 from __future__ import annotations
