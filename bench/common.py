@@ -110,7 +110,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> Path:
 def with_link(cluster: Cluster, bytes_per_second: float) -> Cluster:
     """The machine with another link. While a copy is held back it costs no compute."""
     links = tuple(replace(link, bandwidth=Rate(bytes_per_second)) for link in cluster.links)
-    device = replace(cluster.device, copies_overlap=True, maps_peers=False)
+    device = replace(cluster.device, copies_overlap=True)
     return replace(cluster, device=device, links=links)
 
 
