@@ -31,7 +31,7 @@ from elbowroom.pipeline.__main__ import build_parser as pipeline_parser
 PAGES = [*MADE_PAGES, ROOT / "CONTRIBUTING.md"]
 MODULES = ("tools.make_docs", "tools.draw_pictures", "tools.make_smollm2", "elbowroom.pipeline")
 OF_OTHERS = {
-    *("--runner", "--convert", "--enforce-eager", "--no-enforce-eager"),  # vLLM
+    *("--runner", "--convert", "--enforce-eager", "--no-enforce-eager", "--model-impl"),  # vLLM
     *("--nproc-per-node", "--shm-size", "--small", "--device"),  # torchrun, Docker, bench
     "--wheel",  # tools.make_smollm2
 }

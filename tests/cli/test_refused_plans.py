@@ -9,7 +9,7 @@ import pytest
 
 from elbowroom.cli.main import main
 from tests.cli.command import Command
-from tests.cli.test_refusals import FP8_ROWS, MIXTURE, mixture
+from tests.cli.test_refusals import FP8_ROWS, two_modules
 from tests.planning.facts import CPU, MODELS
 from tests.tiny_model import LAYERS, write_model
 
@@ -36,12 +36,12 @@ def test_a_plan_for_another_model(
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_plan_of_a_mixture_whose_rows_would_be_shipped(
+def test_a_plan_whose_rows_cannot_be_shipped(
     command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Plans for other clusters have such layouts, to compare with."""
     path, model = command.folder / "plan.json", command.folder / "model"
-    write_model(model, mixture(), **MIXTURE)
+    write_model(model, two_modules())
     cluster = command.folder / "cluster.toml"
     cluster.write_text(CPU.to_toml())
     job = ("--model", str(model), "--lengths", "8:8x4", "--cluster", str(cluster))
@@ -50,7 +50,9 @@ def test_a_plan_of_a_mixture_whose_rows_would_be_shipped(
     capsys.readouterr()
     assert run_plan(command, path) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert "model cannot be run as t1d2 shipped 2 slots: rows of a mixture are not shipped" in said
+    assert (
+        "model cannot be run as t1d2 shipped 2 slots: its layers have several feed-forward" in said
+    )
 
 
 def run_plan(command: Command, path: Path) -> int:

@@ -271,6 +271,9 @@ def _why_no_layout(settings: PlanSettings, model: ModelFacts, cluster: Cluster) 
         return f"{model.name} cannot be pooled: {model.cannot_pool_here}. Use --pool none"
     if settings.is_here and model.experts and width > 1 and settings.pool not in (None, "none"):
         return f"{model.name}: {MIXTURES_POOL}. Leave out --tensor-parallel, or use --pool none"
+    if settings.is_here and model.cannot_ship and settings.pool == "shipped":
+        why = f"{model.name}: rows cannot be shipped: {model.cannot_ship}"
+        return f"{why}. Use --pool mapped, streamed or none"
     if settings.is_here and not cluster.device.maps_peers and settings.pool not in (None, "none"):
         return f"{NOT_BETWEEN_GPUS}: {ONE_GPU}"
     if replicas == 1 and settings.pool not in (None, "none"):
