@@ -26,8 +26,9 @@ class Architecture:
     ``model_type`` is Transformers' word. With ``every_push`` it is run on every push, otherwise
     every night. ``ships`` is False where rows cannot be shipped to an owner; ``is_pooled`` is False
     where no pool can hold the layers. ``vllm_error`` is a part of the error with which vLLM itself
-    cannot run it here. ``quantise`` says in which form weights are stored. ``engine`` are further
-    options of vLLM's.
+    cannot run it here. ``same_bits`` is False where plain vLLM may differ by rounding: on CPUs with
+    AVX-512 it adds a bias in another order than the packed kernel. ``quantise`` says in which form
+    weights are stored. ``engine`` are further options of vLLM's.
     """
 
     kind: Kind
@@ -136,22 +137,28 @@ TABLE: dict[str, Architecture] = {
     "Seed-OSS": Architecture("gated", "seed_oss", {**LIKE, **HEADS}),
     "EXAONE 4": Architecture("gated", "exaone4", {**LIKE, **WINDOW, "sliding_window_pattern": 4}),
     "ERNIE 4.5": Architecture("gated", "ernie4_5", {**LIKE, **TIED, **HEADS}),
-    "GPT-NeoX": Architecture("plain", "gpt_neox", {**LIKE, **ALL_HEADS}, every_push=True),
-    "Phi-2": Architecture("plain", "phi", {**LIKE, **ALL_HEADS}),
-    "StarCoder 2": Architecture("plain", "starcoder2", {**LIKE, **TIED, "use_bias": True}),
+    "GPT-NeoX": Architecture(
+        "plain", "gpt_neox", {**LIKE, **ALL_HEADS}, every_push=True, same_bits=False
+    ),
+    "Phi-2": Architecture("plain", "phi", {**LIKE, **ALL_HEADS}, same_bits=False),
+    "StarCoder 2": Architecture(
+        "plain", "starcoder2", {**LIKE, **TIED, "use_bias": True}, same_bits=False
+    ),
     "Nemotron": Architecture("plain", "nemotron", {**LIKE, **HEADS}),
     "Apertus": Architecture("plain", "apertus", LIKE),
     "OPT": Architecture(
         "plain",
         "opt",
         {**OPT, "ffn_dim": 384, "word_embed_proj_dim": 128},
-        same_bits=False,  # biases are added to rounded products
+        same_bits=False,
         ships=False,  # fc1 and fc2 lie in the layer itself, which runs other things between
     ),
-    "GPT-2": Architecture("plain", "gpt2", GPT),
-    "GPTBigCode": Architecture("plain", "gpt_bigcode", GPT),
-    "GPT-J": Architecture("parallel", "gptj", {**GPT, "rotary_dim": 16}),
-    "BLOOM": Architecture("plain", "bloom", {"hidden_size": 128, "n_layer": 5, "n_head": 4}),
+    "GPT-2": Architecture("plain", "gpt2", GPT, same_bits=False),
+    "GPTBigCode": Architecture("plain", "gpt_bigcode", GPT, same_bits=False),
+    "GPT-J": Architecture("parallel", "gptj", {**GPT, "rotary_dim": 16}, same_bits=False),
+    "BLOOM": Architecture(
+        "plain", "bloom", {"hidden_size": 128, "n_layer": 5, "n_head": 4}, same_bits=False
+    ),
     "Falcon, one KV head": Architecture(
         "parallel",
         "falcon",

@@ -40,7 +40,7 @@ def register() -> None:
             wanted,
             parallel.world_size,
             parallel.tensor_parallel_size,
-            config.model_config.dtype,
+            config.model_config.dtype if config.model_config else None,
         )
 
     if REPLICA_MARK in os.environ and current_platform.is_cpu():  # NCCL opens no port for one rank
