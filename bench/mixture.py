@@ -5,7 +5,7 @@
 A mixture in Mixtral's form, 8 layers of 8 experts, of which a token takes 2: 0.4 billion weights,
 nine tenths of them in experts. Each of two replicas has the memory at which full copies hold 4 rows
 of 1,024 tokens. Layouts alternate; ratios are taken within a round. ``streamed`` reads all experts
-in every iteration, ``mapped`` those that tokens take; ``shipped`` lets owners run small batches.
+in every iteration, ``mapped`` those that tokens take.
 """
 
 from __future__ import annotations
@@ -18,11 +18,8 @@ from tools.make_model import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.common import BUILD, memory_for_rows, run_elbowroom, write_requests, write_result
-from bench.pool_throughput import LAYOUTS as UNSHIPPED
-from bench.pool_throughput import ratio, summarise
+from bench.pool_throughput import LAYOUTS, ratio, summarise
 from elbowroom.core.model import read_model
-
-LAYOUTS = (*UNSHIPPED, "shipped")
 
 
 def main() -> None:
@@ -49,7 +46,6 @@ def main() -> None:
         "kv_tokens_mapped_over_none": kv["mapped"] / kv["none"],
         "mapped_over_none": ratio(rounds, "mapped", "none"),
         "streamed_over_none": ratio(rounds, "streamed", "none"),
-        "shipped_over_none": ratio(rounds, "shipped", "none"),
         "rounds": rounds,
     }
     write_result("mixture", result)

@@ -56,7 +56,8 @@ def layouts_of(architecture: Architecture) -> tuple[str, ...]:
     """The layouts that are run: those that can be expected to give an answer."""
     if architecture.vllm_error is not None or not architecture.is_pooled:
         return ("none",)
-    return ("none", "mapped", "streamed", *(["shipped"] if architecture.ships else []))
+    ships = architecture.ships and not architecture.has_experts
+    return ("none", "mapped", "streamed", *(["shipped"] if ships else []))
 
 
 def run(names: Sequence[str], folder: Path, may_end: bool = False) -> dict[str, Seen]:

@@ -230,7 +230,7 @@ def read_model(
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
         cannot_pool=_cannot_pool(config, counted),
-        cannot_ship=_cannot_ship(config, counted),
+        cannot_ship=_cannot_ship(config, counted, has_experts),
         not_tried_on_gpus=_not_tried_on_gpus(config, has_experts),
         quantised=forms_of(counted, config),
     )
@@ -303,8 +303,10 @@ def _not_tried_on_gpus(config: ModelConfig, has_experts: bool) -> str | None:
     return None if config.is_native else "a model of vLLM's Transformers backend"
 
 
-def _cannot_ship(config: ModelConfig, counted: CountedWeights) -> str | None:
+def _cannot_ship(config: ModelConfig, counted: CountedWeights, has_experts: bool) -> str | None:
     """Why rows cannot be shipped in a pool: an owner answers rows with rows, and nothing else."""
+    if has_experts:
+        return "vLLM's kernel for experts on CPUs was seen to end a process that served peers"
     if config.model_type in _GIVE_MORE:
         return "its feed-forward modules give something beside their rows"
     return "its layers have several feed-forward modules" if counted.is_loose else None
