@@ -65,6 +65,19 @@ class Toy(nn.Module):
         return x @ (packed.float() * self.scale).t() @ self.packed_too + self.sums[:64]
 
 
+class Padded(Toy):
+    """Ends in a tensor whose rows lie farther apart than they are long."""
+
+    def process(self) -> None:
+        del self.order
+        wide = torch.zeros(96, 4096)
+        wide[:, :64] = self.weight
+        self.weight = nn.Parameter(wide[:, :64], requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.t()
+
+
 class Hiding(Toy):
     """Keeps nothing but what a closure holds."""
 
@@ -129,16 +142,19 @@ def test_owned_weights_move_into_the_store() -> None:
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("kind", [Toy, Padded])
 @pytest.mark.parametrize("mode", ["mapped", "streamed"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_weights_in_another_form_are_carried(mode: PoolMode, num_ranks: int) -> None:
+def test_weights_in_another_form_are_carried(
+    mode: PoolMode, num_ranks: int, kind: type[Toy]
+) -> None:
     """Whatever an engine made of them; what it keeps beside them is every replica's own."""
-    x, plain = torch.randn(5, 64), [Toy(layer) for layer in range(NUM_LAYERS)]
+    x, plain = torch.randn(5, 64), [kind(layer) for layer in range(NUM_LAYERS)]
     for toy in plain:
         toy.process()
     hub = LocalHub()
     shares = plan_shares((1,) * NUM_LAYERS, num_ranks, mode, 1)
-    loaders = [_load(share, hub, Toy) for share in shares]
+    loaders = [_load(share, hub, kind) for share in shares]
     for pool, loader in zip(all_at_once([one.attach for one in loaders]), loaders, strict=True):
         pool.start()
         for _ in range(3):

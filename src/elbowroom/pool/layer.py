@@ -10,7 +10,7 @@ from torch import nn
 
 from elbowroom.core.errors import PoolError
 from elbowroom.pool.find import find_modules
-from elbowroom.pool.manifest import Manifest, NamedTensor, lay_out, region_bytes
+from elbowroom.pool.manifest import Manifest, NamedTensor, Region, lay_out, region_bytes
 
 Forward = Callable[..., torch.Tensor]
 """A feed-forward module's ``forward``: rows [..., columns] to rows [..., columns]."""
@@ -62,20 +62,27 @@ class PooledLayer:
                     found.append(NamedTensor(f"{path}.{leaf}", tensor))
         return found
 
-    def move_to(self, buffer: torch.Tensor, keep_values: bool) -> None:
-        """Have the tensors lie in ``buffer`` (uint8, at least as long), with or without values."""
+    @property
+    def data_bytes(self) -> int:
+        """Bytes that the tensors need in one buffer, as they are now."""
+        return lay_out(self.tensors()).data_bytes
+
+    def give_up(self, buffer: torch.Tensor) -> None:
+        """Have the tensors lie in ``buffer`` (uint8, at least ``data_bytes``), without values."""
         tensors = self.tensors()
-        manifest = lay_out(tensors)
-        if keep_values:
-            for region, data in zip(manifest.regions, region_bytes(tensors, manifest), strict=True):
-                region.of(buffer).copy_(data)
-        _bind(tensors, manifest, buffer)
+        _bind(tensors, lay_out(tensors), buffer)
 
     def settle(self) -> tuple[int, ...]:
         """Fix what the layer holds, now that it is loaded and processed. Returns its seal."""
         tensors = self.tensors()
         self._manifest = lay_out(tensors)
         return self._manifest.seal_of(tensors)
+
+    def move_to(self, buffer: torch.Tensor) -> None:
+        """Have the tensors lie in ``buffer`` (uint8, ``num_bytes``), with their values."""
+        for region, data in self._regions():
+            region.of(buffer).copy_(data)
+        self.bind(buffer)
 
     def bind(self, buffer: torch.Tensor) -> None:
         """Have the modules compute with what lies in ``buffer``, uint8, from here on."""
@@ -95,9 +102,7 @@ class PooledLayer:
 
     def fill_from(self, buffer: torch.Tensor) -> None:
         """Copy what lies in ``buffer`` to where the tensors lie now."""
-        for region, data in zip(
-            self.manifest.regions, region_bytes(self.tensors(), self.manifest), strict=True
-        ):
+        for region, data in self._regions():
             data.copy_(region.of(buffer))
 
     def seal(self) -> tuple[int, ...]:
@@ -112,6 +117,11 @@ class PooledLayer:
                 f"{what} differs from what it should be in {difference}: the memory or the copy is "
                 f"at fault; use --pool none"
             )
+
+    def _regions(self) -> Iterator[tuple[Region, torch.Tensor]]:
+        """Each region of the manifest, and the memory where the tensors have it now."""
+        memory = region_bytes(self.tensors(), self.manifest)
+        return zip(self.manifest.regions, memory, strict=True)
 
 
 def pooled_layer(block: nn.Module) -> PooledLayer | None:

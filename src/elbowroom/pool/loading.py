@@ -142,13 +142,13 @@ class PoolLoader:
 
         Whatever is written there does no harm: it is written anew before it is read.
         """
-        num_bytes = sum(-(-tensor.nbytes // 512) * 512 for _, tensor in pooled.tensors())
+        num_bytes = pooled.data_bytes
         if num_bytes > self._meanwhile.numel():
             self._meanwhile = self._meanwhile.new_empty(num_bytes)
             for layer in self._held:
                 if (other := self._layers[layer]) is not None:
-                    other.move_to(self._meanwhile, keep_values=False)
-        pooled.move_to(self._meanwhile, keep_values=False)
+                    other.give_up(self._meanwhile)
+        pooled.give_up(self._meanwhile)
 
     def _settle(self, layer: int) -> None:
         """Fix what a layer holds. Raises UnsupportedModelError for weights out of the pool's reach.
@@ -181,7 +181,7 @@ class PoolLoader:
                 continue
             self._settle(layer)
             buffer = self._store.allocate(layer, pooled.num_bytes)
-            pooled.move_to(buffer, keep_values=True)
+            pooled.move_to(buffer)
             pooled.manifest.write_seal(buffer, self._seals[layer])
             self._store.publish(layer)
             yield layer, buffer
