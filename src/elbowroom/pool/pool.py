@@ -69,11 +69,11 @@ class Pool:
             self._choice.begin_iteration(x)
         server = self._server
         if server is None or server.turns is None:
-            return self._run(self.acquire(layer), layer, x, *args, **kwargs)
+            return self.run_last(layer, self.acquire(layer), x, *args, **kwargs)
         with server.turns.forward_pass():  # of this layer alone, unless the engine has begun one
             with server.turns.pause():  # weights may have to be waited for
                 forward = self.acquire(layer)
-            out = self._run(forward, layer, x, *args, **kwargs)
+            out = self.run_last(layer, forward, x, *args, **kwargs)
             server.serve_waiting()
         return out
 
@@ -88,7 +88,7 @@ class Pool:
     def run_last(
         self, layer: int, forward: Forward, x: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        """Run ``forward``, of the last module of a layer, under the lease that is open."""
+        """Run ``forward``, of the last or only module of a layer, and end the lease on it."""
         try:
             return forward(x, *args, **kwargs)
         finally:
@@ -116,14 +116,6 @@ class Pool:
             raise PoolError(f"layer {layer} released, but {self._leased} is leased")
         self._leased = None
         self._lessor.release(layer)
-
-    def _run(
-        self, forward: Forward, layer: int, x: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        try:
-            return forward(x, *args, **kwargs)
-        finally:
-            self.release(layer)
 
     def before_graph(self) -> None:
         """Expect a whole forward pass to be captured in a graph, or such a graph to be replayed."""
