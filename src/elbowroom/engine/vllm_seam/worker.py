@@ -23,8 +23,7 @@ from elbowroom.engine.vllm_seam import CONFIG_KEY
 from elbowroom.engine.vllm_seam.forward_context import turns_of_passes
 from elbowroom.engine.vllm_seam.linears import take_linears
 from elbowroom.plans.pool import PoolShare
-from elbowroom.pool.find import find_modules
-from elbowroom.pool.layer import Forward
+from elbowroom.pool.layer import Forward, pooled_layer
 from elbowroom.pool.loading import PoolLoader
 from elbowroom.pool.options import PoolOptions, TensorParallel
 from elbowroom.pool.pool import Pool
@@ -65,7 +64,6 @@ class PoolOffloader(BaseOffloader):
         self._before_bytes = self._held_bytes()
         self.resident_bytes = 0
         self._share = share
-        self._tensor_parallel = tensor_parallel
         self._has_stack = False
 
     @property
@@ -141,10 +139,12 @@ class PoolOffloader(BaseOffloader):
         self.wrap_modules(block for block in blocks or ())
 
     def _wrap(self, block: nn.Module) -> nn.Module:
-        """Hand one block over. Its plain linears compute through ``PooledLinearMethod``."""
-        if self._share.mode != "none":
-            self.loader.add_block(block, is_loaded=False)
-        for module in find_modules(block).values():
+        """Hand one block over. Its plain linears compute by ``OrdinaryLinearMethod``."""
+        if self._share.mode == "none":
+            pooled = pooled_layer(block)
+        else:
+            pooled = self.loader.add_block(block, is_loaded=False)
+        for module in pooled.modules if pooled else ():
             take_linears(module)
         return block
 
