@@ -205,6 +205,7 @@ def read_model(
     has_experts = any(weights.elements for weights in counted.experts)
     if has_experts and not config.num_experts:
         raise InputError("config.json names no number of experts, but the weights hold experts")
+    quantised_weights = forms_of(counted, config)
     return ModelFacts(
         name=model_name(model_dir),
         model_type=config.model_type,
@@ -229,10 +230,10 @@ def read_model(
         experts=tuple(counted.experts) if has_experts else (),
         has_weights=bool(files),
         computes_in_fp8=computes_in_fp8(config.quantization),
-        cannot_pool=_cannot_pool(config, counted),
+        cannot_pool=_cannot_pool(counted, quantised_weights),
         cannot_ship=_cannot_ship(config, counted, has_experts),
         not_tried_on_gpus=_not_tried_on_gpus(config, has_experts),
-        quantised=forms_of(counted, config),
+        quantised=quantised_weights,
     )
 
 
@@ -285,13 +286,12 @@ def _count(tensors: Mapping[str, Stored], config: ModelConfig, model_dir: Path) 
         raise InputError(f"{model_dir / 'config.json'} cannot be used: {error}") from error
 
 
-def _cannot_pool(config: ModelConfig, counted: CountedWeights) -> str | None:
+def _cannot_pool(counted: CountedWeights, quantised: QuantisedWeights | None) -> str | None:
     """Why no pool can hold the layers of a model."""
-    quantised = forms_of(counted, config)
     if quantised is not None and not quantised.stays_in_tensors:
         return f"its weights are quantised ({quantised.method})"
     if not any(weights.elements for weights in counted.ffn):
-        return f"none of its {config.num_layers} layers has feed-forward matrices"
+        return f"none of its {len(counted.ffn)} layers has feed-forward matrices"
     return None
 
 
