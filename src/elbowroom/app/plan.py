@@ -13,7 +13,7 @@ from elbowroom.app.machine import Machines, Say, find_machines, quiet, split_cor
 from elbowroom.app.plan_settings import PlanSettings, is_asked
 from elbowroom.app.predict import prediction_of
 from elbowroom.app.runnable import check_quantised, takes_float32
-from elbowroom.app.vllm_options import check_options, why_no_pool
+from elbowroom.app.vllm_options import check_options, option_value, why_no_pool
 from elbowroom.core import host
 from elbowroom.core.cluster import Cluster
 from elbowroom.core.errors import InputError, MemoryPlanError
@@ -147,7 +147,7 @@ def model_facts(settings: PlanSettings, say: Say = quiet) -> ModelFacts:
     model = read_model(settings.model, settings.dtype, is_pooling, built_tensors)
     model = replace(model, cannot_pool=model.cannot_pool or why_no_pool(settings.vllm_options))
     on_gpus = settings.is_here and is_for_gpus(engine_version())
-    asks_for_backend = any("transformers" in option for option in settings.vllm_options)
+    asks_for_backend = option_value(settings.vllm_options, "--model-impl") == "transformers"
     kind = model.not_tried_on_gpus or ("--model-impl transformers" if asks_for_backend else None)
     if on_gpus and kind:
         why = f"no pool of {kind} has been run on GPUs"
