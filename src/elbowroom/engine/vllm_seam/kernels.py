@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,17 +27,19 @@ def find_kernel(dtype: torch.dtype = torch.bfloat16) -> tuple[Pack, Linear]:
 
 def _load_vllm_kernels() -> bool:
     """Whether vLLM's packed kernel for bf16 can be had on this CPU."""
-    for folder in _vllm_folders():
-        library = folder / "_C.abi3.so"
-        if library.exists() and torch.cpu._is_avx512_bf16_supported():
-            with suppress(OSError):  # of another PyTorch, or without a library that it needs
-                torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+    if torch.cpu._is_avx512_bf16_supported():
+        _load_library("_C.abi3.so")
     return hasattr(torch.ops._C, "weight_packed_linear")
 
 
-def _vllm_folders() -> Iterator[Path]:
+def _load_library(name: str) -> bool:
+    """Load a library of vLLM's without vLLM. False where it cannot be."""
     package = importlib.util.find_spec("vllm")
-    return map(Path, (package and package.submodule_search_locations) or ())
+    for folder in (package and package.submodule_search_locations) or ():
+        with suppress(OSError):  # not there, of another PyTorch, or without what it needs
+            torch.ops.load_library(Path(folder) / name)  # type: ignore[no-untyped-call]
+            return True
+    return False
 
 
 def _packed_linear(x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
@@ -67,8 +69,6 @@ def own_kernels() -> OwnKernels | None:
     library = "_C_AVX2.abi3.so"
     if torch.cpu._is_avx512_supported():
         library = "_C.abi3.so" if torch.cpu._is_avx512_bf16_supported() else "_C_AVX512.abi3.so"
-    for folder in _vllm_folders():
-        with suppress(OSError):
-            torch.ops.load_library(folder / library)  # type: ignore[no-untyped-call]
-            return None if torch.ops._C.cpu_has_amx_fp8() else OwnKernels()
-    return None
+    if not _load_library(library) or torch.ops._C.cpu_has_amx_fp8():
+        return None
+    return OwnKernels()
