@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from tests.equivalence.random_models import write_random_model
+from tests.equivalence.random_models import quantise, write_random_model
 
 Kind = Literal[
     "gated", "plain", "parallel", "mixture", "hybrid", "quantised", "pictures", "backend"
@@ -53,7 +50,7 @@ class Architecture:
         keys = {"vocab_size": 256, **special, **self.config}
         write_random_model(folder, AutoConfig.for_model(self.model_type, **keys))
         if self.quantise is not None:
-            _quantise(folder, self.quantise)
+            quantise(folder, self.quantise)
         return folder
 
 
@@ -335,34 +332,3 @@ TABLE: dict[str, Architecture] = {
         "backend", "llama", LIKE, engine={"model_impl": "transformers"}
     ),
 }
-
-
-def _quantise(folder: Path, form: Literal["fp8", "int8"]) -> None:
-    """Weights of 8 bits with a scale for each row, as compressed-tensors stores them."""
-    path = folder / "model.safetensors"
-    most, dtype = (448, torch.float8_e4m3fn) if form == "fp8" else (127, torch.int8)
-    tensors = {}
-    for name, tensor in load_file(path).items():
-        tensors[name] = tensor
-        if tensor.dim() == 2 and ".layers." in name and not name.endswith("mlp.gate.weight"):
-            scale = tensor.float().abs().amax(1, keepdim=True) / most
-            scaled = tensor.float() / scale
-            tensors[name] = (scaled if form == "fp8" else scaled.round()).to(dtype)
-            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
-    save_file(tensors, path, {"format": "pt"})
-    number = {"num_bits": 8, "type": "float" if form == "fp8" else "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**number, "strategy": "channel", "dynamic": False},
-        "input_activations": {**number, "strategy": "token", "dynamic": True},
-    }
-    method = {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized" if form == "fp8" else "int-quantized",
-        "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-    }
-    config = folder / "config.json"
-    content = {**json.loads(config.read_text()), "quantization_config": method}
-    config.write_text(json.dumps(content))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from elbowroom.plans.pool import RunPlan
@@ -22,7 +19,7 @@ from tests.equivalence.batch_runs import (
     texts,
     write_chats,
 )
-from tests.equivalence.random_models import write_random_model
+from tests.equivalence.random_models import edit_config, write_random_model
 
 pytestmark = pytest.mark.vllm
 
@@ -105,42 +102,10 @@ def _make(folder: Path, kind: str, quantise: bool = True) -> Path:
         config.sliding_window = 64
     write_random_model(folder, config)
     if kind == "int8" and quantise:
-        _quantise(folder)
+        quantise(folder, "int8")
     if kind == "linear rope":
-        _edit(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 4.0})
+        edit_config(folder, rope_parameters=None, rope_scaling={"type": "linear", "factor": 4.0})
     return folder
-
-
-def _quantise(folder: Path) -> None:
-    """Weights of 8 bits with a scale for each row, as compressed-tensors stores them."""
-    path = folder / "model.safetensors"
-    tensors = {}
-    for name, tensor in load_file(path).items():
-        tensors[name] = tensor
-        if tensor.dim() == 2 and ".layers." in name:
-            scale = tensor.float().abs().amax(1, keepdim=True) / 127
-            tensors[name] = (tensor.float() / scale).round().to(torch.int8)
-            tensors[f"{name}_scale"] = scale.to(torch.bfloat16)
-    save_file(tensors, path, {"format": "pt"})
-    number = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**number, "strategy": "channel", "dynamic": False},
-        "input_activations": {**number, "strategy": "token", "dynamic": True},
-    }
-    method = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-    }
-    status = {"quantization_status": "compressed", "config_groups": {"group_0": group}}
-    _edit(folder, quantization_config={**method, **status})
-
-
-def _edit(folder: Path, **keys: object) -> None:
-    path = folder / "config.json"
-    config = {**json.loads(path.read_text()), **keys}
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
 def _requests(path: Path) -> Path:

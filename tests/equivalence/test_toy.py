@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoConfig
 
 from elbowroom.planning.pool.shares import plan_shares
-from tests.equivalence.random_models import write_random_model
+from tests.equivalence.random_models import edit_config, write_random_model
 from tests.equivalence.ranks import ffn_bytes, pooled_case, run_ranks
 
 pytestmark = pytest.mark.vllm
@@ -64,9 +64,5 @@ def _add_pooled(cases: list[list[dict[str, Any]]], path: Path, modes: tuple[Any,
 
 def _make(folder: Path, kind: str, hides: bool, **keys: Any) -> Path:
     write_random_model(folder, AutoConfig.for_model(kind, **LIKE, **keys))
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "toy", "hides": hides}})
-    )
+    edit_config(folder, quantization_config={"quant_method": "toy", "hides": hides})
     return folder

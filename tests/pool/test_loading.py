@@ -300,19 +300,12 @@ def test_layers_that_only_mix_tokens_are_passed_over() -> None:
         kinds = [nn.Linear(64, 64) if o != NO_OWNER else nn.LayerNorm(64) for o in shares[0].owners]
         return [Block(kind) for kind in kinds]
 
-    def run(blocks: list[Block]) -> torch.Tensor:
-        out = x
-        with torch.inference_mode():
-            for block in blocks:
-                out = block(out)
-        return out
-
-    expected = run(stack())
+    expected = _run(stack(), x)
     stacks = [stack() for _ in shares]
     pools = _attach_all(hub, shares, stacks)
     for blocks, pool in zip(stacks, pools, strict=True):
         pool.start()
-        assert all(torch.equal(run(blocks), expected) for _ in range(3))
+        assert all(torch.equal(_run(blocks, x), expected) for _ in range(3))
         pool.close()
 
 
@@ -332,18 +325,11 @@ class TwoLinears(nn.Module):
 def test_several_modules_run_under_one_lease(mode: PoolMode) -> None:
     x, hub = torch.randn(3, 64), LocalHub()
 
-    def run(blocks: list[TwoLinears]) -> torch.Tensor:
-        out = x
-        with torch.inference_mode():
-            for block in blocks:
-                out = block(out)
-        return out
-
     def stack() -> list[TwoLinears]:
         torch.manual_seed(0)
         return [TwoLinears() for _ in range(5)]
 
-    expected = run(stack())
+    expected = _run(stack(), x)
     shares = plan_shares((1,) * 5, 2, mode, 1)
     stacks = [stack() for _ in shares]
     pools = _attach_all(hub, shares, stacks)
@@ -353,11 +339,18 @@ def test_several_modules_run_under_one_lease(mode: PoolMode) -> None:
             if cut is not None:
                 handle = blocks[cut].fc2.register_forward_pre_hook(_explode)
                 with pytest.raises(RuntimeError, match="boom"):
-                    run(blocks)
+                    _run(blocks, x)
                 handle.remove()
-            assert torch.equal(run(blocks), expected)
+            assert torch.equal(_run(blocks, x), expected)
         pool.check_integrity()
         pool.close()
+
+
+def _run(blocks: Sequence[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        for block in blocks:
+            x = block(x)
+    return x
 
 
 def _attach_all(
